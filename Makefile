@@ -1,0 +1,56 @@
+# `make` builds the release binary; `make help` lists the rest.
+.DEFAULT_GOAL := build
+.NOTPARALLEL:
+
+# Tools that Debian and rustup keep outside some users' PATH.
+export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
+
+TARGET := $(shell uname -m)-unknown-linux-gnu
+BIN    := target/$(TARGET)/release/sidestep
+
+# A fully static glibc binary. The target must be named, or cargo would apply
+# the flag to build scripts and proc macros as well.
+STATIC_CARGO = RUSTFLAGS='-C target-feature=+crt-static' cargo
+
+# clang-format's output differs between versions; 14 is the one that counts.
+CLANG_FORMAT ?= $(shell command -v clang-format-14 || command -v clang-format || echo clang-format-14)
+C_FILES       = $(wildcard bpf/*.h bpf/*.c)
+
+.PHONY: build help deps demo test check fmt clean
+
+build: ## build the static release binary (default)
+	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
+	@echo "built $(BIN)"
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+
+deps: ## install what is missing to build, test and demo (root)
+	@scripts/deps.sh
+
+demo: deps build ## run the demo in namespaces of its own (root); KEEP=1 leaves it running
+	cargo run --release -q -p sidestep-lab --bin demo -- \
+		--sidestep $(abspath $(BIN)) $(if $(filter-out 0,$(KEEP)),--keep)
+
+test: ## deps, check, then all tests, including those against the real kernel (root)
+	@[ "$$(id -u)" = 0 ] || { \
+		echo "make test: needs root: the tests load eBPF programs and make network namespaces" >&2; \
+		exit 1; }
+	@$(MAKE) --no-print-directory deps
+	@$(MAKE) --no-print-directory check
+	cargo test --workspace --no-fail-fast
+
+check: ## formatting, lints, licences and the quick unit tests (no root)
+	cargo fmt --all --check
+	$(if $(C_FILES),$(CLANG_FORMAT) --dry-run -Werror $(C_FILES))
+	shellcheck scripts/*.sh .ci/run
+	cargo deny --log-level error check bans licenses sources
+	cargo clippy -q --workspace --all-targets -- -D warnings
+	cargo test -q --workspace --lib --bins
+
+fmt: ## format the Rust and the C sources
+	cargo fmt --all
+	$(if $(C_FILES),$(CLANG_FORMAT) -i $(C_FILES))
+
+clean: ## remove everything that was built
+	cargo clean

@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Fixed for every program: the kernel's numbers that BTF does not carry, and our addresses. */
+#pragma once
+
+#define AF_INET 2
+#define AF_INET6 10
+#define IPPROTO_TCP 6
+#define SOL_IP 0
+#define SOL_IPV6 41
+#define SO_ORIGINAL_DST 80 /* the same number at both levels */
+#define LOOPBACK_IFINDEX 1
+
+#define V4MAPPED bpf_htonl(0x0000ffff)
+
+/*
+ * A captured connection is sent to an address of its own within a range that is local to the
+ * pod: by the kernel's own table for IPv4, by a route that the agent adds for IPv6. One address
+ * for each connection, rather than 127.0.0.1 for all, keeps the 4-tuples apart: no number of
+ * destinations can exhaust the pod's ephemeral ports. The agent's routes for both ranges prefer
+ * the pod's address as source, so that the proxy sees the pod as its peer.
+ */
+#define VIA4_NET 0x7f800000 /* 127.128.0.0/16 */
+#define VIA4_MASK 0xffff0000
+#define VIA6_HI 0xfd536964 /* fd53:6964:6573:7465::/64 */
+#define VIA6_LO 0x65737465

@@ -1,0 +1,101 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Every map: who writes it, who reads it, why that size. All are pinned, so that they outlive
+ * the agent. Hashes are not preallocated where their limit is far above the usual fill.
+ */
+#pragma once
+
+#define MAX_PODS 1024 /* a node's pods; kubelet's default is 110, 250 is common */
+#define MAX_MESHES 4
+#define LISTENER_SLOTS 16 /* inbound listeners remembered for each pod and family */
+
+/* Enrolled pods. Agent writes; connect, sockops, getsockopt and inbound read. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u64);
+	__type(value, struct pod);
+} pods SEC(".maps");
+
+/* The enrolled pods' own addresses. Agent writes; connect and inbound read. 16 for each pod. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS * 16);
+	__type(key, struct local_key);
+	__type(value, __u8);
+} locals SEC(".maps");
+
+/* Port lists of pods. Agent writes; policy reads. A range takes at most 30 entries. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS * 64);
+	__type(key, struct port_rule_key);
+	__type(value, __u8);
+} port_rules SEC(".maps");
+
+/* Address ranges of pods. Agent writes; policy reads. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS * 64);
+	__type(key, struct cidr_rule_key);
+	__type(value, __u8);
+} cidr_rules SEC(".maps");
+
+/* What a captured socket was meant for. connect and sockops write; the socket hooks read. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct origdst);
+} origdsts SEC(".maps");
+
+/*
+ * Original destinations between the client's SYN and the proxy's accept. sockops alone writes
+ * and reads: an entry is taken by the accepted socket, or withdrawn when the client's socket
+ * closes, so the limit is on handshakes under way, not on connections.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct conn);
+	__type(value, struct origdst);
+} handovers SEC(".maps");
+
+/*
+ * The proxies' inbound listeners. sockops adds one at listen(), find_listeners adds those that
+ * are older than the agent; the kernel removes a socket when it closes; inbound reads.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, MAX_PODS * LISTENER_SLOTS * 2);
+	__type(key, struct listener_key);
+	__type(value, __u64);
+} listeners SEC(".maps");
+
+/* Agent writes and reads; no program does. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u64);
+	__type(value, struct pod_record);
+} pod_records SEC(".maps");
+
+/* Index: mesh * COUNTERS + enum counter. Programs write; agent reads. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, MAX_MESHES * COUNTERS);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+/* struct event. Programs write; agent reads. A full ring loses events, which is harmless. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 64 * 1024);
+} events SEC(".maps");

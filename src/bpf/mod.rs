@@ -1,0 +1,641 @@
+//! The only module that talks to libbpf, and the only one with `unsafe`.
+//!
+//! Everything that matters is pinned: maps and links outlive the agent, and the next one adopts
+//! them. See ARCHITECTURE.md for the layout below the pin root.
+
+#![allow(unsafe_code)]
+
+mod cookie;
+mod hooks;
+mod maps;
+mod wire;
+
+#[allow(clippy::all, clippy::unwrap_used, clippy::undocumented_unsafe_blocks, missing_docs)]
+mod skel {
+    include!(concat!(env!("OUT_DIR"), "/sidestep.skel.rs"));
+}
+#[allow(clippy::all, clippy::unwrap_used, clippy::undocumented_unsafe_blocks, missing_docs)]
+mod skel_inbound {
+    include!(concat!(env!("OUT_DIR"), "/inbound.skel.rs"));
+}
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io::Read,
+    mem::MaybeUninit,
+    net::IpAddr,
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    rc::Rc,
+};
+
+use anyhow::{Context, Result, anyhow, bail};
+use libbpf_rs::{
+    Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, RingBuffer, RingBufferBuilder,
+    query::LinkTypeInfo,
+    skel::{OpenSkel, Skel, SkelBuilder},
+};
+use nix::fcntl::{Flock, FlockArg};
+use tokio::io::unix::AsyncFd;
+
+pub use cookie::current_netns_cookie;
+
+use self::{
+    hooks::{Attach, HOOKS, Hook},
+    maps::{Diff, Entries},
+};
+use crate::{
+    cgroup::Cgroup,
+    desired::{Desired, Limits, Record},
+    mesh,
+    netns::Netns,
+};
+
+/// Moves when the layout of a pinned map moves.
+const LAYOUT: &str = "v1";
+
+/// The names of the kernel's counters, in the order of `enum counter`.
+const COUNTERS: [&str; 10] = [
+    "captured_outbound",
+    "captured_self",
+    "direct",
+    "steered_inbound",
+    "passed_inbound",
+    "refused_no_listener",
+    "refused_no_state",
+    "handover_full",
+    "handover_missed",
+    "origdst_answered",
+];
+
+/// Slots for a pod's listeners; `LISTENER_SLOTS` of bpf/maps.h.
+const LISTENER_SLOTS: u32 = 16;
+
+/// Routes libbpf's messages to the log: its warnings explain errors, so they are debug lines
+/// beside the error that the caller reports.
+pub fn log_libbpf() {
+    libbpf_rs::set_print(Some((PrintLevel::Debug, |level, text| match level {
+        PrintLevel::Warn => tracing::debug!(target: "libbpf", "{}", text.trim_end()),
+        _ => tracing::trace!(target: "libbpf", "{}", text.trim_end()),
+    })));
+}
+
+/// Where maps and links are pinned.
+#[derive(Debug, Clone)]
+pub struct Pins {
+    root: PathBuf,
+}
+
+impl Pins {
+    /// Below this directory of a bpffs.
+    pub fn new(root: &Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
+    fn layout(&self) -> PathBuf {
+        self.root.join(LAYOUT)
+    }
+
+    fn maps(&self) -> PathBuf {
+        self.layout().join("maps")
+    }
+
+    fn links(&self) -> PathBuf {
+        self.layout().join("links")
+    }
+
+    fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    fn link(&self, name: &str) -> PathBuf {
+        self.links().join(name)
+    }
+
+    fn steer(&self, cookie: u64) -> PathBuf {
+        self.link(&format!("steer-{cookie:x}"))
+    }
+
+    /// Whether anything is installed.
+    pub fn exist(&self) -> bool {
+        self.layout().exists()
+    }
+
+    /// Keeps other agents and `unload` away for as long as the result lives.
+    ///
+    /// # Errors
+    /// Where another process has it, or the directory can't be made.
+    pub fn lock(&self) -> Result<Flock<File>> {
+        fs::create_dir_all(&self.root)
+            .with_context(|| format!("cannot create {}", self.root.display()))?;
+        let dir = File::open(&self.root)
+            .with_context(|| format!("cannot open {}", self.root.display()))?;
+        Flock::lock(dir, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+            anyhow!(errno).context(format!(
+                "another sidestep process works on {}: stop it first",
+                self.root.display()
+            ))
+        })
+    }
+}
+
+/// What the kernel's maps say about an enrolled pod.
+#[derive(Debug, Clone)]
+pub struct Enrolled {
+    /// Network namespace cookie.
+    pub cookie: u64,
+    /// Name, uid and namespace path.
+    pub record: Record,
+    /// Name of the mesh.
+    pub mesh: &'static str,
+    /// The addresses whose families are captured.
+    pub captured: Vec<IpAddr>,
+    /// Whether the inbound program is linked to a namespace that still exists.
+    pub inbound: bool,
+    /// Inbound listeners that are known.
+    pub listeners: usize,
+}
+
+/// A hook of the node and whether it is in force.
+#[derive(Debug, Clone)]
+pub struct HookState {
+    /// Name of the program.
+    pub name: &'static str,
+    /// Attached to a cgroup that still exists.
+    pub attached: bool,
+    /// That cgroup's id (its inode number), 0 where not attached.
+    pub cgroup_id: u64,
+}
+
+/// The loaded programs and the pinned maps: what the agent writes to.
+pub struct Dataplane {
+    skel: skel::SidestepSkel<'static>,
+    pins: Pins,
+}
+
+impl Dataplane {
+    /// Loads the programs, with the pinned maps where there are any; attaches nothing.
+    ///
+    /// # Errors
+    /// Where the kernel refuses a program, or a pinned map has another layout.
+    pub fn load(pins: &Pins) -> Result<Self> {
+        fs::create_dir_all(pins.maps())
+            .and_then(|()| fs::create_dir_all(pins.links()))
+            .with_context(|| format!("cannot create {}", pins.layout().display()))?;
+        let mut open = open_node()?;
+        for mut map in open.open_object_mut().maps_mut() {
+            let name = map.name().to_string_lossy().into_owned();
+            if !name.contains('.') {
+                map.set_pin_path(pins.map(&name))
+                    .with_context(|| format!("cannot pin map {name}"))?;
+            }
+        }
+        let skel = open.load().context(
+            "the kernel refused the eBPF programs or maps: `sidestep check` tells what it lacks",
+        )?;
+        Ok(Self { skel, pins: pins.clone() })
+    }
+
+    /// Puts the loaded programs in force on the cgroup: a hook that is there already is switched
+    /// over in one step, so that no connection finds it missing.
+    ///
+    /// # Errors
+    /// Where the kernel refuses to attach.
+    pub fn attach(&mut self, cgroup: &Cgroup) -> Result<()> {
+        for hook in HOOKS.iter().filter(|hook| hook.attach == Attach::Cgroup) {
+            self.attach_hook(hook, cgroup)
+                .with_context(|| format!("cannot attach {} to {cgroup}", hook.program))?;
+        }
+        Ok(())
+    }
+
+    fn attach_hook(&mut self, hook: &Hook, cgroup: &Cgroup) -> Result<()> {
+        let pin = self.pins.link(hook.program);
+        let program = self
+            .skel
+            .object_mut()
+            .progs_mut()
+            .find(|program| program.name() == hook.program)
+            .context("no such program")?;
+        if pin.exists() {
+            let mut link = Link::open(&pin).context("cannot open its pinned link")?;
+            if cgroup_of(&link)? == cgroup.id() {
+                return link.update_prog(&program).context("cannot switch its program over");
+            }
+        }
+        // The new one first: two hooks for a moment do no harm, none would.
+        let mut link = program.attach_cgroup(cgroup.as_raw_fd())?;
+        let fresh = self.pins.link(&format!("{}-new", hook.program));
+        let _ = fs::remove_file(&fresh);
+        link.pin(&fresh)?;
+        fs::rename(&fresh, &pin).context("cannot pin its link")?;
+        Ok(())
+    }
+
+    /// The sizes of the maps.
+    pub fn limits(&self) -> Limits {
+        let maps = &self.skel.maps;
+        Limits {
+            pods: maps.pods.max_entries() as usize,
+            locals: maps.locals.max_entries() as usize,
+            port_rules: maps.port_rules.max_entries() as usize,
+            cidr_rules: maps.cidr_rules.max_entries() as usize,
+        }
+    }
+
+    /// Which pod has which namespace, by cookie.
+    ///
+    /// # Errors
+    /// Where the map can't be read.
+    pub fn records(&self) -> Result<BTreeMap<u64, Record>> {
+        records(&self.skel.maps.pod_records)
+    }
+
+    /// Makes the maps hold what is desired: additions before the pods that need them, removals
+    /// after. Says how many entries were written and deleted.
+    ///
+    /// # Errors
+    /// Where a map can't be read or written, named.
+    pub fn apply(&mut self, desired: &Desired) -> Result<(usize, usize)> {
+        let (mut pods, mut records) = (Entries::new(), Entries::new());
+        for (cookie, (row, record)) in &desired.pods {
+            pods.extend([maps::entry(cookie, &wire::pod_of(row))]);
+            records.extend([maps::entry(cookie, &wire::record_of(record)?)]);
+        }
+        let locals = desired.locals.iter();
+        let locals = locals.map(|(cookie, ip)| maps::entry(&wire::local_of(*cookie, *ip), &1u8));
+        let ports = desired.port_rules.iter().map(|r| maps::entry(&wire::port_key(r), &1u8));
+        let cidrs = desired.cidr_rules.iter().map(|r| maps::entry(&wire::cidr_key(r), &1u8));
+
+        let kernel = &self.skel.maps;
+        // In the order of writing; deletes go the other way round.
+        let plan: [(_, Diff); 5] = [
+            (&kernel.locals, maps::diff(&maps::read(&kernel.locals)?, locals.collect())),
+            (&kernel.port_rules, maps::diff(&maps::read(&kernel.port_rules)?, ports.collect())),
+            (&kernel.cidr_rules, maps::diff(&maps::read(&kernel.cidr_rules)?, cidrs.collect())),
+            (&kernel.pod_records, maps::diff(&maps::read(&kernel.pod_records)?, records)),
+            (&kernel.pods, maps::diff(&maps::read(&kernel.pods)?, pods)),
+        ];
+        for (map, diff) in &plan {
+            maps::upsert(*map, diff)?;
+        }
+        // An inbound program without its pod's row would pass everything: it goes first.
+        for cookie in steered(&self.pins)? {
+            if !desired.pods.contains_key(&cookie) {
+                self.remove_inbound(cookie)?;
+            }
+        }
+        for (map, diff) in plan.iter().rev() {
+            maps::delete(*map, diff)?;
+        }
+        Ok(plan.iter().fold((0, 0), |(written, deleted), (_, diff)| {
+            (written + diff.upserts.len(), deleted + diff.deletes.len())
+        }))
+    }
+
+    /// Links this build's inbound program to a pod's namespace; one that is there already is
+    /// switched over in one step.
+    ///
+    /// # Errors
+    /// Where the kernel refuses to load or to attach.
+    pub fn attach_inbound(&self, cookie: u64, netns: &Netns) -> Result<()> {
+        let mut storage = MaybeUninit::uninit();
+        let mut open = skel_inbound::InboundSkelBuilder::default().open(&mut storage)?;
+        open.maps.rodata_data.as_mut().context("the inbound object has no rodata")?.netns_cookie =
+            cookie;
+        for mut map in open.open_object_mut().maps_mut() {
+            let name = map.name().to_string_lossy().into_owned();
+            if !name.contains('.') {
+                map.reuse_pinned_map(self.pins.map(&name))
+                    .with_context(|| format!("cannot share map {name}"))?;
+            }
+        }
+        let skel = open.load().context("the kernel refused the inbound program")?;
+        let pin = self.pins.steer(cookie);
+        if pin.exists() {
+            let mut link = Link::open(&pin)?;
+            if netns_of(&link)? != 0 {
+                return Ok(link.update_prog(&skel.progs.steer)?);
+            }
+            fs::remove_file(&pin)?;
+        }
+        let mut link = skel.progs.steer.attach_netns(netns.as_raw_fd())?;
+        link.pin(&pin)?;
+        Ok(())
+    }
+
+    fn remove_inbound(&self, cookie: u64) -> Result<()> {
+        remove_link(&self.pins.steer(cookie))
+    }
+
+    /// Whether the namespace with this cookie, which has an inbound program, still exists.
+    pub fn netns_lives(&self, cookie: u64) -> bool {
+        steer_lives(&self.pins, cookie)
+    }
+
+    /// Records the pod's inbound listeners that the hooks did not see, unless one is known.
+    ///
+    /// # Errors
+    /// Where the namespace can't be entered, or the iterator fails.
+    pub fn find_listeners(&self, cookie: u64, netns: &Netns, in_port: u16) -> Result<()> {
+        if listeners(&self.skel.maps.listeners, cookie, in_port) > 0 {
+            return Ok(());
+        }
+        let link = self.skel.progs.find_listeners.attach()?;
+        netns.inside(|| -> Result<()> {
+            // Reading it to the end is what runs the program.
+            let mut output = Vec::new();
+            Iter::new(&link)?.read_to_end(&mut output)?;
+            Ok(())
+        })?
+    }
+
+    /// The kernel's events.
+    ///
+    /// # Errors
+    /// Where the ring can't be mapped; panics outside a tokio runtime.
+    pub fn events(&self) -> Result<Events> {
+        let seen = Rc::new(RefCell::new(BTreeSet::new()));
+        let mut builder = RingBufferBuilder::new();
+        let sink = Rc::clone(&seen);
+        builder.add(&self.skel.maps.events, move |bytes| {
+            if let Ok(event) = wire::from_bytes::<wire::event>(bytes)
+                && event.kind.0 == wire::event_kind::EVENT_NO_LISTENER.0
+            {
+                sink.borrow_mut().insert(event.netns);
+            }
+            0
+        })?;
+        Events::new(builder.build()?, seen)
+    }
+}
+
+/// Pods whose proxy was looked for in vain.
+pub struct Events {
+    ring: RingBuffer<'static>,
+    seen: Rc<RefCell<BTreeSet<u64>>>,
+    ready: AsyncFd<OwnedFd>,
+}
+
+impl Events {
+    fn new(ring: RingBuffer<'static>, seen: Rc<RefCell<BTreeSet<u64>>>) -> Result<Self> {
+        // SAFETY: the ring owns the descriptor and outlives the borrow.
+        let fd = unsafe { BorrowedFd::borrow_raw(ring.epoll_fd()) };
+        let fd = fd.try_clone_to_owned().context("cannot duplicate the ring's descriptor")?;
+        // SAFETY: the descriptor is owned by the result, which closes it only when dropped.
+        let ready = unsafe { AsyncFd::register(fd) }?;
+        Ok(Self { ring, seen, ready })
+    }
+
+    /// Waits for events; the cookies of the pods that they are about.
+    ///
+    /// # Errors
+    /// Where the ring can't be read.
+    pub async fn next(&self) -> Result<BTreeSet<u64>> {
+        self.ready.readable().await?.clear_ready();
+        self.ring.consume()?;
+        Ok(self.seen.take())
+    }
+}
+
+fn open_node() -> Result<skel::OpenSidestepSkel<'static>> {
+    // A skeleton borrows its object; there is one for the life of the process.
+    let storage = Box::leak(Box::new(MaybeUninit::uninit()));
+    Ok(skel::SidestepSkelBuilder::default().open(storage)?)
+}
+
+/// Loads every program and map once, unpinned and unattached, and drops them: the kernel's own
+/// word on whether it can run this build.
+///
+/// # Errors
+/// The kernel's refusal, with the verifier's last lines.
+pub fn try_load() -> Result<()> {
+    let mut storage = MaybeUninit::uninit();
+    skel::SidestepSkelBuilder::default().open(&mut storage)?.load()?;
+    let mut storage = MaybeUninit::uninit();
+    skel_inbound::InboundSkelBuilder::default().open(&mut storage)?.load()?;
+    Ok(())
+}
+
+/// Asks the kernel for each program type, map type and helper that the programs need:
+/// `(what, whether it is there)`.
+pub fn probe() -> Vec<(String, bool)> {
+    let mut found = Vec::new();
+    let mut kinds: Vec<String> = Vec::new();
+    // The library's probe for tracing programs needs a right that iterators don't: loading tells.
+    for hook in HOOKS.iter().filter(|hook| hook.attach != Attach::Iterator) {
+        let kind = format!("{:?}", hook.kind);
+        if !kinds.contains(&kind) {
+            found.push((
+                format!("program type {kind}"),
+                hook.kind.is_supported().unwrap_or(false),
+            ));
+            kinds.push(kind);
+        }
+    }
+    for (kind, name) in hooks::MAP_TYPES {
+        found.push((format!("map type {name}"), kind.is_supported().unwrap_or(false)));
+    }
+    for hook in HOOKS {
+        for (id, name) in hook.helpers {
+            let what = format!("helper {name} in {:?} programs", hook.kind);
+            if !found.iter().any(|(known, _)| *known == what) {
+                found.push((what, hook.kind.is_helper_supported(*id).unwrap_or(false)));
+            }
+        }
+    }
+    found
+}
+
+/// The enrolled pods, from the pins alone: no agent is needed.
+///
+/// # Errors
+/// Where a pinned map can't be read.
+pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
+    let open = |name: &str| {
+        MapHandle::from_pinned_path(pins.map(name))
+            .with_context(|| format!("cannot open map {}", pins.map(name).display()))
+    };
+    let (pods, listening) = (open("pods")?, open("listeners")?);
+    let records = records(&open("pod_records")?)?;
+    let rows = maps::read_as::<u64, wire::pod>(&pods)?;
+    Ok(rows
+        .into_iter()
+        .map(|(cookie, row)| Enrolled {
+            cookie,
+            record: records.get(&cookie).cloned().unwrap_or_default(),
+            mesh: mesh::by_index(row.mesh).map_or("unknown", |mesh| mesh.name),
+            captured: [row.ip4, row.ip6]
+                .into_iter()
+                .filter(|address| address.w != [0; 4])
+                .map(IpAddr::from)
+                .collect(),
+            inbound: steer_lives(pins, cookie),
+            listeners: listeners(&listening, cookie, row.in_port),
+        })
+        .collect())
+}
+
+/// The node's hooks, from the pins alone.
+pub fn hook_states(pins: &Pins) -> Vec<HookState> {
+    HOOKS
+        .iter()
+        .filter(|hook| hook.attach == Attach::Cgroup)
+        .map(|hook| {
+            let link = Link::open(pins.link(hook.program)).map_err(anyhow::Error::from);
+            let cgroup_id = link.and_then(|link| cgroup_of(&link)).unwrap_or(0);
+            HookState { name: hook.program, attached: cgroup_id != 0, cgroup_id }
+        })
+        .collect()
+}
+
+/// The kernel's counters, by mesh and name, summed over the processors.
+///
+/// # Errors
+/// Where the pinned map can't be read.
+pub fn counters(pins: &Pins) -> Result<BTreeMap<&'static str, BTreeMap<&'static str, u64>>> {
+    let map = MapHandle::from_pinned_path(pins.map("counters")).context("no counters map")?;
+    let mut all = BTreeMap::new();
+    for mesh in mesh::MESHES {
+        let mut of_mesh = BTreeMap::new();
+        for (n, name) in COUNTERS.iter().enumerate() {
+            let index = u32::from(mesh.index) * COUNTERS.len() as u32 + n as u32;
+            let values = map
+                .lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)?
+                .with_context(|| format!("no counter {name}"))?;
+            let sum = values.iter().map(|v| wire::from_bytes::<u64>(v)).sum::<Result<u64>>()?;
+            of_mesh.insert(*name, sum);
+        }
+        all.insert(mesh.name, of_mesh);
+    }
+    Ok(all)
+}
+
+/// Takes every link, program and map of any layout away. Says how many pins there were.
+///
+/// # Errors
+/// Where a pin can't be removed.
+pub fn unload(pins: &Pins) -> Result<usize> {
+    let mut removed = 0;
+    for layout in children(&pins.root)? {
+        // Links first: a program without its map's contents would decide wrongly.
+        for link in children(&layout.join("links"))? {
+            remove_link(&link)?;
+            removed += 1;
+        }
+        for map in children(&layout.join("maps"))? {
+            fs::remove_file(&map).with_context(|| format!("cannot remove {}", map.display()))?;
+            removed += 1;
+        }
+        for dir in [layout.join("links"), layout.join("maps"), layout] {
+            if dir.exists() {
+                fs::remove_dir(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+            }
+        }
+    }
+    if pins.root.exists() {
+        fs::remove_dir(&pins.root)
+            .with_context(|| format!("cannot remove {}", pins.root.display()))?;
+    }
+    Ok(removed)
+}
+
+/// A directory's entries; none where there is no directory.
+fn children(dir: &Path) -> Result<Vec<PathBuf>> {
+    if !dir.exists() {
+        return Ok(Vec::new());
+    }
+    fs::read_dir(dir)
+        .and_then(|entries| entries.map(|entry| entry.map(|e| e.path())).collect())
+        .with_context(|| format!("cannot read {}", dir.display()))
+}
+
+fn remove_link(pin: &Path) -> Result<()> {
+    let link = Link::open(pin).with_context(|| format!("cannot open {}", pin.display()))?;
+    // Detached at once, whoever else still holds it; fails where its target is gone already.
+    let _ = link.detach();
+    fs::remove_file(pin).with_context(|| format!("cannot remove {}", pin.display()))
+}
+
+/// The cookies of the namespaces with a pinned inbound link.
+fn steered(pins: &Pins) -> Result<Vec<u64>> {
+    Ok(children(&pins.links())?
+        .iter()
+        .filter_map(|path| path.file_name()?.to_str()?.strip_prefix("steer-"))
+        .filter_map(|cookie| u64::from_str_radix(cookie, 16).ok())
+        .collect())
+}
+
+fn steer_lives(pins: &Pins, cookie: u64) -> bool {
+    let link = Link::open(pins.steer(cookie)).map_err(anyhow::Error::from);
+    link.and_then(|link| netns_of(&link)).is_ok_and(|ino| ino != 0)
+}
+
+fn records(map: &impl MapCore) -> Result<BTreeMap<u64, Record>> {
+    let records = maps::read_as::<u64, wire::pod_record>(map)?;
+    Ok(records.into_iter().map(|(cookie, record)| (cookie, Record::from(&record))).collect())
+}
+
+/// How many inbound listeners of a pod are recorded.
+fn listeners(map: &impl MapCore, cookie: u64, port: u16) -> usize {
+    [libc::AF_INET, libc::AF_INET6]
+        .into_iter()
+        .flat_map(|family| (0..LISTENER_SLOTS).map(move |slot| (family as u16, slot)))
+        .filter(|(family, slot)| {
+            let key = wire::listener_key { netns: cookie, family: *family, port, slot: *slot };
+            matches!(map.lookup(wire::as_bytes(&key), MapFlags::ANY), Ok(Some(_)))
+        })
+        .count()
+}
+
+/// The id of the cgroup that a link is attached to; 0: that cgroup is gone.
+fn cgroup_of(link: &Link) -> Result<u64> {
+    match link.info()?.info {
+        LinkTypeInfo::Cgroup(info) => Ok(info.cgroup_id),
+        other => bail!("a link of another kind is pinned there: {other:?}"),
+    }
+}
+
+/// The inode of the network namespace that a link is attached to; 0: it is gone.
+fn netns_of(link: &Link) -> Result<u32> {
+    match link.info()?.info {
+        LinkTypeInfo::NetNs(info) => Ok(info.ino),
+        other => bail!("a link of another kind is pinned there: {other:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_program_has_its_row_and_every_row_its_program() {
+        let mut storage = MaybeUninit::uninit();
+        let node = skel::SidestepSkelBuilder::default().open(&mut storage).expect("opens");
+        let mut storage = MaybeUninit::uninit();
+        let pod = skel_inbound::InboundSkelBuilder::default().open(&mut storage).expect("opens");
+        let programs = |object: &libbpf_rs::OpenObject| -> BTreeSet<String> {
+            object.progs().map(|p| p.name().to_string_lossy().into_owned()).collect()
+        };
+        let rows = |netns: bool| -> BTreeSet<String> {
+            let hooks = HOOKS.iter().filter(|hook| (hook.attach == Attach::Netns) == netns);
+            hooks.map(|hook| hook.program.to_owned()).collect()
+        };
+        assert_eq!(programs(node.open_object()), rows(false));
+        assert_eq!(programs(pod.open_object()), rows(true));
+    }
+
+    #[test]
+    fn map_names_are_what_the_kernel_keeps() {
+        let mut storage = MaybeUninit::uninit();
+        let open = skel::SidestepSkelBuilder::default().open(&mut storage).expect("opens");
+        for map in open.open_object().maps() {
+            assert!(map.name().len() <= 15, "{:?} is cut at 15 bytes", map.name());
+        }
+        let counters = open.maps.counters.max_entries() as usize;
+        assert_eq!(counters % COUNTERS.len(), 0, "a counter without a name, or the reverse");
+        assert!(counters / COUNTERS.len() >= mesh::MESHES.len());
+    }
+}

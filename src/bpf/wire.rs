@@ -1,0 +1,214 @@
+//! The kernel's structs as bytes, and between them and the agent's own types.
+
+use std::{mem::size_of, net::IpAddr};
+
+use anyhow::{Result, ensure};
+
+pub(crate) use super::skel::types::{
+    addr, cidr_rule_key, listener_key, local_key, pod, pod_flag, pod_record, port_rule_key,
+    rule_set,
+};
+pub(crate) use super::skel_inbound::types::{event, event_kind};
+use crate::desired::{CidrRule, PodRow, PortRule, Record, RuleSet};
+
+/// A map's key or value.
+///
+/// # Safety
+/// The type is `repr(C)`, without padding, and every bit pattern is a valid value of it.
+pub(crate) unsafe trait Wire: Copy {}
+
+// SAFETY: plain integers.
+unsafe impl Wire for u8 {}
+// SAFETY: plain integers.
+unsafe impl Wire for u64 {}
+// SAFETY: types.h asserts the size that the fields add up to; all fields are integers, or enums
+// that the skeleton makes a transparent u32.
+unsafe impl Wire for pod {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for local_key {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for port_rule_key {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for cidr_rule_key {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for listener_key {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for pod_record {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for event {}
+
+pub(crate) fn as_bytes<T: Wire>(value: &T) -> &[u8] {
+    // SAFETY: a Wire type has no padding, so all of its bytes are initialised.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+pub(crate) fn from_bytes<T: Wire>(bytes: &[u8]) -> Result<T> {
+    ensure!(
+        bytes.len() == size_of::<T>(),
+        "the kernel gave {} bytes for a {} of {}",
+        bytes.len(),
+        std::any::type_name::<T>(),
+        size_of::<T>()
+    );
+    // SAFETY: the length was checked, any bit pattern is valid, and the read may be unaligned.
+    Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
+
+impl From<IpAddr> for addr {
+    fn from(ip: IpAddr) -> Self {
+        let v6 = match ip {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+            IpAddr::V6(v6) => v6,
+        };
+        let mut w = [0; 4];
+        for (word, octets) in w.iter_mut().zip(v6.octets().chunks_exact(4)) {
+            *word = u32::from_ne_bytes([octets[0], octets[1], octets[2], octets[3]]);
+        }
+        Self { w }
+    }
+}
+
+impl From<addr> for IpAddr {
+    fn from(addr: addr) -> Self {
+        let mut octets = [0; 16];
+        for (bytes, word) in octets.chunks_exact_mut(4).zip(addr.w) {
+            bytes.copy_from_slice(&word.to_ne_bytes());
+        }
+        std::net::Ipv6Addr::from(octets).to_canonical()
+    }
+}
+
+fn halves(cookie: u64) -> [u32; 2] {
+    [cookie as u32, (cookie >> 32) as u32]
+}
+
+fn set_of(set: RuleSet) -> rule_set {
+    match set {
+        RuleSet::OutExcludePorts => rule_set::OUT_EXCLUDE_PORTS,
+        RuleSet::OutIncludePorts => rule_set::OUT_INCLUDE_PORTS,
+        RuleSet::InExcludePorts => rule_set::IN_EXCLUDE_PORTS,
+        RuleSet::InIncludePorts => rule_set::IN_INCLUDE_PORTS,
+        RuleSet::OutExcludeCidrs => rule_set::OUT_EXCLUDE_CIDRS,
+        RuleSet::OutIncludeCidrs => rule_set::OUT_INCLUDE_CIDRS,
+        RuleSet::InExcludeCidrs => rule_set::IN_EXCLUDE_CIDRS,
+    }
+}
+
+/// Bits in front of the port or the address in a rule's key: the set and the cookie.
+const RULE_BITS: u32 = 96;
+
+pub(crate) fn port_key(rule: &PortRule) -> port_rule_key {
+    port_rule_key {
+        prefixlen: RULE_BITS + u32::from(rule.bits),
+        set: set_of(rule.set),
+        netns: halves(rule.cookie),
+        port: rule.port.to_be(),
+        pad: 0,
+    }
+}
+
+pub(crate) fn cidr_key(rule: &CidrRule) -> cidr_rule_key {
+    cidr_rule_key {
+        prefixlen: RULE_BITS + u32::from(rule.net.prefix_len()),
+        set: set_of(rule.set),
+        netns: halves(rule.cookie),
+        addr: IpAddr::V6(rule.net.network()).into(),
+    }
+}
+
+pub(crate) fn local_of(cookie: u64, ip: IpAddr) -> local_key {
+    local_key { netns: cookie, addr: ip.into() }
+}
+
+pub(crate) fn pod_of(row: &PodRow) -> pod {
+    let flags = [
+        (row.ip4.is_some(), pod_flag::POD_CAPTURE_V4),
+        (row.ip6.is_some(), pod_flag::POD_CAPTURE_V6),
+        (row.gid_exempt, pod_flag::POD_GID_EXEMPT),
+        (row.self_inbound, pod_flag::POD_SELF_INBOUND),
+        (row.out_all, pod_flag::POD_OUT_ALL),
+        (row.in_all, pod_flag::POD_IN_ALL),
+    ];
+    let address = |ip: Option<IpAddr>| ip.map(addr::from).unwrap_or_default();
+    pod {
+        proxy_uid: row.proxy_uid,
+        proxy_gid: row.proxy_gid,
+        flags: pod_flag(flags.iter().filter(|(on, _)| *on).fold(0, |all, (_, flag)| all | flag.0)),
+        sets: row.sets.iter().fold(0, |all, set| all | 1 << set_of(*set).0),
+        ip4: address(row.ip4.map(IpAddr::V4)),
+        ip6: address(row.ip6.map(IpAddr::V6)),
+        out_port: row.out_port,
+        in_port: row.in_port,
+        hbone_port: row.hbone_port,
+        mesh: row.mesh,
+    }
+}
+
+fn text<const N: usize>(what: &str, text: &str) -> Result<[u8; N]> {
+    ensure!(text.len() <= N, "{what} {text:?} is longer than {N} bytes");
+    let mut bytes = [0; N];
+    bytes[..text.len()].copy_from_slice(text.as_bytes());
+    Ok(bytes)
+}
+
+fn untext(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+/// Fails when a field is too long for the kernel's record.
+pub(crate) fn record_of(record: &Record) -> Result<pod_record> {
+    Ok(pod_record {
+        pod: text("pod name", &record.pod)?,
+        uid: text("pod uid", &record.uid)?,
+        netns: text("network namespace path", &record.netns.to_string_lossy())?,
+    })
+}
+
+impl From<&pod_record> for Record {
+    fn from(record: &pod_record) -> Self {
+        Self {
+            pod: untext(&record.pod),
+            uid: untext(&record.uid),
+            netns: untext(&record.netns).into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn addresses_survive_the_kernels_form(ip: IpAddr) {
+            let back: IpAddr = addr::from(ip).into();
+            prop_assert_eq!(back, ip.to_canonical());
+        }
+
+        #[test]
+        fn records_survive_the_kernels_form(pod in "[a-z0-9./-]{1,320}", uid in "[a-f0-9-]{0,64}") {
+            let record = Record { pod, uid, netns: "/run/netns/x".into() };
+            let wire = record_of(&record).expect("fits");
+            prop_assert_eq!(Record::from(&wire), record);
+        }
+    }
+
+    #[test]
+    fn a_record_that_is_too_long_is_refused_by_name() {
+        let record = Record { pod: "x".repeat(321), ..Record::default() };
+        let error = record_of(&record).expect_err("too long").to_string();
+        assert!(error.contains("pod name") && error.contains("320"), "{error}");
+    }
+
+    #[test]
+    fn bytes_are_the_structs_own() {
+        let key = local_of(7, IpAddr::from([10, 0, 0, 1]));
+        let bytes = as_bytes(&key);
+        assert_eq!(bytes[..8], 7u64.to_ne_bytes());
+        assert_eq!(bytes[18..], [0xff, 0xff, 10, 0, 0, 1]);
+        assert!(from_bytes::<local_key>(&bytes[1..]).is_err());
+    }
+}

@@ -1,0 +1,518 @@
+//! Facts -> the exact contents that the node's maps should have. Pure: no kernel, no API.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::PathBuf,
+};
+
+use ipnet::{IpNet, Ipv6Net};
+use thiserror::Error;
+
+use crate::facts::{PodFacts, PortRange, Ports, Ranges};
+
+/// What an enrolled pod's network namespace says about itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetnsFacts {
+    /// Where the namespace is found.
+    pub path: PathBuf,
+    /// The kernel's identity of the namespace; never reused while the machine runs.
+    pub cookie: u64,
+    /// Addresses of global scope on its interfaces.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// A pod with its namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Candidate {
+    /// What the Pod object says.
+    pub facts: PodFacts,
+    /// What the namespace says.
+    pub netns: NetnsFacts,
+}
+
+/// Which list a rule belongs to; `enum rule_set` of bpf/types.h.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RuleSet {
+    /// Destination ports never captured outbound.
+    OutExcludePorts,
+    /// Destination ports captured outbound.
+    OutIncludePorts,
+    /// Ports of the pod never captured inbound.
+    InExcludePorts,
+    /// Ports of the pod captured inbound.
+    InIncludePorts,
+    /// Destinations never captured outbound.
+    OutExcludeCidrs,
+    /// Destinations captured outbound.
+    OutIncludeCidrs,
+    /// Sources never captured inbound.
+    InExcludeCidrs,
+}
+
+/// The row of the kernel's `pods` map; see `struct pod` of bpf/types.h.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodRow {
+    /// The sidecar's user.
+    pub proxy_uid: u32,
+    /// The sidecar's group.
+    pub proxy_gid: u32,
+    /// The pod's IPv4 address; none: IPv4 is not captured.
+    pub ip4: Option<Ipv4Addr>,
+    /// The pod's IPv6 address; none: IPv6 is not captured.
+    pub ip6: Option<Ipv6Addr>,
+    /// The sidecar's group is exempt as well.
+    pub gid_exempt: bool,
+    /// The sidecar's calls to its own pod go to the inbound listener.
+    pub self_inbound: bool,
+    /// Every outbound connection is included.
+    pub out_all: bool,
+    /// Every inbound connection is included.
+    pub in_all: bool,
+    /// The lists that have entries.
+    pub sets: BTreeSet<RuleSet>,
+    /// The sidecar's outbound listener.
+    pub out_port: u16,
+    /// The sidecar's inbound listener.
+    pub in_port: u16,
+    /// Port never redirected from the sidecar to its own pod; 0: none.
+    pub hbone_port: u16,
+    /// Index into the counters.
+    pub mesh: u16,
+}
+
+/// What userspace remembers about an enrolled pod, beside its row.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Record {
+    /// `namespace/name`.
+    pub pod: String,
+    /// `metadata.uid`.
+    pub uid: String,
+    /// Path of the network namespace.
+    pub netns: PathBuf,
+}
+
+/// An aligned power-of-two range of ports: all that share the first `bits` bits with `port`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PortRule {
+    /// The pod.
+    pub cookie: u64,
+    /// The list.
+    pub set: RuleSet,
+    /// First port of the range.
+    pub port: u16,
+    /// 16 for one port, 0 for all.
+    pub bits: u8,
+}
+
+/// An address range, IPv4 in v4-mapped form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct CidrRule {
+    /// The pod.
+    pub cookie: u64,
+    /// The list.
+    pub set: RuleSet,
+    /// The range; its host bits are zero.
+    pub net: Ipv6Net,
+}
+
+/// Everything that the maps should hold.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Desired {
+    /// By network namespace cookie.
+    pub pods: BTreeMap<u64, (PodRow, Record)>,
+    /// The pods' own addresses.
+    pub locals: BTreeSet<(u64, IpAddr)>,
+    /// Port lists.
+    pub port_rules: BTreeSet<PortRule>,
+    /// Address lists.
+    pub cidr_rules: BTreeSet<CidrRule>,
+    /// Pods that are not enrolled, and why.
+    pub refused: Vec<(String, Refusal)>,
+}
+
+/// Why a pod with valid facts can't be enrolled.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Refusal {
+    /// A pod's namespace can't be the node's own: every process of the node would be captured.
+    #[error("network namespace {0} is the host's own; a hostNetwork pod is never enrolled")]
+    HostNetns(PathBuf),
+    /// Two pods name the same namespace.
+    #[error("network namespace {netns} is already claimed by pod {owner}")]
+    Claimed {
+        /// The namespace.
+        netns: PathBuf,
+        /// The pod that has it.
+        owner: String,
+    },
+    /// Nothing to intercept.
+    #[error("no IP address in status.podIPs nor in network namespace {0}")]
+    NoAddress(PathBuf),
+    /// The kernel's maps are full.
+    #[error("the {map} map is full: {limit} entries")]
+    Full {
+        /// The map.
+        map: &'static str,
+        /// Its size.
+        limit: usize,
+    },
+}
+
+/// The sizes of the kernel's maps.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Pods.
+    pub pods: usize,
+    /// Addresses of all pods.
+    pub locals: usize,
+    /// Port rules of all pods.
+    pub port_rules: usize,
+    /// Address rules of all pods.
+    pub cidr_rules: usize,
+}
+
+/// The passthrough source that Istio's init puts on the pod's lo for IPv6.
+pub const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
+
+/// What the maps should hold for these pods.
+///
+/// `host` are the cookies of the namespaces that can't be a pod's; `owners` says which pod (as
+/// `namespace/name`) has a namespace now: of two pods that claim one, the owner keeps it, and
+/// where there is none, the first by name gets it.
+pub fn desired(
+    candidates: &[Candidate],
+    host: &BTreeSet<u64>,
+    owners: &BTreeMap<u64, String>,
+    limits: &Limits,
+) -> Desired {
+    let mut sorted: Vec<&Candidate> = candidates.iter().collect();
+    sorted.sort_by_cached_key(|c| {
+        let owns = owners.get(&c.netns.cookie) == Some(&c.facts.name);
+        (!owns, c.facts.name.clone())
+    });
+    let mut out = Desired::default();
+    for candidate in sorted {
+        if let Err(refusal) = enrol(&mut out, candidate, host, limits) {
+            out.refused.push((candidate.facts.name.clone(), refusal));
+        }
+    }
+    out
+}
+
+fn enrol(
+    out: &mut Desired,
+    Candidate { facts, netns }: &Candidate,
+    host: &BTreeSet<u64>,
+    limits: &Limits,
+) -> Result<(), Refusal> {
+    let cookie = netns.cookie;
+    if host.contains(&cookie) {
+        return Err(Refusal::HostNetns(netns.path.clone()));
+    }
+    if let Some((_, owner)) = out.pods.get(&cookie) {
+        return Err(Refusal::Claimed { netns: netns.path.clone(), owner: owner.pod.clone() });
+    }
+    let ips = if facts.ips.is_empty() { &netns.addresses } else { &facts.ips };
+    let first = ips.first().ok_or_else(|| Refusal::NoAddress(netns.path.clone()))?;
+    let ip4 = ips.iter().find_map(|ip| match ip.to_canonical() {
+        IpAddr::V4(v4) => Some(v4),
+        IpAddr::V6(_) => None,
+    });
+    let ip6 = ips
+        .iter()
+        .find_map(|ip| match ip.to_canonical() {
+            IpAddr::V6(v6) => Some(v6),
+            IpAddr::V4(_) => None,
+        })
+        .filter(|_| facts.dual_stack || first.is_ipv6());
+
+    // A pod's own addresses: what it says, and what its namespace has beyond that.
+    let mut locals: BTreeSet<(u64, IpAddr)> =
+        facts.ips.iter().chain(&netns.addresses).map(|ip| (cookie, ip.to_canonical())).collect();
+    if ip6.is_some() {
+        locals.insert((cookie, PASSTHROUGH_V6.into()));
+    }
+
+    let mut rules = Rules { cookie, ..Rules::default() };
+    let policy = &facts.policy;
+    rules.ports(RuleSet::OutExcludePorts, &policy.exclude_outbound_ports);
+    rules.ports(RuleSet::OutIncludePorts, &policy.include_outbound_ports);
+    rules.ranges(RuleSet::OutExcludeCidrs, &policy.exclude_outbound_ranges);
+    let out_all = match &policy.include_outbound_ranges {
+        Ranges::All => true,
+        Ranges::Only(ranges) => {
+            rules.ranges(RuleSet::OutIncludeCidrs, ranges);
+            false
+        }
+    };
+    let in_all = match &policy.include_inbound_ports {
+        Ports::All => {
+            let exempt = facts.mesh.inbound_exempt.iter().chain(facts.mesh.inbound_excluded);
+            rules.ports(RuleSet::InExcludePorts, &exempt.copied().map(PortRange::one).collect());
+            rules.ports(RuleSet::InExcludePorts, &policy.exclude_inbound_ports);
+            true
+        }
+        Ports::Only(ports) => {
+            let exempt = facts.mesh.inbound_exempt;
+            rules.ports(RuleSet::InIncludePorts, &without(ports, exempt));
+            false
+        }
+    };
+
+    let full = |map, limit| Err(Refusal::Full { map, limit });
+    if out.pods.len() >= limits.pods {
+        return full("pods", limits.pods);
+    }
+    if out.locals.len() + locals.len() > limits.locals {
+        return full("locals", limits.locals);
+    }
+    if out.port_rules.len() + rules.ports.len() > limits.port_rules {
+        return full("port_rules", limits.port_rules);
+    }
+    if out.cidr_rules.len() + rules.cidrs.len() > limits.cidr_rules {
+        return full("cidr_rules", limits.cidr_rules);
+    }
+    let row = PodRow {
+        proxy_uid: facts.proxy_uid,
+        proxy_gid: facts.proxy_gid,
+        ip4,
+        ip6,
+        gid_exempt: facts.mesh.gid_exempt,
+        self_inbound: facts.mesh.self_inbound,
+        out_all,
+        in_all,
+        sets: rules.sets(),
+        out_port: facts.mesh.outbound_port,
+        in_port: facts.mesh.inbound_port,
+        hbone_port: facts.mesh.hbone_port,
+        mesh: facts.mesh.index,
+    };
+    let record =
+        Record { pod: facts.name.clone(), uid: facts.uid.clone(), netns: netns.path.clone() };
+    out.pods.insert(cookie, (row, record));
+    out.locals.extend(locals);
+    out.port_rules.extend(rules.ports);
+    out.cidr_rules.extend(rules.cidrs);
+    Ok(())
+}
+
+/// The rules of one pod.
+#[derive(Default)]
+struct Rules {
+    cookie: u64,
+    ports: BTreeSet<PortRule>,
+    cidrs: BTreeSet<CidrRule>,
+}
+
+impl Rules {
+    fn ports(&mut self, set: RuleSet, ranges: &BTreeSet<PortRange>) {
+        let cookie = self.cookie;
+        for range in ranges {
+            for (port, bits) in aligned(*range) {
+                self.ports.insert(PortRule { cookie, set, port, bits });
+            }
+        }
+    }
+
+    fn ranges(&mut self, set: RuleSet, ranges: &BTreeSet<IpNet>) {
+        for range in ranges {
+            self.cidrs.insert(CidrRule { cookie: self.cookie, set, net: mapped(*range) });
+        }
+    }
+
+    fn sets(&self) -> BTreeSet<RuleSet> {
+        self.ports.iter().map(|rule| rule.set).chain(self.cidrs.iter().map(|r| r.set)).collect()
+    }
+}
+
+/// The ports of `ranges` but for `exempt`.
+fn without(ranges: &BTreeSet<PortRange>, exempt: &[u16]) -> BTreeSet<PortRange> {
+    let mut left = ranges.clone();
+    for port in exempt.iter().copied() {
+        left = left
+            .into_iter()
+            .flat_map(|range| {
+                if !(range.first..=range.last).contains(&port) {
+                    return vec![range];
+                }
+                let below = (range.first < port)
+                    .then(|| PortRange { first: range.first, last: port - 1 });
+                let above =
+                    (port < range.last).then(|| PortRange { first: port + 1, last: range.last });
+                below.into_iter().chain(above).collect()
+            })
+            .collect();
+    }
+    left
+}
+
+/// A range as aligned powers of two, `(first port, prefix bits)`: at most 30 of them.
+fn aligned(range: PortRange) -> Vec<(u16, u8)> {
+    let mut parts = Vec::new();
+    let (mut next, end) = (u32::from(range.first), u32::from(range.last) + 1);
+    while next < end {
+        let align = if next == 0 { 16 } else { next.trailing_zeros().min(16) };
+        let fit = (end - next).ilog2();
+        let size = align.min(fit);
+        parts.push((next as u16, (16 - size) as u8));
+        next += 1 << size;
+    }
+    parts
+}
+
+/// A range in v4-mapped form, its host bits cleared.
+fn mapped(range: IpNet) -> Ipv6Net {
+    match range.trunc() {
+        IpNet::V4(v4) => Ipv6Net::new_assert(v4.addr().to_ipv6_mapped(), 96 + v4.prefix_len()),
+        IpNet::V6(v6) => v6,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{facts::Policy, mesh::ISTIO};
+
+    const LIMITS: Limits = Limits { pods: 4, locals: 64, port_rules: 64, cidr_rules: 64 };
+
+    fn candidate(name: &str, cookie: u64, ip: &str) -> Candidate {
+        let ip: IpAddr = ip.parse().expect("an address");
+        Candidate {
+            facts: PodFacts {
+                name: name.into(),
+                uid: format!("uid-{name}"),
+                mesh: &ISTIO,
+                proxy_uid: 1337,
+                proxy_gid: 1337,
+                ips: vec![ip],
+                dual_stack: false,
+                policy: Policy::default(),
+            },
+            netns: NetnsFacts {
+                path: format!("/run/netns/{name}").into(),
+                cookie,
+                addresses: vec![ip],
+            },
+        }
+    }
+
+    fn plain(candidates: &[Candidate]) -> Desired {
+        desired(candidates, &BTreeSet::new(), &BTreeMap::new(), &LIMITS)
+    }
+
+    #[test]
+    fn an_istio_pod_with_no_annotations() {
+        let out = plain(&[candidate("ns/a", 7, "10.0.0.7")]);
+        let (row, record) = &out.pods[&7];
+        assert_eq!((row.out_port, row.in_port, row.hbone_port), (15001, 15006, 15008));
+        assert!(row.out_all && row.in_all && row.gid_exempt && row.self_inbound);
+        assert_eq!((row.ip4, row.ip6), (Some([10, 0, 0, 7].into()), None));
+        assert_eq!(record.pod, "ns/a");
+        let exempt: Vec<u16> = out.port_rules.iter().map(|rule| rule.port).collect();
+        assert_eq!(exempt, [15008, 15020, 15021, 15090]);
+        assert!(out.port_rules.iter().all(|rule| rule.set == RuleSet::InExcludePorts));
+        assert_eq!(row.sets, BTreeSet::from([RuleSet::InExcludePorts]));
+    }
+
+    #[test]
+    fn ipv6_is_captured_where_istio_would() {
+        let mut dual = candidate("ns/a", 7, "10.0.0.7");
+        dual.facts.ips.push("fd00::7".parse().expect("an address"));
+        assert_eq!(plain(&[dual.clone()]).pods[&7].0.ip6, None, "second address, not dual stack");
+        dual.facts.dual_stack = true;
+        let out = plain(&[dual]);
+        assert!(out.pods[&7].0.ip6.is_some());
+        assert!(out.locals.contains(&(7, PASSTHROUGH_V6.into())));
+        assert!(plain(&[candidate("ns/b", 8, "fd00::8")]).pods[&8].0.ip6.is_some(), "v6 first");
+    }
+
+    #[test]
+    fn addresses_come_from_the_namespace_where_the_pod_names_none() {
+        let mut pod = candidate("ns/a", 7, "10.0.0.7");
+        pod.facts.ips.clear();
+        assert_eq!(plain(&[pod.clone()]).pods[&7].0.ip4, Some([10, 0, 0, 7].into()));
+        pod.netns.addresses.clear();
+        assert!(matches!(plain(&[pod]).refused[..], [(_, Refusal::NoAddress(_))]));
+    }
+
+    #[test]
+    fn the_hosts_own_namespace_is_refused() {
+        let pods = [candidate("ns/a", 7, "10.0.0.7"), candidate("ns/b", 8, "10.0.0.8")];
+        let out = desired(&pods, &BTreeSet::from([7]), &BTreeMap::new(), &LIMITS);
+        assert!(matches!(&out.refused[..], [(name, Refusal::HostNetns(_))] if name == "ns/a"));
+        assert!(out.pods.contains_key(&8), "the other pod goes on");
+    }
+
+    #[test]
+    fn of_two_pods_in_one_namespace_the_owner_keeps_it() {
+        let pods = [candidate("ns/a", 7, "10.0.0.7"), candidate("ns/b", 7, "10.0.0.7")];
+        assert_eq!(plain(&pods).pods[&7].1.pod, "ns/a");
+        let owners = BTreeMap::from([(7, "ns/b".to_owned())]);
+        let out = desired(&pods, &BTreeSet::new(), &owners, &LIMITS);
+        assert_eq!(out.pods[&7].1.pod, "ns/b");
+        assert!(
+            matches!(&out.refused[..], [(a, Refusal::Claimed { owner, .. })] if a == "ns/a" && owner == "ns/b")
+        );
+    }
+
+    #[test]
+    fn a_full_map_is_a_refusal() {
+        let pods: Vec<_> =
+            (1..=5).map(|n| candidate(&format!("ns/{n}"), n, &format!("10.0.0.{n}"))).collect();
+        let out = plain(&pods);
+        assert_eq!(out.pods.len(), 4);
+        assert!(matches!(
+            out.refused[..],
+            [(_, Refusal::Full { map: "pods", limit: 4 })]
+        ));
+    }
+
+    #[test]
+    fn included_inbound_ports_leave_the_exempt_one_out() {
+        let mut pod = candidate("ns/a", 7, "10.0.0.7");
+        pod.facts.policy.include_inbound_ports =
+            Ports::Only([PortRange { first: 15007, last: 15009 }].into());
+        let out = plain(&[pod]);
+        let ports: Vec<_> = out.port_rules.iter().map(|rule| (rule.port, rule.set)).collect();
+        assert_eq!(ports, [(15007, RuleSet::InIncludePorts), (15009, RuleSet::InIncludePorts)]);
+        assert!(!out.pods[&7].0.in_all);
+    }
+
+    proptest! {
+        #[test]
+        fn aligned_parts_cover_exactly_the_range(first: u16, last: u16) {
+            let range = PortRange { first: first.min(last), last: first.max(last) };
+            let parts = aligned(range);
+            prop_assert!(parts.len() <= 30);
+            let mut next = u32::from(range.first);
+            for (port, bits) in parts {
+                let size = 1u32 << (16 - bits);
+                prop_assert_eq!(u32::from(port), next);
+                prop_assert_eq!(next % size, 0);
+                next += size;
+            }
+            prop_assert_eq!(next, u32::from(range.last) + 1);
+        }
+
+        #[test]
+        fn without_removes_just_the_exempt(first: u16, last: u16, exempt: u16, probe: u16) {
+            let range = PortRange { first: first.min(last), last: first.max(last) };
+            let left = without(&[range].into(), &[exempt]);
+            let inside = left.iter().any(|r| (r.first..=r.last).contains(&probe));
+            prop_assert_eq!(inside, probe != exempt && (range.first..=range.last).contains(&probe));
+        }
+
+        #[test]
+        fn order_of_pods_changes_nothing(seed in proptest::collection::vec((0u64..6, 0u8..6), 0..8)) {
+            let mut pods: Vec<_> = seed.iter().enumerate()
+                .map(|(n, (cookie, ip))| candidate(&format!("ns/{n}"), *cookie, &format!("10.0.0.{ip}")))
+                .collect();
+            let forward = plain(&pods);
+            pods.reverse();
+            prop_assert_eq!(&forward, &plain(&pods));
+            prop_assert_eq!(forward.pods.len() + forward.refused.len(), pods.len());
+        }
+    }
+}

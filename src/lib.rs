@@ -1,0 +1,16 @@
+//! Sidestep moves a service mesh's traffic interception from iptables to eBPF at the socket
+//! layer. One way for data: facts -> desired -> diff -> maps. ARCHITECTURE.md is the map of it.
+
+pub mod agent;
+pub mod bpf;
+pub mod bpffs;
+pub mod cgroup;
+pub mod check;
+pub mod cli;
+pub mod desired;
+pub mod facts;
+pub mod mesh;
+pub mod netns;
+pub mod source;
+pub mod status;
+pub mod telemetry;

@@ -1,0 +1,163 @@
+//! A pod's network namespace: its identity, its addresses, and the little that the agent puts
+//! into it.
+
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::{AsRawFd, RawFd},
+    path::{Path, PathBuf},
+    thread,
+};
+
+use anyhow::{Context, Result, anyhow};
+use nix::{
+    ifaddrs::getifaddrs,
+    sched::{CloneFlags, setns},
+};
+use rtnetlink::{
+    RouteMessageBuilder,
+    packet_route::route::{RouteProtocol, RouteScope, RouteType},
+};
+
+use crate::{
+    bpf::current_netns_cookie,
+    desired::{NetnsFacts, PASSTHROUGH_V6},
+};
+
+/// Where captured IPv4 connections go; `VIA4_NET` of bpf/config.h.
+const VIA4: (Ipv4Addr, u8) = (Ipv4Addr::new(127, 128, 0, 0), 16);
+/// Where captured IPv6 connections go; `VIA6_HI` and `VIA6_LO` of bpf/config.h.
+const VIA6: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfd53, 0x6964, 0x6573, 0x7465, 0, 0, 0, 0), 64);
+
+/// The kernel's table of local addresses.
+const LOCAL_TABLE: u32 = 255;
+/// The index of lo, in every network namespace.
+const LO: u32 = 1;
+
+/// An open network namespace. Holding it keeps the namespace alive: don't.
+#[derive(Debug)]
+pub struct Netns {
+    path: PathBuf,
+    file: File,
+}
+
+impl Netns {
+    /// The namespace at `path`.
+    ///
+    /// # Errors
+    /// Where there is nothing at the path.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path)
+            .with_context(|| format!("cannot open network namespace {}", path.display()))?;
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    /// Runs `work` on a thread of its own inside the namespace.
+    ///
+    /// # Errors
+    /// Where the namespace can't be entered.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                setns(&self.file, CloneFlags::CLONE_NEWNET)?;
+                Ok::<T, nix::Error>(work())
+            });
+            thread.join()
+        })
+        .map_err(|_| anyhow!("a thread in network namespace {} panicked", self.path.display()))?
+        .with_context(|| format!("cannot enter {} as a network namespace", self.path.display()))
+    }
+
+    /// What the namespace says about itself.
+    ///
+    /// # Errors
+    /// Where it is no network namespace, or can't be entered.
+    pub fn facts(&self) -> Result<NetnsFacts> {
+        let (cookie, addresses) =
+            self.inside(|| -> Result<_> { Ok((current_netns_cookie()?, addresses()?)) })??;
+        Ok(NetnsFacts { path: self.path.clone(), cookie, addresses })
+    }
+
+    /// Prepares lo for captured connections: routes that make the ranges they are sent to local
+    /// and that prefer the pod's address as source, and the address that the proxy calls the app
+    /// from over IPv6 (Istio's own init adds that one too). Idempotent.
+    ///
+    /// # Errors
+    /// Where the kernel refuses a route or the address.
+    pub fn prepare(&self, ip4: Option<Ipv4Addr>, ip6: Option<Ipv6Addr>) -> Result<()> {
+        self.inside(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+            runtime.block_on(prepare(ip4, ip6))
+        })?
+        .with_context(|| format!("cannot prepare lo in {}", self.path.display()))
+    }
+}
+
+impl AsRawFd for Netns {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+/// The cookies of the namespaces that can't be a pod's: the agent's own and the init process'.
+///
+/// # Errors
+/// Where either can't be read.
+pub fn host_cookies() -> Result<BTreeSet<u64>> {
+    let init = Netns::open(Path::new("/proc/1/ns/net"))?;
+    Ok([current_netns_cookie()?, init.facts()?.cookie].into())
+}
+
+/// The calling thread's namespace's addresses, but for loopback and link-local ones.
+fn addresses() -> Result<Vec<IpAddr>> {
+    let all = getifaddrs().context("cannot read interface addresses")?;
+    let ips = all.filter_map(|interface| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|sin| IpAddr::V4(sin.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|sin6| IpAddr::V6(sin6.ip())))
+    });
+    let global = ips.filter(|ip| match ip {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+        IpAddr::V6(v6) => {
+            !v6.is_loopback() && !v6.is_unicast_link_local() && *v6 != PASSTHROUGH_V6
+        }
+    });
+    Ok(global.collect())
+}
+
+async fn prepare(ip4: Option<Ipv4Addr>, ip6: Option<Ipv6Addr>) -> Result<()> {
+    let (connection, handle, _) = rtnetlink::new_connection()?;
+    tokio::spawn(connection);
+    if let Some(source) = ip4 {
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(VIA4.0, VIA4.1)
+            .pref_source(source)
+            .output_interface(LO)
+            .table_id(LOCAL_TABLE)
+            .protocol(RouteProtocol::Static)
+            .scope(RouteScope::Host)
+            .kind(RouteType::Local)
+            .build();
+        handle.route().add(route).replace().execute().await.context("cannot add the IPv4 route")?;
+    }
+    if let Some(source) = ip6 {
+        let route = RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(VIA6.0, VIA6.1)
+            .pref_source(source)
+            .output_interface(LO)
+            .table_id(LOCAL_TABLE)
+            .protocol(RouteProtocol::Static)
+            .kind(RouteType::Local)
+            .build();
+        handle.route().add(route).replace().execute().await.context("cannot add the IPv6 route")?;
+        handle
+            .address()
+            .add(LO, PASSTHROUGH_V6.into(), 128)
+            .replace()
+            .execute()
+            .await
+            .with_context(|| format!("cannot add {PASSTHROUGH_V6}/128 to lo"))?;
+    }
+    Ok(())
+}

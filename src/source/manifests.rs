@@ -1,0 +1,207 @@
+//! Pods from a directory of plain Kubernetes manifests: no cluster needed.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::core::v1::Pod;
+use serde_json::Value;
+use thiserror::Error;
+
+/// The annotation that names a pod's network namespace, as a path. Honoured by this source only.
+pub const NETNS_ANNOTATION: &str = "sidestep.io/netns";
+
+/// What is wrong with a manifest.
+#[derive(Debug, Error)]
+pub enum ManifestError {
+    /// The file can't be read.
+    #[error("cannot be read: {0}")]
+    Unreadable(std::io::Error),
+    /// The file is no YAML. What it said before stays in force.
+    #[error("is no YAML, its last readable contents stay in force: {0}")]
+    NoYaml(String),
+    /// A document is something else.
+    #[error("document {document}: a v1 Pod is expected, this is {found}")]
+    NoPod {
+        /// Number of the document in the file, from 1.
+        document: usize,
+        /// What it is.
+        found: String,
+    },
+    /// A document's fields don't fit a Pod.
+    #[error("document {document}: not a valid Pod: {why}")]
+    BadPod {
+        /// Number of the document in the file, from 1.
+        document: usize,
+        /// The misfit.
+        why: String,
+    },
+}
+
+/// A pod and where it was found.
+#[derive(Debug, Clone)]
+pub struct SourcePod {
+    /// The object.
+    pub pod: Pod,
+    /// The file it is in.
+    pub origin: PathBuf,
+}
+
+/// What a directory held when it was read.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// All pods of all readable documents.
+    pub pods: Vec<SourcePod>,
+    /// What could not be read, by file.
+    pub errors: Vec<(PathBuf, ManifestError)>,
+}
+
+/// The directory, and each file's last readable contents.
+#[derive(Debug)]
+pub struct Manifests {
+    dir: PathBuf,
+    last_good: BTreeMap<PathBuf, Vec<Value>>,
+}
+
+impl Manifests {
+    /// Manifests in `dir`: files named `*.yaml`, `*.yml` or `*.json`.
+    pub fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), last_good: BTreeMap::new() }
+    }
+
+    /// Reads the directory afresh.
+    ///
+    /// # Errors
+    /// Where the directory itself can't be read; a bad file is in the snapshot's errors.
+    pub fn read(&mut self) -> Result<Snapshot> {
+        let mut files: Vec<PathBuf> = fs::read_dir(&self.dir)
+            .and_then(|entries| entries.map(|entry| entry.map(|e| e.path())).collect())
+            .with_context(|| format!("cannot read directory {}", self.dir.display()))?;
+        files.retain(|path| is_manifest(path));
+        files.sort();
+        self.last_good.retain(|path, _| files.contains(path));
+
+        let mut snapshot = Snapshot::default();
+        for path in files {
+            match read_documents(&path) {
+                Ok(documents) => {
+                    self.last_good.insert(path.clone(), documents);
+                }
+                // Removed since the directory was listed.
+                Err(ManifestError::Unreadable(error))
+                    if error.kind() == std::io::ErrorKind::NotFound =>
+                {
+                    self.last_good.remove(&path);
+                }
+                Err(error) => snapshot.errors.push((path.clone(), error)),
+            }
+            let documents = self.last_good.get(&path).map(Vec::as_slice).unwrap_or_default();
+            for (n, document) in documents.iter().enumerate() {
+                match pod_of(n + 1, document) {
+                    Ok(Some(pod)) => {
+                        snapshot.pods.push(SourcePod { pod, origin: path.clone() });
+                    }
+                    Ok(None) => {}
+                    Err(error) => snapshot.errors.push((path.clone(), error)),
+                }
+            }
+        }
+        Ok(snapshot)
+    }
+}
+
+fn is_manifest(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let kind = path.extension().and_then(|extension| extension.to_str());
+    !name.starts_with('.') && matches!(kind, Some("yaml" | "yml" | "json"))
+}
+
+fn read_documents(path: &Path) -> Result<Vec<Value>, ManifestError> {
+    let text = fs::read_to_string(path).map_err(ManifestError::Unreadable)?;
+    serde_saphyr::from_multiple(&text).map_err(|error| ManifestError::NoYaml(error.to_string()))
+}
+
+/// The pod of a document; none where the document is empty.
+fn pod_of(document: usize, value: &Value) -> Result<Option<Pod>, ManifestError> {
+    if value.is_null() {
+        return Ok(None);
+    }
+    let field = |name: &str| value.get(name).and_then(Value::as_str);
+    match (field("apiVersion"), field("kind")) {
+        (Some("v1"), Some("Pod")) => {}
+        (Some(version), Some(kind)) => {
+            return Err(ManifestError::NoPod { document, found: format!("{version} {kind}") });
+        }
+        _ => {
+            let found = "an object without apiVersion and kind".into();
+            return Err(ManifestError::NoPod { document, found });
+        }
+    }
+    serde_json::from_value(value.clone())
+        .map(Some)
+        .map_err(|error| ManifestError::BadPod { document, why: error.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\n";
+
+    fn dir(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("a directory");
+        for (name, text) in files {
+            fs::write(dir.path().join(name), text).expect("written");
+        }
+        dir
+    }
+
+    fn names(snapshot: &Snapshot) -> Vec<&str> {
+        snapshot.pods.iter().filter_map(|p| p.pod.metadata.name.as_deref()).collect()
+    }
+
+    #[test]
+    fn several_documents_in_a_file() {
+        let two = format!("---\n{POD}---\n---\n{}", POD.replace("name: a", "name: b"));
+        let dir = dir(&[("pods.yaml", &two), (".hidden.yaml", "x"), ("notes.txt", "x")]);
+        let snapshot = Manifests::new(dir.path()).read().expect("read");
+        assert_eq!(names(&snapshot), ["a", "b"]);
+        assert!(snapshot.errors.is_empty());
+    }
+
+    #[test]
+    fn a_bad_document_is_named_and_the_others_go_on() {
+        let service = POD.replace("kind: Pod", "kind: Service");
+        let bad = "apiVersion: v1\nkind: Pod\nmetadata: {name: [1]}\n";
+        let text = format!("{service}---\n{bad}---\njust text\n---\n{POD}");
+        let dir = dir(&[("pods.yaml", &text)]);
+        let snapshot = Manifests::new(dir.path()).read().expect("read");
+        assert_eq!(names(&snapshot), ["a"]);
+        let told: Vec<String> = snapshot.errors.iter().map(|(_, e)| e.to_string()).collect();
+        assert!(told[0].contains("document 1") && told[0].contains("v1 Service"), "{told:?}");
+        assert!(told[1].contains("document 2") && told[1].contains("not a valid Pod"), "{told:?}");
+        assert!(told[2].contains("document 3") && told[2].contains("without"), "{told:?}");
+    }
+
+    #[test]
+    fn a_file_that_turns_bad_keeps_what_it_said() {
+        let dir = dir(&[("pod.yaml", POD)]);
+        let mut manifests = Manifests::new(dir.path());
+        assert_eq!(names(&manifests.read().expect("read")), ["a"]);
+        fs::write(dir.path().join("pod.yaml"), "a: [b").expect("written");
+        let snapshot = manifests.read().expect("read");
+        assert_eq!(names(&snapshot), ["a"]);
+        assert!(matches!(snapshot.errors[..], [(_, ManifestError::NoYaml(_))]));
+        fs::remove_file(dir.path().join("pod.yaml")).expect("removed");
+        assert!(names(&manifests.read().expect("read")).is_empty());
+    }
+
+    #[test]
+    fn no_directory_is_an_error() {
+        let error = Manifests::new(Path::new("/nonexistent/pods")).read().expect_err("no directory");
+        assert!(error.to_string().contains("/nonexistent/pods"));
+    }
+}

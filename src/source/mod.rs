@@ -1,0 +1,3 @@
+//! Where pods come from.
+
+pub mod manifests;

@@ -1,0 +1,132 @@
+//! What is in force on this node, read from the kernel alone. docs/status.md describes the JSON.
+
+use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::bpf::{self, Pins};
+
+/// The state of the node's data plane.
+#[derive(Debug, Serialize)]
+pub struct Status {
+    /// Version of this structure; moves when a field is renamed or removed.
+    pub version: u32,
+    /// Whether a data plane is installed at all.
+    pub installed: bool,
+    /// Enrolled pods, by name.
+    pub pods: Vec<PodStatus>,
+    /// The node's hooks, one for each program.
+    pub hooks: Vec<HookStatus>,
+    /// Counters since the maps were made: mesh -> name -> value.
+    pub counters: BTreeMap<&'static str, BTreeMap<&'static str, u64>>,
+}
+
+/// An enrolled pod.
+#[derive(Debug, Serialize)]
+pub struct PodStatus {
+    /// `namespace/name`.
+    pub pod: String,
+    /// `metadata.uid`, may be empty.
+    pub uid: String,
+    /// Name of its mesh.
+    pub mesh: &'static str,
+    /// Path of its network namespace.
+    pub netns: PathBuf,
+    /// The kernel's identity of the namespace, in decimal: JSON numbers can't hold all of it.
+    pub netns_cookie: String,
+    /// The pod's address of each family that is captured.
+    pub captured: Vec<IpAddr>,
+    /// Whether the inbound program is attached to the namespace.
+    pub inbound: bool,
+    /// Inbound listeners of the proxy that are known (of each SO_REUSEPORT group, up to 16).
+    pub listeners: usize,
+}
+
+/// A hook of the node.
+#[derive(Debug, Serialize)]
+pub struct HookStatus {
+    /// Name of the program.
+    pub name: &'static str,
+    /// Attached to a cgroup that exists.
+    pub attached: bool,
+    /// That cgroup's id: the inode number of its directory. 0: not attached.
+    pub cgroup_id: u64,
+}
+
+/// Reads the state of the data plane below these pins.
+///
+/// # Errors
+/// Where a pinned map can't be read.
+pub fn status(pins: &Pins) -> Result<Status> {
+    if !pins.exist() {
+        return Ok(Status {
+            version: 1,
+            installed: false,
+            pods: Vec::new(),
+            hooks: Vec::new(),
+            counters: BTreeMap::new(),
+        });
+    }
+    let mut pods: Vec<PodStatus> = bpf::enrolled(pins)?
+        .into_iter()
+        .map(|pod| PodStatus {
+            pod: pod.record.pod,
+            uid: pod.record.uid,
+            mesh: pod.mesh,
+            netns: pod.record.netns,
+            netns_cookie: pod.cookie.to_string(),
+            captured: pod.captured,
+            inbound: pod.inbound,
+            listeners: pod.listeners,
+        })
+        .collect();
+    pods.sort_by(|a, b| a.pod.cmp(&b.pod));
+    let hooks = bpf::hook_states(pins)
+        .into_iter()
+        .map(|hook| HookStatus {
+            name: hook.name,
+            attached: hook.attached,
+            cgroup_id: hook.cgroup_id,
+        })
+        .collect();
+    Ok(Status { version: 1, installed: true, pods, hooks, counters: bpf::counters(pins)? })
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.installed {
+            return writeln!(f, "Nothing is installed: no agent has run on these pins.");
+        }
+        writeln!(f, "Pods enrolled: {}", self.pods.len())?;
+        let width = self.pods.iter().map(|pod| pod.pod.len()).max().unwrap_or(0);
+        for pod in &self.pods {
+            let ips: Vec<String> = pod.captured.iter().map(IpAddr::to_string).collect();
+            writeln!(
+                f,
+                "  {:width$}  {:8}  {}  inbound {}, {}",
+                pod.pod,
+                pod.mesh,
+                ips.join(" "),
+                if pod.inbound { "attached" } else { "NOT ATTACHED" },
+                match pod.listeners {
+                    0 => "proxy does not listen".to_owned(),
+                    1 => "1 listener".to_owned(),
+                    n => format!("{n} listeners"),
+                }
+            )?;
+        }
+        let attached = self.hooks.iter().filter(|hook| hook.attached).count();
+        writeln!(f, "Hooks attached: {attached} of {}", self.hooks.len())?;
+        for hook in self.hooks.iter().filter(|hook| !hook.attached) {
+            writeln!(f, "  NOT ATTACHED: {}", hook.name)?;
+        }
+        writeln!(f, "Counters:")?;
+        for (mesh, counters) in &self.counters {
+            for (name, value) in counters {
+                writeln!(f, "  {mesh:8}  {name:20}  {value:>12}")?;
+            }
+        }
+        Ok(())
+    }
+}
