@@ -100,13 +100,15 @@ impl AsRawFd for Netns {
     }
 }
 
-/// The cookies of the namespaces that can't be a pod's: the agent's own and the init process'.
+/// The cookies of the namespaces that can't be a pod's: the agent's own, which is the node's,
+/// and the init process' where that may be looked at.
 ///
 /// # Errors
-/// Where either can't be read.
+/// Where the agent's own can't be read.
 pub fn host_cookies() -> Result<BTreeSet<u64>> {
-    let init = Netns::open(Path::new("/proc/1/ns/net"))?;
-    Ok([current_netns_cookie()?, init.facts()?.cookie].into())
+    let init = Netns::open(Path::new("/proc/1/ns/net")).and_then(|netns| netns.facts());
+    let init = init.ok().map(|facts| facts.cookie);
+    Ok(init.into_iter().chain([current_netns_cookie()?]).collect())
 }
 
 /// The calling thread's namespace's addresses, but for loopback and link-local ones.

@@ -1,0 +1,272 @@
+//! The agent under test: the `sidestep` binary.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{self, Command};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::mount::{MsFlags, mount};
+use nix::sys::signal::Signal;
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use serde_json::Value;
+
+use crate::cgroup;
+use crate::lab::{Inner, Lab, LeafCgroup};
+use crate::pod::Pod;
+use crate::process::Process;
+use crate::wait::{wait_for, wait_until};
+
+pub(crate) const BPFFS: &str = "/sys/fs/bpf";
+
+static COUNTER: AtomicU32 = AtomicU32::new(0);
+
+/// A running agent, with a directory of pod manifests and pins of its own. On drop it is
+/// terminated, unloaded, and its directories are removed.
+pub struct Agent {
+    binary: PathBuf,
+    pods: PathBuf,
+    bpffs: PathBuf,
+    log: PathBuf,
+    process: Option<Process>,
+    cgroup: LeafCgroup,
+    lab: Arc<Inner>,
+}
+
+impl Agent {
+    /// Starts `<binary> run` with no pods, on the lab's cgroup. It may not be ready yet.
+    pub fn start(binary: &Path, lab: &Lab) -> Result<Self> {
+        ensure!(
+            binary.is_file(),
+            "there is no agent at {}",
+            binary.display()
+        );
+        mount_bpffs()?;
+        let lab = lab.inner().clone();
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let bpffs = Path::new(BPFFS).join(format!("{}{}-{number}", cgroup::PREFIX, process::id()));
+        let pods = lab.new_path("pods", "d");
+        fs::create_dir(&pods).with_context(|| format!("making {}", pods.display()))?;
+        let log = lab.new_path("agent", "log");
+        let cgroup = lab.leaf_cgroup(&format!("agent-{number}"))?;
+        let binary = binary.to_owned();
+        let mut agent = Self {
+            binary,
+            pods,
+            bpffs,
+            log,
+            process: None,
+            cgroup,
+            lab,
+        };
+        agent.restart()?;
+        Ok(agent)
+    }
+
+    /// Terminates the agent if it runs, and starts it again with the same directories.
+    pub fn restart(&mut self) -> Result<()> {
+        self.terminate()?;
+        let script = "echo $$ >\"$1/cgroup.procs\" && shift && exec \"$@\"";
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", script, "sh"])
+            .arg(&self.cgroup.0)
+            .arg(&self.binary)
+            .args(["run", "--pods"])
+            .arg(&self.pods)
+            .arg("--cgroup")
+            .arg(self.lab.cgroup.dir())
+            .arg("--bpffs")
+            .arg(&self.bpffs);
+        self.process = Some(Process::start("the agent", &mut command, self.log.clone())?);
+        Ok(())
+    }
+
+    /// Hands the agent the pod's manifest.
+    pub fn add_pod(&self, pod: &Pod) -> Result<()> {
+        self.add_manifest(pod.name(), &pod.manifest())
+    }
+
+    /// Hands the agent a manifest, or a changed one, as the file `NAME.yaml`.
+    pub fn add_manifest(&self, name: &str, manifest: &Value) -> Result<()> {
+        let text = serde_saphyr::to_string(manifest).context("writing YAML")?;
+        let (temporary, file) = (self.lab.new_path(name, "tmp"), self.manifest_path(name));
+        fs::write(&temporary, text)
+            .and_then(|()| fs::rename(&temporary, &file))
+            .with_context(|| format!("writing {}", file.display()))
+    }
+
+    /// Takes the pod's manifest away.
+    pub fn remove_pod(&self, pod: &Pod) -> Result<()> {
+        let file = self.manifest_path(pod.name());
+        fs::remove_file(&file).with_context(|| format!("removing {}", file.display()))
+    }
+
+    fn manifest_path(&self, name: &str) -> PathBuf {
+        self.pods.join(format!("{name}.yaml"))
+    }
+
+    /// Waits, up to ten seconds, until the agent's status has the pod.
+    pub fn wait_enrolled(&mut self, pod: &Pod) -> Result<()> {
+        self.wait_pod(pod, true)
+    }
+
+    /// Waits, up to ten seconds, until the agent's status has the pod no more.
+    pub fn wait_gone(&mut self, pod: &Pod) -> Result<()> {
+        self.wait_pod(pod, false)
+    }
+
+    fn wait_pod(&mut self, pod: &Pod, wanted: bool) -> Result<()> {
+        let key = format!("lab/{}", pod.name());
+        let what = format!("{key} to be {}", if wanted { "enrolled" } else { "gone" });
+        let mut ended = false;
+        let mut last = Ok(Value::Null);
+        let waited = wait_until(&what, Duration::from_secs(10), || {
+            ended = !self.is_running();
+            last = self.status();
+            let Ok(status) = &last else { return ended };
+            let pods = status["pods"].as_array();
+            // The hooks in its namespace come last, and go first.
+            let there = |pod: &Value| pod["pod"] == *key && (pod["inbound"] == true || !wanted);
+            ended || pods.is_some_and(|pods| pods.iter().any(there) == wanted)
+        });
+        waited
+            .and_then(|()| {
+                if ended {
+                    bail!("the agent has ended")
+                } else {
+                    Ok(())
+                }
+            })
+            .with_context(|| format!("its status: {last:?}; {}", self.log_tail()))
+    }
+
+    /// What `<binary> status --output json` says.
+    pub fn status(&self) -> Result<Value> {
+        let text = self.command(&["status", "--output", "json"])?;
+        serde_json::from_str(&text).with_context(|| format!("the agent's status: {text}"))
+    }
+
+    /// Runs another command of the agent's binary on the same pins and gives its stdout.
+    pub fn command(&self, args: &[&str]) -> Result<String> {
+        let out = Command::new(&self.binary)
+            .args(args)
+            .arg("--bpffs")
+            .arg(&self.bpffs)
+            .output()
+            .with_context(|| format!("running {}", self.binary.display()))?;
+        let (stdout, stderr) = (
+            String::from_utf8_lossy(&out.stdout),
+            String::from_utf8_lossy(&out.stderr),
+        );
+        ensure!(
+            out.status.success(),
+            "sidestep {} failed: {}",
+            args.join(" "),
+            stderr.trim()
+        );
+        Ok(stdout.into_owned())
+    }
+
+    /// Detaches all programs and removes the pins, with `<binary> unload`.
+    pub fn unload(&self) -> Result<()> {
+        self.command(&["unload"]).map(drop)
+    }
+
+    /// Whether the agent runs.
+    pub fn is_running(&mut self) -> bool {
+        self.process.as_mut().is_some_and(Process::is_running)
+    }
+
+    /// The process id, while there is one.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
+    /// SIGKILL: the programs stay attached.
+    pub fn kill9(&mut self) {
+        self.process = None;
+    }
+
+    /// SIGTERM, and waits up to ten seconds for the end. The programs stay attached.
+    pub fn terminate(&mut self) -> Result<()> {
+        let Some(mut process) = self.process.take() else {
+            return Ok(());
+        };
+        if !process.is_running() {
+            return Ok(());
+        }
+        process.signal(Signal::SIGTERM)?;
+        process
+            .wait(Duration::from_secs(10))
+            .map(drop)
+            .with_context(|| process.log_tail())
+    }
+
+    /// Waits, up to five seconds, until the agent's log has `text`.
+    pub fn wait_log(&self, text: &str) -> Result<()> {
+        let what = format!("{text:?} in the agent's log");
+        wait_for(&what, Duration::from_secs(5), || {
+            self.log().contains(text).then_some(())
+        })
+        .with_context(|| self.log_tail())
+    }
+
+    /// What the agent has written, over all restarts.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// The end of [`Agent::log`], for error messages.
+    pub fn log_tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        format!(
+            "the agent said:\n  {}",
+            lines[lines.len().saturating_sub(15)..].join("\n  ")
+        )
+    }
+
+    /// The directory of its pins.
+    pub fn bpffs(&self) -> &Path {
+        &self.bpffs
+    }
+
+    /// The directory of pod manifests.
+    pub fn pods_dir(&self) -> &Path {
+        &self.pods
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Err(err) = self.terminate() {
+            eprintln!("lab: {err:#}");
+        }
+        self.process = None;
+        if self.bpffs.exists() {
+            if let Err(err) = self.unload() {
+                eprintln!("lab: {err:#}");
+            }
+            // Removing pins detaches what they hold, should unload have left any.
+            let _ = fs::remove_dir_all(&self.bpffs);
+        }
+        let _ = fs::remove_dir_all(&self.pods);
+    }
+}
+
+fn mount_bpffs() -> Result<()> {
+    if statfs(BPFFS).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC) {
+        return Ok(());
+    }
+    mount(
+        Some("bpf"),
+        BPFFS,
+        Some("bpf"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .with_context(|| format!("mounting {BPFFS}"))
+}

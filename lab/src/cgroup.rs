@@ -1,0 +1,134 @@
+//! The lab's control groups (v2). A socket belongs to the cgroup of the process that made it,
+//! so this process itself moves into the lab's cgroup for as long as there is a lab.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::wait::wait_stubbornly;
+
+pub(crate) const PREFIX: &str = "sidestep-lab-";
+
+/// Where cgroup v2 is mounted, from /proc/self/mountinfo.
+pub(crate) fn v2_root() -> Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("reading mountinfo")?;
+    mounts
+        .lines()
+        .find_map(|line| {
+            // "id parent major:minor root mountpoint options... - type source options"
+            let (left, right) = line.split_once(" - ")?;
+            (right.split(' ').next()? == "cgroup2").then(|| left.split(' ').nth(4))?
+        })
+        .map(PathBuf::from)
+        .context("no cgroup2 file system is mounted")
+}
+
+struct Shared {
+    users: usize,
+    dir: PathBuf,
+    home: PathBuf,
+}
+
+static SHARED: Mutex<Option<Shared>> = Mutex::new(None);
+
+/// A share in this process's lab cgroup: the first one makes it and moves the process in, the
+/// last one to be dropped moves it back and removes it.
+pub(crate) struct LabCgroup {
+    dir: PathBuf,
+}
+
+impl LabCgroup {
+    pub(crate) fn join() -> Result<Self> {
+        let mut guard = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(shared) = guard.as_mut() {
+            shared.users += 1;
+            return Ok(Self {
+                dir: shared.dir.clone(),
+            });
+        }
+        let root = v2_root()?;
+        let own = fs::read_to_string("/proc/self/cgroup").context("reading /proc/self/cgroup")?;
+        let home = own
+            .lines()
+            .find_map(|line| line.strip_prefix("0::/"))
+            .map(|path| root.join(path))
+            .context("this process is in no v2 cgroup")?;
+        let dir = root.join(format!("{PREFIX}{}", process::id()));
+        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        if let Err(err) = enter(&dir) {
+            let _ = fs::remove_dir(&dir);
+            return Err(err);
+        }
+        *guard = Some(Shared {
+            users: 1,
+            dir: dir.clone(),
+            home,
+        });
+        Ok(Self { dir })
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+}
+
+impl Drop for LabCgroup {
+    fn drop(&mut self) {
+        let mut guard = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(shared) = guard.as_mut() else { return };
+        shared.users -= 1;
+        if shared.users > 0 {
+            return;
+        }
+        if let Err(err) = enter(&shared.home).and_then(|()| remove(&shared.dir)) {
+            eprintln!("lab: {err:#}");
+        }
+        *guard = None;
+    }
+}
+
+/// Moves this process into the cgroup `dir`.
+fn enter(dir: &Path) -> Result<()> {
+    fs::write(dir.join("cgroup.procs"), process::id().to_string())
+        .with_context(|| format!("entering the cgroup {}", dir.display()))
+}
+
+/// The processes of the cgroup `dir` itself; none when it is gone.
+pub(crate) fn pids(dir: &Path) -> Vec<u32> {
+    let text = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    text.lines().filter_map(|line| line.parse().ok()).collect()
+}
+
+/// Kills what still runs in the cgroup `dir` and below it, and removes it.
+/// Refuses when this process is in it.
+pub(crate) fn remove(dir: &Path) -> Result<()> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(dir)
+        .with_context(|| format!("reading {}", dir.display()))?
+        .flatten()
+    {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path())?;
+        }
+    }
+    if pids(dir).contains(&process::id()) {
+        bail!("{} holds this very process", dir.display());
+    }
+    let what = format!("the processes of {} to end", dir.display());
+    wait_stubbornly(&what, Duration::from_secs(5), || {
+        for pid in pids(dir) {
+            if let Ok(pid) = i32::try_from(pid) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+        (fs::remove_dir(dir).is_ok() || !dir.exists()).then_some(())
+    })
+}

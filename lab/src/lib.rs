@@ -1,0 +1,43 @@
+//! Real test parts for Sidestep: pods as network namespaces on a bridge, servers and clients
+//! with a chosen uid, a real Envoy with listeners shaped like Istio's, Istio's own iptables
+//! rules, a load generator, and a handle on the agent's binary.
+//!
+//! Everything a [`Lab`] makes has the process id in its name and is removed when the lab is
+//! dropped, also by a panic. What a killed run left over is found and removed by [`teardown`].
+//! It needs root, `ip`, `nsenter`, `setpriv` and, for some parts, `iptables`, `nft` and Envoy.
+#![forbid(unsafe_code)]
+
+pub mod agent;
+mod cgroup;
+mod client;
+mod cmd;
+pub mod envoy;
+pub mod iptables;
+mod lab;
+pub mod load;
+mod netns;
+mod pod;
+mod process;
+mod seen;
+mod server;
+pub mod teardown;
+mod wait;
+
+pub use agent::Agent;
+pub use client::{Answer, ask, connect, http_get};
+pub use envoy::{Envoy, EnvoyOpts};
+pub use lab::Lab;
+pub use pod::{Pod, PodNet};
+pub use process::Process;
+pub use seen::Seen;
+pub use server::{ServeOpts, Server, Talk};
+pub use wait::{interrupted, stop_on_signals, wait_for, wait_until};
+
+/// The uid and gid of the lab's applications.
+pub const APP: u32 = 1000;
+/// The uid and gid of Istio's sidecar.
+pub const PROXY: u32 = 1337;
+/// The port that Istio's sidecar takes outbound connections on.
+pub const OUTBOUND: u16 = 15001;
+/// The port that Istio's sidecar takes inbound connections on.
+pub const INBOUND: u16 = 15006;

@@ -1,0 +1,120 @@
+//! Two mesh pods on one node, each with a process that plays the sidecar, and the agent.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::{
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    path::Path,
+};
+
+use sidestep_lab::{Agent, Answer, Lab, Pod, PodNet, Server};
+
+/// An app's user.
+pub const APP: u32 = 1000;
+/// The sidecar's user and group.
+pub const PROXY: u32 = 1337;
+/// A destination off the pod that nobody has.
+pub const REMOTE4: &str = "10.96.0.10";
+/// The same for IPv6.
+pub const REMOTE6: &str = "fd96::10";
+
+/// The binary under test.
+pub fn binary() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_sidestep"))
+}
+
+/// A node with two dual-stack mesh pods. Fields are dropped in this order.
+pub struct Node {
+    pub agent: Agent,
+    pub a: Pod,
+    pub b: Pod,
+    pub lab: Lab,
+}
+
+impl Node {
+    pub fn new(tag: &str) -> Self {
+        let lab = Lab::new(tag).expect("a lab");
+        let net = PodNet { v4: true, v6: true };
+        let a = lab.pod("a", net).expect("pod a");
+        let b = lab.pod("b", net).expect("pod b");
+        let agent = Agent::start(binary(), &lab).expect("the agent");
+        Self { agent, a, b, lab }
+    }
+
+    /// With both pods enrolled.
+    pub fn enrolled(tag: &str) -> Self {
+        let mut node = Self::new(tag);
+        node.agent.add_pod(&node.a).expect("manifest a");
+        node.agent.add_pod(&node.b).expect("manifest b");
+        node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+        node.agent.wait_enrolled(&node.b).expect("b is enrolled");
+        node
+    }
+}
+
+/// The sidecar's two listeners.
+pub struct Sidecar {
+    pub outbound: Server,
+    pub inbound: Server,
+}
+
+impl Sidecar {
+    pub fn start(pod: &Pod) -> Self {
+        Self {
+            outbound: pod.fake_proxy(15001).expect("outbound listener"),
+            inbound: pod.fake_proxy(15006).expect("inbound listener"),
+        }
+    }
+}
+
+pub fn addr(ip: impl Into<IpAddr>, port: u16) -> SocketAddr {
+    SocketAddr::new(ip.into(), port)
+}
+
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an IP address")
+}
+
+/// The address as an AF_INET6 socket names it.
+pub fn mapped(target: SocketAddr) -> SocketAddr {
+    match target.ip() {
+        IpAddr::V4(v4) => addr(v4.to_ipv6_mapped(), target.port()),
+        IpAddr::V6(_) => target,
+    }
+}
+
+/// The three kinds of address that a destination off the pod can have, and the pod's own
+/// address that the proxy must see as its peer.
+pub fn remotes(pod: &Pod, port: u16) -> [(SocketAddr, IpAddr); 3] {
+    let v4 = addr(ip(REMOTE4), port);
+    [(v4, pod.ipv4()), (addr(ip(REMOTE6), port), pod.ipv6()), (mapped(v4), pod.ipv4())]
+}
+
+/// A pod's own address in its three kinds.
+pub fn addresses(pod: &Pod, port: u16) -> [SocketAddr; 3] {
+    let v4 = addr(pod.ipv4(), port);
+    [v4, addr(pod.ipv6(), port), mapped(v4)]
+}
+
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    addr(address.ip().to_canonical(), address.port())
+}
+
+/// Any address, of the family of `like`.
+pub fn any(like: SocketAddr, port: u16) -> SocketAddr {
+    if canonical(like).is_ipv4() {
+        addr([0, 0, 0, 0], port)
+    } else {
+        addr(Ipv6Addr::UNSPECIFIED, port)
+    }
+}
+
+/// The kernel told the server this original destination.
+#[track_caller]
+pub fn assert_original(answer: &Answer, target: SocketAddr) {
+    assert_eq!(
+        answer.seen.original().map(canonical),
+        Some(canonical(target)),
+        "original destination: {answer:?}"
+    );
+}

@@ -1,0 +1,205 @@
+//! Rows I1 to I4: who accepts a connection to an enrolled pod.
+
+mod common;
+
+use std::net::SocketAddr;
+
+use common::*;
+use sidestep_lab::{Answer, ServeOpts, Server, Talk, wait_until};
+
+/// Asks from a pod that is in no mesh, and from the node itself (a kubelet's probe).
+fn from_outside(node: &Node, target: SocketAddr) -> Vec<anyhow::Result<Answer>> {
+    let peer = node.b.ask(0, 0, target);
+    let probe = node.lab.on_node(|| sidestep_lab::ask(target, None)).expect("runs");
+    vec![peer, probe]
+}
+
+/// A node whose first pod alone is enrolled.
+fn one_enrolled(tag: &str) -> Node {
+    let mut node = Node::new(tag);
+    node.agent.add_pod(&node.a).expect("manifest a");
+    node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+    node
+}
+
+fn listener(node: &Node, listen: &str, reuse_port: bool, v6_only: bool) -> Server {
+    let listen = [listen.parse().expect("an address")];
+    let opts = ServeOpts { talk: Talk::OriginalDst, reuse_port, v6_only, ..ServeOpts::on(listen) };
+    Server::start(&node.a, ServeOpts { uid: PROXY, gid: PROXY, ..opts }).expect("a listener")
+}
+
+#[track_caller]
+fn assert_steered(node: &Node, target: SocketAddr) {
+    for answer in from_outside(node, target) {
+        let answer = answer.unwrap_or_else(|e| panic!("{e:#}; {}", node.agent.log_tail()));
+        assert_original(&answer, target);
+        assert_eq!(canonical(answer.seen.local), canonical(target), "it is its own address");
+        assert_eq!(canonical(answer.seen.peer), canonical(answer.local), "the true peer");
+        assert_eq!(answer.peer, target);
+    }
+}
+
+#[test]
+fn i1_a_call_to_the_pod_goes_to_the_inbound_listener() {
+    let node = one_enrolled("i1");
+    let _sidecar = Sidecar::start(&node.a);
+    for target in addresses(&node.a, 8080) {
+        assert_steered(&node, target);
+        let app = node.a.serve(any(target, 8080), APP, APP).expect("app");
+        assert_steered(&node, target);
+        assert!(app.seen().is_empty(), "nothing came to the app itself");
+    }
+}
+
+#[test]
+fn i2_exempt_ports_are_untouched() {
+    let node = one_enrolled("i2");
+    let _sidecar = Sidecar::start(&node.a);
+    for port in [15008, 15020, 15021, 15090] {
+        for target in addresses(&node.a, port) {
+            let server = node.a.serve(any(target, port), PROXY, PROXY).expect("a server");
+            for answer in from_outside(&node, target) {
+                assert_eq!(answer.expect("direct").seen.orig, None, "answered by {port} itself");
+            }
+            drop(server);
+        }
+    }
+}
+
+#[test]
+fn i3_udp_is_untouched() {
+    let node = one_enrolled("i3");
+    for target in addresses(&node.a, 8080) {
+        let server = node.a.run(APP, APP, || std::net::UdpSocket::bind(any(target, 8080)));
+        let server = server.expect("runs").expect("a UDP server");
+        server.set_read_timeout(Some(std::time::Duration::from_secs(3))).expect("timeout");
+        let from = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        node.lab
+            .on_node(|| std::net::UdpSocket::bind(from)?.send_to(b"x", target))
+            .expect("runs")
+            .expect("sent");
+        server.recv_from(&mut [0; 8]).expect("arrived");
+    }
+}
+
+#[test]
+fn i4_with_no_listener_the_call_is_refused_and_never_reaches_the_app() {
+    let node = one_enrolled("i4");
+    for target in addresses(&node.a, 8080) {
+        let app = node.a.serve(any(target, 8080), APP, APP).expect("app");
+        for answer in from_outside(&node, target) {
+            let error = answer.expect_err("refused");
+            assert!(format!("{error:#}").contains("Connection refused"), "{error:#}");
+        }
+        assert!(app.seen().is_empty());
+    }
+    let refused = node.agent.status().expect("status")["counters"]["istio"]["refused_no_listener"]
+        .as_u64()
+        .expect("a counter");
+    assert!(refused >= 6, "{refused}");
+}
+
+#[test]
+fn a_listener_older_than_the_agent_is_found() {
+    let mut node = Node::new("older");
+    let _sidecar = Sidecar::start(&node.a);
+    node.agent.add_pod(&node.a).expect("manifest a");
+    node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+    for target in addresses(&node.a, 8080) {
+        assert_steered(&node, target);
+    }
+}
+
+#[test]
+fn a_proxy_that_restarts_is_found_at_once() {
+    let node = one_enrolled("restart");
+    for _ in 0..5 {
+        let sidecar = Sidecar::start(&node.a);
+        for target in addresses(&node.a, 8080) {
+            assert_steered(&node, target);
+        }
+        drop(sidecar);
+        for answer in from_outside(&node, addr(node.a.ipv4(), 8080)) {
+            answer.expect_err("refused while the proxy is away");
+        }
+    }
+}
+
+#[test]
+fn a_reuseport_group_shares_the_load_and_survives_any_member() {
+    let node = one_enrolled("reuseport");
+    for (any, target) in [
+        ("0.0.0.0:15006", addr(node.a.ipv4(), 8080)),
+        ("[::]:15006", addr(node.a.ipv6(), 8080)),
+    ] {
+        let mut workers: Vec<Server> = (0..3).map(|_| listener(&node, any, true, true)).collect();
+        for _ in 0..100 {
+            assert_steered(&node, target);
+        }
+        for worker in &workers {
+            let share = worker.seen().len();
+            assert!(share > 30, "200 connections over 3 workers, one got {share}");
+        }
+        // The first is the one that is remembered first.
+        while workers.len() > 1 {
+            drop(workers.remove(0));
+            for _ in 0..10 {
+                assert_steered(&node, target);
+            }
+        }
+    }
+}
+
+#[test]
+fn one_dual_stack_listener_takes_both_families() {
+    let node = one_enrolled("dual");
+    let _inbound = listener(&node, "[::]:15006", false, false);
+    for target in addresses(&node.a, 8080) {
+        assert_steered(&node, target);
+    }
+}
+
+#[test]
+fn a_listener_that_the_hooks_never_saw_is_found_after_a_refusal() {
+    // More workers than are remembered: when all of those close, the rest has to be found.
+    let node = one_enrolled("many");
+    let target = addr(node.a.ipv4(), 8080);
+    let mut workers: Vec<Server> =
+        (0..20).map(|_| listener(&node, "0.0.0.0:15006", true, true)).collect();
+    assert_steered(&node, target);
+    workers.drain(..16);
+    wait_until("the last workers to be found", std::time::Duration::from_secs(3), || {
+        node.b.ask(0, 0, target).is_ok()
+    })
+    .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
+    assert_steered(&node, target);
+}
+
+#[test]
+fn excluded_and_included_inbound_ports() {
+    let node = one_enrolled("ports");
+    let _sidecar = Sidecar::start(&node.a);
+    let _app = node.a.serve(any(addr(node.a.ipv4(), 0), 8080), APP, APP).expect("app");
+    let _other = node.a.serve(any(addr(node.a.ipv4(), 0), 9090), APP, APP).expect("app");
+    let steered = |port| {
+        let answer = node.b.ask(0, 0, addr(node.a.ipv4(), port)).expect("answered");
+        answer.seen.orig.is_some()
+    };
+    for (key, value, expected) in [
+        ("excludeInboundPorts", "9090", [true, false]),
+        ("excludeInboundPorts", "9090,8080", [false, false]),
+        ("includeInboundPorts", "8080", [true, false]),
+        ("includeInboundPorts", "", [false, false]),
+        ("includeInboundPorts", "*", [true, true]),
+    ] {
+        let mut manifest = node.a.manifest();
+        manifest["metadata"]["annotations"][format!("traffic.sidecar.istio.io/{key}")] =
+            value.into();
+        node.agent.add_manifest("a", &manifest).expect("a manifest");
+        let what = format!("{key}={value:?}: {expected:?}");
+        wait_until(&what, std::time::Duration::from_secs(1), || {
+            [steered(8080), steered(9090)] == expected
+        })
+        .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
+    }
+}
