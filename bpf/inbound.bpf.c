@@ -19,8 +19,7 @@ const volatile __u64 netns_cookie;
 /* Unused: a ring has no value type, and the skeleton knows only the types of variables. */
 const volatile struct event event_layout;
 
-static __always_inline bool steer_to(struct bpf_sk_lookup *ctx, const struct pod *pod,
-				     __u16 family)
+static __always_inline bool steer_to(struct bpf_sk_lookup *ctx, const struct pod *pod, __u16 family)
 {
 	struct listener_key key = { .netns = netns_cookie, .family = family, .port = pod->in_port };
 

@@ -21,7 +21,8 @@ static __always_inline bool addr_eq(const struct addr *a, const struct addr *b)
 /* 0.0.0.0, ::ffff:0.0.0.0 or :: */
 static __always_inline bool addr_is_any(const struct addr *a)
 {
-	return a->w[3] == 0 && a->w[0] == 0 && a->w[1] == 0 && (a->w[2] == 0 || a->w[2] == V4MAPPED);
+	return a->w[3] == 0 && a->w[0] == 0 && a->w[1] == 0 &&
+	       (a->w[2] == 0 || a->w[2] == V4MAPPED);
 }
 
 /* 127.0.0.1 or ::1: the addresses that a mesh's rules name /32 and /128. */

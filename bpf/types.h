@@ -127,7 +127,8 @@ enum counter {
 	REFUSED_NO_LISTENER, /* a new connection refused: the proxy does not listen */
 	REFUSED_NO_STATE, /* connect refused: no memory to keep the original destination */
 	HANDOVER_FULL, /* the original destination could not be handed over: map full */
-	HANDOVER_MISSED, /* a connection came to the outbound listener's redirect address unannounced */
+	HANDOVER_MISSED, /* a connection came to the outbound listener's redirect address
+			    unannounced */
 	ORIGDST_ANSWERED, /* getsockopt(SO_ORIGINAL_DST) answered */
 	COUNTERS,
 };

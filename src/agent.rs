@@ -21,6 +21,7 @@ use crate::{
     bpf::Dataplane,
     bpffs,
     cgroup::Cgroup,
+    check,
     desired::{Candidate, Desired, NetnsFacts, PodRow, desired},
     facts::{self, PodFacts},
     netns::{self, Netns},
@@ -58,6 +59,7 @@ pub fn run(config: &Config) -> Result<()> {
 async fn serve(config: &Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    check::privileges()?;
     let cgroup = Cgroup::open(config.cgroup.as_deref())?;
     let pins = bpffs::pins(&config.bpffs)?;
     let _lock = pins.lock()?;
@@ -146,11 +148,7 @@ impl Agent {
         self.problems = problems;
     }
 
-    fn try_sync(
-        &mut self,
-        source: &mut Manifests,
-        problems: &mut BTreeSet<String>,
-    ) -> Result<()> {
+    fn try_sync(&mut self, source: &mut Manifests, problems: &mut BTreeSet<String>) -> Result<()> {
         let snapshot = source.read()?;
         for (path, error) in &snapshot.errors {
             problems.insert(format!("{}: {error}", path.display()));
@@ -268,9 +266,8 @@ impl Agent {
     fn prepare(&self, goal: &Desired, problems: &mut BTreeSet<String>) -> BTreeSet<u64> {
         let mut failed = BTreeSet::new();
         for (cookie, (row, record)) in &goal.pods {
-            let addresses = |row: &PodRow| -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
-                (row.ip4, row.ip6)
-            };
+            let addresses =
+                |row: &PodRow| -> (Option<Ipv4Addr>, Option<Ipv6Addr>) { (row.ip4, row.ip6) };
             if self.pods.get(cookie).is_some_and(|p| addresses(&p.row) == addresses(row)) {
                 continue;
             }

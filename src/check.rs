@@ -56,7 +56,11 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
     Report { version: 1, ok: items.iter().all(|item| item.ok), kernel, items }
 }
 
-fn privileges() -> Result<String> {
+/// The capabilities that the agent needs and has.
+///
+/// # Errors
+/// Names those that this process lacks.
+pub fn privileges() -> Result<String> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let effective = status
         .lines()
@@ -85,7 +89,9 @@ const NEEDED_CAPABILITIES: &[(u32, &str)] =
 fn btf() -> Result<String> {
     let path = "/sys/kernel/btf/vmlinux";
     let len = std::fs::metadata(path)
-        .map_err(|_| anyhow::anyhow!("no {path}: a kernel built with CONFIG_DEBUG_INFO_BTF=y is needed"))?
+        .map_err(|_| {
+            anyhow::anyhow!("no {path}: a kernel built with CONFIG_DEBUG_INFO_BTF=y is needed")
+        })?
         .len();
     Ok(format!("{path}, {len} bytes"))
 }

@@ -5,7 +5,10 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{agent, bpf, bpffs, check, status, telemetry::{self, LogFormat}};
+use crate::{
+    agent, bpf, bpffs, check, status,
+    telemetry::{self, LogFormat},
+};
 
 /// Takes over a service mesh's traffic interception from iptables, with eBPF at the socket
 /// layer.

@@ -335,8 +335,8 @@ fn without(ranges: &BTreeSet<PortRange>, exempt: &[u16]) -> BTreeSet<PortRange> 
                 if !(range.first..=range.last).contains(&port) {
                     return vec![range];
                 }
-                let below = (range.first < port)
-                    .then(|| PortRange { first: range.first, last: port - 1 });
+                let below =
+                    (range.first < port).then(|| PortRange { first: range.first, last: port - 1 });
                 let above =
                     (port < range.last).then(|| PortRange { first: port + 1, last: range.last });
                 below.into_iter().chain(above).collect()
@@ -463,10 +463,7 @@ mod tests {
             (1..=5).map(|n| candidate(&format!("ns/{n}"), n, &format!("10.0.0.{n}"))).collect();
         let out = plain(&pods);
         assert_eq!(out.pods.len(), 4);
-        assert!(matches!(
-            out.refused[..],
-            [(_, Refusal::Full { map: "pods", limit: 4 })]
-        ));
+        assert!(matches!(out.refused[..], [(_, Refusal::Full { map: "pods", limit: 4 })]));
     }
 
     #[test]

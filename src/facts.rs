@@ -215,8 +215,7 @@ fn istio_proxy(pod: &Pod) -> Option<&Container> {
         return None;
     }
     let native = inits.iter().filter(|c| c.restart_policy.as_deref() == Some("Always"));
-    let proxy =
-        spec.containers.iter().chain(native).find(|c| c.name == ISTIO.proxy_container)?;
+    let proxy = spec.containers.iter().chain(native).find(|c| c.name == ISTIO.proxy_container)?;
     let args = proxy.args.as_deref().unwrap_or_default();
     let sidecar = args.first().is_some_and(|mode| mode == "proxy")
         && args.get(1).is_none_or(|kind| kind.is_empty() || kind == "sidecar");
@@ -304,13 +303,13 @@ pub fn parse_ports(key: &str, text: &str) -> Result<BTreeSet<PortRange>, FactsEr
 pub fn parse_ranges(key: &str, text: &str) -> Result<BTreeSet<IpNet>, FactsError> {
     items(text)
         .map(|item| {
-            item.parse::<IpNet>()
-                .or_else(|_| item.parse::<IpAddr>().map(IpNet::from))
-                .map_err(|_| FactsError::Invalid {
+            item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)).map_err(
+                |_| FactsError::Invalid {
                     key: key.into(),
                     text: text.into(),
                     why: format!("{item:?} is not an IP range"),
-                })
+                },
+            )
         })
         .collect()
 }
@@ -367,7 +366,9 @@ mod tests {
         assert!(parsed(|p| p["spec"]["containers"][1]["args"] = json!(["wait"])).is_none());
         assert!(parsed(|p| p["spec"]["containers"][1]["args"][1] = "router".into()).is_none());
         assert!(parsed(|p| p["spec"]["containers"][1]["name"] = "envoy".into()).is_none());
-        assert!(parsed(|p| p["spec"]["initContainers"] = json!([{"name": "istio-init"}])).is_none());
+        assert!(
+            parsed(|p| p["spec"]["initContainers"] = json!([{"name": "istio-init"}])).is_none()
+        );
         assert!(parsed(|p| p["spec"]["hostNetwork"] = true.into()).is_none());
         let disabled = json!([{"name": "DISABLE_ENVOY", "value": "true"}]);
         assert!(parsed(|p| p["spec"]["containers"][1]["env"] = disabled).is_none());

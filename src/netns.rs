@@ -121,9 +121,7 @@ fn addresses() -> Result<Vec<IpAddr>> {
     });
     let global = ips.filter(|ip| match ip {
         IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
-        IpAddr::V6(v6) => {
-            !v6.is_loopback() && !v6.is_unicast_link_local() && *v6 != PASSTHROUGH_V6
-        }
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local() && *v6 != PASSTHROUGH_V6,
     });
     Ok(global.collect())
 }

@@ -19,8 +19,7 @@ pub enum LogFormat {
 /// Starts logging to standard error. `RUST_LOG` sets the level, `info` by default.
 pub fn init(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {
         LogFormat::Human => {
             builder.with_target(false).with_ansi(std::io::stderr().is_terminal()).init();

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use common::*;
 use sidestep_lab::{Answer, ServeOpts, Server, Talk, wait_until};
@@ -26,6 +26,15 @@ fn listener(node: &Node, listen: &str, reuse_port: bool, v6_only: bool) -> Serve
     let listen = [listen.parse().expect("an address")];
     let opts = ServeOpts { talk: Talk::OriginalDst, reuse_port, v6_only, ..ServeOpts::on(listen) };
     Server::start(&node.a, ServeOpts { uid: PROXY, gid: PROXY, ..opts }).expect("a listener")
+}
+
+/// Waits until the kernel knows just so many inbound listeners. A socket that was closed here
+/// can live on for a moment in a child that another test of this process is just forking.
+fn wait_listeners(node: &Node, n: u64) {
+    wait_until(&format!("{n} listeners"), Duration::from_secs(3), || {
+        node.agent.status().expect("status")["pods"][0]["listeners"] == n
+    })
+    .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
 }
 
 #[track_caller]
@@ -72,7 +81,7 @@ fn i3_udp_is_untouched() {
     for target in addresses(&node.a, 8080) {
         let server = node.a.run(APP, APP, || std::net::UdpSocket::bind(any(target, 8080)));
         let server = server.expect("runs").expect("a UDP server");
-        server.set_read_timeout(Some(std::time::Duration::from_secs(3))).expect("timeout");
+        server.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
         let from = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         node.lab
             .on_node(|| std::net::UdpSocket::bind(from)?.send_to(b"x", target))
@@ -119,6 +128,7 @@ fn a_proxy_that_restarts_is_found_at_once() {
             assert_steered(&node, target);
         }
         drop(sidecar);
+        wait_listeners(&node, 0);
         for answer in from_outside(&node, addr(node.a.ipv4(), 8080)) {
             answer.expect_err("refused while the proxy is away");
         }
@@ -128,10 +138,10 @@ fn a_proxy_that_restarts_is_found_at_once() {
 #[test]
 fn a_reuseport_group_shares_the_load_and_survives_any_member() {
     let node = one_enrolled("reuseport");
-    for (any, target) in [
-        ("0.0.0.0:15006", addr(node.a.ipv4(), 8080)),
-        ("[::]:15006", addr(node.a.ipv6(), 8080)),
-    ] {
+    for (any, target) in
+        [("0.0.0.0:15006", addr(node.a.ipv4(), 8080)), ("[::]:15006", addr(node.a.ipv6(), 8080))]
+    {
+        wait_listeners(&node, 0);
         let mut workers: Vec<Server> = (0..3).map(|_| listener(&node, any, true, true)).collect();
         for _ in 0..100 {
             assert_steered(&node, target);
@@ -143,6 +153,7 @@ fn a_reuseport_group_shares_the_load_and_survives_any_member() {
         // The first is the one that is remembered first.
         while workers.len() > 1 {
             drop(workers.remove(0));
+            wait_listeners(&node, workers.len() as u64);
             for _ in 0..10 {
                 assert_steered(&node, target);
             }
@@ -168,7 +179,7 @@ fn a_listener_that_the_hooks_never_saw_is_found_after_a_refusal() {
         (0..20).map(|_| listener(&node, "0.0.0.0:15006", true, true)).collect();
     assert_steered(&node, target);
     workers.drain(..16);
-    wait_until("the last workers to be found", std::time::Duration::from_secs(3), || {
+    wait_until("the last workers to be found", Duration::from_secs(3), || {
         node.b.ask(0, 0, target).is_ok()
     })
     .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
@@ -197,9 +208,7 @@ fn excluded_and_included_inbound_ports() {
             value.into();
         node.agent.add_manifest("a", &manifest).expect("a manifest");
         let what = format!("{key}={value:?}: {expected:?}");
-        wait_until(&what, std::time::Duration::from_secs(1), || {
-            [steered(8080), steered(9090)] == expected
-        })
-        .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
+        wait_until(&what, Duration::from_secs(1), || [steered(8080), steered(9090)] == expected)
+            .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
     }
 }

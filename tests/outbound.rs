@@ -170,7 +170,8 @@ fn t12_udp_is_untouched() {
         let server = node.lab.on_node(|| std::net::UdpSocket::bind(canonical)).expect("runs");
         let server = server.expect("a UDP server");
         let sent = node.a.run(APP, APP, || -> std::io::Result<_> {
-            let socket = std::net::UdpSocket::bind(if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
+            let socket =
+                std::net::UdpSocket::bind(if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
             socket.connect(target)?;
             socket.send(b"x")?;
             socket.peer_addr()

@@ -38,11 +38,7 @@ pub struct Agent {
 impl Agent {
     /// Starts `<binary> run` with no pods, on the lab's cgroup. It may not be ready yet.
     pub fn start(binary: &Path, lab: &Lab) -> Result<Self> {
-        ensure!(
-            binary.is_file(),
-            "there is no agent at {}",
-            binary.display()
-        );
+        ensure!(binary.is_file(), "there is no agent at {}", binary.display());
         mount_bpffs()?;
         let lab = lab.inner().clone();
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
@@ -52,15 +48,7 @@ impl Agent {
         let log = lab.new_path("agent", "log");
         let cgroup = lab.leaf_cgroup(&format!("agent-{number}"))?;
         let binary = binary.to_owned();
-        let mut agent = Self {
-            binary,
-            pods,
-            bpffs,
-            log,
-            process: None,
-            cgroup,
-            lab,
-        };
+        let mut agent = Self { binary, pods, bpffs, log, process: None, cgroup, lab };
         agent.restart()?;
         Ok(agent)
     }
@@ -133,13 +121,7 @@ impl Agent {
             ended || pods.is_some_and(|pods| pods.iter().any(there) == wanted)
         });
         waited
-            .and_then(|()| {
-                if ended {
-                    bail!("the agent has ended")
-                } else {
-                    Ok(())
-                }
-            })
+            .and_then(|()| if ended { bail!("the agent has ended") } else { Ok(()) })
             .with_context(|| format!("its status: {last:?}; {}", self.log_tail()))
     }
 
@@ -157,16 +139,9 @@ impl Agent {
             .arg(&self.bpffs)
             .output()
             .with_context(|| format!("running {}", self.binary.display()))?;
-        let (stdout, stderr) = (
-            String::from_utf8_lossy(&out.stdout),
-            String::from_utf8_lossy(&out.stderr),
-        );
-        ensure!(
-            out.status.success(),
-            "sidestep {} failed: {}",
-            args.join(" "),
-            stderr.trim()
-        );
+        let (stdout, stderr) =
+            (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+        ensure!(out.status.success(), "sidestep {} failed: {}", args.join(" "), stderr.trim());
         Ok(stdout.into_owned())
     }
 
@@ -199,19 +174,14 @@ impl Agent {
             return Ok(());
         }
         process.signal(Signal::SIGTERM)?;
-        process
-            .wait(Duration::from_secs(10))
-            .map(drop)
-            .with_context(|| process.log_tail())
+        process.wait(Duration::from_secs(10)).map(drop).with_context(|| process.log_tail())
     }
 
     /// Waits, up to five seconds, until the agent's log has `text`.
     pub fn wait_log(&self, text: &str) -> Result<()> {
         let what = format!("{text:?} in the agent's log");
-        wait_for(&what, Duration::from_secs(5), || {
-            self.log().contains(text).then_some(())
-        })
-        .with_context(|| self.log_tail())
+        wait_for(&what, Duration::from_secs(5), || self.log().contains(text).then_some(()))
+            .with_context(|| self.log_tail())
     }
 
     /// What the agent has written, over all restarts.
@@ -223,10 +193,7 @@ impl Agent {
     pub fn log_tail(&self) -> String {
         let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
-        format!(
-            "the agent said:\n  {}",
-            lines[lines.len().saturating_sub(15)..].join("\n  ")
-        )
+        format!("the agent said:\n  {}", lines[lines.len().saturating_sub(15)..].join("\n  "))
     }
 
     /// The directory of its pins.
@@ -261,12 +228,6 @@ fn mount_bpffs() -> Result<()> {
     if statfs(BPFFS).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC) {
         return Ok(());
     }
-    mount(
-        Some("bpf"),
-        BPFFS,
-        Some("bpf"),
-        MsFlags::empty(),
-        None::<&str>,
-    )
-    .with_context(|| format!("mounting {BPFFS}"))
+    mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), None::<&str>)
+        .with_context(|| format!("mounting {BPFFS}"))
 }

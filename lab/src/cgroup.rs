@@ -48,9 +48,7 @@ impl LabCgroup {
         let mut guard = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(shared) = guard.as_mut() {
             shared.users += 1;
-            return Ok(Self {
-                dir: shared.dir.clone(),
-            });
+            return Ok(Self { dir: shared.dir.clone() });
         }
         let root = v2_root()?;
         let own = fs::read_to_string("/proc/self/cgroup").context("reading /proc/self/cgroup")?;
@@ -65,11 +63,7 @@ impl LabCgroup {
             let _ = fs::remove_dir(&dir);
             return Err(err);
         }
-        *guard = Some(Shared {
-            users: 1,
-            dir: dir.clone(),
-            home,
-        });
+        *guard = Some(Shared { users: 1, dir: dir.clone(), home });
         Ok(Self { dir })
     }
 
@@ -86,7 +80,15 @@ impl Drop for LabCgroup {
         if shared.users > 0 {
             return;
         }
-        if let Err(err) = enter(&shared.home).and_then(|()| remove(&shared.dir)) {
+        let leave = || {
+            enter(&shared.home)?;
+            // Children of this process that are no pod's: theirs is the cgroup that they came to.
+            for pid in pids(&shared.dir) {
+                let _ = fs::write(shared.home.join("cgroup.procs"), pid.to_string());
+            }
+            remove(&shared.dir)
+        };
+        if let Err(err) = leave() {
             eprintln!("lab: {err:#}");
         }
         *guard = None;
@@ -111,9 +113,7 @@ pub(crate) fn remove(dir: &Path) -> Result<()> {
     if !dir.exists() {
         return Ok(());
     }
-    for entry in fs::read_dir(dir)
-        .with_context(|| format!("reading {}", dir.display()))?
-        .flatten()
+    for entry in fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))?.flatten()
     {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             remove(&entry.path())?;

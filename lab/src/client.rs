@@ -27,9 +27,7 @@ pub struct Answer {
 pub fn connect(target: SocketAddr, source: Option<IpAddr>) -> Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(target), Type::STREAM, None)?;
     if let Some(ip) = source {
-        socket
-            .bind(&SocketAddr::new(ip, 0).into())
-            .with_context(|| format!("binding to {ip}"))?;
+        socket.bind(&SocketAddr::new(ip, 0).into()).with_context(|| format!("binding to {ip}"))?;
     }
     socket
         .connect_timeout(&target.into(), TIMEOUT)
@@ -47,37 +45,18 @@ pub fn ask(target: SocketAddr, source: Option<IpAddr>) -> Result<Answer> {
     BufReader::new(&stream)
         .read_line(&mut line)
         .with_context(|| format!("reading what {target} greets with"))?;
-    ensure!(
-        !line.is_empty(),
-        "{target} closed the connection before it said anything"
-    );
-    Ok(Answer {
-        local,
-        peer,
-        seen: line.trim_end().parse()?,
-    })
+    ensure!(!line.is_empty(), "{target} closed the connection before it said anything");
+    Ok(Answer { local, peer, seen: line.trim_end().parse()? })
 }
 
 /// Asks a server of [`crate::Talk::Echo`] by HTTP for what it sees.
 pub fn http_get(target: SocketAddr) -> Result<Answer> {
     let mut stream = connect(target, None)?;
     let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
-    write!(
-        stream,
-        "GET / HTTP/1.1\r\nHost: {target}\r\nConnection: close\r\n\r\n"
-    )?;
+    write!(stream, "GET / HTTP/1.1\r\nHost: {target}\r\nConnection: close\r\n\r\n")?;
     let mut text = String::new();
-    stream
-        .read_to_string(&mut text)
-        .with_context(|| format!("reading from {target}"))?;
+    stream.read_to_string(&mut text).with_context(|| format!("reading from {target}"))?;
     let (head, body) = text.split_once("\r\n\r\n").context("no HTTP answer")?;
-    ensure!(
-        head.starts_with("HTTP/1.1 200 "),
-        "{target} answered {head:?}"
-    );
-    Ok(Answer {
-        local,
-        peer,
-        seen: body.trim_end().parse()?,
-    })
+    ensure!(head.starts_with("HTTP/1.1 200 "), "{target} answered {head:?}");
+    Ok(Answer { local, peer, seen: body.trim_end().parse()? })
 }

@@ -21,9 +21,7 @@ pub(crate) fn feed(argv: &[&str], input: &str) -> Result<String> {
         // A command that fails early closes its stdin: its own words say more than EPIPE.
         let _ = stdin.write_all(input.as_bytes());
     }
-    let out = child
-        .wait_with_output()
-        .with_context(|| format!("running `{line}`"))?;
+    let out = child.wait_with_output().with_context(|| format!("running `{line}`"))?;
     if !out.status.success() {
         let said = String::from_utf8_lossy(&out.stderr);
         bail!("`{line}` failed ({}): {}", out.status, said.trim());

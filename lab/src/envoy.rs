@@ -31,10 +31,7 @@ pub struct EnvoyOpts {
 
 impl Default for EnvoyOpts {
     fn default() -> Self {
-        Self {
-            concurrency: 2,
-            reuse_port: true,
-        }
+        Self { concurrency: 2, reuse_port: true }
     }
 }
 
@@ -64,11 +61,7 @@ pub struct LogLine {
 pub fn binary() -> Result<PathBuf> {
     let dir = env::var_os("SIDESTEP_LAB_DIR").unwrap_or_else(|| "/var/lib/sidestep-lab".into());
     let path = Path::new(&dir).join("envoy/bin/envoy");
-    ensure!(
-        path.is_file(),
-        "there is no Envoy at {}: run `make deps`",
-        path.display()
-    );
+    ensure!(path.is_file(), "there is no Envoy at {}: run `make deps`", path.display());
     Ok(path)
 }
 
@@ -106,19 +99,12 @@ impl Envoy {
                 "warning".as_ref(),
             ],
         )?;
-        let mut envoy = Self {
-            process,
-            pod: pod.name().to_owned(),
-            dir,
-        };
+        let mut envoy = Self { process, pod: pod.name().to_owned(), dir };
         let what = format!("Envoy in {} to listen", pod.name());
         let mut running = true;
         let ready = wait_until(&what, Duration::from_secs(20), || {
             running = envoy.process.is_running();
-            !running
-                || envoy
-                    .admin("/ready")
-                    .is_ok_and(|body| body.trim() == "LIVE")
+            !running || envoy.admin("/ready").is_ok_and(|body| body.trim() == "LIVE")
         });
         ready
             .and_then(|()| {
@@ -150,21 +136,12 @@ impl Envoy {
         let mut stream = UnixStream::connect(&socket)
             .with_context(|| format!("connecting to {}", socket.display()))?;
         stream.set_read_timeout(Some(Duration::from_secs(3)))?;
-        write!(
-            stream,
-            "GET {path} HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n"
-        )?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
-        stream
-            .read_to_string(&mut answer)
-            .context("reading Envoy's answer")?;
+        stream.read_to_string(&mut answer).context("reading Envoy's answer")?;
         let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
         let status = head.split(' ').nth(1);
-        ensure!(
-            status == Some("200"),
-            "{path} answered {}",
-            head.lines().next().unwrap_or("")
-        );
+        ensure!(status == Some("200"), "{path} answered {}", head.lines().next().unwrap_or(""));
         if head.contains("transfer-encoding: chunked") {
             unchunk(body)
         } else {

@@ -10,17 +10,11 @@ use crate::{INBOUND, OUTBOUND, PROXY};
 pub fn install_istio(pod: &Pod) -> Result<()> {
     let netns = pod.netns_handle();
     netns
-        .command(
-            &["iptables-restore", "--noflush"],
-            &rules("127.0.0.6/32", "127.0.0.1/32"),
-        )
+        .command(&["iptables-restore", "--noflush"], &rules("127.0.0.6/32", "127.0.0.1/32"))
         .context("installing Istio's IPv4 rules")?;
     if pod.has_v6() {
         netns
-            .command(
-                &["ip6tables-restore", "--noflush"],
-                &rules("::6/128", "::1/128"),
-            )
+            .command(&["ip6tables-restore", "--noflush"], &rules("::6/128", "::1/128"))
             .context("installing Istio's IPv6 rules")?;
         pod.ip("addr add ::6/128 dev lo nodad")?;
     }
@@ -44,16 +38,8 @@ pub fn remove(pod: &Pod) -> Result<()> {
 pub fn ruleset(pod: &Pod) -> Result<String> {
     let netns = pod.netns_handle();
     let mut all = String::new();
-    for command in [
-        &["iptables-save"][..],
-        &["ip6tables-save"],
-        &["nft", "list", "ruleset"],
-    ] {
-        for line in netns
-            .command(command, "")?
-            .lines()
-            .filter(|line| !line.starts_with('#'))
-        {
+    for command in [&["iptables-save"][..], &["ip6tables-save"], &["nft", "list", "ruleset"]] {
+        for line in netns.command(command, "")?.lines().filter(|line| !line.starts_with('#')) {
             all += line;
             all.push('\n');
         }

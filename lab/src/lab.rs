@@ -39,19 +39,12 @@ impl Lab {
     /// Makes the node. `tag` only shows in file names. Fails when not root, or when `ip` or
     /// cgroup v2 is missing.
     pub fn new(tag: &str) -> Result<Self> {
-        ensure!(
-            geteuid().is_root(),
-            "the lab needs root (it makes network namespaces)"
-        );
+        ensure!(geteuid().is_root(), "the lab needs root (it makes network namespaces)");
         raise_file_limit().context("raising the limit of open files")?;
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let id = format!("sl{}-{number}", process::id());
         let cgroup = LabCgroup::join()?;
-        let dir = TempDir::new(&format!(
-            "{}{}-{number}-{tag}",
-            cgroup::PREFIX,
-            process::id()
-        ))?;
+        let dir = TempDir::new(&format!("{}{}-{number}-{tag}", cgroup::PREFIX, process::id()))?;
         let node = Netns::add(format!("{id}-node"))?;
         // A bridge hands its packets to iptables by default, and would let them be translated
         // twice.
@@ -68,17 +61,7 @@ impl Lab {
              addr add fd77::1/64 dev br0 nodad\n\
              link set br0 up\n")?;
         let (pods, files) = (AtomicU8::new(0), AtomicU32::new(0));
-        Ok(Self {
-            inner: Arc::new(Inner {
-                id,
-                node,
-                dir,
-                cgroup,
-                number,
-                pods,
-                files,
-            }),
-        })
+        Ok(Self { inner: Arc::new(Inner { id, node, dir, cgroup, number, pods, files }) })
     }
 
     /// Adds a pod to the node.
@@ -93,14 +76,8 @@ impl Lab {
 
     /// Gives the node one more address, such as a ClusterIP that a test wants answered.
     pub fn add_node_address(&self, ip: IpAddr) -> Result<()> {
-        let (bits, nodad) = if ip.is_ipv4() {
-            (32, "")
-        } else {
-            (128, " nodad")
-        };
-        self.inner
-            .node
-            .ip(&format!("addr add {ip}/{bits} dev lo{nodad}\n"))
+        let (bits, nodad) = if ip.is_ipv4() { (32, "") } else { (128, " nodad") };
+        self.inner.node.ip(&format!("addr add {ip}/{bits} dev lo{nodad}\n"))
     }
 
     /// The cgroup that this process and all processes of its pods are in: what the agent's

@@ -38,12 +38,7 @@ pub struct LoadOpts {
 impl Default for LoadOpts {
     fn default() -> Self {
         let duration = Duration::from_secs(1);
-        Self {
-            connections: 16,
-            duration,
-            payload: 64,
-            mode: Mode::KeepAlive,
-        }
+        Self { connections: 16, duration, payload: 64, mode: Mode::KeepAlive }
     }
 }
 
@@ -114,13 +109,7 @@ struct Client {
 
 impl Client {
     fn new(target: SocketAddr, opts: LoadOpts) -> Self {
-        Self {
-            target,
-            opts,
-            times: histogram(),
-            errors: 0,
-            first_error: None,
-        }
+        Self { target, opts, times: histogram(), errors: 0, first_error: None }
     }
 
     fn run(mut self, barrier: &Barrier) -> Self {
@@ -138,10 +127,7 @@ impl Client {
                 thread::yield_now(); // refused, perhaps: let the others run
                 continue;
             };
-            match open
-                .write_all(&request)
-                .and_then(|()| open.read_exact(&mut response))
-            {
+            match open.write_all(&request).and_then(|()| open.read_exact(&mut response)) {
                 Ok(()) => self.record(begin.elapsed()),
                 Err(err) => {
                     self.failed(&err.into());
@@ -156,17 +142,12 @@ impl Client {
     }
 
     fn record(&mut self, took: Duration) {
-        self.times
-            .saturating_record(took.as_nanos().try_into().unwrap_or(u64::MAX));
+        self.times.saturating_record(took.as_nanos().try_into().unwrap_or(u64::MAX));
     }
 
     fn open(&mut self) -> Option<TcpStream> {
-        let stream = connect(self.target, None).and_then(|stream| {
-            stream
-                .set_nodelay(true)
-                .map(|()| stream)
-                .map_err(Error::from)
-        });
+        let stream = connect(self.target, None)
+            .and_then(|stream| stream.set_nodelay(true).map(|()| stream).map_err(Error::from));
         stream.inspect_err(|err| self.failed(err)).ok()
     }
 

@@ -27,15 +27,9 @@ pub struct PodNet {
 
 impl PodNet {
     /// IPv4 only.
-    pub const V4: Self = Self {
-        v4: true,
-        v6: false,
-    };
+    pub const V4: Self = Self { v4: true, v6: false };
     /// IPv6 only.
-    pub const V6: Self = Self {
-        v4: false,
-        v6: true,
-    };
+    pub const V6: Self = Self { v4: false, v6: true };
     /// Both.
     pub const DUAL: Self = Self { v4: true, v6: true };
 }
@@ -59,14 +53,8 @@ impl Pod {
         let number = lab.next_pod()?;
         let host = number + 10;
         let v4 = net.v4.then(|| Ipv4Addr::new(10, 77, 0, host));
-        let v6 = net
-            .v6
-            .then(|| Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, host.into()));
-        let uid = format!(
-            "{:08x}-{:04x}-4000-8000-{host:012x}",
-            process::id(),
-            lab.number
-        );
+        let v6 = net.v6.then(|| Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, host.into()));
+        let uid = format!("{:08x}-{:04x}-4000-8000-{host:012x}", process::id(), lab.number);
         let netns = Netns::add(format!("{}-{name}", lab.id))?;
         let cgroup = lab.leaf_cgroup(name)?;
 
@@ -88,15 +76,7 @@ impl Pod {
             batch += &format!("addr add {ip}/64 dev eth0 nodad\nroute add default via fd77::1\n");
         }
         netns.ip(&batch)?;
-        Ok(Self {
-            name: name.to_owned(),
-            uid,
-            cgroup,
-            netns,
-            v4,
-            v6,
-            lab,
-        })
+        Ok(Self { name: name.to_owned(), uid, cgroup, netns, v4, v6, lab })
     }
 
     /// The name given to [`crate::Lab::pod`].
@@ -116,25 +96,17 @@ impl Pod {
 
     /// Its IPv4 address. Panics when it has none: the test asked for a pod without.
     pub fn ipv4(&self) -> IpAddr {
-        self.v4
-            .expect("this pod was made without an IPv4 address")
-            .into()
+        self.v4.expect("this pod was made without an IPv4 address").into()
     }
 
     /// Its IPv6 address. Panics when it has none: the test asked for a pod without.
     pub fn ipv6(&self) -> IpAddr {
-        self.v6
-            .expect("this pod was made without an IPv6 address")
-            .into()
+        self.v6.expect("this pod was made without an IPv6 address").into()
     }
 
     /// Its addresses, IPv4 first.
     pub fn ips(&self) -> Vec<IpAddr> {
-        self.v4
-            .map(IpAddr::from)
-            .into_iter()
-            .chain(self.v6.map(IpAddr::from))
-            .collect()
+        self.v4.map(IpAddr::from).into_iter().chain(self.v6.map(IpAddr::from)).collect()
     }
 
     /// Whether it has an IPv6 address.
@@ -158,14 +130,7 @@ impl Pod {
 
     /// Serves TCP on `addr`: greets each client with what it sees of it, then echoes.
     pub fn serve(&self, addr: SocketAddr, uid: u32, gid: u32) -> Result<Server> {
-        Server::start(
-            self,
-            ServeOpts {
-                uid,
-                gid,
-                ..ServeOpts::on([addr])
-            },
-        )
+        Server::start(self, ServeOpts { uid, gid, ..ServeOpts::on([addr]) })
     }
 
     /// Plays the sidecar (uid 1337) on `port` of all addresses: greets each client with the
@@ -176,12 +141,7 @@ impl Pod {
         let listen = [any4].into_iter().chain(self.v6.map(|_| any6));
         Server::start(
             self,
-            ServeOpts {
-                talk: Talk::OriginalDst,
-                uid: PROXY,
-                gid: PROXY,
-                ..ServeOpts::on(listen)
-            },
+            ServeOpts { talk: Talk::OriginalDst, uid: PROXY, gid: PROXY, ..ServeOpts::on(listen) },
         )
     }
 

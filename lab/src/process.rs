@@ -36,11 +36,7 @@ impl Process {
             .process_group(0)
             .spawn()
             .with_context(|| format!("starting {name}"))?;
-        Ok(Self {
-            name: name.to_owned(),
-            child,
-            log,
-        })
+        Ok(Self { name: name.to_owned(), child, log })
     }
 
     /// The process id.
@@ -63,9 +59,7 @@ impl Process {
     /// Waits until it has ended by itself; fails after `timeout`.
     pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let child = &mut self.child;
-        wait_stubbornly(&format!("the end of {}", self.name), timeout, || {
-            child.try_wait().ok()?
-        })
+        wait_stubbornly(&format!("the end of {}", self.name), timeout, || child.try_wait().ok()?)
     }
 
     /// SIGKILL, and waits for the end.

@@ -65,21 +65,13 @@ impl FromStr for Seen {
     type Err = Error;
 
     fn from_str(line: &str) -> Result<Self> {
-        let fields: HashMap<&str, &str> = line
-            .split_whitespace()
-            .filter_map(|word| word.split_once('='))
-            .collect();
+        let fields: HashMap<&str, &str> =
+            line.split_whitespace().filter_map(|word| word.split_once('=')).collect();
         let addr = |key| {
-            let text: &str = fields
-                .get(key)
-                .with_context(|| format!("no {key} in {line:?}"))?;
+            let text: &str = fields.get(key).with_context(|| format!("no {key} in {line:?}"))?;
             text.parse().with_context(|| format!("{key} in {line:?}"))
         };
-        let answer = |key| {
-            fields
-                .get(key)
-                .map(|text| text.parse().map_err(|_| (*text).to_owned()))
-        };
+        let answer = |key| fields.get(key).map(|text| text.parse().map_err(|_| (*text).to_owned()));
         Ok(Self {
             peer: addr("peer")?,
             local: addr("local")?,

@@ -94,10 +94,7 @@ impl Server {
         opts: ServeOpts,
         enter: impl FnOnce(&ServeOpts) -> Result<()> + Send + 'static,
     ) -> Result<Self> {
-        ensure!(
-            !opts.listen.is_empty(),
-            "a server needs an address to listen on"
-        );
+        ensure!(!opts.listen.is_empty(), "a server needs an address to listen on");
         let poll = Poll::new().context("making an epoll")?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE).context("making a waker")?);
         let shared = Arc::new(Shared::default());
@@ -115,22 +112,11 @@ impl Server {
                     }
                 };
                 let _ = report.send(Ok(addrs));
-                Loop {
-                    poll,
-                    talk: opts.talk,
-                    listeners,
-                    shared: theirs,
-                }
-                .run()
+                Loop { poll, talk: opts.talk, listeners, shared: theirs }.run()
             })
             .context("starting a thread")?;
         let addrs: Vec<SocketAddr> = ready.recv().context("the server's thread ended")??;
-        Ok(Self {
-            addrs,
-            shared,
-            waker,
-            thread: Some(thread),
-        })
+        Ok(Self { addrs, shared, waker, thread: Some(thread) })
     }
 
     /// The first address that it listens on, with its real port.
@@ -140,11 +126,7 @@ impl Server {
 
     /// What it saw of all connections so far, in the order of their coming.
     pub fn seen(&self) -> Vec<Seen> {
-        self.shared
-            .seen
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.shared.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Waits until `n` connections have come, up to five seconds, and gives what it saw.
@@ -163,11 +145,7 @@ impl Server {
 
     /// Forgets what it saw.
     pub fn clear(&self) {
-        self.shared
-            .seen
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
+        self.shared.seen.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }
 
@@ -191,8 +169,7 @@ fn bind(poll: &Poll, opts: &ServeOpts) -> Result<Vec<(TcpListener, SocketAddr)>>
             let listener = listen(*addr, opts).with_context(|| format!("listening on {addr}"))?;
             let real = listener.local_addr()?;
             let mut listener = TcpListener::from_std(listener);
-            poll.registry()
-                .register(&mut listener, Token(number), Interest::READABLE)?;
+            poll.registry().register(&mut listener, Token(number), Interest::READABLE)?;
             Ok((listener, real))
         })
         .collect()
@@ -281,29 +258,13 @@ struct Conn {
 impl Conn {
     fn new(stream: TcpStream, peer: SocketAddr, talk: Talk) -> io::Result<Self> {
         stream.set_nodelay(true)?;
-        let mut seen = Seen {
-            peer,
-            local: stream.local_addr()?,
-            orig: None,
-            orig6: None,
-        };
+        let mut seen = Seen { peer, local: stream.local_addr()?, orig: None, orig6: None };
         if talk == Talk::OriginalDst {
             seen.ask_original(&stream);
         }
         let http = talk == Talk::Echo;
-        let out = if http {
-            Vec::new()
-        } else {
-            format!("{seen}\n").into_bytes()
-        };
-        Ok(Self {
-            stream,
-            seen,
-            http,
-            out,
-            written: 0,
-            ending: false,
-        })
+        let out = if http { Vec::new() } else { format!("{seen}\n").into_bytes() };
+        Ok(Self { stream, seen, http, out, written: 0, ending: false })
     }
 
     /// Writes and reads as long as either goes on. An error, also the regular end of the

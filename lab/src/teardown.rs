@@ -37,10 +37,7 @@ pub fn find() -> Result<Vec<Leftover>> {
     for parent in [root.clone(), PathBuf::from(BPFFS), env::temp_dir()] {
         for name in names(&parent) {
             if let Some(pid) = number_after(&name, cgroup::PREFIX) {
-                all.entry(pid)
-                    .or_default()
-                    .directories
-                    .push(parent.join(name));
+                all.entry(pid).or_default().directories.push(parent.join(name));
             }
         }
     }
@@ -70,9 +67,8 @@ pub fn remove(leftover: &Leftover) -> Result<()> {
 
 fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut names: Vec<String> = entries
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .collect();
+    let mut names: Vec<String> =
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     names.sort();
     names
 }

@@ -11,9 +11,7 @@ use sidestep_lab::{
 };
 
 fn own_leftovers() -> Result<Option<teardown::Leftover>> {
-    Ok(teardown::find()?
-        .into_iter()
-        .find(|found| found.pid == std::process::id()))
+    Ok(teardown::find()?.into_iter().find(|found| found.pid == std::process::id()))
 }
 
 #[test]
@@ -57,22 +55,11 @@ fn everything_is_removed_after_a_panic() -> Result<()> {
         let pod = lab.pod("a", PodNet::V4).expect("a pod");
         let _child = pod.spawn(APP, APP, ["sleep", "1000"]).expect("a child");
         let id = lab.node_name().trim_end_matches("-node").to_owned();
-        pod.run(APP, APP, || std::panic::panic_any(id))
-            .expect("not reached");
+        pod.run(APP, APP, || std::panic::panic_any(id)).expect("not reached");
     });
-    let id = *caught
-        .expect_err("no panic")
-        .downcast::<String>()
-        .expect("its text");
-    let namespaces = own_leftovers()?
-        .map(|found| found.namespaces)
-        .unwrap_or_default();
-    assert!(
-        !namespaces
-            .iter()
-            .any(|name| name.starts_with(&format!("{id}-"))),
-        "{namespaces:?}"
-    );
+    let id = *caught.expect_err("no panic").downcast::<String>().expect("its text");
+    let namespaces = own_leftovers()?.map(|found| found.namespaces).unwrap_or_default();
+    assert!(!namespaces.iter().any(|name| name.starts_with(&format!("{id}-"))), "{namespaces:?}");
     Ok(())
 }
 
@@ -83,26 +70,13 @@ fn children_have_real_ids_and_the_pods_cgroup() -> Result<()> {
     let mut child = pod.spawn(
         1234,
         2345,
-        [
-            "sh",
-            "-c",
-            "id; cat /proc/self/cgroup; readlink /proc/self/ns/net",
-        ],
+        ["sh", "-c", "id; cat /proc/self/cgroup; readlink /proc/self/ns/net"],
     )?;
     assert!(child.wait(Duration::from_secs(5))?.success());
     let net = pod.run(0, 0, || std::fs::read_link("/proc/thread-self/ns/net"))??;
     let log = child.log();
-    let cgroup = pod
-        .cgroup()
-        .file_name()
-        .context("a name")?
-        .to_string_lossy();
-    for wanted in [
-        "uid=1234",
-        "gid=2345",
-        &format!("/{cgroup}"),
-        &net.to_string_lossy(),
-    ] {
+    let cgroup = pod.cgroup().file_name().context("a name")?.to_string_lossy();
+    for wanted in ["uid=1234", "gid=2345", &format!("/{cgroup}"), &net.to_string_lossy()] {
         assert!(log.contains(wanted), "no {wanted} in {log}");
     }
     Ok(())
@@ -114,16 +88,12 @@ fn many_connections() -> Result<()> {
     let pod = lab.pod("a", PodNet::V4)?;
     let server = pod.serve((pod.ipv4(), 8080).into(), APP, APP)?;
     let open = pod.run(APP, APP, || {
-        (0..4000)
-            .map(|_| connect(server.addr(), None))
-            .collect::<Result<Vec<_>>>()
+        (0..4000).map(|_| connect(server.addr(), None)).collect::<Result<Vec<_>>>()
     })??;
     server.wait_seen(4000)?;
     assert_eq!(server.open(), 4000);
     drop(open);
-    sidestep_lab::wait_until("all to close", Duration::from_secs(5), || {
-        server.open() == 0
-    })
+    sidestep_lab::wait_until("all to close", Duration::from_secs(5), || server.open() == 0)
 }
 
 /// Istio's rules with a recorder in the place of the proxy.
@@ -200,13 +170,7 @@ fn envoys_pass_calls_on() -> Result<()> {
     let lab = Lab::new("envoy")?;
     let a = lab.pod("app-a", PodNet::DUAL)?;
     let b = lab.pod("app-b", PodNet::DUAL)?;
-    let opts = [
-        EnvoyOpts::default(),
-        EnvoyOpts {
-            concurrency: 1,
-            reuse_port: false,
-        },
-    ];
+    let opts = [EnvoyOpts::default(), EnvoyOpts { concurrency: 1, reuse_port: false }];
     let [envoy_a, envoy_b] = [(&a, opts[0]), (&b, opts[1])].map(|(pod, opts)| {
         iptables::install_istio(pod)?;
         Envoy::start(pod, opts)
@@ -214,21 +178,12 @@ fn envoys_pass_calls_on() -> Result<()> {
     let (envoy_a, envoy_b) = (envoy_a?, envoy_b?);
     for (from, to, six) in [
         (a.ipv4(), b.ipv4(), IpAddr::V4(Ipv4Addr::new(127, 0, 0, 6))),
-        (
-            a.ipv6(),
-            b.ipv6(),
-            IpAddr::V6(Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6)),
-        ),
+        (a.ipv6(), b.ipv6(), IpAddr::V6(Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6))),
     ] {
         let target = SocketAddr::new(to, 8080);
         let app = Server::start(
             &b,
-            ServeOpts {
-                talk: Talk::Echo,
-                uid: APP,
-                gid: APP,
-                ..ServeOpts::on([target])
-            },
+            ServeOpts { talk: Talk::Echo, uid: APP, gid: APP, ..ServeOpts::on([target]) },
         )?;
         let answer = a.run(APP, APP, || http_get(target))??;
         assert_eq!(answer.peer, target);
@@ -253,12 +208,7 @@ fn envoys_pass_calls_on() -> Result<()> {
 
         for mode in [Mode::KeepAlive, Mode::Connect] {
             let duration = Duration::from_millis(300);
-            let opts = LoadOpts {
-                connections: 4,
-                duration,
-                mode,
-                ..LoadOpts::default()
-            };
+            let opts = LoadOpts { connections: 4, duration, mode, ..LoadOpts::default() };
             let report = load::run(&a, APP, target, opts)?;
             assert!(report.requests > 10 && report.errors == 0, "{report:?}");
             assert!(

@@ -26,18 +26,24 @@ use std::{
     io::Read,
     mem::MaybeUninit,
     net::IpAddr,
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, BorrowedFd, OwnedFd},
+        unix::fs::{DirBuilderExt, MetadataExt},
+    },
     path::{Path, PathBuf},
     rc::Rc,
 };
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{
     Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, RingBuffer, RingBufferBuilder,
     query::LinkTypeInfo,
     skel::{OpenSkel, Skel, SkelBuilder},
 };
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    unistd::geteuid,
+};
 use tokio::io::unix::AsyncFd;
 
 pub use cookie::current_netns_cookie;
@@ -128,10 +134,16 @@ impl Pins {
     /// # Errors
     /// Where another process has it, or the directory can't be made.
     pub fn lock(&self) -> Result<Flock<File>> {
-        fs::create_dir_all(&self.root)
-            .with_context(|| format!("cannot create {}", self.root.display()))?;
-        let dir = File::open(&self.root)
-            .with_context(|| format!("cannot open {}", self.root.display()))?;
+        let root = self.root.display();
+        // Anybody may make directories in a bpffs' root.
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.root)
+            .with_context(|| format!("cannot create {root}"))?;
+        let dir = File::open(&self.root).with_context(|| format!("cannot open {root}"))?;
+        let owner = dir.metadata()?.uid();
+        ensure!(owner == geteuid().as_raw(), "{root} belongs to uid {owner}: remove it first");
         Flock::lock(dir, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
             anyhow!(errno).context(format!(
                 "another sidestep process works on {}: stop it first",
@@ -428,10 +440,7 @@ pub fn probe() -> Vec<(String, bool)> {
     for hook in HOOKS.iter().filter(|hook| hook.attach != Attach::Iterator) {
         let kind = format!("{:?}", hook.kind);
         if !kinds.contains(&kind) {
-            found.push((
-                format!("program type {kind}"),
-                hook.kind.is_supported().unwrap_or(false),
-            ));
+            found.push((format!("program type {kind}"), hook.kind.is_supported().unwrap_or(false)));
             kinds.push(kind);
         }
     }

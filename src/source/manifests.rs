@@ -121,7 +121,10 @@ fn is_manifest(path: &Path) -> bool {
 
 fn read_documents(path: &Path) -> Result<Vec<Value>, ManifestError> {
     let text = fs::read_to_string(path).map_err(ManifestError::Unreadable)?;
-    serde_saphyr::from_multiple(&text).map_err(|error| ManifestError::NoYaml(error.to_string()))
+    serde_saphyr::from_multiple(&text).map_err(|error| {
+        // The first line names the place; the others quote the file.
+        ManifestError::NoYaml(error.to_string().lines().next().unwrap_or_default().into())
+    })
 }
 
 /// The pod of a document; none where the document is empty.
@@ -140,7 +143,7 @@ fn pod_of(document: usize, value: &Value) -> Result<Option<Pod>, ManifestError> 
             return Err(ManifestError::NoPod { document, found });
         }
     }
-    serde_json::from_value(value.clone())
+    serde_path_to_error::deserialize(value)
         .map(Some)
         .map_err(|error| ManifestError::BadPod { document, why: error.to_string() })
 }
@@ -201,7 +204,8 @@ mod tests {
 
     #[test]
     fn no_directory_is_an_error() {
-        let error = Manifests::new(Path::new("/nonexistent/pods")).read().expect_err("no directory");
+        let error =
+            Manifests::new(Path::new("/nonexistent/pods")).read().expect_err("no directory");
         assert!(error.to_string().contains("/nonexistent/pods"));
     }
 }

@@ -24,18 +24,9 @@ pub fn compare(out: &Out, ways: &[Way; 3], seconds: f64) -> Result<()> {
     let duration = Duration::from_secs_f64(seconds);
     for (title, mode, connections) in [
         ("keep-alive, 16 connections", Mode::KeepAlive, 16),
-        (
-            "a connection for each request, 8 at a time",
-            Mode::Connect,
-            8,
-        ),
+        ("a connection for each request, 8 at a time", Mode::Connect, 8),
     ] {
-        let opts = LoadOpts {
-            connections,
-            duration,
-            mode,
-            ..LoadOpts::default()
-        };
+        let opts = LoadOpts { connections, duration, mode, ..LoadOpts::default() };
         let reports = measure(out, ways, title, opts)?;
         println!("  {} bytes there and back, {title}", opts.payload);
         print_table(out, ways, &reports);
@@ -60,10 +51,7 @@ fn measure(out: &Out, ways: &[Way; 3], title: &str, opts: LoadOpts) -> Result<[V
             let report = load::run(&client.pod, APP, (server.pod.ipv4(), PORT).into(), opts)?;
             ensure!(!interrupted(), "interrupted");
             if let Some(error) = report.first_error {
-                bail!(
-                    "{name}, {title}: {} errors, the first: {error}",
-                    report.errors
-                );
+                bail!("{name}, {title}: {} errors, the first: {error}", report.errors);
             }
             reports[number].push(report);
         }
@@ -73,15 +61,9 @@ fn measure(out: &Out, ways: &[Way; 3], title: &str, opts: LoadOpts) -> Result<[V
 }
 
 fn print_table(out: &Out, ways: &[Way; 3], reports: &[Vec<Report>; 3]) {
-    let head = format!(
-        "{:14}{:>10}{:>11}{:>11}   req/s : {BASE}",
-        "", "req/s", "p50", "p99"
-    );
+    let head = format!("{:14}{:>10}{:>11}{:>11}   req/s : {BASE}", "", "req/s", "p50", "p99");
     println!("{}", out.dim(head));
-    let base = ways
-        .iter()
-        .position(|(name, ..)| *name == BASE)
-        .unwrap_or(0);
+    let base = ways.iter().position(|(name, ..)| *name == BASE).unwrap_or(0);
     for ((name, ..), own) in ways.iter().zip(reports) {
         let pairs = own.iter().zip(&reports[base]);
         let ratios = sorted(pairs.map(|(own, base)| own.rps / base.rps));
@@ -91,11 +73,8 @@ fn print_table(out: &Out, ways: &[Way; 3], reports: &[Vec<Report>; 3]) {
         let ratio = if *name == BASE {
             "1".to_owned()
         } else {
-            let (low, middle, high) = (
-                ratios[ROUNDS / 4],
-                ratios[ROUNDS / 2],
-                ratios[ROUNDS * 3 / 4],
-            );
+            let (low, middle, high) =
+                (ratios[ROUNDS / 4], ratios[ROUNDS / 2], ratios[ROUNDS * 3 / 4]);
             format!("{middle:.2}  ({low:.2} to {high:.2})")
         };
         println!(

@@ -70,10 +70,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(listen: &[SocketAddr]) -> Result<()> {
-    let opts = ServeOpts {
-        talk: Talk::Echo,
-        ..ServeOpts::on(listen.iter().copied())
-    };
+    let opts = ServeOpts { talk: Talk::Echo, ..ServeOpts::on(listen.iter().copied()) };
     let _server = Server::start_here(opts)?;
     loop {
         thread::park();
@@ -141,10 +138,7 @@ fn demo(args: &Args) -> Result<()> {
     out.row(
         "",
         "enrolled",
-        format!(
-            "both pods, {} ms after its start",
-            start.elapsed().as_millis()
-        ),
+        format!("both pods, {} ms after its start", start.elapsed().as_millis()),
     );
 
     out.step("A call from app-a to app-b over IPv4, hop by hop")?;
@@ -155,33 +149,17 @@ fn demo(args: &Args) -> Result<()> {
     out.step("Packet filter rules in these pods")?;
     for side in [&a, &b] {
         let rules = iptables::ruleset(&side.pod)?;
-        ensure!(
-            rules.is_empty(),
-            "there are rules in {}:\n{rules}",
-            side.pod.name()
-        );
+        ensure!(rules.is_empty(), "there are rules in {}:\n{rules}", side.pod.name());
         for command in ["iptables-save", "ip6tables-save", "nft list ruleset"] {
-            let name = if command == "iptables-save" {
-                side.pod.name()
-            } else {
-                ""
-            };
+            let name = if command == "iptables-save" { side.pod.name() } else { "" };
             out.row(name, command, out.good("nothing"));
         }
     }
 
     out.step("Side by side: no mesh, Istio's iptables rules, Sidestep")?;
     let modes = [
-        (
-            "no mesh",
-            Side::new(&lab, "plain-a", false)?,
-            Side::new(&lab, "plain-b", false)?,
-        ),
-        (
-            "iptables",
-            Side::new(&lab, "ipt-a", true)?,
-            Side::new(&lab, "ipt-b", true)?,
-        ),
+        ("no mesh", Side::new(&lab, "plain-a", false)?, Side::new(&lab, "plain-b", false)?),
+        ("iptables", Side::new(&lab, "ipt-a", true)?, Side::new(&lab, "ipt-b", true)?),
         ("Sidestep", a, b),
     ];
     for side in [&modes[1].1, &modes[1].2] {
@@ -198,45 +176,29 @@ fn demo(args: &Args) -> Result<()> {
     drop(agent);
     drop(modes);
     drop(lab);
-    println!(
-        "\nAll of it is removed again. It took {} s.",
-        began.elapsed().as_secs()
-    );
+    println!("\nAll of it is removed again. It took {} s.", began.elapsed().as_secs());
     Ok(())
 }
 
 /// Says clearly what is missing, before anything is made. Gives the agent's binary.
 fn check_parts(args: &Args) -> Result<PathBuf> {
-    ensure!(
-        geteuid().is_root(),
-        "this needs root: it makes network namespaces and loads eBPF"
-    );
-    ensure!(
-        (0.05..=60.0).contains(&args.seconds),
-        "--seconds must be between 0.05 and 60"
-    );
+    ensure!(geteuid().is_root(), "this needs root: it makes network namespaces and loads eBPF");
+    ensure!((0.05..=60.0).contains(&args.seconds), "--seconds must be between 0.05 and 60");
     envoy::binary()?;
     for tool in ["ip", "nsenter", "setpriv", "iptables-save", "nft"] {
         let found = Command::new(tool).arg("--version").output();
-        ensure!(
-            found.is_ok(),
-            "there is no `{tool}` in PATH: run `make deps`"
-        );
+        ensure!(found.is_ok(), "there is no `{tool}` in PATH: run `make deps`");
     }
     let sidestep = match &args.sidestep {
         Some(path) => path.clone(),
-        None => std::env::current_exe()
-            .context("finding this binary")?
-            .with_file_name("sidestep"),
+        None => std::env::current_exe().context("finding this binary")?.with_file_name("sidestep"),
     };
     ensure!(
         sidestep.is_file(),
         "there is no agent at {}: run `make`, or say where it is with --sidestep",
         sidestep.display()
     );
-    sidestep
-        .canonicalize()
-        .with_context(|| format!("finding {}", sidestep.display()))
+    sidestep.canonicalize().with_context(|| format!("finding {}", sidestep.display()))
 }
 
 fn version(envoy: &Envoy) -> Option<String> {
@@ -247,10 +209,7 @@ fn version(envoy: &Envoy) -> Option<String> {
 /// One call, checked and shown from all four places that saw it.
 fn show_call(out: &Out, a: &Side, b: &Side, ip: IpAddr, six: &str) -> Result<()> {
     let target = SocketAddr::new(ip, PORT);
-    let call = a
-        .pod
-        .run(APP, APP, || http_get(target))?
-        .context("the call failed")?;
+    let call = a.pod.run(APP, APP, || http_get(target))?.context("the call failed")?;
     let of_call = |line: &LogLine| line.downstream_remote == call.local;
     let near = a.envoy()?.wait_log("the call", of_call)?;
     let of_near = |line: &LogLine| Some(line.downstream_remote) == near.upstream_local;
@@ -259,38 +218,19 @@ fn show_call(out: &Out, a: &Side, b: &Side, ip: IpAddr, six: &str) -> Result<()>
     out.row("app-a  application", "dials", target);
     out.row("", "getsockname", call.local);
     out.row("", "getpeername", out.check(call.peer, target)?);
-    for (name, line, listener) in [
-        ("app-a  Envoy", &near, "virtualOutbound"),
-        ("app-b  Envoy", &far, "virtualInbound"),
-    ] {
-        ensure!(
-            line.listener == listener,
-            "the call came to {}",
-            line.listener
-        );
+    for (name, line, listener) in
+        [("app-a  Envoy", &near, "virtualOutbound"), ("app-b  Envoy", &far, "virtualInbound")]
+    {
+        ensure!(line.listener == listener, "the call came to {}", line.listener);
         out.row(name, "accepts from", line.downstream_remote);
-        out.row(
-            "",
-            "original dest.",
-            out.check(line.downstream_local, target)?,
-        );
+        out.row("", "original dest.", out.check(line.downstream_local, target)?);
         let from = line.upstream_local.context("Envoy made no connection")?;
         let to = line.upstream_host.context("Envoy made no connection")?;
-        out.row(
-            "",
-            "passes it on",
-            format!("{from} -> {}", out.check(to, target)?),
-        );
+        out.row("", "passes it on", format!("{from} -> {}", out.check(to, target)?));
     }
-    ensure!(
-        far.upstream_local == Some(call.seen.peer),
-        "another connection reached app-b"
-    );
+    ensure!(far.upstream_local == Some(call.seen.peer), "another connection reached app-b");
     let peer = call.seen.peer;
-    ensure!(
-        peer.ip() == six.parse::<IpAddr>()?,
-        "app-b sees {peer} and not {six}"
-    );
+    ensure!(peer.ip() == six.parse::<IpAddr>()?, "app-b sees {peer} and not {six}");
     out.row("app-b  application", "accepts from", out.good(peer));
     Ok(())
 }
@@ -314,11 +254,7 @@ fn keep(out: &Out, lab: &Lab, agent: &Agent, sides: [&Side; 2], sidestep: &Path)
         println!("    tail -f {}", side.envoy()?.access_log_path().display());
     }
     println!("  the agent, its log, and the manifests that it watches:");
-    println!(
-        "    {} status --bpffs {}",
-        sidestep.display(),
-        agent.bpffs().display()
-    );
+    println!("    {} status --bpffs {}", sidestep.display(), agent.bpffs().display());
     println!("    ls {}", lab.dir().display());
     println!("  remove all of it:\n    {} --teardown", own.display());
     Ok(())

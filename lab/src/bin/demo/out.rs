@@ -20,19 +20,11 @@ impl Out {
     pub fn new() -> Self {
         let terminal = io::stdout().is_terminal();
         let colour = terminal && env::var_os("NO_COLOR").is_none();
-        Self {
-            terminal,
-            colour,
-            steps: 0.into(),
-        }
+        Self { terminal, colour, steps: 0.into() }
     }
 
     fn paint(&self, code: &str, text: impl Display) -> String {
-        if self.colour {
-            format!("\x1b[{code}m{text}\x1b[0m")
-        } else {
-            text.to_string()
-        }
+        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_string() }
     }
 
     pub fn good(&self, text: impl Display) -> String {
@@ -47,10 +39,7 @@ impl Out {
     pub fn step(&self, title: &str) -> Result<()> {
         ensure!(!interrupted(), "interrupted");
         self.steps.set(self.steps.get() + 1);
-        println!(
-            "\n{}",
-            self.paint("1", format!("{}. {title}", self.steps.get()))
-        );
+        println!("\n{}", self.paint("1", format!("{}. {title}", self.steps.get())));
         Ok(())
     }
 

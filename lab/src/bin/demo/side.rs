@@ -24,20 +24,12 @@ impl Side {
         pod.sysctl("net.ipv4.ip_local_port_range", "16000 65535")?;
         pod.sysctl("net.ipv4.tcp_tw_reuse", "1")?;
         let app = start_app(lab, &pod)?;
-        let envoy = sidecar
-            .then(|| Envoy::start(&pod, EnvoyOpts::default()))
-            .transpose()?;
-        Ok(Self {
-            envoy,
-            _app: app,
-            pod,
-        })
+        let envoy = sidecar.then(|| Envoy::start(&pod, EnvoyOpts::default())).transpose()?;
+        Ok(Self { envoy, _app: app, pod })
     }
 
     pub fn envoy(&self) -> Result<&Envoy> {
-        self.envoy
-            .as_ref()
-            .with_context(|| format!("{} has no Envoy", self.pod.name()))
+        self.envoy.as_ref().with_context(|| format!("{} has no Envoy", self.pod.name()))
     }
 }
 
@@ -54,19 +46,11 @@ fn start_app(lab: &Lab, pod: &Pod) -> Result<Process> {
     let app = pod.spawn(
         APP,
         APP,
-        [
-            binary.as_os_str(),
-            "--serve".as_ref(),
-            any4.as_ref(),
-            any6.as_ref(),
-        ],
+        [binary.as_os_str(), "--serve".as_ref(), any4.as_ref(), any6.as_ref()],
     )?;
     let (ip, what) = (pod.ipv6(), format!("the application of {}", pod.name()));
     wait_until(&what, Duration::from_secs(5), || {
-        matches!(
-            pod.run(APP, APP, || connect((ip, PORT).into(), None)),
-            Ok(Ok(_))
-        )
+        matches!(pod.run(APP, APP, || connect((ip, PORT).into(), None)), Ok(Ok(_)))
     })
     .with_context(|| app.log())?;
     Ok(app)

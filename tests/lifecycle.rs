@@ -1,0 +1,171 @@
+//! The agent comes and goes; connections don't notice.
+
+mod common;
+
+use std::{
+    net::SocketAddr,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    thread,
+    time::Duration,
+};
+
+use common::*;
+use sidestep_lab::{Agent, Pod, wait_until};
+
+/// Connections, one after another, that must all be intercepted.
+struct Load<'a> {
+    name: &'static str,
+    stop: &'a AtomicBool,
+    done: AtomicUsize,
+}
+
+impl<'a> Load<'a> {
+    fn new(name: &'static str, stop: &'a AtomicBool) -> Self {
+        Self { name, stop, done: AtomicUsize::new(0) }
+    }
+
+    fn run(&self, from: &Pod, target: SocketAddr) {
+        while !self.stop.load(Ordering::Relaxed) {
+            let n = self.done.load(Ordering::Relaxed);
+            let answer = from
+                .ask(APP, APP, target)
+                .unwrap_or_else(|error| panic!("{} connection {n}: {error:#}", self.name));
+            assert_eq!(
+                answer.seen.original(),
+                Some(target),
+                "{} connection {n} was not intercepted: {answer:?}",
+                self.name
+            );
+            self.done.store(n + 1, Ordering::Relaxed);
+        }
+    }
+
+    fn wait_more(&self, n: usize) {
+        let goal = self.done.load(Ordering::Relaxed) + n;
+        wait_until(&format!("{n} more {} connections", self.name), Duration::from_secs(20), || {
+            self.done.load(Ordering::Relaxed) >= goal
+        })
+        .expect("the load goes on");
+    }
+}
+
+#[test]
+fn traffic_does_not_notice_a_killed_or_restarted_agent() {
+    let mut node = Node::new("killed");
+    node.agent.add_pod(&node.a).expect("manifest a");
+    node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+    let _sidecar = Sidecar::start(&node.a);
+    let _app = node.a.serve(addr(ip("0.0.0.0"), 8080), APP, APP).expect("app");
+    let stop = AtomicBool::new(false);
+    let loads = ["outbound", "outbound v6", "inbound", "inbound v6"].map(|n| Load::new(n, &stop));
+    let (a, b) = (&node.a, &node.b);
+    let paths = [
+        (a, addr(ip(REMOTE4), 80)),
+        (a, addr(ip(REMOTE6), 80)),
+        (b, addr(a.ipv4(), 8080)),
+        (b, addr(a.ipv6(), 8080)),
+    ];
+    thread::scope(|scope| {
+        for (load, (from, target)) in loads.iter().zip(paths) {
+            scope.spawn(move || load.run(from, target));
+        }
+        let finish = Finish(&stop);
+        for _ in 0..3 {
+            node.agent.kill9();
+            loads.iter().for_each(|load| load.wait_more(50));
+            let before = node.agent.log().matches("in force").count();
+            node.agent.restart().expect("starts");
+            wait_until("the new agent", Duration::from_secs(10), || {
+                node.agent.log().matches("in force").count() > before
+            })
+            .expect("in force");
+            loads.iter().for_each(|load| load.wait_more(50));
+        }
+        node.agent.restart().expect("an orderly restart");
+        loads.iter().for_each(|load| load.wait_more(100));
+        drop(finish);
+    });
+    assert!(node.agent.log().contains("adopted=1"), "{}", node.agent.log_tail());
+}
+
+/// Ends the loads, also when an assertion fails, or the scope would wait for ever.
+struct Finish<'a>(&'a AtomicBool);
+
+impl Drop for Finish<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_pod_that_left_while_the_agent_was_away_is_dropped_and_others_stay() {
+    let mut node = Node::enrolled("away");
+    node.agent.kill9();
+    node.agent.remove_pod(&node.b).expect("removed");
+    node.agent.restart().expect("starts");
+    node.agent.wait_gone(&node.b).expect("gone");
+    node.agent.wait_enrolled(&node.a).expect("stays");
+}
+
+#[test]
+fn a_terminating_pod_is_intercepted_until_its_namespace_is_gone() {
+    let node = Node::enrolled("terminating");
+    let _sidecar = Sidecar::start(&node.a);
+    let target = addr(ip(REMOTE4), 80);
+    // The name goes, the namespace lives on: processes are in it.
+    let netns = std::fs::File::open(node.a.netns()).expect("a namespace");
+    nix::mount::umount2(&node.a.netns(), nix::mount::MntFlags::MNT_DETACH).expect("unmounted");
+    let ask = || {
+        thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    nix::sched::setns(&netns, nix::sched::CloneFlags::CLONE_NEWNET)?;
+                    sidestep_lab::ask(target, None)
+                })
+                .join()
+                .expect("no panic")
+        })
+    };
+    // Longer than the agent takes to look at the namespaces again.
+    let resyncs = std::time::Instant::now() + Duration::from_millis(2500);
+    while std::time::Instant::now() < resyncs {
+        assert_original(&ask().expect("captured"), target);
+    }
+    assert!(node.agent.status().expect("status")["pods"].as_array().is_some_and(|p| p.len() == 2));
+}
+
+#[test]
+fn manifests_take_effect_within_a_second() {
+    let mut node = Node::new("watch");
+    let _sidecar = Sidecar::start(&node.a);
+    node.agent.wait_log("in force").expect("starts");
+    let pods =
+        |agent: &Agent| agent.status().expect("status")["pods"].as_array().expect("pods").len();
+    let second = Duration::from_secs(1);
+    for _ in 0..3 {
+        node.agent.add_pod(&node.a).expect("manifest a");
+        wait_until("a pod", second, || pods(&node.agent) == 1).expect("added");
+        node.agent.remove_pod(&node.a).expect("removed");
+        wait_until("no pod", second, || pods(&node.agent) == 0).expect("removed");
+    }
+    // Several documents in one file.
+    let text = [&node.a, &node.b]
+        .map(|pod| serde_json::to_string(&pod.manifest()).expect("JSON"))
+        .join("\n---\n");
+    std::fs::write(node.agent.pods_dir().join("both.yml"), text).expect("written");
+    wait_until("both pods", second, || pods(&node.agent) == 2).expect("added");
+    node.agent.wait_enrolled(&node.b).expect("enrolled");
+}
+
+#[test]
+fn a_second_agent_and_unload_are_refused_while_one_runs() {
+    let node = Node::enrolled("second");
+    let dir = node.agent.pods_dir().display().to_string();
+    let cgroup = node.lab.cgroup().display().to_string();
+    let error =
+        node.agent.command(&["run", "--pods", &dir, "--cgroup", &cgroup]).expect_err("refused");
+    assert!(format!("{error:#}").contains("another sidestep process"), "{error:#}");
+    let error = node.agent.command(&["unload"]).expect_err("refused");
+    assert!(format!("{error:#}").contains("another sidestep process"), "{error:#}");
+    assert_eq!(node.agent.status().expect("status")["pods"].as_array().map(Vec::len), Some(2));
+}

@@ -1,0 +1,332 @@
+//! Kinds of sockets, and states of a pod, that interception must not break.
+
+mod common;
+
+use std::{
+    io::{BufRead, BufReader, ErrorKind},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use common::*;
+use nix::sys::socket::sockopt::TcpFastOpenConnect;
+use sidestep_lab::{Seen, Server};
+use socket2::{Domain, Protocol, Socket, Type};
+
+fn socket(target: SocketAddr, protocol: Protocol) -> Socket {
+    Socket::new(Domain::for_address(target), Type::STREAM, Some(protocol)).expect("a socket")
+}
+
+/// Connects, and gives what the server greets with.
+fn greeting(socket: Socket, target: SocketAddr) -> Result<(TcpStream, Seen), String> {
+    socket
+        .connect_timeout(&target.into(), Duration::from_secs(3))
+        .map_err(|error| format!("{target}: {error}"))?;
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
+    let mut line = String::new();
+    BufReader::new(&stream).read_line(&mut line).map_err(|error| error.to_string())?;
+    let seen = line.trim_end().parse().map_err(|error| format!("{line:?}: {error:#}"))?;
+    Ok((stream, seen))
+}
+
+/// The server saw a captured connection to `target` from the pod's address, and the client is
+/// told what it dialled.
+#[track_caller]
+fn assert_truthful(stream: &TcpStream, seen: &Seen, target: SocketAddr, own: std::net::IpAddr) {
+    assert_eq!(seen.original().map(canonical), Some(canonical(target)), "{seen}");
+    assert_eq!(seen.peer.ip().to_canonical(), own, "{seen}");
+    assert_eq!(stream.peer_addr().expect("a peer"), target);
+    assert_eq!(canonical(stream.local_addr().expect("an address")), canonical(seen.peer));
+}
+
+#[test]
+fn mptcp_sockets_are_captured_and_told_the_truth() {
+    let node = Node::enrolled("mptcp");
+    let _sidecar = Sidecar::start(&node.a);
+    for (target, own) in remotes(&node.a, 80) {
+        node.a
+            .run(APP, APP, || {
+                let (stream, seen) =
+                    greeting(socket(target, Protocol::MPTCP), target).expect("captured");
+                assert_truthful(&stream, &seen, target, own);
+            })
+            .expect("runs");
+    }
+}
+
+#[test]
+fn sockets_bound_beforehand_are_captured_from_where_they_are_bound() {
+    let node = Node::enrolled("bound");
+    let _sidecar = Sidecar::start(&node.a);
+    for (n, (target, own)) in remotes(&node.a, 80).into_iter().enumerate() {
+        let own_as_bound = if target.is_ipv4() { own } else { mapped(addr(own, 0)).ip() };
+        let port = 30000 + n as u16 * 10;
+        for (ip, port) in [(own_as_bound, 0), (own_as_bound, port), (any(target, 0).ip(), port + 1)]
+        {
+            let bound = if target.is_ipv6() && ip.is_ipv4() {
+                addr(ip6_any(), port)
+            } else {
+                addr(ip, port)
+            };
+            node.a
+                .run(APP, APP, || {
+                    let socket = socket(target, Protocol::TCP);
+                    socket.bind(&bound.into()).expect("bound");
+                    let (stream, seen) = greeting(socket, target).expect("captured");
+                    assert_truthful(&stream, &seen, target, own);
+                    if port != 0 {
+                        assert_eq!(seen.peer.port(), port, "the port that was bound");
+                    }
+                })
+                .expect("runs");
+        }
+    }
+}
+
+fn ip6_any() -> std::net::IpAddr {
+    std::net::Ipv6Addr::UNSPECIFIED.into()
+}
+
+#[test]
+fn one_bound_port_serves_several_destinations_at_once() {
+    let node = Node::enrolled("shared");
+    let _sidecar = Sidecar::start(&node.a);
+    node.a
+        .run(APP, APP, || {
+            let mut open = Vec::new();
+            for n in 10..20 {
+                let target = addr([10, 96, 0, n], 80);
+                let socket = socket(target, Protocol::TCP);
+                socket.set_reuse_address(true).expect("SO_REUSEADDR");
+                socket.bind(&addr([0, 0, 0, 0], 31000).into()).expect("bound");
+                let (stream, seen) = greeting(socket, target).expect("captured");
+                assert_truthful(&stream, &seen, target, node.a.ipv4());
+                open.push(stream);
+            }
+        })
+        .expect("runs");
+}
+
+#[test]
+fn sockets_bound_to_a_device_are_captured() {
+    let node = Node::enrolled("device");
+    let _sidecar = Sidecar::start(&node.a);
+    for (target, own) in remotes(&node.a, 80) {
+        node.a
+            .run(APP, APP, || {
+                let socket = socket(target, Protocol::TCP);
+                socket.bind_device(Some(b"eth0")).expect("SO_BINDTODEVICE");
+                let (stream, seen) = greeting(socket, target).expect("captured");
+                assert_truthful(&stream, &seen, target, own);
+            })
+            .expect("runs");
+    }
+}
+
+#[test]
+fn a_socket_bound_to_the_proxys_uid_by_its_creator_keeps_it() {
+    // iptables' owner match looks at the socket's creator, not at who connects.
+    let node = Node::enrolled("creator");
+    let _sidecar = Sidecar::start(&node.a);
+    let target = addr(ip(REMOTE4), 80);
+    let made = node.a.run(APP, APP, || socket(target, Protocol::TCP)).expect("runs");
+    let answer = node.a.run(PROXY, PROXY, || greeting(made, target)).expect("runs");
+    let (_, seen) = answer.expect("captured: the app made the socket");
+    assert_eq!(seen.original(), Some(target));
+}
+
+#[test]
+fn nonblocking_connect_is_captured() {
+    let node = Node::enrolled("nonblock");
+    let _sidecar = Sidecar::start(&node.a);
+    for (target, own) in remotes(&node.a, 80) {
+        node.a
+            .run(APP, APP, || {
+                let socket = socket(target, Protocol::TCP);
+                socket.set_nonblocking(true).expect("non-blocking");
+                if let Err(error) = socket.connect(&target.into()) {
+                    assert_eq!(error.raw_os_error(), Some(libc::EINPROGRESS), "{error}");
+                }
+                sidestep_lab::wait_until("the connection", Duration::from_secs(3), || {
+                    socket.peer_addr().is_ok()
+                })
+                .expect("connected");
+                socket.set_nonblocking(false).expect("blocking");
+                let stream = TcpStream::from(socket);
+                let mut line = String::new();
+                BufReader::new(&stream).read_line(&mut line).expect("a greeting");
+                let seen: Seen = line.trim_end().parse().expect("a greeting");
+                assert_truthful(&stream, &seen, target, own);
+            })
+            .expect("runs");
+    }
+}
+
+#[test]
+fn a_second_connect_after_a_failed_one_goes_where_it_says() {
+    let node = Node::enrolled("second");
+    let (target, _) = remotes(&node.a, 80)[0];
+    let app = node.a.serve(addr(ip("127.0.0.1"), 8080), APP, APP).expect("app");
+    node.a
+        .run(APP, APP, || {
+            let socket = socket(target, Protocol::TCP);
+            let error = socket.connect(&target.into()).expect_err("nothing listens");
+            assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+            // The same socket, now to the pod itself: no trace of the capture may be left.
+            let local = app.addr();
+            socket.connect(&local.into()).expect("direct");
+            let stream = TcpStream::from(socket);
+            assert_eq!(stream.peer_addr().expect("a peer"), local);
+            assert_eq!(stream.local_addr().expect("an address").ip(), ip("127.0.0.1"));
+        })
+        .expect("runs");
+    assert_eq!(app.wait_seen(1).expect("came")[0].peer.ip(), ip("127.0.0.1"));
+}
+
+#[test]
+fn tcp_fast_open_is_captured() {
+    use std::io::Write;
+    let node = Node::enrolled("fastopen");
+    node.a.sysctl("net.ipv4.tcp_fastopen", "1543").expect("server and client, no cookie needed");
+    let _sidecar = Sidecar::start(&node.a);
+    for (target, own) in remotes(&node.a, 80) {
+        node.a
+            .run(APP, APP, || {
+                let socket = socket(target, Protocol::TCP);
+                nix::sys::socket::setsockopt(&socket, TcpFastOpenConnect, &true)
+                    .expect("fast open");
+                // The SYN leaves with the first bytes, not here.
+                socket.connect(&target.into()).expect("deferred");
+                let mut stream = TcpStream::from(socket);
+                stream.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
+                stream.write_all(b"early").expect("sent in the SYN");
+                let mut line = String::new();
+                BufReader::new(&stream).read_line(&mut line).expect("a greeting");
+                let seen: Seen = line.trim_end().parse().expect("a greeting");
+                assert_truthful(&stream, &seen, target, own);
+            })
+            .expect("runs");
+    }
+}
+
+#[test]
+fn a_hundred_ports_carry_four_hundred_connections() {
+    let node = Node::enrolled("ports");
+    node.a.sysctl("net.ipv4.ip_local_port_range", "20000 20099").expect("a small range");
+    let sidecar = Sidecar::start(&node.a);
+    for kind in 0..3 {
+        node.a
+            .run(APP, APP, || {
+                let mut open = Vec::new();
+                for n in 0..400u16 {
+                    let (target, _) = remotes(&node.a, 80 + n % 4)[kind];
+                    let (stream, seen) = greeting(socket(target, Protocol::TCP), target)
+                        .unwrap_or_else(|error| panic!("connection {n}: {error}"));
+                    assert_eq!(seen.original().map(canonical), Some(canonical(target)));
+                    open.push(stream);
+                }
+            })
+            .expect("runs");
+    }
+    assert_eq!(sidecar.outbound.seen().len(), 1200);
+}
+
+#[test]
+fn twenty_thousand_short_connections_leave_ports_to_spare() {
+    let node = Node::enrolled("timewait");
+    // A tenth of the connections would use up the ports, did TIME_WAIT keep them.
+    node.a.sysctl("net.ipv4.ip_local_port_range", "20000 21999").expect("a small range");
+    node.a.sysctl("net.ipv4.tcp_tw_reuse", "0").expect("no help from the kernel");
+    let _sidecar = Sidecar::start(&node.a);
+    for (target, count) in [(addr(ip(REMOTE4), 80), 20_000), (addr(ip(REMOTE6), 80), 20_000)] {
+        node.a
+            .run(APP, APP, || {
+                for n in 0..count {
+                    // The client closes first: TIME_WAIT stays on its side.
+                    TcpStream::connect(target).unwrap_or_else(|e| panic!("connection {n}: {e}"));
+                }
+            })
+            .expect("runs");
+    }
+}
+
+#[test]
+fn many_pods_at_once_never_see_each_others_destinations() {
+    let mut node = Node::enrolled("many");
+    let net = sidestep_lab::PodNet { v4: true, v6: true };
+    let pods: Vec<_> =
+        (0..8).map(|n| node.lab.pod(&format!("p{n}"), net).expect("a pod")).collect();
+    for pod in &pods {
+        node.agent.add_pod(pod).expect("a manifest");
+    }
+    for pod in &pods {
+        node.agent.wait_enrolled(pod).expect("enrolled");
+    }
+    let sidecars: Vec<_> = pods.iter().map(Sidecar::start).collect();
+    std::thread::scope(|scope| {
+        for (n, pod) in pods.iter().enumerate() {
+            scope.spawn(move || {
+                for i in 0..100 {
+                    let target = addr([10, 96, n as u8, i], 80);
+                    assert_original(&pod.ask(APP, APP, target).expect("captured"), target);
+                }
+            });
+        }
+    });
+    for (n, sidecar) in sidecars.iter().enumerate() {
+        let seen = sidecar.outbound.seen();
+        assert_eq!(seen.len(), 100);
+        for one in seen {
+            assert_eq!(one.peer.ip(), pods[n].ipv4());
+            assert!(
+                one.original()
+                    .is_some_and(|o| o.ip().to_string().starts_with(&format!("10.96.{n}.")))
+            );
+        }
+    }
+}
+
+#[test]
+fn a_reused_client_port_gives_the_right_destination_after_a_reset() {
+    let node = Node::enrolled("reset");
+    let sidecar = Sidecar::start(&node.a);
+    node.a
+        .run(APP, APP, || {
+            for n in 1..50 {
+                let target = addr([10, 96, 1, n], 80);
+                let socket = socket(target, Protocol::TCP);
+                socket.set_reuse_address(true).expect("SO_REUSEADDR");
+                socket.set_linger(Some(Duration::ZERO)).expect("closes with RST");
+                socket.bind(&addr([0, 0, 0, 0], 32000).into()).expect("bound");
+                let (_, seen) = greeting(socket, target).expect("captured");
+                assert_eq!(seen.original(), Some(target));
+            }
+        })
+        .expect("runs");
+    assert_eq!(sidecar.outbound.seen().len(), 49);
+}
+
+#[test]
+fn a_pod_leaves_and_comes_back() {
+    let mut node = Node::enrolled("leave");
+    let _sidecar = Sidecar::start(&node.a);
+    let target = addr(ip(REMOTE4), 80);
+    node.lab.add_node_address(target.ip()).expect("an address");
+    let _remote = remote(&node, target);
+    let before = node.a.ask(APP, APP, target).expect("captured");
+    assert_original(&before, target);
+    node.agent.remove_pod(&node.a).expect("removed");
+    node.agent.wait_gone(&node.a).expect("gone");
+    assert_eq!(node.a.ask(APP, APP, target).expect("direct").seen.orig, None);
+    node.agent.add_pod(&node.a).expect("added");
+    node.agent.wait_enrolled(&node.a).expect("enrolled");
+    assert_original(&node.a.ask(APP, APP, target).expect("captured"), target);
+}
+
+fn remote(node: &Node, at: SocketAddr) -> Server {
+    node.lab
+        .on_node(|| Server::start_here(sidestep_lab::ServeOpts::on([at])))
+        .expect("runs")
+        .expect("a remote server")
+}
