@@ -5,6 +5,8 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
+#define DNS_PORT 53
 #define SOL_IP 0
 #define SOL_IPV6 41
 #define SO_ORIGINAL_DST 80 /* the same number at both levels */
@@ -23,3 +25,7 @@
 #define VIA4_MASK 0xffff0000
 #define VIA6_HI 0xfd536964 /* fd53:6964:6573:7465::/64 */
 #define VIA6_LO 0x65737465
+
+/* Where the DNS listener's answers to an unconnected socket come: the last address is a slot. */
+#define TOKEN4_NET 0x7f80ff00 /* 127.128.255.0/24, fd53:6964:6573:7465::/120 */
+#define TOKEN4_MASK 0xffffff00

@@ -19,9 +19,9 @@ const volatile __u64 netns_cookie;
 /* Unused: a ring has no value type, and the skeleton knows only the types of variables. */
 const volatile struct event event_layout;
 
-static __always_inline bool steer_to(struct bpf_sk_lookup *ctx, const struct pod *pod, __u16 family)
+static __always_inline bool steer_to_family(struct bpf_sk_lookup *ctx, __u16 family, __u16 port)
 {
-	struct listener_key key = { .netns = netns_cookie, .family = family, .port = pod->in_port };
+	struct listener_key key = { .netns = netns_cookie, .family = family, .port = port };
 
 	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
 		struct bpf_sock *sk;
@@ -40,7 +40,13 @@ static __always_inline bool steer_to(struct bpf_sk_lookup *ctx, const struct pod
 	return false;
 }
 
-static __always_inline void ask_for_listeners(void)
+static __always_inline bool steer_to(struct bpf_sk_lookup *ctx, __u16 port)
+{
+	return (ctx->family == AF_INET && steer_to_family(ctx, AF_INET, port)) ||
+	       steer_to_family(ctx, AF_INET6, port);
+}
+
+static __always_inline void ask_for_listeners(__u16 port)
 {
 	struct event *event;
 
@@ -52,8 +58,25 @@ static __always_inline void ask_for_listeners(void)
 		return;
 	event->netns = netns_cookie;
 	event->kind = EVENT_NO_LISTENER;
-	event->pad = 0;
+	event->port = port;
 	bpf_ringbuf_submit(event, 0);
+}
+
+/*
+ * From the pod itself: connect has decided. A captured connection may need help to find a
+ * listener that is bound to localhost alone.
+ */
+static __always_inline void steer_own(struct bpf_sk_lookup *ctx, const struct pod *pod,
+				      const struct addr *src, const struct addr *dst)
+{
+	struct conn c = { .netns = netns_cookie, .src = *src, .dst = *dst };
+
+	c.sport = bpf_ntohs(ctx->remote_port);
+	c.dport = ctx->local_port;
+	if (c.dport == pod->in_port || !is_steered_port(pod, c.dport))
+		return;
+	if (bpf_map_lookup_elem(&handovers, &c) && !steer_to(ctx, c.dport))
+		ask_for_listeners(c.dport);
 }
 
 /* One decision for each new connection; established ones never come here. */
@@ -78,18 +101,22 @@ int steer(struct bpf_sk_lookup *ctx)
 		src = addr4(ctx->remote_ip4);
 		dst = addr4(ctx->local_ip4);
 	}
+	if (addr_eq(&src, &dst) || pod_owns(netns_cookie, &src)) {
+		count(pod, PASSED_INBOUND);
+		steer_own(ctx, pod, &src, &dst);
+		return SK_PASS;
+	}
 	if (!inbound_steered(pod, netns_cookie, &src, &dst, ctx->local_port)) {
 		count(pod, PASSED_INBOUND);
 		return SK_PASS;
 	}
-	if ((ctx->family == AF_INET && steer_to(ctx, pod, AF_INET)) ||
-	    steer_to(ctx, pod, AF_INET6)) {
+	if (steer_to(ctx, pod->in_port)) {
 		count(pod, STEERED_INBOUND);
 		return SK_PASS;
 	}
 	/* Never to the app in plain text. */
 	count(pod, REFUSED_NO_LISTENER);
-	ask_for_listeners();
+	ask_for_listeners(pod->in_port);
 	return SK_DROP;
 }
 

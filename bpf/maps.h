@@ -7,7 +7,7 @@
 
 #define MAX_PODS 1024 /* a node's pods; kubelet's default is 110, 250 is common */
 #define MAX_MESHES 4
-#define LISTENER_SLOTS 16 /* inbound listeners remembered for each pod and family */
+#define LISTENER_SLOTS 16 /* listeners remembered for each pod, family and port */
 
 /* Enrolled pods. Agent writes; connect, sockops, getsockopt and inbound read. */
 struct {
@@ -45,6 +45,15 @@ struct {
 	__type(value, __u8);
 } cidr_rules SEC(".maps");
 
+/* Users with ports of their own. Agent writes; policy reads. A range takes at most 62 entries. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS * 16);
+	__type(key, struct uid_rule_key);
+	__type(value, __u32);
+} uid_rules SEC(".maps");
+
 /* What a captured socket was meant for. connect and sockops write; the socket hooks read. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -53,10 +62,18 @@ struct {
 	__type(value, struct origdst);
 } origdsts SEC(".maps");
 
+/* Whom an unconnected UDP socket asked. sendmsg writes; recvmsg and dns_reply read. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct dns_servers);
+} dns_asked SEC(".maps");
+
 /*
  * Original destinations between the client's SYN and the proxy's accept. sockops alone writes
- * and reads: an entry is taken by the accepted socket, or withdrawn when the client's socket
- * closes, so the limit is on handshakes under way, not on connections.
+ * and takes: an entry goes to the accepted socket, or is withdrawn when the client's socket
+ * closes; inbound looks. So the limit is on handshakes under way, not on connections.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -67,8 +84,9 @@ struct {
 } handovers SEC(".maps");
 
 /*
- * The proxies' inbound listeners. sockops adds one at listen(), find_listeners adds those that
- * are older than the agent; the kernel removes a socket when it closes; inbound reads.
+ * The proxies' listeners: inbound, and those that may be bound to localhost alone. sockops adds one
+ * at listen(), find_listeners adds those that are older than the agent; the kernel removes a socket
+ * when it closes; inbound reads.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);

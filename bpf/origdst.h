@@ -96,7 +96,7 @@ static __always_inline void origdst_take(struct bpf_sock_ops *ctx)
 
 	if (!pod || !sk)
 		return;
-	if (ctx->local_port != pod->out_port && ctx->local_port != pod->in_port)
+	if (ctx->local_port != pod->out_port && !is_steered_port(pod, ctx->local_port))
 		return;
 	c = sockops_conn(ctx, false);
 	offer = bpf_map_lookup_elem(&handovers, &c);

@@ -85,6 +85,13 @@ static __always_inline bool pod_owns(__u64 netns, const struct addr *a)
 	return addr_is_loopback(a) || bpf_map_lookup_elem(&locals, &key);
 }
 
+/* Is this the port of a listener that connections are handed to? */
+static __always_inline bool is_steered_port(const struct pod *pod, __u16 port)
+{
+	return port && (port == pod->in_port || port == pod->dns_port ||
+			(pod->flags & POD_OUT_LOOPBACK && port == pod->out_port));
+}
+
 static __always_inline void count(const struct pod *pod, enum counter counter)
 {
 	__u32 index = pod->mesh * COUNTERS + counter;

@@ -5,17 +5,23 @@
  */
 #pragma once
 
-static __always_inline bool port_in(const struct pod *pod, __u64 netns, enum rule_set set,
-				    __u16 port)
+static __always_inline bool port_in_class(const struct pod *pod, __u64 netns, enum rule_set set,
+					  __u32 class, __u16 port)
 {
 	struct port_rule_key key = {
 		.prefixlen = 8 * (sizeof(key.set) + sizeof(key.netns) + sizeof(key.port)),
-		.set = set,
+		.set = set | class << UID_CLASS_SHIFT,
 		.netns = { (__u32)netns, (__u32)(netns >> 32) },
 		.port = bpf_htons(port),
 	};
 
 	return pod->sets & (1U << set) && bpf_map_lookup_elem(&port_rules, &key);
+}
+
+static __always_inline bool port_in(const struct pod *pod, __u64 netns, enum rule_set set,
+				    __u16 port)
+{
+	return port_in_class(pod, netns, set, 0, port);
 }
 
 static __always_inline bool cidr_in(const struct pod *pod, __u64 netns, enum rule_set set,
@@ -31,13 +37,30 @@ static __always_inline bool cidr_in(const struct pod *pod, __u64 netns, enum rul
 	return pod->sets & (1U << set) && bpf_map_lookup_elem(&cidr_rules, &key);
 }
 
+/* The class of users with excluded ports that this one belongs to; 0: none. */
+static __always_inline __u32 uid_class(const struct pod *pod, __u64 netns, __u32 uid)
+{
+	struct uid_rule_key key = {
+		.prefixlen = 8 * (sizeof(key.netns) + sizeof(key.uid)),
+		.netns = { (__u32)netns, (__u32)(netns >> 32) },
+		.uid = bpf_htonl(uid),
+	};
+	__u32 *class;
+
+	if (!(pod->sets & (1U << OUT_EXCLUDE_TCP_UIDS | 1U << OUT_EXCLUDE_UDP_UIDS)))
+		return 0;
+	class = bpf_map_lookup_elem(&uid_rules, &key);
+	return class ? *class : 0;
+}
+
 enum verdict {
 	GO_DIRECT,
 	GO_OUTBOUND, /* to the proxy's outbound listener */
 	GO_INBOUND, /* to the proxy's inbound listener */
+	GO_DNS, /* to the proxy's DNS listener */
 };
 
-/* A connection that is being made, before any rewrite. */
+/* A connection that is being made, or a datagram that is sent, before any rewrite. */
 struct outbound {
 	__u64 netns;
 	struct addr src; /* what the socket is bound to; any: not bound */
@@ -48,27 +71,64 @@ struct outbound {
 	__u32 ifindex; /* the device that the socket is bound to; 0: none */
 };
 
-static __always_inline enum verdict outbound_verdict(const struct pod *pod,
-						     const struct outbound *c)
+static __always_inline bool is_dns(const struct pod *pod, const struct outbound *c)
+{
+	return pod->dns_port && c->dport == DNS_PORT;
+}
+
+static __always_inline bool is_proxy_group(const struct pod *pod, const struct outbound *c)
+{
+	return pod->flags & POD_GID_EXEMPT && c->gid == pod->proxy_gid;
+}
+
+/* May the proxy's connection over lo go to its own inbound listener? (T5, T6, T10) */
+static __always_inline enum verdict self_verdict(const struct pod *pod, const struct outbound *c)
+{
+	if (!(pod->flags & POD_SELF_INBOUND) || addr_is_localhost(&c->dst) ||
+	    c->dport == pod->hbone_port)
+		return GO_DIRECT;
+	return GO_INBOUND;
+}
+
+/* What is excluded before any other rule: ports, ports of users, and Kuma's destinations. */
+static __always_inline bool excluded_first(const struct pod *pod, const struct outbound *c,
+					   bool udp)
+{
+	enum rule_set of_users = udp ? OUT_EXCLUDE_UDP_UIDS : OUT_EXCLUDE_TCP_UIDS;
+	__u32 class = uid_class(pod, c->netns, c->uid);
+
+	if (class && port_in_class(pod, c->netns, of_users, class, c->dport))
+		return true;
+	if (pod->flags & POD_CIDRS_FIRST && cidr_in(pod, c->netns, OUT_EXCLUDE_CIDRS, &c->dst))
+		return true;
+	return (!udp || pod->flags & POD_UDP_EXCLUDES) &&
+	       port_in(pod, c->netns, OUT_EXCLUDE_PORTS, c->dport);
+}
+
+static __always_inline enum verdict tcp_verdict(const struct pod *pod, const struct outbound *c)
 {
 	bool proxy = c->uid == pod->proxy_uid;
 
 	if (!pod_captures(pod, &c->dst) || addr_is_multicast(&c->dst))
 		return GO_DIRECT;
-	if (port_in(pod, c->netns, OUT_EXCLUDE_PORTS, c->dport))
+	if (excluded_first(pod, c, false))
 		return GO_DIRECT;
 	if (c->ifindex == LOOPBACK_IFINDEX || pod_owns(c->netns, &c->dst)) {
-		/* Within the pod: direct, but for the proxy's call to its own pod (T5, T6, T10). */
-		if (!proxy || !(pod->flags & POD_SELF_INBOUND))
+		if (addr_is_passthrough(&c->src))
 			return GO_DIRECT;
-		if (addr_is_passthrough(&c->src) || addr_is_localhost(&c->dst) ||
-		    c->dport == pod->hbone_port)
+		if (proxy)
+			return is_dns(pod, c) ? GO_DIRECT : self_verdict(pod, c);
+		/* The app's own business, but for DNS, which may have a server on localhost. */
+		if (!is_dns(pod, c) && !(pod->flags & POD_LOOPBACK_INCLUDED))
 			return GO_DIRECT;
-		return GO_INBOUND;
+		if (is_proxy_group(pod, c))
+			return self_verdict(pod, c);
 	}
-	if (proxy || (pod->flags & POD_GID_EXEMPT && c->gid == pod->proxy_gid))
+	if (proxy || is_proxy_group(pod, c))
 		return GO_DIRECT;
-	if (cidr_in(pod, c->netns, OUT_EXCLUDE_CIDRS, &c->dst))
+	if (is_dns(pod, c))
+		return GO_DNS;
+	if (addr_is_localhost(&c->dst) || cidr_in(pod, c->netns, OUT_EXCLUDE_CIDRS, &c->dst))
 		return GO_DIRECT;
 	if (pod->flags & POD_OUT_ALL || port_in(pod, c->netns, OUT_INCLUDE_PORTS, c->dport) ||
 	    cidr_in(pod, c->netns, OUT_INCLUDE_CIDRS, &c->dst))
@@ -76,17 +136,21 @@ static __always_inline enum verdict outbound_verdict(const struct pod *pod,
 	return GO_DIRECT;
 }
 
+static __always_inline enum verdict udp_verdict(const struct pod *pod, const struct outbound *c)
+{
+	if (!is_dns(pod, c) || !pod_captures(pod, &c->dst) || excluded_first(pod, c, true))
+		return GO_DIRECT;
+	if (c->uid == pod->proxy_uid || is_proxy_group(pod, c))
+		return GO_DIRECT;
+	return GO_DNS;
+}
+
 /* Does a new connection from src to the pod's own dst:dport go to the inbound listener? */
 static __always_inline bool inbound_steered(const struct pod *pod, __u64 netns,
 					    const struct addr *src, const struct addr *dst,
 					    __u16 dport)
 {
-	if (!pod_captures(pod, dst))
-		return false;
-	/* What comes from the pod itself was decided in connect. */
-	if (addr_eq(src, dst) || pod_owns(netns, src))
-		return false;
-	if (cidr_in(pod, netns, IN_EXCLUDE_CIDRS, src))
+	if (!pod_captures(pod, dst) || cidr_in(pod, netns, IN_EXCLUDE_CIDRS, src))
 		return false;
 	if (pod->flags & POD_IN_ALL)
 		return !port_in(pod, netns, IN_EXCLUDE_PORTS, dport);

@@ -11,6 +11,8 @@
 #include "pod.h"
 #include "policy.h"
 #include "origdst.h"
+#include "sockaddr.h"
+#include "dns.h"
 #include "connect.h"
 #include "listeners.h"
 

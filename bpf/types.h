@@ -22,6 +22,10 @@ enum pod_flag {
 	POD_SELF_INBOUND = 1 << 3, /* proxy -> its own pod goes to the inbound port */
 	POD_OUT_ALL = 1 << 4, /* no include list outbound: everything is included */
 	POD_IN_ALL = 1 << 5, /* no include list inbound: everything is included */
+	POD_OUT_LOOPBACK = 1 << 6, /* the outbound listener may be bound to localhost alone */
+	POD_LOOPBACK_INCLUDED = 1 << 7, /* the include ranges name loopback: lo is not exempt */
+	POD_UDP_EXCLUDES = 1 << 8, /* excluded outbound ports hold for UDP (DNS) as well */
+	POD_CIDRS_FIRST = 1 << 9, /* excluded destinations beat everything, not just includes */
 };
 
 /* One enrolled pod; key: its network namespace's cookie. */
@@ -35,9 +39,11 @@ struct pod {
 	__u16 out_port; /* the proxy's outbound listener */
 	__u16 in_port; /* the proxy's inbound listener */
 	__u16 hbone_port; /* never redirected on the way from the proxy to its own pod; 0: none */
+	__u16 dns_port; /* the proxy's DNS listener; 0: DNS is not captured */
 	__u16 mesh; /* index into the counters */
+	__u16 pad;
 };
-_Static_assert(sizeof(struct pod) == 56, "pod");
+_Static_assert(sizeof(struct pod) == 60, "pod");
 
 /* Which list of a pod an entry of port_rules or cidr_rules belongs to. */
 enum rule_set {
@@ -48,7 +54,11 @@ enum rule_set {
 	OUT_EXCLUDE_CIDRS,
 	OUT_INCLUDE_CIDRS,
 	IN_EXCLUDE_CIDRS,
+	OUT_EXCLUDE_TCP_UIDS, /* with the class of the uid in the bits from UID_CLASS_SHIFT on */
+	OUT_EXCLUDE_UDP_UIDS,
 };
+
+#define UID_CLASS_SHIFT 8
 
 /* One of the pod's own addresses. */
 struct local_key {
@@ -74,6 +84,24 @@ struct cidr_rule_key {
 	struct addr addr;
 };
 _Static_assert(sizeof(struct cidr_rule_key) == 32, "cidr_rule_key");
+
+/* Users of a pod with ports of their own that are excluded. Value: their class, from 1. */
+struct uid_rule_key {
+	__u32 prefixlen; /* 64 (the cookie) + 32 for one user, less for an aligned range */
+	__u32 netns[2];
+	__u32 uid; /* network byte order */
+};
+_Static_assert(sizeof(struct uid_rule_key) == 16, "uid_rule_key");
+
+#define DNS_SERVERS 8 /* servers that one unconnected socket can have questions open to */
+
+/* The servers that an unconnected UDP socket asked; slot n's answers come to token address n. */
+struct dns_servers {
+	struct addr server[DNS_SERVERS];
+	__u32 last; /* slot of the last question */
+	__u32 used; /* slots in use */
+};
+_Static_assert(sizeof(struct dns_servers) == 136, "dns_servers");
 
 enum origdst_role {
 	ROLE_CLIENT = 1, /* dialled orig, was sent to via */
@@ -101,7 +129,7 @@ struct conn {
 };
 _Static_assert(sizeof(struct conn) == 48, "conn");
 
-/* A slot for one of the proxy's inbound listeners. */
+/* A slot for one of the proxy's listeners. */
 struct listener_key {
 	__u64 netns;
 	__u16 family; /* AF_INET or AF_INET6, of the listening socket */
@@ -121,6 +149,7 @@ _Static_assert(sizeof(struct pod_record) == 640, "pod_record");
 enum counter {
 	CAPTURED_OUTBOUND, /* connect: sent to the outbound listener */
 	CAPTURED_SELF, /* connect: the proxy's call to its own pod, sent to the inbound listener */
+	CAPTURED_DNS, /* connect or sendmsg: a question sent to the DNS listener */
 	DIRECT, /* connect of an enrolled pod, left alone */
 	STEERED_INBOUND, /* a new connection handed to the inbound listener */
 	PASSED_INBOUND, /* a new connection left alone (excluded, or from the pod itself) */
@@ -134,12 +163,12 @@ enum counter {
 };
 
 enum event_kind {
-	EVENT_NO_LISTENER = 1, /* inbound refused: look for a listener that was missed */
+	EVENT_NO_LISTENER = 1, /* look for a listener that was missed */
 };
 
 struct event {
 	__u64 netns;
 	enum event_kind kind;
-	__u32 pad;
+	__u32 port; /* of the listener that is missing */
 };
 _Static_assert(sizeof(struct event) == 16, "event");

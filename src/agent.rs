@@ -18,7 +18,7 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    bpf::Dataplane,
+    bpf::{self, Dataplane},
     bpffs,
     cgroup::Cgroup,
     check,
@@ -120,13 +120,19 @@ struct Enrolled {
     row: PodRow,
 }
 
+/// The listeners that connections may have to be handed to: inbound, outbound, DNS.
+fn steered_ports(row: &PodRow) -> [Option<u16>; 3] {
+    let dns = Some(row.dns_port).filter(|port| *port != 0);
+    [Some(row.in_port), Some(row.out_port).filter(|_| row.out_loopback), dns]
+}
+
 struct Agent {
     dataplane: Dataplane,
     host: BTreeSet<u64>,
     /// By namespace cookie; holds only pods whose enrolment was completed by this agent.
     pods: BTreeMap<u64, Enrolled>,
     /// When a pod's listeners were last looked for.
-    searched: BTreeMap<u64, Instant>,
+    searched: BTreeMap<(u64, u16), Instant>,
     /// What was wrong at the last sync: said once, not every time.
     problems: BTreeSet<String>,
 }
@@ -252,12 +258,17 @@ impl Agent {
         }
         self.link(&goal, &candidates, problems);
         for (cookie, owner) in owners {
-            if !goal.pods.contains_key(cookie) {
-                info!(pod = %owner, "no longer enrolled");
+            if goal.pods.contains_key(cookie) {
+                continue;
+            }
+            info!(pod = %owner, "no longer enrolled");
+            if let Some(pod) = self.pods.get(cookie) {
+                // A namespace that is gone took its filter along.
+                let _ = Netns::open(&pod.netns.path).and_then(|netns| bpf::detach_dns(&netns));
             }
         }
         self.pods.retain(|cookie, _| goal.pods.contains_key(cookie));
-        self.searched.retain(|cookie, _| goal.pods.contains_key(cookie));
+        self.searched.retain(|(cookie, _), _| goal.pods.contains_key(cookie));
         Ok(())
     }
 
@@ -293,12 +304,20 @@ impl Agent {
                 continue;
             }
             let enrolled = Enrolled { netns: candidate.netns.clone(), row: row.clone() };
-            if let Some(known) = self.pods.get_mut(&cookie) {
-                *known = enrolled;
+            let known = self.pods.get(&cookie);
+            if known.is_some_and(|known| steered_ports(&known.row) == steered_ports(row)) {
+                self.pods.insert(cookie, enrolled);
                 continue;
             }
             let linked = Netns::open(&record.netns).and_then(|netns| {
-                self.dataplane.find_listeners(cookie, &netns, row.in_port)?;
+                for port in steered_ports(row).into_iter().flatten() {
+                    self.dataplane.find_listeners(cookie, &netns, port)?;
+                }
+                if row.dns_port == 0 {
+                    bpf::detach_dns(&netns)?;
+                } else {
+                    self.dataplane.attach_dns(&netns)?;
+                }
                 self.dataplane.attach_inbound(cookie, &netns)
             });
             match linked {
@@ -317,19 +336,20 @@ impl Agent {
         }
     }
 
-    /// Looks for listeners of pods whose inbound connections were refused.
-    fn find_listeners(&mut self, cookies: &BTreeSet<u64>) {
+    /// Looks for listeners that were missed when a connection came.
+    fn find_listeners(&mut self, missed: &BTreeSet<(u64, u16)>) {
         let now = Instant::now();
-        for cookie in cookies {
+        for missing @ (cookie, port) in missed {
             let Some(pod) = self.pods.get(cookie) else {
                 continue;
             };
-            if self.searched.get(cookie).is_some_and(|last| now.duration_since(*last) < SEARCH) {
+            let last = self.searched.get(missing);
+            if last.is_some_and(|last| now.duration_since(*last) < SEARCH) {
                 continue;
             }
-            self.searched.insert(*cookie, now);
+            self.searched.insert(*missing, now);
             let found = Netns::open(&pod.netns.path)
-                .and_then(|ns| self.dataplane.find_listeners(*cookie, &ns, pod.row.in_port));
+                .and_then(|ns| self.dataplane.find_listeners(*cookie, &ns, *port));
             if let Err(error) = found {
                 warn!(netns = %pod.netns.path.display(), "cannot look for the proxy's listeners: {error:#}");
             }

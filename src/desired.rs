@@ -9,7 +9,7 @@ use std::{
 use ipnet::{IpNet, Ipv6Net};
 use thiserror::Error;
 
-use crate::facts::{PodFacts, PortRange, Ports, Ranges};
+use crate::facts::{Ipv6, PodFacts, PortRange, Ports, Protocol, Ranges, UidExclusion};
 
 /// What an enrolled pod's network namespace says about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +48,10 @@ pub enum RuleSet {
     OutIncludeCidrs,
     /// Sources never captured inbound.
     InExcludeCidrs,
+    /// TCP ports never captured outbound for this class of users.
+    OutExcludeTcpUids(u32),
+    /// UDP ports never captured outbound for this class of users.
+    OutExcludeUdpUids(u32),
 }
 
 /// The row of the kernel's `pods` map; see `struct pod` of bpf/types.h.
@@ -69,6 +73,14 @@ pub struct PodRow {
     pub out_all: bool,
     /// Every inbound connection is included.
     pub in_all: bool,
+    /// The outbound listener may be bound to localhost alone.
+    pub out_loopback: bool,
+    /// The include ranges name loopback: the app's calls over lo are not exempt.
+    pub loopback_included: bool,
+    /// Excluded outbound ports hold for UDP as well.
+    pub udp_excludes: bool,
+    /// Excluded destinations beat every other rule.
+    pub cidrs_first: bool,
     /// The lists that have entries.
     pub sets: BTreeSet<RuleSet>,
     /// The sidecar's outbound listener.
@@ -77,6 +89,8 @@ pub struct PodRow {
     pub in_port: u16,
     /// Port never redirected from the sidecar to its own pod; 0: none.
     pub hbone_port: u16,
+    /// The sidecar's DNS listener; 0: DNS is not captured.
+    pub dns_port: u16,
     /// Index into the counters.
     pub mesh: u16,
 }
@@ -105,6 +119,19 @@ pub struct PortRule {
     pub bits: u8,
 }
 
+/// An aligned power-of-two range of users: all that share the first `bits` bits with `uid`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UidRule {
+    /// The pod.
+    pub cookie: u64,
+    /// First user of the range.
+    pub uid: u32,
+    /// 32 for one user, 0 for all.
+    pub bits: u8,
+    /// Which class these users are in, from 1.
+    pub class: u32,
+}
+
 /// An address range, IPv4 in v4-mapped form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CidrRule {
@@ -127,6 +154,8 @@ pub struct Desired {
     pub port_rules: BTreeSet<PortRule>,
     /// Address lists.
     pub cidr_rules: BTreeSet<CidrRule>,
+    /// Users with ports of their own.
+    pub uid_rules: BTreeSet<UidRule>,
     /// Pods that are not enrolled, and why.
     pub refused: Vec<(String, Refusal)>,
 }
@@ -169,6 +198,8 @@ pub struct Limits {
     pub port_rules: usize,
     /// Address rules of all pods.
     pub cidr_rules: usize,
+    /// User rules of all pods.
+    pub uid_rules: usize,
 }
 
 /// The passthrough source that Istio's init puts on the pod's lo for IPv6.
@@ -224,7 +255,11 @@ fn enrol(
             IpAddr::V6(v6) => Some(v6),
             IpAddr::V4(_) => None,
         })
-        .filter(|_| facts.dual_stack || first.is_ipv6());
+        .filter(|_| match facts.ipv6 {
+            Ipv6::Always => true,
+            Ipv6::WhereFirst => first.is_ipv6(),
+            Ipv6::Never => false,
+        });
 
     // A pod's own addresses: what it says, and what its namespace has beyond that.
     let mut locals: BTreeSet<(u64, IpAddr)> =
@@ -238,11 +273,13 @@ fn enrol(
     rules.ports(RuleSet::OutExcludePorts, &policy.exclude_outbound_ports);
     rules.ports(RuleSet::OutIncludePorts, &policy.include_outbound_ports);
     rules.ranges(RuleSet::OutExcludeCidrs, &policy.exclude_outbound_ranges);
-    let out_all = match &policy.include_outbound_ranges {
-        Ranges::All => true,
+    rules.ranges(RuleSet::InExcludeCidrs, &policy.exclude_inbound_ranges);
+    rules.users(&policy.exclude_outbound_for_uids);
+    let (out_all, loopback_included) = match &policy.include_outbound_ranges {
+        Ranges::All => (true, false),
         Ranges::Only(ranges) => {
             rules.ranges(RuleSet::OutIncludeCidrs, ranges);
-            false
+            (false, ranges.iter().any(|range| range.addr().is_loopback()))
         }
     };
     let in_all = match &policy.include_inbound_ports {
@@ -272,19 +309,27 @@ fn enrol(
     if out.cidr_rules.len() + rules.cidrs.len() > limits.cidr_rules {
         return full("cidr_rules", limits.cidr_rules);
     }
+    if out.uid_rules.len() + rules.uids.len() > limits.uid_rules {
+        return full("uid_rules", limits.uid_rules);
+    }
     let row = PodRow {
         proxy_uid: facts.proxy_uid,
         proxy_gid: facts.proxy_gid,
         ip4,
         ip6,
-        gid_exempt: facts.mesh.gid_exempt,
+        gid_exempt: facts.gid_exempt,
         self_inbound: facts.mesh.self_inbound,
         out_all,
         in_all,
+        out_loopback: facts.mesh.outbound_loopback,
+        loopback_included,
+        udp_excludes: facts.mesh.udp_excludes,
+        cidrs_first: facts.mesh.cidrs_first,
         sets: rules.sets(),
-        out_port: facts.mesh.outbound_port,
-        in_port: facts.mesh.inbound_port,
+        out_port: facts.outbound_port,
+        in_port: facts.inbound_port,
         hbone_port: facts.mesh.hbone_port,
+        dns_port: facts.dns_port.unwrap_or(0),
         mesh: facts.mesh.index,
     };
     let record =
@@ -293,6 +338,7 @@ fn enrol(
     out.locals.extend(locals);
     out.port_rules.extend(rules.ports);
     out.cidr_rules.extend(rules.cidrs);
+    out.uid_rules.extend(rules.uids);
     Ok(())
 }
 
@@ -302,14 +348,15 @@ struct Rules {
     cookie: u64,
     ports: BTreeSet<PortRule>,
     cidrs: BTreeSet<CidrRule>,
+    uids: BTreeSet<UidRule>,
 }
 
 impl Rules {
     fn ports(&mut self, set: RuleSet, ranges: &BTreeSet<PortRange>) {
         let cookie = self.cookie;
         for range in ranges {
-            for (port, bits) in aligned(*range) {
-                self.ports.insert(PortRule { cookie, set, port, bits });
+            for (port, bits) in aligned(range.first.into(), range.last.into(), 16) {
+                self.ports.insert(PortRule { cookie, set, port: port as u16, bits });
             }
         }
     }
@@ -317,6 +364,37 @@ impl Rules {
     fn ranges(&mut self, set: RuleSet, ranges: &BTreeSet<IpNet>) {
         for range in ranges {
             self.cidrs.insert(CidrRule { cookie: self.cookie, set, net: mapped(*range) });
+        }
+    }
+
+    /// Ports of users. Ranges of users may overlap, and a trie finds one entry: so users are
+    /// put into classes, of which each has the ports of all the exclusions that name it.
+    fn users(&mut self, exclusions: &[UidExclusion]) {
+        let cookie = self.cookie;
+        let edges: BTreeSet<u64> = exclusions
+            .iter()
+            .flat_map(|one| [u64::from(one.first_uid), u64::from(one.last_uid) + 1])
+            .collect();
+        let intervals = edges.iter().zip(edges.iter().skip(1));
+        for (class, (first, next)) in (1..).zip(intervals) {
+            let of_class = |one: &&UidExclusion| {
+                u64::from(one.first_uid) <= *first && *next <= u64::from(one.last_uid) + 1
+            };
+            let mut any = false;
+            for exclusion in exclusions.iter().filter(of_class) {
+                any = true;
+                if exclusion.protocol != Protocol::Udp {
+                    self.ports(RuleSet::OutExcludeTcpUids(class), &exclusion.ports);
+                }
+                if exclusion.protocol != Protocol::Tcp {
+                    self.ports(RuleSet::OutExcludeUdpUids(class), &exclusion.ports);
+                }
+            }
+            if any {
+                for (uid, bits) in aligned(*first, *next - 1, 32) {
+                    self.uids.insert(UidRule { cookie, uid: uid as u32, bits, class });
+                }
+            }
         }
     }
 
@@ -346,15 +424,15 @@ fn without(ranges: &BTreeSet<PortRange>, exempt: &[u16]) -> BTreeSet<PortRange> 
     left
 }
 
-/// A range as aligned powers of two, `(first port, prefix bits)`: at most 30 of them.
-fn aligned(range: PortRange) -> Vec<(u16, u8)> {
+/// A range of `width`-bit numbers as aligned powers of two, `(first, prefix bits)`: at most
+/// twice `width` of them.
+fn aligned(first: u64, last: u64, width: u32) -> Vec<(u64, u8)> {
     let mut parts = Vec::new();
-    let (mut next, end) = (u32::from(range.first), u32::from(range.last) + 1);
+    let (mut next, end) = (first, last + 1);
     while next < end {
-        let align = if next == 0 { 16 } else { next.trailing_zeros().min(16) };
-        let fit = (end - next).ilog2();
-        let size = align.min(fit);
-        parts.push((next as u16, (16 - size) as u8));
+        let align = if next == 0 { width } else { next.trailing_zeros().min(width) };
+        let size = align.min((end - next).ilog2());
+        parts.push((next, (width - size) as u8));
         next += 1 << size;
     }
     parts
@@ -375,7 +453,8 @@ mod tests {
     use super::*;
     use crate::{facts::Policy, mesh::ISTIO};
 
-    const LIMITS: Limits = Limits { pods: 4, locals: 64, port_rules: 64, cidr_rules: 64 };
+    const LIMITS: Limits =
+        Limits { pods: 4, locals: 64, port_rules: 64, cidr_rules: 64, uid_rules: 64 };
 
     fn candidate(name: &str, cookie: u64, ip: &str) -> Candidate {
         let ip: IpAddr = ip.parse().expect("an address");
@@ -386,8 +465,12 @@ mod tests {
                 mesh: &ISTIO,
                 proxy_uid: 1337,
                 proxy_gid: 1337,
+                gid_exempt: true,
                 ips: vec![ip],
-                dual_stack: false,
+                ipv6: Ipv6::WhereFirst,
+                outbound_port: 15001,
+                inbound_port: 15006,
+                dns_port: None,
                 policy: Policy::default(),
             },
             netns: NetnsFacts {
@@ -421,7 +504,7 @@ mod tests {
         let mut dual = candidate("ns/a", 7, "10.0.0.7");
         dual.facts.ips.push("fd00::7".parse().expect("an address"));
         assert_eq!(plain(&[dual.clone()]).pods[&7].0.ip6, None, "second address, not dual stack");
-        dual.facts.dual_stack = true;
+        dual.facts.ipv6 = Ipv6::Always;
         let out = plain(&[dual]);
         assert!(out.pods[&7].0.ip6.is_some());
         assert!(out.locals.contains(&(7, PASSTHROUGH_V6.into())));
@@ -479,18 +562,41 @@ mod tests {
 
     proptest! {
         #[test]
-        fn aligned_parts_cover_exactly_the_range(first: u16, last: u16) {
-            let range = PortRange { first: first.min(last), last: first.max(last) };
-            let parts = aligned(range);
-            prop_assert!(parts.len() <= 30);
-            let mut next = u32::from(range.first);
-            for (port, bits) in parts {
-                let size = 1u32 << (16 - bits);
-                prop_assert_eq!(u32::from(port), next);
+        fn aligned_parts_cover_exactly_the_range(a: u32, b: u32) {
+            let (first, last) = (u64::from(a.min(b)), u64::from(a.max(b)));
+            let parts = aligned(first, last, 32);
+            prop_assert!(parts.len() <= 64);
+            let mut next = first;
+            for (start, bits) in parts {
+                let size = 1u64 << (32 - bits);
+                prop_assert_eq!(start, next);
                 prop_assert_eq!(next % size, 0);
                 next += size;
             }
-            prop_assert_eq!(next, u32::from(range.last) + 1);
+            prop_assert_eq!(next, last + 1);
+        }
+
+        #[test]
+        fn a_users_ports_are_those_of_every_exclusion_that_names_it(
+            seed in proptest::collection::vec((0u32..20, 0u32..20, 0u16..6), 0..6), probe in 0u32..20, port in 0u16..6,
+        ) {
+            let exclusions: Vec<_> = seed.iter().map(|(a, b, port)| UidExclusion {
+                protocol: Protocol::Tcp,
+                ports: [PortRange::one(*port)].into(),
+                first_uid: *a.min(b),
+                last_uid: *a.max(b),
+            }).collect();
+            let mut rules = Rules { cookie: 7, ..Rules::default() };
+            rules.users(&exclusions);
+            // As the kernel does: the class of the user, then the port in the class.
+            let class = rules.uids.iter().find(|r| probe >> (32 - r.bits) == r.uid >> (32 - r.bits));
+            let excluded = class.is_some_and(|rule| rules.ports.iter().any(|p| {
+                p.set == RuleSet::OutExcludeTcpUids(rule.class) && p.port == port
+            }));
+            let named = exclusions.iter().any(|one| {
+                (one.first_uid..=one.last_uid).contains(&probe) && one.ports.contains(&PortRange::one(port))
+            });
+            prop_assert_eq!(excluded, named);
         }
 
         #[test]

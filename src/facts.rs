@@ -1,12 +1,12 @@
 //! What a Pod object says about itself, parsed once. Pure.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{collections::BTreeSet, net::IpAddr, str::FromStr};
 
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use thiserror::Error;
 
-use crate::mesh::{ISTIO, Mesh};
+use crate::mesh::{Kind, MESHES, Mesh};
 
 /// A pod that is in a mesh.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,12 +21,55 @@ pub struct PodFacts {
     pub proxy_uid: u32,
     /// The sidecar's group.
     pub proxy_gid: u32,
+    /// The sidecar's group is exempt as well.
+    pub gid_exempt: bool,
+    /// The sidecar's outbound listener.
+    pub outbound_port: u16,
+    /// The sidecar's inbound listener.
+    pub inbound_port: u16,
+    /// The sidecar's DNS listener, where DNS is captured.
+    pub dns_port: Option<u16>,
     /// `status.podIPs`, may be empty.
     pub ips: Vec<IpAddr>,
-    /// IPv6 is captured though it is not the pod's first family.
-    pub dual_stack: bool,
+    /// When IPv6 is captured.
+    pub ipv6: Ipv6,
     /// What its annotations include and exclude.
     pub policy: Policy,
+}
+
+/// When a pod's IPv6 is captured, given that it has an IPv6 address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ipv6 {
+    /// In any case.
+    Always,
+    /// Where its first address is an IPv6 one.
+    WhereFirst,
+    /// Never.
+    Never,
+}
+
+/// What an exclusion is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP alone.
+    Tcp,
+    /// UDP alone.
+    Udp,
+    /// Both.
+    Both,
+}
+
+/// Ports never captured for some users.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UidExclusion {
+    /// Of this protocol.
+    pub protocol: Protocol,
+    /// These ports.
+    pub ports: BTreeSet<PortRange>,
+    /// From this user,
+    pub first_uid: u32,
+    /// to this one, both included.
+    pub last_uid: u32,
 }
 
 /// Ports from `first` to `last`, both included.
@@ -43,6 +86,9 @@ impl PortRange {
     pub const fn one(port: u16) -> Self {
         Self { first: port, last: port }
     }
+
+    /// Every port.
+    pub const ALL: Self = Self { first: 0, last: u16::MAX };
 }
 
 /// Included ports.
@@ -78,6 +124,10 @@ pub struct Policy {
     pub include_inbound_ports: Ports,
     /// Added to the mesh's own.
     pub exclude_inbound_ports: BTreeSet<PortRange>,
+    /// Sources never captured.
+    pub exclude_inbound_ranges: BTreeSet<IpNet>,
+    /// Ports of users; beat everything outbound.
+    pub exclude_outbound_for_uids: Vec<UidExclusion>,
 }
 
 impl Default for Policy {
@@ -90,6 +140,8 @@ impl Default for Policy {
             include_outbound_ranges: Ranges::All,
             include_inbound_ports: Ports::All,
             exclude_inbound_ports: BTreeSet::new(),
+            exclude_inbound_ranges: BTreeSet::new(),
+            exclude_outbound_for_uids: Vec::new(),
         }
     }
 }
@@ -143,54 +195,111 @@ pub fn facts(pod: &Pod) -> Result<Option<Parsed>, FactsError> {
     if pod.spec.as_ref().is_some_and(|spec| spec.host_network == Some(true)) {
         return Ok(None);
     }
-    let Some(proxy) = istio_proxy(pod) else {
-        return Ok(None);
-    };
-    match annotation(pod, "sidecar.istio.io/interceptionMode") {
-        None | Some("REDIRECT") => {}
-        Some("NONE") => return Ok(None),
-        Some(mode) => {
-            let key = "sidecar.istio.io/interceptionMode".to_owned();
-            let text = mode.to_owned();
-            return Err(if mode == "TPROXY" {
-                FactsError::Unsupported { key, text }
-            } else {
-                FactsError::Invalid { key, text, why: "REDIRECT, TPROXY or NONE expected".into() }
-            });
+    for mesh in MESHES {
+        if let Some(proxy) = proxy_of(mesh, pod) {
+            return facts_of(mesh, name, pod, proxy);
         }
     }
-    for key in UNSUPPORTED {
+    Ok(None)
+}
+
+fn facts_of(
+    mesh: &'static Mesh,
+    name: String,
+    pod: &Pod,
+    proxy: &Container,
+) -> Result<Option<Parsed>, FactsError> {
+    if mesh.kind == Kind::Istio && !istio_mode(pod)? {
+        return Ok(None);
+    }
+    let keys = &mesh.keys;
+    for key in keys.unsupported {
         if let Some(text) = annotation(pod, key).filter(|text| !text.trim().is_empty()) {
             return Err(FactsError::Unsupported { key: (*key).into(), text: text.into() });
         }
     }
-    let ips = pod_ips(pod)?;
-    let (policy, policy_error) = match istio_policy(pod) {
+    let (policy, policy_error) = match policy(mesh, pod) {
         Ok(policy) => (policy, None),
         Err(error) => (Policy::default(), Some(error)),
     };
+    let uid = container_id(proxy, "runAsUser")?.unwrap_or(mesh.uid);
+    let gid = container_id(proxy, "runAsGroup")?.unwrap_or(mesh.gid);
+    let named_gid = number(pod, keys.proxy_gid)?;
     let facts = PodFacts {
         name,
         uid: pod.metadata.uid.clone().unwrap_or_default(),
-        mesh: &ISTIO,
-        proxy_uid: proxy_id(pod, proxy, ISTIO.uid, "runAsUser")?,
-        proxy_gid: proxy_id(pod, proxy, ISTIO.gid, "runAsGroup")?,
-        ips,
-        dual_stack: env(proxy, "ISTIO_DUAL_STACK") == Some("true"),
+        mesh,
+        proxy_uid: number(pod, keys.proxy_uid)?.unwrap_or(uid),
+        proxy_gid: named_gid.unwrap_or(gid),
+        gid_exempt: mesh.gid_exempt || named_gid.is_some(),
+        outbound_port: number(pod, keys.outbound_port)?.unwrap_or(mesh.outbound_port),
+        inbound_port: number(pod, keys.inbound_port)?.unwrap_or(mesh.inbound_port),
+        dns_port: dns_port(mesh, pod, proxy)?,
+        ips: pod_ips(pod)?,
+        ipv6: ipv6(mesh, pod, proxy)?,
         policy,
     };
     Ok(Some(Parsed { facts, policy_error }))
 }
 
-/// Annotations that change what is captured in ways the agent does not implement.
-const UNSUPPORTED: &[&str] = &[
-    "traffic.sidecar.istio.io/excludeInterfaces",
-    "traffic.sidecar.istio.io/kubevirtInterfaces",
-    "istio.io/reroute-virtual-interfaces",
-];
+/// Whether Istio redirects this pod at all.
+fn istio_mode(pod: &Pod) -> Result<bool, FactsError> {
+    let key = "sidecar.istio.io/interceptionMode";
+    match annotation(pod, key) {
+        None | Some("REDIRECT") => Ok(true),
+        Some("NONE") => Ok(false),
+        Some("TPROXY") => Err(FactsError::Unsupported { key: key.into(), text: "TPROXY".into() }),
+        Some(mode) => Err(invalid(key, mode, "REDIRECT, TPROXY or NONE expected")),
+    }
+}
+
+/// The port that DNS goes to, where it is captured: Istio's proxies say so in their environment,
+/// Kuma's do it unless an annotation says otherwise.
+fn dns_port(mesh: &Mesh, pod: &Pod, proxy: &Container) -> Result<Option<u16>, FactsError> {
+    let captured = match mesh.kind {
+        Kind::Istio => match env(proxy, "ISTIO_META_DNS_CAPTURE") {
+            None => false,
+            Some(text) => go_bool("istio-proxy's env ISTIO_META_DNS_CAPTURE", text)?,
+        },
+        Kind::Kuma => {
+            let key = "kuma.io/builtin-dns";
+            annotation(pod, key).map_or(Ok(true), |text| kuma_bool(key, text))?
+        }
+        Kind::Linkerd => false,
+    };
+    let port = number(pod, mesh.keys.dns_port)?.or(mesh.dns_port);
+    Ok(port.filter(|_| captured))
+}
+
+/// When IPv6 is captured, by what the mesh told its proxy.
+fn ipv6(mesh: &Mesh, pod: &Pod, proxy: &Container) -> Result<Ipv6, FactsError> {
+    Ok(match mesh.kind {
+        Kind::Istio => match env(proxy, "ISTIO_DUAL_STACK") {
+            Some(text) if go_bool("istio-proxy's env ISTIO_DUAL_STACK", text)? => Ipv6::Always,
+            _ => Ipv6::WhereFirst,
+        },
+        Kind::Kuma => {
+            let key = "kuma.io/transparent-proxying-ip-family-mode";
+            match annotation(pod, key) {
+                None | Some("dualstack" | "ipv6") => Ipv6::Always,
+                Some("ipv4") => Ipv6::Never,
+                Some(text) => return Err(invalid(key, text, "dualstack, ipv4 or ipv6 expected")),
+            }
+        }
+        // Its rules are installed for IPv6 where its listeners are opened for it.
+        Kind::Linkerd => {
+            let listens = env(proxy, "LINKERD2_PROXY_OUTBOUND_LISTEN_ADDRS");
+            if listens.is_some_and(|all| all.contains('[')) { Ipv6::Always } else { Ipv6::Never }
+        }
+    })
+}
 
 fn annotation<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
     pod.metadata.annotations.as_ref()?.get(key).map(String::as_str)
+}
+
+fn label<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
+    pod.metadata.labels.as_ref()?.get(key).map(String::as_str)
 }
 
 /// A container's literal environment variable.
@@ -199,43 +308,80 @@ fn env<'a>(container: &'a Container, name: &str) -> Option<&'a str> {
     variables.iter().find(|variable| variable.name == name)?.value.as_deref()
 }
 
-/// The sidecar of an injected pod, by the rule of Istio's CNI plugin
-/// (`cni/pkg/plugin/plugin.go`): the container is there, runs a proxy in sidecar mode, was
-/// injected and not opted out, and no init container installs iptables rules.
-fn istio_proxy(pod: &Pod) -> Option<&Container> {
+fn invalid(key: &str, text: &str, why: &str) -> FactsError {
+    FactsError::Invalid { key: key.into(), text: text.into(), why: why.into() }
+}
+
+/// An annotation's number, where the mesh has the annotation and the pod sets it.
+fn number<T: FromStr>(pod: &Pod, key: Option<&str>) -> Result<Option<T>, FactsError> {
+    let Some((key, text)) = key.and_then(|key| Some((key, annotation(pod, key)?))) else {
+        return Ok(None);
+    };
+    let why = format!("a number of {} bits expected", 8 * size_of::<T>());
+    text.trim().parse().map(Some).map_err(|_| invalid(key, text, &why))
+}
+
+/// What Go's strconv.ParseBool takes.
+fn go_bool(key: &str, text: &str) -> Result<bool, FactsError> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" | "" => Ok(false),
+        _ => Err(invalid(key, text, "true or false expected")),
+    }
+}
+
+/// What Kuma takes for a switch.
+fn kuma_bool(key: &str, text: &str) -> Result<bool, FactsError> {
+    match text {
+        "enabled" | "true" | "yes" => Ok(true),
+        "disabled" | "false" | "no" => Ok(false),
+        _ => Err(invalid(key, text, "enabled or disabled expected")),
+    }
+}
+
+/// The sidecar of a pod that the mesh injected, and where no init container installs iptables
+/// rules instead. Sources: istio/istio `cni/pkg/plugin/plugin.go`, linkerd/linkerd2-proxy-init
+/// `cni-plugin/main.go`, kumahq/kuma `app/cni/pkg/cni/main.go`; native sidecars beside.
+fn proxy_of<'a>(mesh: &Mesh, pod: &'a Pod) -> Option<&'a Container> {
     let spec = pod.spec.as_ref()?;
     let inits = spec.init_containers.as_deref().unwrap_or_default();
-    if inits.iter().any(|container| container.name == ISTIO.init_container) {
-        return None;
-    }
-    annotation(pod, "sidecar.istio.io/status")?;
-    let label = pod.metadata.labels.as_ref().and_then(|l| l.get("sidecar.istio.io/inject"));
-    let inject = label.map(String::as_str).or_else(|| annotation(pod, "sidecar.istio.io/inject"));
-    if inject == Some("false") {
+    if inits.iter().any(|container| container.name == mesh.init_container) {
         return None;
     }
     let native = inits.iter().filter(|c| c.restart_policy.as_deref() == Some("Always"));
-    let proxy = spec.containers.iter().chain(native).find(|c| c.name == ISTIO.proxy_container)?;
-    let args = proxy.args.as_deref().unwrap_or_default();
-    let sidecar = args.first().is_some_and(|mode| mode == "proxy")
-        && args.get(1).is_none_or(|kind| kind.is_empty() || kind == "sidecar");
-    (sidecar && env(proxy, "DISABLE_ENVOY") != Some("true")).then_some(proxy)
+    let proxy = spec.containers.iter().chain(native).find(|c| c.name == mesh.proxy_container)?;
+    let injected = match mesh.kind {
+        Kind::Istio => istio_injected(pod, proxy),
+        Kind::Linkerd => true,
+        Kind::Kuma => annotation(pod, "kuma.io/sidecar-injected") == Some("true"),
+    };
+    injected.then_some(proxy)
 }
 
-/// The sidecar's user or group: its container's where that is set and not zero, else the mesh's.
-fn proxy_id(pod: &Pod, proxy: &Container, default: u32, field: &str) -> Result<u32, FactsError> {
-    let of_container = proxy.security_context.as_ref().and_then(|context| match field {
+/// The proxy runs as a sidecar, was injected, and is not opted out.
+fn istio_injected(pod: &Pod, proxy: &Container) -> bool {
+    let key = "sidecar.istio.io/inject";
+    let args = proxy.args.as_deref().unwrap_or_default();
+    annotation(pod, "sidecar.istio.io/status").is_some()
+        && label(pod, key).or_else(|| annotation(pod, key)) != Some("false")
+        && args.first().is_some_and(|mode| mode == "proxy")
+        && args.get(1).is_none_or(|kind| kind.is_empty() || kind == "sidecar")
+        && env(proxy, "DISABLE_ENVOY") != Some("true")
+}
+
+/// A container's user or group, where it is set and not zero.
+fn container_id(proxy: &Container, field: &str) -> Result<Option<u32>, FactsError> {
+    let id = proxy.security_context.as_ref().and_then(|context| match field {
         "runAsUser" => context.run_as_user,
         _ => context.run_as_group,
     });
-    let Some(id) = of_container.filter(|id| *id != 0) else {
-        return Ok(default);
+    let Some(id) = id.filter(|id| *id != 0) else {
+        return Ok(None);
     };
-    u32::try_from(id).map_err(|_| FactsError::Invalid {
-        key: format!("containers[{}].securityContext.{field}", proxy.name),
-        text: id.to_string(),
-        why: format!("a number from 0 to {} expected (pod {:?})", u32::MAX, pod.metadata.name),
-    })
+    let key = format!("containers[{}].securityContext.{field}", proxy.name);
+    u32::try_from(id)
+        .map(Some)
+        .map_err(|_| invalid(&key, &id.to_string(), "a number of 32 bits expected"))
 }
 
 fn pod_ips(pod: &Pod) -> Result<Vec<IpAddr>, FactsError> {
@@ -243,65 +389,127 @@ fn pod_ips(pod: &Pod) -> Result<Vec<IpAddr>, FactsError> {
     let ips = status.and_then(|status| status.pod_ips.as_deref()).unwrap_or_default();
     ips.iter()
         .map(|ip| {
-            ip.ip.parse().map_err(|_| FactsError::Invalid {
-                key: "status.podIPs".into(),
-                text: ip.ip.clone(),
-                why: "an IP address expected".into(),
+            ip.ip.parse().map_err(|_| invalid("status.podIPs", &ip.ip, "an IP address expected"))
+        })
+        .collect()
+}
+
+/// What the pod's annotations include and exclude.
+fn policy(mesh: &Mesh, pod: &Pod) -> Result<Policy, FactsError> {
+    let keys = &mesh.keys;
+    let text = |key: Option<&str>| key.and_then(|key| annotation(pod, key)).unwrap_or_default();
+    let ports =
+        |key: Option<&str>| parse_ports(key.unwrap_or_default(), text(key), keys.port_ranges);
+    let ranges = |key: Option<&str>| parse_ranges(key.unwrap_or_default(), text(key));
+
+    let mut exclude_inbound_ports = ports(Some(keys.exclude_inbound_ports))?;
+    let mut exclude_outbound_ports = match annotation(pod, keys.exclude_outbound_ports) {
+        Some(_) => ports(Some(keys.exclude_outbound_ports))?,
+        None => mesh.outbound_excluded_default.iter().copied().map(PortRange::one).collect(),
+    };
+    let set = |key: Option<&'static str>| key.filter(|key| annotation(pod, key).is_some());
+    let mut include_inbound_ports = match set(keys.include_inbound_ports) {
+        Some(key) if text(Some(key)).trim() != "*" => Ports::Only(ports(Some(key))?),
+        _ => Ports::All,
+    };
+    match mesh.kind {
+        Kind::Istio => {
+            // The health port; zero switches it off.
+            let key = "status.sidecar.istio.io/port";
+            let health = parse_ports(key, text(Some(key)), false)?;
+            exclude_inbound_ports.extend(health.iter().filter(|port| port.first != 0));
+        }
+        Kind::Linkerd => {
+            // Its control plane talks to the API server directly.
+            let component = label(pod, "linkerd.io/control-plane-component");
+            if component.is_some_and(|name| !name.is_empty()) {
+                exclude_outbound_ports.extend([443, 6443].map(PortRange::one));
+            }
+        }
+        Kind::Kuma => {
+            // A gateway takes connections itself.
+            let key = "kuma.io/gateway";
+            if annotation(pod, key).map_or(Ok(false), |text| kuma_bool(key, text))? {
+                include_inbound_ports = Ports::Only(BTreeSet::new());
+            }
+        }
+    }
+    Ok(Policy {
+        exclude_outbound_ports,
+        exclude_outbound_ranges: ranges(keys.exclude_outbound_ranges)?,
+        include_outbound_ports: ports(keys.include_outbound_ports)?,
+        include_outbound_ranges: match set(keys.include_outbound_ranges) {
+            Some(key) if text(Some(key)).trim() != "*" => Ranges::Only(ranges(Some(key))?),
+            _ => Ranges::All,
+        },
+        include_inbound_ports,
+        exclude_inbound_ports,
+        exclude_inbound_ranges: ranges(keys.exclude_inbound_ranges)?,
+        exclude_outbound_for_uids: match keys.exclude_outbound_for_uids {
+            Some(key) => parse_uid_exclusions(key, text(Some(key)))?,
+            None => Vec::new(),
+        },
+    })
+}
+
+/// `80, 443` and, where the mesh has `ranges`, `8000-8100`: comma-separated ports, blanks around
+/// them allowed; empty: none.
+pub fn parse_ports(key: &str, text: &str, ranges: bool) -> Result<BTreeSet<PortRange>, FactsError> {
+    let range = |item: &str| -> Option<PortRange> {
+        if let Ok(port) = item.parse() {
+            return Some(PortRange::one(port));
+        }
+        let (first, last) = item.split_once('-').filter(|_| ranges)?;
+        let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        (first <= last).then_some(PortRange { first, last })
+    };
+    let wanted = if ranges { "a port or a range of ports" } else { "a port" };
+    items(text, ',')
+        .map(|item| {
+            range(item).ok_or_else(|| {
+                invalid(key, text, &format!("{item:?} is not {wanted} from 0 to 65535"))
             })
         })
         .collect()
 }
 
-/// Istio's annotations, by `tools/istio-iptables/pkg/capture/run.go` and the CNI plugin's
-/// `cni/pkg/plugin/sidecar_redirect.go`.
-fn istio_policy(pod: &Pod) -> Result<Policy, FactsError> {
-    let key = |name: &str| format!("traffic.sidecar.istio.io/{name}");
-    let list = |name: &str| annotation(pod, &key(name)).unwrap_or_default();
-    let ports = |name: &str| parse_ports(&key(name), list(name));
-    let mut exclude_inbound_ports = ports("excludeInboundPorts")?;
-    if let Some(text) = annotation(pod, "status.sidecar.istio.io/port") {
-        // Zero switches the health port off.
-        exclude_inbound_ports.extend(
-            parse_ports("status.sidecar.istio.io/port", text)?.iter().filter(|p| p.first != 0),
-        );
-    }
-    Ok(Policy {
-        exclude_outbound_ports: ports("excludeOutboundPorts")?,
-        include_outbound_ports: ports("includeOutboundPorts")?,
-        exclude_outbound_ranges: parse_ranges(
-            &key("excludeOutboundIPRanges"),
-            list("excludeOutboundIPRanges"),
-        )?,
-        include_outbound_ranges: match annotation(pod, &key("includeOutboundIPRanges")) {
-            None => Ranges::All,
-            Some(text) if text.trim() == "*" => Ranges::All,
-            Some(text) => Ranges::Only(parse_ranges(&key("includeOutboundIPRanges"), text)?),
-        },
-        include_inbound_ports: match annotation(pod, &key("includeInboundPorts")) {
-            None => Ports::All,
-            Some(text) if text.trim() == "*" => Ports::All,
-            Some(text) => Ports::Only(parse_ports(&key("includeInboundPorts"), text)?),
-        },
-        exclude_inbound_ports,
-    })
-}
-
-/// `80, 443`: comma-separated ports, blanks around them allowed; empty: none.
-pub fn parse_ports(key: &str, text: &str) -> Result<BTreeSet<PortRange>, FactsError> {
-    items(text)
+/// Kuma's `[[tcp|udp:]PORTS:]UIDS;...`, where PORTS is `*`, or ports and ranges `a-b` separated
+/// by commas, and UIDS a user or a range `a-b`; no protocol: both; no ports: all.
+pub fn parse_uid_exclusions(key: &str, text: &str) -> Result<Vec<UidExclusion>, FactsError> {
+    items(text, ';')
         .map(|item| {
-            item.parse().map(PortRange::one).map_err(|_| FactsError::Invalid {
-                key: key.into(),
-                text: text.into(),
-                why: format!("{item:?} is not a port from 0 to 65535"),
-            })
+            let bad = |why: &str| invalid(key, text, &format!("{item:?}: {why}"));
+            let fields: Vec<&str> = item.split(':').map(str::trim).collect();
+            let (protocol, ports, uids) = match fields[..] {
+                [uids] => ("", "*", uids),
+                [ports, uids] => ("", ports, uids),
+                [protocol, ports, uids] => (protocol, ports, uids),
+                _ => return Err(bad("[[tcp|udp:]PORTS:]UIDS expected")),
+            };
+            let protocol = match protocol {
+                "tcp" => Protocol::Tcp,
+                "udp" => Protocol::Udp,
+                "" | "*" => Protocol::Both,
+                _ => return Err(bad("the protocol is tcp or udp")),
+            };
+            let ports = match ports {
+                "" | "*" => [PortRange::ALL].into(),
+                ports => parse_ports(key, ports, true).map_err(|e| bad(&e.to_string()))?,
+            };
+            let (first, last) = uids.split_once('-').unwrap_or((uids, uids));
+            match (first.trim().parse(), last.trim().parse()) {
+                (Ok(first_uid), Ok(last_uid)) if first_uid <= last_uid => {
+                    Ok(UidExclusion { protocol, ports, first_uid, last_uid })
+                }
+                _ => Err(bad("a user or a range of users expected at the end")),
+            }
         })
         .collect()
 }
 
 /// `10.0.0.0/8, fd00::/8, 192.0.2.1`: comma-separated ranges or addresses; empty: none.
 pub fn parse_ranges(key: &str, text: &str) -> Result<BTreeSet<IpNet>, FactsError> {
-    items(text)
+    items(text, ',')
         .map(|item| {
             item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)).map_err(
                 |_| FactsError::Invalid {
@@ -314,10 +522,10 @@ pub fn parse_ranges(key: &str, text: &str) -> Result<BTreeSet<IpNet>, FactsError
         .collect()
 }
 
-fn items(text: &str) -> impl Iterator<Item = &str> {
+fn items(text: &str, separator: char) -> impl Iterator<Item = &str> {
     // A single empty item is an empty list; an empty item among others is an error.
     let empty = text.trim().is_empty();
-    text.split(',').map(str::trim).filter(move |_| !empty)
+    text.split(separator).map(str::trim).filter(move |_| !empty)
 }
 
 #[cfg(test)]
@@ -357,7 +565,10 @@ mod tests {
         let facts = parsed(|_| {}).expect("in the mesh").facts;
         assert_eq!((facts.name.as_str(), facts.uid.as_str()), ("shop/a", "u-1"));
         assert_eq!((facts.proxy_uid, facts.proxy_gid), (1337, 1337));
-        assert_eq!(facts.policy, Policy::default());
+        assert_eq!((facts.mesh.name, facts.dns_port), ("istio", None));
+        let by_default =
+            Policy { exclude_outbound_ports: [PortRange::one(15020)].into(), ..Policy::default() };
+        assert_eq!(facts.policy, by_default);
     }
 
     #[test]
@@ -456,13 +667,18 @@ mod tests {
         fn every_port_list_is_read_whole(ports: BTreeSet<u16>, blanks in "[ ]{0,3}") {
             let text = ports.iter().map(u16::to_string).collect::<Vec<_>>()
                 .join(&format!("{blanks},{blanks}"));
-            let parsed = parse_ports("key", &text).expect("valid");
+            let parsed = parse_ports("key", &text, false).expect("valid");
             prop_assert_eq!(parsed, ports.into_iter().map(PortRange::one).collect());
         }
 
         #[test]
         fn parsers_never_panic(text: String) {
-            for error in [parse_ports("key", &text).err(), parse_ranges("key", &text).err()] {
+            for error in [
+                parse_ports("key", &text, false).err(),
+                parse_ports("key", &text, true).err(),
+                parse_ranges("key", &text).err(),
+                parse_uid_exclusions("key", &text).err(),
+            ] {
                 if let Some(FactsError::Invalid { text: told, .. }) = error {
                     prop_assert_eq!(&told, &text);
                 }

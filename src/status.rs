@@ -41,6 +41,8 @@ pub struct PodStatus {
     pub inbound: bool,
     /// Inbound listeners of the proxy that are known (of each SO_REUSEPORT group, up to 16).
     pub listeners: usize,
+    /// The sidecar's DNS listener; null: the pod's DNS is not captured.
+    pub dns_port: Option<u16>,
 }
 
 /// A hook of the node.
@@ -79,6 +81,7 @@ pub fn status(pins: &Pins) -> Result<Status> {
             captured: pod.captured,
             inbound: pod.inbound,
             listeners: pod.listeners,
+            dns_port: pod.dns_port,
         })
         .collect();
     pods.sort_by(|a, b| a.pod.cmp(&b.pod));
@@ -104,7 +107,7 @@ impl fmt::Display for Status {
             let ips: Vec<String> = pod.captured.iter().map(IpAddr::to_string).collect();
             writeln!(
                 f,
-                "  {:width$}  {:8}  {}  inbound {}, {}",
+                "  {:width$}  {:8}  {}  inbound {}, {}{}",
                 pod.pod,
                 pod.mesh,
                 ips.join(" "),
@@ -113,7 +116,8 @@ impl fmt::Display for Status {
                     0 => "proxy does not listen".to_owned(),
                     1 => "1 listener".to_owned(),
                     n => format!("{n} listeners"),
-                }
+                },
+                pod.dns_port.map(|port| format!(", DNS to {port}")).unwrap_or_default(),
             )?;
         }
         let attached = self.hooks.iter().filter(|hook| hook.attached).count();

@@ -9,6 +9,8 @@ pub(crate) enum Attach {
     Cgroup,
     /// A pod's network namespace; pinned under the namespace's cookie.
     Netns,
+    /// The way out of lo in a pod's network namespace, where the pod's DNS is captured.
+    Lo,
     /// Nothing: the agent runs it inside a pod's network namespace.
     Iterator,
 }
@@ -63,6 +65,10 @@ pub(crate) const HOOKS: &[Hook] = &[
     sock_addr("getpeername6", &[STORAGE]),
     sock_addr("getsockname4", &[STORAGE]),
     sock_addr("getsockname6", &[STORAGE]),
+    sock_addr("recvmsg4", &[STORAGE]),
+    sock_addr("recvmsg6", &[STORAGE]),
+    sock_addr("sendmsg4", &[NETNS_COOKIE, STORAGE]),
+    sock_addr("sendmsg6", &[NETNS_COOKIE, STORAGE]),
     sock_addr("connect4", &[NETNS_COOKIE, STORAGE, TCP_SOCK]),
     sock_addr("connect6", &[NETNS_COOKIE, STORAGE, TCP_SOCK]),
     Hook {
@@ -70,6 +76,12 @@ pub(crate) const HOOKS: &[Hook] = &[
         attach: Attach::Iterator,
         kind: ProgramType::Tracing,
         helpers: &[],
+    },
+    Hook {
+        program: "dns_reply",
+        attach: Attach::Lo,
+        kind: ProgramType::SchedCls,
+        helpers: &[STORAGE, (libbpf_sys::BPF_FUNC_sk_lookup_udp, "bpf_sk_lookup_udp")],
     },
     Hook {
         program: "steer",

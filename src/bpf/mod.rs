@@ -27,7 +27,7 @@ use std::{
     mem::MaybeUninit,
     net::IpAddr,
     os::{
-        fd::{AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::{DirBuilderExt, MetadataExt},
     },
     path::{Path, PathBuf},
@@ -36,7 +36,8 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{
-    Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, RingBuffer, RingBufferBuilder,
+    Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, RingBuffer, RingBufferBuilder, TC_EGRESS,
+    TcHook, TcHookBuilder,
     query::LinkTypeInfo,
     skel::{OpenSkel, Skel, SkelBuilder},
 };
@@ -63,9 +64,10 @@ use crate::{
 const LAYOUT: &str = "v1";
 
 /// The names of the kernel's counters, in the order of `enum counter`.
-const COUNTERS: [&str; 10] = [
+const COUNTERS: [&str; 11] = [
     "captured_outbound",
     "captured_self",
+    "captured_dns",
     "direct",
     "steered_inbound",
     "passed_inbound",
@@ -75,6 +77,11 @@ const COUNTERS: [&str; 10] = [
     "handover_missed",
     "origdst_answered",
 ];
+
+/// The index of lo, in every network namespace.
+const LO: i32 = 1;
+/// Handle and priority of the DNS filter on lo: behind what others put first.
+const DNS_FILTER: u32 = 0x5353;
 
 /// Slots for a pod's listeners; `LISTENER_SLOTS` of bpf/maps.h.
 const LISTENER_SLOTS: u32 = 16;
@@ -168,6 +175,8 @@ pub struct Enrolled {
     pub inbound: bool,
     /// Inbound listeners that are known.
     pub listeners: usize,
+    /// Where DNS goes; none: it is not captured.
+    pub dns_port: Option<u16>,
 }
 
 /// A hook of the node and whether it is in force.
@@ -254,6 +263,7 @@ impl Dataplane {
             locals: maps.locals.max_entries() as usize,
             port_rules: maps.port_rules.max_entries() as usize,
             cidr_rules: maps.cidr_rules.max_entries() as usize,
+            uid_rules: maps.uid_rules.max_entries() as usize,
         }
     }
 
@@ -281,12 +291,15 @@ impl Dataplane {
         let ports = desired.port_rules.iter().map(|r| maps::entry(&wire::port_key(r), &1u8));
         let cidrs = desired.cidr_rules.iter().map(|r| maps::entry(&wire::cidr_key(r), &1u8));
 
+        let uids = desired.uid_rules.iter().map(|r| maps::entry(&wire::uid_key(r), &r.class));
+
         let kernel = &self.skel.maps;
         // In the order of writing; deletes go the other way round.
-        let plan: [(_, Diff); 5] = [
+        let plan: [(_, Diff); 6] = [
             (&kernel.locals, maps::diff(&maps::read(&kernel.locals)?, locals.collect())),
             (&kernel.port_rules, maps::diff(&maps::read(&kernel.port_rules)?, ports.collect())),
             (&kernel.cidr_rules, maps::diff(&maps::read(&kernel.cidr_rules)?, cidrs.collect())),
+            (&kernel.uid_rules, maps::diff(&maps::read(&kernel.uid_rules)?, uids.collect())),
             (&kernel.pod_records, maps::diff(&maps::read(&kernel.pod_records)?, records)),
             (&kernel.pods, maps::diff(&maps::read(&kernel.pods)?, pods)),
         ];
@@ -347,19 +360,35 @@ impl Dataplane {
         steer_lives(&self.pins, cookie)
     }
 
-    /// Records the pod's inbound listeners that the hooks did not see, unless one is known.
+    /// Records the pod's listeners on a port that the hooks did not see, unless one is known.
     ///
     /// # Errors
     /// Where the namespace can't be entered, or the iterator fails.
-    pub fn find_listeners(&self, cookie: u64, netns: &Netns, in_port: u16) -> Result<()> {
-        if listeners(&self.skel.maps.listeners, cookie, in_port) > 0 {
+    pub fn find_listeners(&mut self, cookie: u64, netns: &Netns, port: u16) -> Result<()> {
+        if listeners(&self.skel.maps.listeners, cookie, port) > 0 {
             return Ok(());
         }
+        self.skel.maps.bss_data.as_mut().context("the object has no variables")?.wanted_port = port;
         let link = self.skel.progs.find_listeners.attach()?;
         netns.inside(|| -> Result<()> {
             // Reading it to the end is what runs the program.
             let mut output = Vec::new();
             Iter::new(&link)?.read_to_end(&mut output)?;
+            Ok(())
+        })?
+    }
+
+    /// Puts this build's filter for DNS answers in force on the pod's lo; one that is there
+    /// already is replaced in one step.
+    ///
+    /// # Errors
+    /// Where the namespace can't be entered, or the kernel refuses.
+    pub fn attach_dns(&self, netns: &Netns) -> Result<()> {
+        let program = self.skel.progs.dns_reply.as_fd();
+        netns.inside(|| -> Result<()> {
+            let mut hook = lo_filter(program);
+            hook.create().context("cannot add a clsact qdisc to lo")?;
+            hook.attach().context("cannot attach the DNS filter to lo")?;
             Ok(())
         })?
     }
@@ -376,7 +405,7 @@ impl Dataplane {
             if let Ok(event) = wire::from_bytes::<wire::event>(bytes)
                 && event.kind.0 == wire::event_kind::EVENT_NO_LISTENER.0
             {
-                sink.borrow_mut().insert(event.netns);
+                sink.borrow_mut().insert((event.netns, event.port as u16));
             }
             0
         })?;
@@ -387,12 +416,12 @@ impl Dataplane {
 /// Pods whose proxy was looked for in vain.
 pub struct Events {
     ring: RingBuffer<'static>,
-    seen: Rc<RefCell<BTreeSet<u64>>>,
+    seen: Rc<RefCell<BTreeSet<(u64, u16)>>>,
     ready: AsyncFd<OwnedFd>,
 }
 
 impl Events {
-    fn new(ring: RingBuffer<'static>, seen: Rc<RefCell<BTreeSet<u64>>>) -> Result<Self> {
+    fn new(ring: RingBuffer<'static>, seen: Rc<RefCell<BTreeSet<(u64, u16)>>>) -> Result<Self> {
         // SAFETY: the ring owns the descriptor and outlives the borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(ring.epoll_fd()) };
         let fd = fd.try_clone_to_owned().context("cannot duplicate the ring's descriptor")?;
@@ -401,15 +430,35 @@ impl Events {
         Ok(Self { ring, seen, ready })
     }
 
-    /// Waits for events; the cookies of the pods that they are about.
+    /// Waits for events: which pods, by cookie, and which listener of theirs, by port.
     ///
     /// # Errors
     /// Where the ring can't be read.
-    pub async fn next(&self) -> Result<BTreeSet<u64>> {
+    pub async fn next(&self) -> Result<BTreeSet<(u64, u16)>> {
         self.ready.readable().await?.clear_ready();
         self.ring.consume()?;
         Ok(self.seen.take())
     }
+}
+
+/// The agent's place among the filters on the way out of lo.
+fn lo_filter(program: BorrowedFd<'_>) -> TcHook {
+    let mut builder = TcHookBuilder::new(program);
+    builder.ifindex(LO).replace(true).handle(DNS_FILTER).priority(DNS_FILTER);
+    builder.hook(TC_EGRESS)
+}
+
+/// Takes the filter for DNS answers off a pod's lo, where there is one.
+///
+/// # Errors
+/// Where the namespace can't be entered.
+pub fn detach_dns(netns: &Netns) -> Result<()> {
+    netns.inside(|| {
+        // The kernel finds the filter by its place; the descriptor is not looked at.
+        let mut hook = lo_filter(std::io::stderr().as_fd());
+        // There may be none.
+        let _ = hook.detach();
+    })
 }
 
 fn open_node() -> Result<skel::OpenSidestepSkel<'static>> {
@@ -483,6 +532,7 @@ pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
                 .collect(),
             inbound: steer_lives(pins, cookie),
             listeners: listeners(&listening, cookie, row.in_port),
+            dns_port: (row.dns_port != 0).then_some(row.dns_port),
         })
         .collect())
 }
@@ -528,6 +578,12 @@ pub fn counters(pins: &Pins) -> Result<BTreeMap<&'static str, BTreeMap<&'static 
 /// Where a pin can't be removed.
 pub fn unload(pins: &Pins) -> Result<usize> {
     let mut removed = 0;
+    if let Ok(map) = MapHandle::from_pinned_path(pins.map("pod_records")) {
+        for record in records(&map)?.values() {
+            // A namespace that is gone took its filter along.
+            let _ = Netns::open(&record.netns).and_then(|netns| detach_dns(&netns));
+        }
+    }
     for layout in children(&pins.root)? {
         // Links first: a program without its map's contents would decide wrongly.
         for link in children(&layout.join("links"))? {

@@ -6,10 +6,10 @@ use anyhow::{Result, ensure};
 
 pub(crate) use super::skel::types::{
     addr, cidr_rule_key, listener_key, local_key, pod, pod_flag, pod_record, port_rule_key,
-    rule_set,
+    rule_set, uid_rule_key,
 };
 pub(crate) use super::skel_inbound::types::{event, event_kind};
-use crate::desired::{CidrRule, PodRow, PortRule, Record, RuleSet};
+use crate::desired::{CidrRule, PodRow, PortRule, Record, RuleSet, UidRule};
 
 /// A map's key or value.
 ///
@@ -19,6 +19,8 @@ pub(crate) unsafe trait Wire: Copy {}
 
 // SAFETY: plain integers.
 unsafe impl Wire for u8 {}
+// SAFETY: plain integers.
+unsafe impl Wire for u32 {}
 // SAFETY: plain integers.
 unsafe impl Wire for u64 {}
 // SAFETY: types.h asserts the size that the fields add up to; all fields are integers, or enums
@@ -30,6 +32,8 @@ unsafe impl Wire for local_key {}
 unsafe impl Wire for port_rule_key {}
 // SAFETY: as for `pod`.
 unsafe impl Wire for cidr_rule_key {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for uid_rule_key {}
 // SAFETY: as for `pod`.
 unsafe impl Wire for listener_key {}
 // SAFETY: as for `pod`.
@@ -91,7 +95,14 @@ fn set_of(set: RuleSet) -> rule_set {
         RuleSet::OutExcludeCidrs => rule_set::OUT_EXCLUDE_CIDRS,
         RuleSet::OutIncludeCidrs => rule_set::OUT_INCLUDE_CIDRS,
         RuleSet::InExcludeCidrs => rule_set::IN_EXCLUDE_CIDRS,
+        RuleSet::OutExcludeTcpUids(class) => of_class(rule_set::OUT_EXCLUDE_TCP_UIDS, class),
+        RuleSet::OutExcludeUdpUids(class) => of_class(rule_set::OUT_EXCLUDE_UDP_UIDS, class),
     }
+}
+
+/// A list of one class of users; `UID_CLASS_SHIFT` of bpf/types.h.
+fn of_class(set: rule_set, class: u32) -> rule_set {
+    rule_set(set.0 | class << 8)
 }
 
 /// Bits in front of the port or the address in a rule's key: the set and the cookie.
@@ -116,6 +127,14 @@ pub(crate) fn cidr_key(rule: &CidrRule) -> cidr_rule_key {
     }
 }
 
+pub(crate) fn uid_key(rule: &UidRule) -> uid_rule_key {
+    uid_rule_key {
+        prefixlen: 64 + u32::from(rule.bits),
+        netns: halves(rule.cookie),
+        uid: rule.uid.to_be(),
+    }
+}
+
 pub(crate) fn local_of(cookie: u64, ip: IpAddr) -> local_key {
     local_key { netns: cookie, addr: ip.into() }
 }
@@ -128,19 +147,25 @@ pub(crate) fn pod_of(row: &PodRow) -> pod {
         (row.self_inbound, pod_flag::POD_SELF_INBOUND),
         (row.out_all, pod_flag::POD_OUT_ALL),
         (row.in_all, pod_flag::POD_IN_ALL),
+        (row.out_loopback, pod_flag::POD_OUT_LOOPBACK),
+        (row.loopback_included, pod_flag::POD_LOOPBACK_INCLUDED),
+        (row.udp_excludes, pod_flag::POD_UDP_EXCLUDES),
+        (row.cidrs_first, pod_flag::POD_CIDRS_FIRST),
     ];
     let address = |ip: Option<IpAddr>| ip.map(addr::from).unwrap_or_default();
     pod {
         proxy_uid: row.proxy_uid,
         proxy_gid: row.proxy_gid,
         flags: pod_flag(flags.iter().filter(|(on, _)| *on).fold(0, |all, (_, flag)| all | flag.0)),
-        sets: row.sets.iter().fold(0, |all, set| all | 1 << set_of(*set).0),
+        sets: row.sets.iter().fold(0, |all, set| all | 1 << (set_of(*set).0 & 0xff)),
         ip4: address(row.ip4.map(IpAddr::V4)),
         ip6: address(row.ip6.map(IpAddr::V6)),
         out_port: row.out_port,
         in_port: row.in_port,
         hbone_port: row.hbone_port,
+        dns_port: row.dns_port,
         mesh: row.mesh,
+        pad: 0,
     }
 }
 

@@ -1,0 +1,92 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* A socket address hook's context in policy's terms. */
+#pragma once
+
+/*
+ * Each hook knows its family when it is compiled: the verifier wants every field of a context
+ * read at a constant offset.
+ */
+static __always_inline struct addr sockaddr_get(struct bpf_sock_addr *ctx, int family)
+{
+	if (family == AF_INET)
+		return addr4(ctx->user_ip4);
+	return (struct addr){ { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2],
+				ctx->user_ip6[3] } };
+}
+
+static __always_inline void sockaddr_set(struct bpf_sock_addr *ctx, int family,
+					 const struct addr *a, __u16 port)
+{
+	if (family == AF_INET) {
+		ctx->user_ip4 = a->w[3];
+	} else {
+		ctx->user_ip6[0] = a->w[0];
+		ctx->user_ip6[1] = a->w[1];
+		ctx->user_ip6[2] = a->w[2];
+		ctx->user_ip6[3] = a->w[3];
+	}
+	ctx->user_port = bpf_htons(port);
+}
+
+/* Who made the socket, the way iptables' owner match sees it. */
+static __always_inline void owner_of(struct bpf_sock *sk, struct outbound *c)
+{
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+	struct file *file;
+
+	c->uid = c->gid = (__u32)-1;
+	if (!tp)
+		return;
+	file = tp->inet_conn.icsk_inet.sk.sk_socket->file;
+	if (!file)
+		return;
+	c->uid = file->f_cred->fsuid.val;
+	c->gid = file->f_cred->fsgid.val;
+}
+
+/*
+ * The same for UDP, whose sockets can't be cast in every kernel that is supported. Read back
+ * from memory, the pointer is a plain number, which may be added to.
+ */
+static __always_inline void udp_owner_of(struct bpf_sock *sk, struct outbound *c)
+{
+	struct sock *kernel_sk = NULL;
+	struct file *file;
+
+	c->uid = c->gid = (__u32)-1;
+	bpf_probe_read_kernel(&kernel_sk, sizeof(kernel_sk), &sk);
+	file = BPF_CORE_READ(kernel_sk, sk_socket, file);
+	if (!file)
+		return;
+	c->uid = BPF_CORE_READ(file, f_cred, fsuid.val);
+	c->gid = BPF_CORE_READ(file, f_cred, fsgid.val);
+}
+
+/* What policy wants to know, but for the owner. */
+static __always_inline void outbound_of(struct bpf_sock_addr *ctx, int family, struct outbound *c)
+{
+	/* Through a volatile pointer: each field must be one plain load for the verifier. */
+	volatile struct bpf_sock *sk = ctx->sk;
+
+	c->dst = sockaddr_get(ctx, family);
+	c->dport = bpf_ntohs(ctx->user_port);
+	c->ifindex = sk->bound_dev_if;
+	/* An AF_INET6 socket sends to a v4-mapped address by way of the IPv4 hook. */
+	if (sk->family == AF_INET) {
+		c->src = addr4(sk->src_ip4);
+	} else {
+		c->src = (struct addr){ { sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2],
+					  sk->src_ip6[3] } };
+		barrier(); /* or both branches' loads become one, at an offset in a register */
+	}
+	/* As the kernel does with an unspecified destination. */
+	if (addr_is_any(&c->dst)) {
+		if (!addr_is_any(&c->src))
+			c->dst = c->src;
+		else
+			c->dst.w[3] = bpf_htonl(addr_is4(&c->dst) ? 0x7f000001 : 1);
+	}
+	/* Not bound, it would call ::6 from ::6. (127.0.0.6 it would call from 127.0.0.1.) */
+	if (addr_is_any(&c->src) && !addr_is4(&c->dst) && addr_is_passthrough(&c->dst))
+		c->src = c->dst;
+}

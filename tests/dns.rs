@@ -1,0 +1,348 @@
+//! T11: an app's DNS goes to the sidecar's DNS listener, and answers come from whom it asked.
+
+mod common;
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use common::*;
+use libbpf_rs::{MapCore, MapHandle};
+use sidestep_lab::{ServeOpts, Server, Talk, wait_until};
+
+/// The sidecar's DNS listener: on localhost alone, as Istio's agent has it. Echoes.
+struct Resolver {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+    tcp: Server,
+}
+
+impl Resolver {
+    fn start(node: &Node) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let localhosts = ["127.0.0.1:15053", "[::1]:15053"].map(|at| at.parse().expect("address"));
+        let threads = localhosts
+            .into_iter()
+            .map(|at: SocketAddr| {
+                let socket = node.a.run(PROXY, PROXY, || UdpSocket::bind(at)).expect("runs");
+                let (socket, stop) = (socket.expect("a resolver"), Arc::clone(&stop));
+                socket.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout");
+                thread::spawn(move || {
+                    let mut question = [0; 512];
+                    while !stop.load(Ordering::Relaxed) {
+                        if let Ok((len, client)) = socket.recv_from(&mut question) {
+                            socket.send_to(&question[..len], client).expect("answered");
+                        }
+                    }
+                })
+            })
+            .collect();
+        let opts = ServeOpts { talk: Talk::OriginalDst, ..ServeOpts::on(localhosts) };
+        let tcp = Server::start(&node.a, ServeOpts { uid: PROXY, gid: PROXY, ..opts });
+        Self { stop, threads, tcp: tcp.expect("a TCP resolver") }
+    }
+}
+
+impl Drop for Resolver {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            thread.join().expect("the resolver's thread");
+        }
+    }
+}
+
+/// A node whose first pod has its DNS captured.
+fn with_dns(tag: &str) -> Node {
+    let mut node = Node::new(tag);
+    set(&node, |manifest| {
+        let env = &mut manifest["spec"]["containers"][1]["env"];
+        let capture = serde_json::json!({"name": "ISTIO_META_DNS_CAPTURE", "value": "true"});
+        env.as_array_mut().expect("env").push(capture);
+    });
+    node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+    node
+}
+
+fn set(node: &Node, change: impl FnOnce(&mut serde_json::Value)) {
+    let mut manifest = node.a.manifest();
+    change(&mut manifest);
+    node.agent.add_manifest("a", &manifest).expect("a manifest");
+}
+
+fn unconnected(like: SocketAddr) -> UdpSocket {
+    let any = if like.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = UdpSocket::bind(any).expect("a socket");
+    socket.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
+    socket
+}
+
+fn servers(n: u8) -> Vec<SocketAddr> {
+    (1..=n)
+        .flat_map(|n| {
+            let v4 = addr([10, 96, 53, n], 53);
+            [v4, addr(ip(&format!("fd96::53:{n}")), 53), mapped(v4)]
+        })
+        .collect()
+}
+
+#[test]
+fn t11_a_connected_socket_is_answered_by_whom_it_asked() {
+    let node = with_dns("connected");
+    let _resolver = Resolver::start(&node);
+    for server in servers(1) {
+        node.a
+            .run(APP, APP, || {
+                let socket = unconnected(server);
+                socket.connect(server).expect("connects");
+                assert_eq!(socket.peer_addr().expect("a peer"), server);
+                let mut answer = [0; 64];
+                for _ in 0..3 {
+                    socket.send(b"question").expect("sent");
+                    let (len, from) = socket.recv_from(&mut answer).expect("answered");
+                    assert_eq!((&answer[..len], from), (&b"question"[..], server));
+                    socket.send(b"question").expect("sent");
+                    assert_eq!(socket.recv(&mut answer).expect("answered"), 8);
+                }
+            })
+            .expect("runs");
+    }
+}
+
+#[test]
+fn t11_an_unconnected_socket_is_answered_by_each_that_it_asked() {
+    let node = with_dns("unconnected");
+    let _resolver = Resolver::start(&node);
+    for kind in 0..3 {
+        let servers: Vec<_> = servers(5).into_iter().skip(kind).step_by(3).collect();
+        node.a
+            .run(APP, APP, || {
+                let socket = unconnected(servers[0]);
+                // All at once, and again in another order: each answer says whose it is.
+                for round in 0..3 {
+                    let mut asked: BTreeMap<String, SocketAddr> = BTreeMap::new();
+                    for n in 0..servers.len() {
+                        let server = servers[(n * (round + 1)) % servers.len()];
+                        let question = format!("{round} {server}");
+                        socket.send_to(question.as_bytes(), server).expect("sent");
+                        asked.insert(question, server);
+                    }
+                    let mut answer = [0; 64];
+                    while !asked.is_empty() {
+                        let (len, from) = socket.recv_from(&mut answer).expect("answered");
+                        let question = String::from_utf8_lossy(&answer[..len]).into_owned();
+                        assert_eq!(asked.remove(&question), Some(from), "{question}");
+                    }
+                }
+            })
+            .expect("runs");
+    }
+}
+
+#[test]
+fn sendmmsg_and_more_servers_than_are_remembered() {
+    let node = with_dns("many");
+    let _resolver = Resolver::start(&node);
+    let servers: Vec<_> = servers(12).into_iter().filter(SocketAddr::is_ipv4).collect();
+    node.a
+        .run(APP, APP, || {
+            use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn, sendmmsg};
+            use std::{io::IoSlice, os::fd::AsRawFd};
+            let socket = unconnected(servers[0]);
+            // Twice as many questions as are sent in one go; two servers in each call.
+            for pair in servers.chunks(2) {
+                let texts: Vec<String> = pair.iter().map(ToString::to_string).collect();
+                let slices: Vec<_> =
+                    texts.iter().map(|text| [IoSlice::new(text.as_bytes())]).collect();
+                let to: Vec<_> = pair
+                    .iter()
+                    .map(|server| match server {
+                        SocketAddr::V4(v4) => Some(SockaddrIn::from(*v4)),
+                        SocketAddr::V6(_) => None,
+                    })
+                    .collect();
+                let mut headers = MultiHeaders::preallocate(pair.len(), None);
+                let sent =
+                    sendmmsg(socket.as_raw_fd(), &mut headers, &slices, to, [], MsgFlags::empty());
+                assert_eq!(sent.expect("sent").count(), pair.len());
+                let mut answer = [0; 64];
+                for _ in pair {
+                    let (len, from) = socket.recv_from(&mut answer).expect("answered");
+                    assert_eq!(String::from_utf8_lossy(&answer[..len]), from.to_string());
+                }
+            }
+        })
+        .expect("runs");
+}
+
+#[test]
+fn a_socket_that_is_bound_to_an_address_is_answered_too() {
+    let node = with_dns("bound");
+    let _resolver = Resolver::start(&node);
+    for server in servers(2) {
+        let own: IpAddr = match canonical(server).ip() {
+            IpAddr::V4(_) if server.is_ipv4() => node.a.ipv4(),
+            IpAddr::V4(_) => mapped(addr(node.a.ipv4(), 0)).ip(),
+            IpAddr::V6(_) => node.a.ipv6(),
+        };
+        node.a
+            .run(APP, APP, || {
+                let socket = UdpSocket::bind(addr(own, 0)).expect("bound");
+                socket.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
+                socket.send_to(b"question", server).expect("sent");
+                let (_, from) = socket.recv_from(&mut [0; 64]).expect("answered");
+                assert_eq!(from, server);
+            })
+            .expect("runs");
+    }
+}
+
+#[test]
+fn t11_tcp_goes_there_too_though_it_listens_on_localhost_alone() {
+    let node = with_dns("tcp");
+    let resolver = Resolver::start(&node);
+    for server in servers(2) {
+        let answer = node.a.ask(APP, APP, server).expect("captured");
+        assert_original(&answer, server);
+        assert_eq!(answer.peer, server);
+        let own = if canonical(server).is_ipv4() { node.a.ipv4() } else { node.a.ipv6() };
+        assert_eq!(answer.seen.peer.ip().to_canonical(), own);
+    }
+    assert_eq!(resolver.tcp.seen().len(), 6);
+}
+
+#[test]
+fn a_resolver_older_than_the_agent_is_found() {
+    let mut node = Node::new("older");
+    let _resolver = Resolver::start(&node);
+    set(&node, |manifest| {
+        let env = &mut manifest["spec"]["containers"][1]["env"];
+        let capture = serde_json::json!({"name": "ISTIO_META_DNS_CAPTURE", "value": "1"});
+        env.as_array_mut().expect("env").push(capture);
+    });
+    node.agent.wait_enrolled(&node.a).expect("enrolled");
+    for server in servers(1) {
+        assert_original(&node.a.ask(APP, APP, server).expect("captured"), server);
+    }
+}
+
+/// Whether a question of this user to `server` is answered by the pod's sidecar, as opposed to
+/// the server itself, which answers in capitals.
+fn captured(node: &Node, uid: u32, gid: u32, server: SocketAddr) -> bool {
+    let ask = |connect: bool| {
+        node.a
+            .run(uid, gid, || {
+                let socket = unconnected(server);
+                if connect {
+                    socket.connect(server).expect("connects");
+                    socket.send(b"question").expect("sent");
+                } else {
+                    socket.send_to(b"question", server).expect("sent");
+                }
+                let mut answer = [0; 64];
+                let (len, from) = socket.recv_from(&mut answer).expect("answered");
+                assert_eq!(from, server);
+                match &answer[..len] {
+                    b"question" => true,
+                    b"REMOTE" => false,
+                    other => panic!("{other:?}"),
+                }
+            })
+            .expect("runs")
+    };
+    let connected = ask(true);
+    assert_eq!(ask(false), connected, "both ways of asking");
+    connected
+}
+
+/// Servers off the pod that answer for themselves.
+fn remote_servers(node: &Node) -> Vec<JoinHandle<()>> {
+    let own: Vec<_> = servers(1).into_iter().map(canonical).collect();
+    own[..2]
+        .iter()
+        .map(|server| {
+            node.lab.add_node_address(server.ip()).expect("an address");
+            let socket = node.lab.on_node(|| UdpSocket::bind(server)).expect("runs");
+            let socket = socket.expect("a server");
+            socket.set_read_timeout(Some(Duration::from_millis(500))).expect("timeout");
+            thread::spawn(move || {
+                let mut idle = 0;
+                while idle < 10 {
+                    match socket.recv_from(&mut [0; 64]) {
+                        Ok((_, client)) => {
+                            socket.send_to(b"REMOTE", client).expect("answered");
+                        }
+                        Err(_) => idle += 1,
+                    }
+                }
+            })
+        })
+        .collect()
+}
+
+#[test]
+fn the_proxy_its_group_and_excluded_ports_are_direct() {
+    let node = with_dns("direct");
+    let _resolver = Resolver::start(&node);
+    let _remote = remote_servers(&node);
+    for server in servers(1) {
+        assert!(captured(&node, APP, APP, server));
+        assert!(!captured(&node, PROXY, PROXY, server));
+        assert!(!captured(&node, APP, PROXY, server));
+    }
+    set(&node, |manifest| {
+        let env = &mut manifest["spec"]["containers"][1]["env"];
+        let capture = serde_json::json!({"name": "ISTIO_META_DNS_CAPTURE", "value": "true"});
+        env.as_array_mut().expect("env").push(capture);
+        manifest["metadata"]["annotations"]["traffic.sidecar.istio.io/excludeOutboundPorts"] =
+            "53".into();
+    });
+    wait_until("port 53 to be excluded", Duration::from_secs(1), || {
+        servers(1).into_iter().all(|server| !captured(&node, APP, APP, server))
+    })
+    .expect("excluded");
+    // Capture switched off, live.
+    set(&node, |_| {});
+    wait_until("DNS to be left alone", Duration::from_secs(1), || {
+        node.agent.status().expect("status")["pods"][0]["dns_port"].is_null()
+    })
+    .expect("off");
+    for server in servers(1) {
+        assert!(!captured(&node, APP, APP, server));
+    }
+}
+
+#[test]
+fn nothing_is_left_behind_when_sockets_close() {
+    let node = with_dns("left");
+    let _resolver = Resolver::start(&node);
+    let _sidecar = Sidecar::start(&node.a);
+    node.a
+        .run(APP, APP, || {
+            for _ in 0..50 {
+                let socket = unconnected(servers(1)[0]);
+                for server in servers(3).into_iter().filter(SocketAddr::is_ipv4) {
+                    socket.send_to(b"question", server).expect("sent");
+                }
+            }
+            // And TCP connections that nobody answers, or that are answered.
+            for n in 0..50 {
+                let target = if n % 2 == 0 { servers(1)[0] } else { addr(ip(REMOTE4), 80) };
+                sidestep_lab::ask(target, None).expect("captured");
+            }
+        })
+        .expect("runs");
+    let handovers = MapHandle::from_pinned_path(node.agent.bpffs().join("v1/maps/handovers"));
+    let handovers = handovers.expect("a pinned map");
+    wait_until("no handover to be left", Duration::from_secs(3), || {
+        handovers.keys().next().is_none()
+    })
+    .expect("none is left");
+}
