@@ -34,7 +34,7 @@ static __always_inline int connect_udp(struct bpf_sock_addr *ctx, int family, co
 	bpf_sk_storage_delete(&origdsts, ctx->sk);
 	if (c->dport != DNS_PORT)
 		return 1;
-	udp_owner_of(ctx->sk, c);
+	owner_of(ctx->sk, c);
 	if (udp_verdict(pod, c) != GO_DNS)
 		return 1;
 	od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
@@ -85,7 +85,7 @@ static __always_inline int sendmsg_any(struct bpf_sock_addr *ctx, int family)
 	if (!pod)
 		return 1;
 	outbound_of(ctx, family, &c);
-	udp_owner_of(ctx->sk, &c);
+	owner_of(ctx->sk, &c);
 	if (udp_verdict(pod, &c) != GO_DNS)
 		return 1;
 	asked = bpf_sk_storage_get(&dns_asked, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);

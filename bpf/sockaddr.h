@@ -28,38 +28,46 @@ static __always_inline void sockaddr_set(struct bpf_sock_addr *ctx, int family,
 	ctx->user_port = bpf_htons(port);
 }
 
-/* Who made the socket, the way iptables' owner match sees it. */
-static __always_inline void owner_of(struct bpf_sock *sk, struct outbound *c)
+/* A kernel id as a user namespace numbers it; -1 where it is not mapped. */
+static __always_inline __u32 id_in(const struct uid_gid_map *map, __u32 id)
 {
-	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
-	struct file *file;
+	struct uid_gid_extent extent[UID_GID_MAP_MAX_BASE_EXTENTS];
+	__u32 count = BPF_CORE_READ(map, nr_extents);
 
-	c->uid = c->gid = (__u32)-1;
-	if (!tp)
-		return;
-	file = tp->inet_conn.icsk_inet.sk.sk_socket->file;
-	if (!file)
-		return;
-	c->uid = file->f_cred->fsuid.val;
-	c->gid = file->f_cred->fsgid.val;
+	if (bpf_core_read(extent, sizeof(extent), &map->extent))
+		return -1;
+	for (__u32 i = 0; i < UID_GID_MAP_MAX_BASE_EXTENTS; i++)
+		if (i < count && id >= extent[i].lower_first &&
+		    id - extent[i].lower_first < extent[i].count)
+			return extent[i].first + (id - extent[i].lower_first);
+	return -1;
 }
 
 /*
- * The same for UDP, whose sockets can't be cast in every kernel that is supported. Read back
- * from memory, the pointer is a plain number, which may be added to.
+ * Who made the socket, the way iptables' owner match sees it: the file's credentials, in the
+ * numbers of the user namespace that the network namespace belongs to.
  */
-static __always_inline void udp_owner_of(struct bpf_sock *sk, struct outbound *c)
+static __always_inline void owner_of(struct bpf_sock *sk, struct outbound *c)
 {
 	struct sock *kernel_sk = NULL;
+	struct user_namespace *ns;
+	const struct cred *cred;
 	struct file *file;
 
 	c->uid = c->gid = (__u32)-1;
+	/* Read back from memory, the pointer is a plain number, which may be added to. */
 	bpf_probe_read_kernel(&kernel_sk, sizeof(kernel_sk), &sk);
 	file = BPF_CORE_READ(kernel_sk, sk_socket, file);
 	if (!file)
 		return;
-	c->uid = BPF_CORE_READ(file, f_cred, fsuid.val);
-	c->gid = BPF_CORE_READ(file, f_cred, fsgid.val);
+	cred = BPF_CORE_READ(file, f_cred);
+	c->uid = BPF_CORE_READ(cred, fsuid.val);
+	c->gid = BPF_CORE_READ(cred, fsgid.val);
+	ns = BPF_CORE_READ(kernel_sk, __sk_common.skc_net.net, user_ns);
+	if (BPF_CORE_READ(ns, level)) {
+		c->uid = id_in(&ns->uid_map, c->uid);
+		c->gid = id_in(&ns->gid_map, c->gid);
+	}
 }
 
 /* What policy wants to know, but for the owner. */

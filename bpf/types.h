@@ -30,7 +30,7 @@ enum pod_flag {
 
 /* One enrolled pod; key: its network namespace's cookie. */
 struct pod {
-	__u32 proxy_uid; /* as the first user namespace sees it */
+	__u32 proxy_uid; /* as the pod's own user namespace numbers it */
 	__u32 proxy_gid;
 	enum pod_flag flags;
 	__u32 sets; /* bit n: enum rule_set n has entries for this pod */

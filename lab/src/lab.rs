@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -18,7 +18,7 @@ use crate::pod::{Pod, PodNet};
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
-/// A node of its own: a network namespace with the bridge `br0` (10.77.0.1/24, fd77::1/64), a
+/// A node of its own: a network namespace with the bridge `br0` (10.77.0.1/16, fd77::1/64), a
 /// cgroup, and a directory for files. Labs don't see each other, so all use the same addresses.
 pub struct Lab {
     inner: Arc<Inner>,
@@ -31,7 +31,7 @@ pub(crate) struct Inner {
     pub(crate) dir: TempDir,
     pub(crate) cgroup: LabCgroup,
     pub(crate) number: u32,
-    pods: AtomicU8,
+    pods: AtomicU16,
     files: AtomicU32,
 }
 
@@ -57,10 +57,10 @@ impl Lab {
         node.sysctl("net.ipv6.conf.default.accept_dad", "0")?;
         node.ip("link set lo up\n\
              link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n\
-             addr add 10.77.0.1/24 dev br0\n\
+             addr add 10.77.0.1/16 dev br0\n\
              addr add fd77::1/64 dev br0 nodad\n\
              link set br0 up\n")?;
-        let (pods, files) = (AtomicU8::new(0), AtomicU32::new(0));
+        let (pods, files) = (AtomicU16::new(0), AtomicU32::new(0));
         Ok(Self { inner: Arc::new(Inner { id, node, dir, cgroup, number, pods, files }) })
     }
 
@@ -102,10 +102,10 @@ impl Lab {
 }
 
 impl Inner {
-    /// A number for the next pod of this lab, counted from 0. At most 200.
-    pub(crate) fn next_pod(&self) -> Result<u8> {
+    /// A number for the next pod of this lab, counted from 0. At most 1000.
+    pub(crate) fn next_pod(&self) -> Result<u16> {
         let number = self.pods.fetch_add(1, Ordering::Relaxed);
-        ensure!(number < 200, "too many pods");
+        ensure!(number < 1000, "too many pods");
         Ok(number)
     }
 

@@ -52,8 +52,9 @@ impl Pod {
         ensure!(net.v4 || net.v6, "a pod needs an address");
         let number = lab.next_pod()?;
         let host = number + 10;
-        let v4 = net.v4.then(|| Ipv4Addr::new(10, 77, 0, host));
-        let v6 = net.v6.then(|| Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, host.into()));
+        let [high, low] = host.to_be_bytes();
+        let v4 = net.v4.then(|| Ipv4Addr::new(10, 77, high, low));
+        let v6 = net.v6.then(|| Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, host));
         let uid = format!("{:08x}-{:04x}-4000-8000-{host:012x}", process::id(), lab.number);
         let netns = Netns::add(format!("{}-{name}", lab.id))?;
         let cgroup = lab.leaf_cgroup(name)?;
@@ -70,7 +71,7 @@ impl Pod {
         }
         let mut batch = "link set lo up\nlink set eth0 up\n".to_owned();
         if let Some(ip) = v4 {
-            batch += &format!("addr add {ip}/24 dev eth0\nroute add default via 10.77.0.1\n");
+            batch += &format!("addr add {ip}/16 dev eth0\nroute add default via 10.77.0.1\n");
         }
         if let Some(ip) = v6 {
             batch += &format!("addr add {ip}/64 dev eth0 nodad\nroute add default via fd77::1\n");

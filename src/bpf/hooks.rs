@@ -32,8 +32,8 @@ const NETNS_COOKIE: (libbpf_sys::bpf_func_id, &str) =
     (libbpf_sys::BPF_FUNC_get_netns_cookie, "bpf_get_netns_cookie");
 const STORAGE: (libbpf_sys::bpf_func_id, &str) =
     (libbpf_sys::BPF_FUNC_sk_storage_get, "bpf_sk_storage_get");
-const TCP_SOCK: (libbpf_sys::bpf_func_id, &str) =
-    (libbpf_sys::BPF_FUNC_skc_to_tcp_sock, "bpf_skc_to_tcp_sock");
+const READ_KERNEL: (libbpf_sys::bpf_func_id, &str) =
+    (libbpf_sys::BPF_FUNC_probe_read_kernel, "bpf_probe_read_kernel");
 
 const fn sock_addr(
     program: &'static str,
@@ -67,10 +67,10 @@ pub(crate) const HOOKS: &[Hook] = &[
     sock_addr("getsockname6", &[STORAGE]),
     sock_addr("recvmsg4", &[STORAGE]),
     sock_addr("recvmsg6", &[STORAGE]),
-    sock_addr("sendmsg4", &[NETNS_COOKIE, STORAGE]),
-    sock_addr("sendmsg6", &[NETNS_COOKIE, STORAGE]),
-    sock_addr("connect4", &[NETNS_COOKIE, STORAGE, TCP_SOCK]),
-    sock_addr("connect6", &[NETNS_COOKIE, STORAGE, TCP_SOCK]),
+    sock_addr("sendmsg4", &[NETNS_COOKIE, STORAGE, READ_KERNEL]),
+    sock_addr("sendmsg6", &[NETNS_COOKIE, STORAGE, READ_KERNEL]),
+    sock_addr("connect4", &[NETNS_COOKIE, STORAGE, READ_KERNEL]),
+    sock_addr("connect6", &[NETNS_COOKIE, STORAGE, READ_KERNEL]),
     Hook {
         program: "find_listeners",
         attach: Attach::Iterator,
