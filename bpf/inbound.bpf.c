@@ -106,7 +106,8 @@ int steer(struct bpf_sk_lookup *ctx)
 		steer_own(ctx, pod, &src, &dst);
 		return SK_PASS;
 	}
-	if (!inbound_steered(pod, netns_cookie, &src, &dst, ctx->local_port)) {
+	if (!inbound_steered(pod, netns_cookie, &src, &dst, ctx->local_port,
+			     ctx->ingress_ifindex)) {
 		count(pod, PASSED_INBOUND);
 		return SK_PASS;
 	}

@@ -45,6 +45,15 @@ struct {
 	__type(value, __u8);
 } cidr_rules SEC(".maps");
 
+/* Exempt interfaces. Agent writes; policy reads. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS * 4);
+	__type(key, struct if_key);
+	__type(value, __u8);
+} excluded_ifs SEC(".maps");
+
 /* Users with ports of their own. Agent writes; policy reads. A range takes at most 62 entries. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);

@@ -24,17 +24,29 @@ static __always_inline bool port_in(const struct pod *pod, __u64 netns, enum rul
 	return port_in_class(pod, netns, set, 0, port);
 }
 
+/* The families are kept apart: ::/0 is not to hold for ::ffff:a.b.c.d. */
 static __always_inline bool cidr_in(const struct pod *pod, __u64 netns, enum rule_set set,
 				    const struct addr *a)
 {
 	struct cidr_rule_key key = {
 		.prefixlen = 8 * (sizeof(key.set) + sizeof(key.netns) + sizeof(key.addr)),
-		.set = set,
+		.set = set | (addr_is4(a) ? 0 : CIDR_V6),
 		.netns = { (__u32)netns, (__u32)(netns >> 32) },
 		.addr = *a,
 	};
+	__u8 *member;
 
-	return pod->sets & (1U << set) && bpf_map_lookup_elem(&cidr_rules, &key);
+	if (!(pod->sets & (1U << set)))
+		return false;
+	member = bpf_map_lookup_elem(&cidr_rules, &key);
+	return member && *member;
+}
+
+static __always_inline bool if_excluded(const struct pod *pod, __u64 netns, __u32 ifindex)
+{
+	struct if_key key = { .netns = netns, .ifindex = ifindex };
+
+	return pod->flags & POD_EXCLUDE_IFS && bpf_map_lookup_elem(&excluded_ifs, &key);
 }
 
 /* The class of users with excluded ports that this one belongs to; 0: none. */
@@ -90,13 +102,17 @@ static __always_inline enum verdict self_verdict(const struct pod *pod, const st
 	return GO_INBOUND;
 }
 
-/* What is excluded before any other rule: ports, ports of users, and Kuma's destinations. */
+/* What is excluded first: interfaces, ports of users, Kuma's destinations, ports. */
 static __always_inline bool excluded_first(const struct pod *pod, const struct outbound *c,
 					   bool udp)
 {
 	enum rule_set of_users = udp ? OUT_EXCLUDE_UDP_UIDS : OUT_EXCLUDE_TCP_UIDS;
 	__u32 class = uid_class(pod, c->netns, c->uid);
 
+	/* By the device that it is bound to, else by the one that the pod's routes tell. */
+	if (c->ifindex ? if_excluded(pod, c->netns, c->ifindex)
+		       : cidr_in(pod, c->netns, OUT_EXCLUDE_ROUTES, &c->dst))
+		return true;
 	if (class && port_in_class(pod, c->netns, of_users, class, c->dport))
 		return true;
 	if (pod->flags & POD_CIDRS_FIRST && cidr_in(pod, c->netns, OUT_EXCLUDE_CIDRS, &c->dst))
@@ -148,9 +164,11 @@ static __always_inline enum verdict udp_verdict(const struct pod *pod, const str
 /* Does a new connection from src to the pod's own dst:dport go to the inbound listener? */
 static __always_inline bool inbound_steered(const struct pod *pod, __u64 netns,
 					    const struct addr *src, const struct addr *dst,
-					    __u16 dport)
+					    __u16 dport, __u32 ifindex)
 {
-	if (!pod_captures(pod, dst) || cidr_in(pod, netns, IN_EXCLUDE_CIDRS, src))
+	if (!pod_captures(pod, dst) || if_excluded(pod, netns, ifindex))
+		return false;
+	if (cidr_in(pod, netns, IN_EXCLUDE_CIDRS, src))
 		return false;
 	if (pod->flags & POD_IN_ALL)
 		return !port_in(pod, netns, IN_EXCLUDE_PORTS, dport);

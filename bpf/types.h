@@ -25,6 +25,7 @@ enum pod_flag {
 	POD_OUT_LOOPBACK = 1 << 6, /* the outbound listener may be bound to localhost alone */
 	POD_LOOPBACK_INCLUDED = 1 << 7, /* the include ranges name loopback: lo is not exempt */
 	POD_UDP_EXCLUDES = 1 << 8, /* excluded outbound ports hold for UDP (DNS) as well */
+	POD_EXCLUDE_IFS = 1 << 10, /* some of the pod's interfaces are exempt */
 	POD_CIDRS_FIRST = 1 << 9, /* excluded destinations beat everything, not just includes */
 };
 
@@ -56,9 +57,12 @@ enum rule_set {
 	IN_EXCLUDE_CIDRS,
 	OUT_EXCLUDE_TCP_UIDS, /* with the class of the uid in the bits from UID_CLASS_SHIFT on */
 	OUT_EXCLUDE_UDP_UIDS,
+	OUT_EXCLUDE_ROUTES, /* every route of the pod; 1: behind an interface that is exempt */
 };
 
+/* In the keys, bits above a set say which class of users, or which family, it is for. */
 #define UID_CLASS_SHIFT 8
+#define CIDR_V6 (1 << 8)
 
 /* One of the pod's own addresses. */
 struct local_key {
@@ -84,6 +88,14 @@ struct cidr_rule_key {
 	struct addr addr;
 };
 _Static_assert(sizeof(struct cidr_rule_key) == 32, "cidr_rule_key");
+
+/* An interface of a pod that is exempt. */
+struct if_key {
+	__u64 netns;
+	__u32 ifindex;
+	__u32 pad;
+};
+_Static_assert(sizeof(struct if_key) == 16, "if_key");
 
 /* Users of a pod with ports of their own that are excluded. Value: their class, from 1. */
 struct uid_rule_key {

@@ -219,7 +219,13 @@ impl Agent {
         let path = annotations.and_then(|all| all.get(NETNS_ANNOTATION)).with_context(|| {
             format!("annotation {NETNS_ANNOTATION} is missing: it names the network namespace")
         })?;
-        let found = Netns::open(Path::new(path)).and_then(|netns| netns.facts());
+        let found = Netns::open(Path::new(path)).and_then(|netns| {
+            let mut found = netns.facts()?;
+            if !facts.policy.exclude_interfaces.is_empty() {
+                found.routes = netns.routes()?;
+            }
+            Ok(found)
+        });
         let invalid = || format!("annotation {NETNS_ANNOTATION}: {path:?}");
         if found.is_ok() {
             return found.with_context(invalid);
@@ -227,7 +233,13 @@ impl Agent {
         let owned = owners.iter().find(|(_, owner)| **owner == facts.name);
         match owned.filter(|(cookie, _)| self.dataplane.netns_lives(**cookie)) {
             Some((cookie, _)) => Ok(self.pods.get(cookie).map_or_else(
-                || NetnsFacts { path: path.into(), cookie: *cookie, addresses: Vec::new() },
+                || NetnsFacts {
+                    path: path.into(),
+                    cookie: *cookie,
+                    addresses: Vec::new(),
+                    interfaces: BTreeMap::new(),
+                    routes: Vec::new(),
+                },
                 |pod| pod.netns.clone(),
             )),
             None => found.with_context(invalid),

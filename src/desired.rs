@@ -20,6 +20,10 @@ pub struct NetnsFacts {
     pub cookie: u64,
     /// Addresses of global scope on its interfaces.
     pub addresses: Vec<IpAddr>,
+    /// Its interfaces, by name: their indices.
+    pub interfaces: BTreeMap<String, u32>,
+    /// Its main table's routes, and the index of the interface that each leads to.
+    pub routes: Vec<(IpNet, u32)>,
 }
 
 /// A pod with its namespace.
@@ -52,6 +56,8 @@ pub enum RuleSet {
     OutExcludeTcpUids(u32),
     /// UDP ports never captured outbound for this class of users.
     OutExcludeUdpUids(u32),
+    /// Every route of the pod; a member leads to an interface that is exempt.
+    OutExcludeRoutes,
 }
 
 /// The row of the kernel's `pods` map; see `struct pod` of bpf/types.h.
@@ -81,6 +87,8 @@ pub struct PodRow {
     pub udp_excludes: bool,
     /// Excluded destinations beat every other rule.
     pub cidrs_first: bool,
+    /// Some of the pod's interfaces are exempt.
+    pub exclude_ifs: bool,
     /// The lists that have entries.
     pub sets: BTreeSet<RuleSet>,
     /// The sidecar's outbound listener.
@@ -141,6 +149,8 @@ pub struct CidrRule {
     pub set: RuleSet,
     /// The range; its host bits are zero.
     pub net: Ipv6Net,
+    /// It is one of IPv6 itself.
+    pub v6: bool,
 }
 
 /// Everything that the maps should hold.
@@ -152,8 +162,10 @@ pub struct Desired {
     pub locals: BTreeSet<(u64, IpAddr)>,
     /// Port lists.
     pub port_rules: BTreeSet<PortRule>,
-    /// Address lists.
-    pub cidr_rules: BTreeSet<CidrRule>,
+    /// Address lists, and whether a range is a member: the longest that matches decides.
+    pub cidr_rules: BTreeMap<CidrRule, bool>,
+    /// Exempt interfaces, by cookie and index.
+    pub excluded_ifs: BTreeSet<(u64, u32)>,
     /// Users with ports of their own.
     pub uid_rules: BTreeSet<UidRule>,
     /// Pods that are not enrolled, and why.
@@ -200,6 +212,8 @@ pub struct Limits {
     pub cidr_rules: usize,
     /// User rules of all pods.
     pub uid_rules: usize,
+    /// Exempt interfaces of all pods.
+    pub excluded_ifs: usize,
 }
 
 /// The passthrough source that Istio's init puts on the pod's lo for IPv6.
@@ -275,6 +289,21 @@ fn enrol(
     rules.ranges(RuleSet::OutExcludeCidrs, &policy.exclude_outbound_ranges);
     rules.ranges(RuleSet::InExcludeCidrs, &policy.exclude_inbound_ranges);
     rules.users(&policy.exclude_outbound_for_uids);
+    // An interface that is not there yet is exempt once it is: namespaces are looked at again.
+    let excluded_ifs: BTreeSet<(u64, u32)> = policy
+        .exclude_interfaces
+        .iter()
+        .filter_map(|name| Some((cookie, *netns.interfaces.get(name)?)))
+        .collect();
+    if !excluded_ifs.is_empty() {
+        for (net, ifindex) in &netns.routes {
+            rules.range(
+                RuleSet::OutExcludeRoutes,
+                *net,
+                excluded_ifs.contains(&(cookie, *ifindex)),
+            );
+        }
+    }
     let (out_all, loopback_included) = match &policy.include_outbound_ranges {
         Ranges::All => (true, false),
         Ranges::Only(ranges) => {
@@ -312,6 +341,9 @@ fn enrol(
     if out.uid_rules.len() + rules.uids.len() > limits.uid_rules {
         return full("uid_rules", limits.uid_rules);
     }
+    if out.excluded_ifs.len() + excluded_ifs.len() > limits.excluded_ifs {
+        return full("excluded_ifs", limits.excluded_ifs);
+    }
     let row = PodRow {
         proxy_uid: facts.proxy_uid,
         proxy_gid: facts.proxy_gid,
@@ -325,6 +357,7 @@ fn enrol(
         loopback_included,
         udp_excludes: facts.mesh.udp_excludes,
         cidrs_first: facts.mesh.cidrs_first,
+        exclude_ifs: !excluded_ifs.is_empty(),
         sets: rules.sets(),
         out_port: facts.outbound_port,
         in_port: facts.inbound_port,
@@ -339,6 +372,7 @@ fn enrol(
     out.port_rules.extend(rules.ports);
     out.cidr_rules.extend(rules.cidrs);
     out.uid_rules.extend(rules.uids);
+    out.excluded_ifs.extend(excluded_ifs);
     Ok(())
 }
 
@@ -347,7 +381,7 @@ fn enrol(
 struct Rules {
     cookie: u64,
     ports: BTreeSet<PortRule>,
-    cidrs: BTreeSet<CidrRule>,
+    cidrs: BTreeMap<CidrRule, bool>,
     uids: BTreeSet<UidRule>,
 }
 
@@ -363,8 +397,14 @@ impl Rules {
 
     fn ranges(&mut self, set: RuleSet, ranges: &BTreeSet<IpNet>) {
         for range in ranges {
-            self.cidrs.insert(CidrRule { cookie: self.cookie, set, net: mapped(*range) });
+            self.range(set, *range, true);
         }
+    }
+
+    fn range(&mut self, set: RuleSet, range: IpNet, member: bool) {
+        let v6 = matches!(range, IpNet::V6(_));
+        let rule = CidrRule { cookie: self.cookie, set, net: mapped(range), v6 };
+        self.cidrs.insert(rule, member);
     }
 
     /// Ports of users. Ranges of users may overlap, and a trie finds one entry: so users are
@@ -399,7 +439,7 @@ impl Rules {
     }
 
     fn sets(&self) -> BTreeSet<RuleSet> {
-        self.ports.iter().map(|rule| rule.set).chain(self.cidrs.iter().map(|r| r.set)).collect()
+        self.ports.iter().map(|rule| rule.set).chain(self.cidrs.keys().map(|r| r.set)).collect()
     }
 }
 
@@ -453,8 +493,14 @@ mod tests {
     use super::*;
     use crate::{facts::Policy, mesh::ISTIO};
 
-    const LIMITS: Limits =
-        Limits { pods: 4, locals: 64, port_rules: 64, cidr_rules: 64, uid_rules: 64 };
+    const LIMITS: Limits = Limits {
+        pods: 4,
+        locals: 64,
+        port_rules: 64,
+        cidr_rules: 64,
+        uid_rules: 64,
+        excluded_ifs: 4,
+    };
 
     fn candidate(name: &str, cookie: u64, ip: &str) -> Candidate {
         let ip: IpAddr = ip.parse().expect("an address");
@@ -477,6 +523,11 @@ mod tests {
                 path: format!("/run/netns/{name}").into(),
                 cookie,
                 addresses: vec![ip],
+                interfaces: BTreeMap::from([("eth0".into(), 2), ("net1".into(), 3)]),
+                routes: vec![
+                    ("0.0.0.0/0".parse().expect("a range"), 2),
+                    ("10.9.0.0/16".parse().expect("a range"), 3),
+                ],
             },
         }
     }
@@ -547,6 +598,18 @@ mod tests {
         let out = plain(&pods);
         assert_eq!(out.pods.len(), 4);
         assert!(matches!(out.refused[..], [(_, Refusal::Full { map: "pods", limit: 4 })]));
+    }
+
+    #[test]
+    fn an_exempt_interface_takes_its_routes_along() {
+        let mut pod = candidate("ns/a", 7, "10.0.0.7");
+        pod.facts.policy.exclude_interfaces = ["net1".to_owned(), "later0".to_owned()].into();
+        let out = plain(&[pod]);
+        assert_eq!(out.excluded_ifs, [(7, 3)].into());
+        assert!(out.pods[&7].0.exclude_ifs);
+        let members: Vec<_> =
+            out.cidr_rules.iter().map(|(r, m)| (r.net.prefix_len(), *m)).collect();
+        assert_eq!(members, [(96, false), (112, true)], "the longest match decides");
     }
 
     #[test]

@@ -128,6 +128,8 @@ pub struct Policy {
     pub exclude_inbound_ranges: BTreeSet<IpNet>,
     /// Ports of users; beat everything outbound.
     pub exclude_outbound_for_uids: Vec<UidExclusion>,
+    /// Names of interfaces whose traffic is never captured, either way.
+    pub exclude_interfaces: BTreeSet<String>,
 }
 
 impl Default for Policy {
@@ -142,6 +144,7 @@ impl Default for Policy {
             exclude_inbound_ports: BTreeSet::new(),
             exclude_inbound_ranges: BTreeSet::new(),
             exclude_outbound_for_uids: Vec::new(),
+            exclude_interfaces: BTreeSet::new(),
         }
     }
 }
@@ -449,7 +452,24 @@ fn policy(mesh: &Mesh, pod: &Pod) -> Result<Policy, FactsError> {
             Some(key) => parse_uid_exclusions(key, text(Some(key)))?,
             None => Vec::new(),
         },
+        exclude_interfaces: match keys.exclude_interfaces {
+            Some(key) => parse_interfaces(key, text(Some(key)))?,
+            None => BTreeSet::new(),
+        },
     })
+}
+
+/// `net1, net2`: comma-separated names of interfaces; empty: none.
+pub fn parse_interfaces(key: &str, text: &str) -> Result<BTreeSet<String>, FactsError> {
+    let is_name = |name: &str| {
+        (1..16).contains(&name.len()) && !name.contains(|c: char| c == '/' || c.is_whitespace())
+    };
+    items(text, ',')
+        .map(|item| {
+            let bad = || invalid(key, text, &format!("{item:?} is not an interface's name"));
+            Some(item.to_owned()).filter(|name| is_name(name)).ok_or_else(bad)
+        })
+        .collect()
 }
 
 /// `80, 443` and, where the mesh has `ranges`, `8000-8100`: comma-separated ports, blanks around

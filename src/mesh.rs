@@ -75,6 +75,8 @@ pub struct Keys {
     pub include_inbound_ports: Option<&'static str>,
     /// Sources never captured.
     pub exclude_inbound_ranges: Option<&'static str>,
+    /// Interfaces never captured, either way.
+    pub exclude_interfaces: Option<&'static str>,
     /// Ports may be ranges, `a-b`.
     pub port_ranges: bool,
     /// The sidecar's user.
@@ -125,6 +127,7 @@ pub const ISTIO: Mesh = Mesh {
         exclude_inbound_ports: "traffic.sidecar.istio.io/excludeInboundPorts",
         include_inbound_ports: Some("traffic.sidecar.istio.io/includeInboundPorts"),
         exclude_inbound_ranges: None,
+        exclude_interfaces: Some("traffic.sidecar.istio.io/excludeInterfaces"),
         port_ranges: false,
         proxy_uid: None,
         proxy_gid: None,
@@ -132,7 +135,6 @@ pub const ISTIO: Mesh = Mesh {
         inbound_port: None,
         dns_port: None,
         unsupported: &[
-            "traffic.sidecar.istio.io/excludeInterfaces",
             "traffic.sidecar.istio.io/kubevirtInterfaces",
             "istio.io/reroute-virtual-interfaces",
         ],
@@ -171,6 +173,7 @@ pub const LINKERD: Mesh = Mesh {
         exclude_inbound_ports: "config.linkerd.io/skip-inbound-ports",
         include_inbound_ports: None,
         exclude_inbound_ranges: Some("config.linkerd.io/skip-subnets"),
+        exclude_interfaces: None,
         port_ranges: true,
         proxy_uid: Some("config.linkerd.io/proxy-uid"),
         proxy_gid: Some("config.linkerd.io/proxy-gid"),
@@ -213,6 +216,7 @@ pub const KUMA: Mesh = Mesh {
         exclude_inbound_ports: "traffic.kuma.io/exclude-inbound-ports",
         include_inbound_ports: None,
         exclude_inbound_ranges: Some("traffic.kuma.io/exclude-inbound-ips"),
+        exclude_interfaces: None,
         port_ranges: true,
         proxy_uid: Some("kuma.io/sidecar-uid"),
         proxy_gid: None,

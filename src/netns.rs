@@ -2,7 +2,7 @@
 //! into it.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsRawFd, RawFd},
@@ -11,13 +11,16 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow};
+use futures_util::TryStreamExt;
+use ipnet::IpNet;
 use nix::{
     ifaddrs::getifaddrs,
+    net::if_::if_nameindex,
     sched::{CloneFlags, setns},
 };
 use rtnetlink::{
     RouteMessageBuilder,
-    packet_route::route::{RouteProtocol, RouteScope, RouteType},
+    packet_route::route::{RouteAddress, RouteAttribute, RouteProtocol, RouteScope, RouteType},
 };
 
 use crate::{
@@ -32,6 +35,8 @@ const VIA6: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfd53, 0x6964, 0x6573, 0x7465, 0, 0
 
 /// The kernel's table of local addresses.
 const LOCAL_TABLE: u32 = 255;
+/// The table that routing daemons and CNI plugins use.
+const MAIN_TABLE: u32 = 254;
 /// The index of lo, in every network namespace.
 const LO: u32 = 1;
 
@@ -74,9 +79,39 @@ impl Netns {
     /// # Errors
     /// Where it is no network namespace, or can't be entered.
     pub fn facts(&self) -> Result<NetnsFacts> {
-        let (cookie, addresses) =
-            self.inside(|| -> Result<_> { Ok((current_netns_cookie()?, addresses()?)) })??;
-        Ok(NetnsFacts { path: self.path.clone(), cookie, addresses })
+        self.inside(|| {
+            Ok(NetnsFacts {
+                path: self.path.clone(),
+                cookie: current_netns_cookie()?,
+                addresses: addresses()?,
+                interfaces: interfaces()?,
+                routes: Vec::new(),
+            })
+        })?
+    }
+
+    /// The main table's routes, and the index of the interface that each leads to.
+    ///
+    /// # Errors
+    /// Where the namespace can't be entered or its routes can't be read.
+    pub fn routes(&self) -> Result<Vec<(IpNet, u32)>> {
+        self.with_netlink(routes)
+            .with_context(|| format!("cannot read the routes of {}", self.path.display()))
+    }
+
+    /// Runs netlink requests inside the namespace.
+    fn with_netlink<T: Send, F: Future<Output = Result<T>>>(
+        &self,
+        work: impl FnOnce(rtnetlink::Handle) -> F + Send,
+    ) -> Result<T> {
+        self.inside(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+            runtime.block_on(async {
+                let (connection, handle, _) = rtnetlink::new_connection()?;
+                tokio::spawn(connection);
+                work(handle).await
+            })
+        })?
     }
 
     /// Prepares lo for captured connections: routes that make the ranges they are sent to local
@@ -86,11 +121,8 @@ impl Netns {
     /// # Errors
     /// Where the kernel refuses a route or the address.
     pub fn prepare(&self, ip4: Option<Ipv4Addr>, ip6: Option<Ipv6Addr>) -> Result<()> {
-        self.inside(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-            runtime.block_on(prepare(ip4, ip6))
-        })?
-        .with_context(|| format!("cannot prepare lo in {}", self.path.display()))
+        self.with_netlink(|handle| prepare(handle, ip4, ip6))
+            .with_context(|| format!("cannot prepare lo in {}", self.path.display()))
     }
 }
 
@@ -126,9 +158,44 @@ fn addresses() -> Result<Vec<IpAddr>> {
     Ok(global.collect())
 }
 
-async fn prepare(ip4: Option<Ipv4Addr>, ip6: Option<Ipv6Addr>) -> Result<()> {
-    let (connection, handle, _) = rtnetlink::new_connection()?;
-    tokio::spawn(connection);
+/// The calling thread's namespace's interfaces.
+fn interfaces() -> Result<BTreeMap<String, u32>> {
+    let all = if_nameindex().context("cannot read interfaces")?;
+    Ok(all.iter().map(|i| (i.name().to_string_lossy().into_owned(), i.index())).collect())
+}
+
+async fn routes(handle: rtnetlink::Handle) -> Result<Vec<(IpNet, u32)>> {
+    let mut found = Vec::new();
+    for (message, any) in [
+        (RouteMessageBuilder::<Ipv4Addr>::new().build(), IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+        (RouteMessageBuilder::<Ipv6Addr>::new().build(), IpAddr::V6(Ipv6Addr::UNSPECIFIED)),
+    ] {
+        let mut all = handle.route().get(message).execute();
+        while let Some(route) = all.try_next().await? {
+            if u32::from(route.header.table) != MAIN_TABLE {
+                continue;
+            }
+            let (mut to, mut oif) = (any, None);
+            for attribute in &route.attributes {
+                match attribute {
+                    RouteAttribute::Destination(RouteAddress::Inet(v4)) => to = (*v4).into(),
+                    RouteAttribute::Destination(RouteAddress::Inet6(v6)) => to = (*v6).into(),
+                    RouteAttribute::Oif(index) => oif = Some(*index),
+                    _ => {}
+                }
+            }
+            let net = IpNet::new(to, route.header.destination_prefix_length)?;
+            found.extend(oif.map(|index| (net, index)));
+        }
+    }
+    Ok(found)
+}
+
+async fn prepare(
+    handle: rtnetlink::Handle,
+    ip4: Option<Ipv4Addr>,
+    ip6: Option<Ipv6Addr>,
+) -> Result<()> {
     if let Some(source) = ip4 {
         let route = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(VIA4.0, VIA4.1)

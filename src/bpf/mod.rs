@@ -264,6 +264,7 @@ impl Dataplane {
             port_rules: maps.port_rules.max_entries() as usize,
             cidr_rules: maps.cidr_rules.max_entries() as usize,
             uid_rules: maps.uid_rules.max_entries() as usize,
+            excluded_ifs: maps.excluded_ifs.max_entries() as usize,
         }
     }
 
@@ -289,17 +290,23 @@ impl Dataplane {
         let locals = desired.locals.iter();
         let locals = locals.map(|(cookie, ip)| maps::entry(&wire::local_of(*cookie, *ip), &1u8));
         let ports = desired.port_rules.iter().map(|r| maps::entry(&wire::port_key(r), &1u8));
-        let cidrs = desired.cidr_rules.iter().map(|r| maps::entry(&wire::cidr_key(r), &1u8));
+        let cidrs = desired
+            .cidr_rules
+            .iter()
+            .map(|(r, member)| maps::entry(&wire::cidr_key(r), &u8::from(*member)));
+        let ifs = desired.excluded_ifs.iter();
+        let ifs = ifs.map(|(cookie, ifindex)| maps::entry(&wire::if_of(*cookie, *ifindex), &1u8));
 
         let uids = desired.uid_rules.iter().map(|r| maps::entry(&wire::uid_key(r), &r.class));
 
         let kernel = &self.skel.maps;
         // In the order of writing; deletes go the other way round.
-        let plan: [(_, Diff); 6] = [
+        let plan: [(_, Diff); 7] = [
             (&kernel.locals, maps::diff(&maps::read(&kernel.locals)?, locals.collect())),
             (&kernel.port_rules, maps::diff(&maps::read(&kernel.port_rules)?, ports.collect())),
             (&kernel.cidr_rules, maps::diff(&maps::read(&kernel.cidr_rules)?, cidrs.collect())),
             (&kernel.uid_rules, maps::diff(&maps::read(&kernel.uid_rules)?, uids.collect())),
+            (&kernel.excluded_ifs, maps::diff(&maps::read(&kernel.excluded_ifs)?, ifs.collect())),
             (&kernel.pod_records, maps::diff(&maps::read(&kernel.pod_records)?, records)),
             (&kernel.pods, maps::diff(&maps::read(&kernel.pods)?, pods)),
         ];

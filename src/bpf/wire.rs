@@ -5,7 +5,7 @@ use std::{mem::size_of, net::IpAddr};
 use anyhow::{Result, ensure};
 
 pub(crate) use super::skel::types::{
-    addr, cidr_rule_key, listener_key, local_key, pod, pod_flag, pod_record, port_rule_key,
+    addr, cidr_rule_key, if_key, listener_key, local_key, pod, pod_flag, pod_record, port_rule_key,
     rule_set, uid_rule_key,
 };
 pub(crate) use super::skel_inbound::types::{event, event_kind};
@@ -32,6 +32,8 @@ unsafe impl Wire for local_key {}
 unsafe impl Wire for port_rule_key {}
 // SAFETY: as for `pod`.
 unsafe impl Wire for cidr_rule_key {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for if_key {}
 // SAFETY: as for `pod`.
 unsafe impl Wire for uid_rule_key {}
 // SAFETY: as for `pod`.
@@ -95,6 +97,7 @@ fn set_of(set: RuleSet) -> rule_set {
         RuleSet::OutExcludeCidrs => rule_set::OUT_EXCLUDE_CIDRS,
         RuleSet::OutIncludeCidrs => rule_set::OUT_INCLUDE_CIDRS,
         RuleSet::InExcludeCidrs => rule_set::IN_EXCLUDE_CIDRS,
+        RuleSet::OutExcludeRoutes => rule_set::OUT_EXCLUDE_ROUTES,
         RuleSet::OutExcludeTcpUids(class) => of_class(rule_set::OUT_EXCLUDE_TCP_UIDS, class),
         RuleSet::OutExcludeUdpUids(class) => of_class(rule_set::OUT_EXCLUDE_UDP_UIDS, class),
     }
@@ -121,10 +124,17 @@ pub(crate) fn port_key(rule: &PortRule) -> port_rule_key {
 pub(crate) fn cidr_key(rule: &CidrRule) -> cidr_rule_key {
     cidr_rule_key {
         prefixlen: RULE_BITS + u32::from(rule.net.prefix_len()),
-        set: set_of(rule.set),
+        set: rule_set(set_of(rule.set).0 | if rule.v6 { CIDR_V6 } else { 0 }),
         netns: halves(rule.cookie),
         addr: IpAddr::V6(rule.net.network()).into(),
     }
+}
+
+/// Keeps the families apart; `CIDR_V6` of bpf/types.h.
+const CIDR_V6: u32 = 1 << 8;
+
+pub(crate) fn if_of(cookie: u64, ifindex: u32) -> if_key {
+    if_key { netns: cookie, ifindex, pad: 0 }
 }
 
 pub(crate) fn uid_key(rule: &UidRule) -> uid_rule_key {
@@ -151,6 +161,7 @@ pub(crate) fn pod_of(row: &PodRow) -> pod {
         (row.loopback_included, pod_flag::POD_LOOPBACK_INCLUDED),
         (row.udp_excludes, pod_flag::POD_UDP_EXCLUDES),
         (row.cidrs_first, pod_flag::POD_CIDRS_FIRST),
+        (row.exclude_ifs, pod_flag::POD_EXCLUDE_IFS),
     ];
     let address = |ip: Option<IpAddr>| ip.map(addr::from).unwrap_or_default();
     pod {
