@@ -682,6 +682,133 @@ mod tests {
         assert!(annotated("sidecar.istio.io/interceptionMode", "redirect").is_err());
     }
 
+    fn linkerd(patch: impl FnOnce(&mut Value)) -> Option<Parsed> {
+        parsed(|p| {
+            p["metadata"]["annotations"] = json!({});
+            p["spec"]["containers"] = json!([{ "name": "app" }, { "name": "linkerd-proxy" }]);
+            patch(p);
+        })
+    }
+
+    fn kuma(patch: impl FnOnce(&mut Value)) -> Option<Parsed> {
+        parsed(|p| {
+            p["metadata"]["annotations"] = json!({ "kuma.io/sidecar-injected": "true" });
+            p["spec"]["containers"] = json!([{ "name": "app" }, { "name": "kuma-sidecar" }]);
+            patch(p);
+        })
+    }
+
+    fn note(key: &'static str, text: &'static str) -> impl FnOnce(&mut Value) {
+        move |p| p["metadata"]["annotations"][key] = text.into()
+    }
+
+    fn ranges<const N: usize>(ports: [(u16, u16); N]) -> BTreeSet<PortRange> {
+        ports.into_iter().map(|(first, last)| PortRange { first, last }).collect()
+    }
+
+    #[test]
+    fn a_linkerd_pod() {
+        let facts = linkerd(|_| {}).expect("in the mesh").facts;
+        assert_eq!((facts.mesh.name, facts.proxy_uid, facts.gid_exempt), ("linkerd", 2102, false));
+        assert_eq!((facts.outbound_port, facts.inbound_port, facts.dns_port), (4140, 4143, None));
+        assert_eq!((facts.ipv6, facts.policy), (Ipv6::Never, Policy::default()));
+        let init = |p: &mut Value| p["spec"]["initContainers"] = json!([{"name": "linkerd-init"}]);
+        assert!(linkerd(init).is_none(), "its own rules are there");
+    }
+
+    #[test]
+    fn linkerds_annotations() {
+        let policy = |key, text| linkerd(note(key, text)).expect("in").facts.policy;
+        let key = "config.linkerd.io/skip-inbound-ports";
+        let ports = ranges([(80, 80), (8000, 8100)]);
+        assert_eq!(policy(key, "80, 8000-8100").exclude_inbound_ports, ports);
+        let key = "config.linkerd.io/skip-outbound-ports";
+        assert_eq!(policy(key, "80,8000-8100").exclude_outbound_ports, ports);
+        let subnet: IpNet = "10.1.0.0/16".parse().expect("a range");
+        let skipped = policy("config.linkerd.io/skip-subnets", "10.1.0.0/16");
+        assert_eq!(skipped.exclude_inbound_ranges, [subnet].into());
+        let facts = linkerd(note("config.linkerd.io/proxy-gid", "7")).expect("in").facts;
+        assert_eq!((facts.proxy_gid, facts.gid_exempt), (7, true));
+        let facts = linkerd(note("config.linkerd.io/proxy-uid", "7")).expect("in").facts;
+        assert_eq!(facts.proxy_uid, 7);
+        let component = |p: &mut Value| {
+            p["metadata"]["labels"]["linkerd.io/control-plane-component"] = "destination".into();
+        };
+        let policy = linkerd(component).expect("in").facts.policy;
+        assert_eq!(policy.exclude_outbound_ports, ranges([(443, 443), (6443, 6443)]));
+        let v6 = |p: &mut Value| {
+            p["spec"]["containers"][1]["env"] = json!([
+                {"name": "LINKERD2_PROXY_OUTBOUND_LISTEN_ADDRS", "value": "127.0.0.1:4140,[::1]:4140"}
+            ]);
+        };
+        assert_eq!(linkerd(v6).expect("in").facts.ipv6, Ipv6::Always);
+    }
+
+    #[test]
+    fn a_bad_range_captures_everything() {
+        for text in ["8100-8000", "80-", "-80", "1-65536", "80--81"] {
+            let key = "config.linkerd.io/skip-inbound-ports";
+            let parsed = linkerd(|p| p["metadata"]["annotations"][key] = text.into()).expect("in");
+            assert_eq!(parsed.facts.policy, Policy::default());
+            let error = parsed.policy_error.expect("an error").to_string();
+            assert!(error.contains(key) && error.contains(text), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_kuma_pod() {
+        let facts = kuma(|_| {}).expect("in the mesh").facts;
+        assert_eq!((facts.mesh.name, facts.proxy_uid, facts.gid_exempt), ("kuma", 5678, false));
+        assert_eq!((facts.inbound_port, facts.dns_port), (15006, Some(15053)));
+        assert_eq!((facts.ipv6, facts.policy), (Ipv6::Always, Policy::default()));
+        let injected = "kuma.io/sidecar-injected";
+        assert!(kuma(note(injected, "false")).is_none());
+        let facts = kuma(note("kuma.io/sidecar-uid", "7")).expect("in").facts;
+        assert_eq!(facts.proxy_uid, 7);
+        let facts = kuma(note("kuma.io/builtin-dns", "disabled")).expect("in").facts;
+        assert_eq!(facts.dns_port, None);
+        let key = "kuma.io/transparent-proxying-ip-family-mode";
+        assert_eq!(kuma(note(key, "ipv4")).expect("in").facts.ipv6, Ipv6::Never);
+        let gateway = kuma(note("kuma.io/gateway", "enabled")).expect("in").facts;
+        assert_eq!(gateway.policy.include_inbound_ports, Ports::Only([].into()));
+    }
+
+    #[test]
+    fn kumas_ports_for_users() {
+        let key = "traffic.kuma.io/exclude-outbound-ports-for-uids";
+        let text = "tcp:22,80-90:1000;udp:53:1000-1001; *:7 ;8";
+        let all = kuma(note(key, text)).expect("in").facts.policy.exclude_outbound_for_uids;
+        let one = |protocol, ports, first_uid, last_uid| UidExclusion {
+            protocol,
+            ports,
+            first_uid,
+            last_uid,
+        };
+        assert_eq!(
+            all,
+            [
+                one(Protocol::Tcp, ranges([(22, 22), (80, 90)]), 1000, 1000),
+                one(Protocol::Udp, ranges([(53, 53)]), 1000, 1001),
+                one(Protocol::Both, [PortRange::ALL].into(), 7, 7),
+                one(Protocol::Both, [PortRange::ALL].into(), 8, 8),
+            ]
+        );
+        for text in ["icmp:1:2", "tcp:x:2", "tcp:1:b", "tcp:1:3-2", "1:2:3:4", ";"] {
+            assert!(parse_uid_exclusions(key, text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn interfaces_are_names() {
+        assert_eq!(
+            parse_interfaces("key", "net1, eth0.5"),
+            Ok(["net1".to_owned(), "eth0.5".to_owned()].into())
+        );
+        for text in ["net1,,net2", "a/b", "a b", "sixteen-letters-"] {
+            assert!(parse_interfaces("key", text).is_err(), "{text}");
+        }
+    }
+
     proptest! {
         #[test]
         fn every_port_list_is_read_whole(ports: BTreeSet<u16>, blanks in "[ ]{0,3}") {
