@@ -70,12 +70,14 @@ async fn serve(config: &Config) -> Result<()> {
     let mut dataplane = Dataplane::load(&pins)?;
     dataplane.attach(&cgroup)?;
     let events = dataplane.events()?;
-    let adopted = dataplane.records()?;
-    info!(cgroup = %cgroup, bpffs = %config.bpffs.display(), adopted = adopted.len(), "in force");
+    let records = dataplane.records()?;
+    info!(cgroup = %cgroup, bpffs = %config.bpffs.display(), adopted = records.len(), "in force");
 
     let mut agent = Agent {
         dataplane,
         host: netns::host_cookies()?,
+        owners: records.into_iter().map(|(cookie, record)| (cookie, record.pod)).collect(),
+        applied: None,
         pods: BTreeMap::new(),
         searched: BTreeMap::new(),
         problems: BTreeSet::new(),
@@ -129,6 +131,10 @@ fn steered_ports(row: &PodRow) -> [Option<u16>; 3] {
 struct Agent {
     dataplane: Dataplane,
     host: BTreeSet<u64>,
+    /// Which pod has which namespace, as the kernel's records say.
+    owners: BTreeMap<u64, String>,
+    /// What the maps hold, once this agent has written them.
+    applied: Option<Desired>,
     /// By namespace cookie; holds only pods whose enrolment was completed by this agent.
     pods: BTreeMap<u64, Enrolled>,
     /// When a pod's listeners were last looked for.
@@ -159,10 +165,6 @@ impl Agent {
         for (path, error) in &snapshot.errors {
             problems.insert(format!("{}: {error}", path.display()));
         }
-        let mut owners = BTreeMap::new();
-        for (cookie, record) in self.dataplane.records()? {
-            owners.insert(cookie, record.pod);
-        }
         let mut seen: BTreeMap<String, PathBuf> = BTreeMap::new();
         let mut candidates = Vec::new();
         for found in &snapshot.pods {
@@ -182,14 +184,14 @@ impl Agent {
                 continue;
             }
             seen.insert(facts.name.clone(), found.origin.clone());
-            match self.netns(&found.pod, &facts, &owners) {
+            match self.netns(&found.pod, &facts) {
                 Ok(netns) => candidates.push(Candidate { facts, netns }),
                 Err(error) => {
                     problems.insert(format!("{origin}: pod {}: {error:#}", facts.name));
                 }
             }
         }
-        self.enrol(candidates, &owners, problems)
+        self.enrol(candidates, problems)
     }
 
     /// A pod's facts, where it is in a mesh; a policy that can't be read is a problem, but no
@@ -209,12 +211,7 @@ impl Agent {
 
     /// A pod's namespace, by its annotation. A path that is gone says nothing about the
     /// namespace: a terminating pod is intercepted for as long as that lives.
-    fn netns(
-        &self,
-        pod: &Pod,
-        facts: &PodFacts,
-        owners: &BTreeMap<u64, String>,
-    ) -> Result<NetnsFacts> {
+    fn netns(&self, pod: &Pod, facts: &PodFacts) -> Result<NetnsFacts> {
         let annotations = pod.metadata.annotations.as_ref();
         let path = annotations.and_then(|all| all.get(NETNS_ANNOTATION)).with_context(|| {
             format!("annotation {NETNS_ANNOTATION} is missing: it names the network namespace")
@@ -230,7 +227,7 @@ impl Agent {
         if found.is_ok() {
             return found.with_context(invalid);
         }
-        let owned = owners.iter().find(|(_, owner)| **owner == facts.name);
+        let owned = self.owners.iter().find(|(_, owner)| **owner == facts.name);
         match owned.filter(|(cookie, _)| self.dataplane.netns_lives(**cookie)) {
             Some((cookie, _)) => Ok(self.pods.get(cookie).map_or_else(
                 || NetnsFacts {
@@ -249,27 +246,29 @@ impl Agent {
     fn enrol(
         &mut self,
         mut candidates: Vec<Candidate>,
-        owners: &BTreeMap<u64, String>,
         problems: &mut BTreeSet<String>,
     ) -> Result<()> {
         let limits = self.dataplane.limits();
-        let mut goal = desired(&candidates, &self.host, owners, &limits);
+        let mut goal = desired(&candidates, &self.host, &self.owners, &limits);
         // A pod whose namespace can't be prepared is not enrolled: its connections would get
         // lost. What it had before stays.
         let unprepared = self.prepare(&goal, problems);
         if !unprepared.is_empty() {
             candidates.retain(|candidate| !unprepared.contains(&candidate.netns.cookie));
-            goal = desired(&candidates, &self.host, owners, &limits);
+            goal = desired(&candidates, &self.host, &self.owners, &limits);
         }
         for (pod, refusal) in &goal.refused {
             problems.insert(format!("pod {pod}: {refusal}"));
         }
-        let (written, deleted) = self.dataplane.apply(&goal)?;
-        if written + deleted > 0 {
+        if self.applied.as_ref() != Some(&goal) {
+            // Whatever fails half-way is compared with the maps themselves next time.
+            self.applied = None;
+            let (written, deleted) = self.dataplane.apply(&goal)?;
             debug!(written, deleted, "maps");
+            self.applied = Some(goal.clone());
         }
         self.link(&goal, &candidates, problems);
-        for (cookie, owner) in owners {
+        for (cookie, owner) in &self.owners {
             if goal.pods.contains_key(cookie) {
                 continue;
             }
@@ -279,6 +278,8 @@ impl Agent {
                 let _ = Netns::open(&pod.netns.path).and_then(|netns| bpf::detach_dns(&netns));
             }
         }
+        self.owners =
+            goal.pods.iter().map(|(cookie, (_, record))| (*cookie, record.pod.clone())).collect();
         self.pods.retain(|cookie, _| goal.pods.contains_key(cookie));
         self.searched.retain(|(cookie, _), _| goal.pods.contains_key(cookie));
         Ok(())

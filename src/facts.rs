@@ -180,8 +180,8 @@ pub enum FactsError {
 pub struct Parsed {
     /// The facts.
     pub facts: PodFacts,
-    /// An annotation that can't be parsed. The policy then captures everything: a pod whose
-    /// exclusions are unknown must not send anything past its proxy.
+    /// A field or annotation that can't be read. The policy then captures everything: a pod
+    /// whose exclusions are unknown must not send anything past its proxy.
     pub policy_error: Option<FactsError>,
 }
 
@@ -212,7 +212,11 @@ fn facts_of(
     pod: &Pod,
     proxy: &Container,
 ) -> Result<Option<Parsed>, FactsError> {
-    if mesh.kind == Kind::Istio && !istio_mode(pod)? {
+    // What can't be read must not open a hole: the mesh's default stands in for it, and the
+    // policy captures everything.
+    let mut error = None;
+    let mut read = Reader { error: &mut error };
+    if mesh.kind == Kind::Istio && !read.or(istio_mode(pod), true)? {
         return Ok(None);
     }
     let keys = &mesh.keys;
@@ -221,28 +225,49 @@ fn facts_of(
             return Err(FactsError::Unsupported { key: (*key).into(), text: text.into() });
         }
     }
-    let (policy, policy_error) = match policy(mesh, pod) {
-        Ok(policy) => (policy, None),
-        Err(error) => (Policy::default(), Some(error)),
-    };
-    let uid = container_id(proxy, "runAsUser")?.unwrap_or(mesh.uid);
-    let gid = container_id(proxy, "runAsGroup")?.unwrap_or(mesh.gid);
-    let named_gid = number(pod, keys.proxy_gid)?;
+    let policy = read.or(policy(mesh, pod), Policy::default())?;
+    let uid = read.or(container_id(proxy, "runAsUser"), None)?.unwrap_or(mesh.uid);
+    let gid = read.or(container_id(proxy, "runAsGroup"), None)?.unwrap_or(mesh.gid);
+    let named_uid = read.or(number(pod, keys.proxy_uid), None)?;
+    let named_gid = read.or(number(pod, keys.proxy_gid), None)?;
+    let outbound = read.or(number(pod, keys.outbound_port), None)?;
+    let inbound = read.or(number(pod, keys.inbound_port), None)?;
+    let dns_port = read.or(dns_port(mesh, pod, proxy), None)?;
+    let ips = read.or(pod_ips(pod), Vec::new())?;
+    let ipv6 = read.or(ipv6(mesh, pod, proxy), Ipv6::Always)?;
     let facts = PodFacts {
         name,
         uid: pod.metadata.uid.clone().unwrap_or_default(),
         mesh,
-        proxy_uid: number(pod, keys.proxy_uid)?.unwrap_or(uid),
+        proxy_uid: named_uid.unwrap_or(uid),
         proxy_gid: named_gid.unwrap_or(gid),
         gid_exempt: mesh.gid_exempt || named_gid.is_some(),
-        outbound_port: number(pod, keys.outbound_port)?.unwrap_or(mesh.outbound_port),
-        inbound_port: number(pod, keys.inbound_port)?.unwrap_or(mesh.inbound_port),
-        dns_port: dns_port(mesh, pod, proxy)?,
-        ips: pod_ips(pod)?,
-        ipv6: ipv6(mesh, pod, proxy)?,
-        policy,
+        outbound_port: outbound.unwrap_or(mesh.outbound_port),
+        inbound_port: inbound.unwrap_or(mesh.inbound_port),
+        dns_port,
+        ips,
+        ipv6,
+        policy: if error.is_some() { Policy::default() } else { policy },
     };
-    Ok(Some(Parsed { facts, policy_error }))
+    Ok(Some(Parsed { facts, policy_error: error }))
+}
+
+/// Keeps the first thing that can't be read.
+struct Reader<'a> {
+    error: &'a mut Option<FactsError>,
+}
+
+impl Reader<'_> {
+    /// The value, or `default` where it is invalid. What is not supported stays an error.
+    fn or<T>(&mut self, read: Result<T, FactsError>, default: T) -> Result<T, FactsError> {
+        match read {
+            Err(error @ FactsError::Invalid { .. }) => {
+                self.error.get_or_insert(error);
+                Ok(default)
+            }
+            other => other,
+        }
+    }
 }
 
 /// Whether Istio redirects this pod at all.
@@ -640,7 +665,9 @@ mod tests {
         let facts = parsed(user(4000)).expect("in the mesh").facts;
         assert_eq!((facts.proxy_uid, facts.proxy_gid), (4000, 7));
         assert_eq!(parsed(user(0)).expect("in the mesh").facts.proxy_uid, 1337);
-        let error = super::facts(&pod(user(-1))).expect_err("negative").to_string();
+        let negative = parsed(user(-1)).expect("in the mesh");
+        assert_eq!(negative.facts.proxy_uid, 1337);
+        let error = negative.policy_error.expect("an error").to_string();
         assert!(error.contains("runAsUser") && error.contains("-1"), "{error}");
     }
 
@@ -679,7 +706,8 @@ mod tests {
             let error = annotated(key, text).expect_err("refused").to_string();
             assert!(error.contains(key) && error.contains(text), "{error}");
         }
-        assert!(annotated("sidecar.istio.io/interceptionMode", "redirect").is_err());
+        let unknown = annotated("sidecar.istio.io/interceptionMode", "redirect").expect("facts");
+        assert!(unknown.expect("captured").policy_error.is_some(), "fails closed");
     }
 
     fn linkerd(patch: impl FnOnce(&mut Value)) -> Option<Parsed> {

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::ErrorKind::NotFound,
     path::{Path, PathBuf},
 };
 
@@ -10,6 +11,8 @@ use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
 use thiserror::Error;
+
+use crate::facts::pod_name;
 
 /// The annotation that names a pod's network namespace, as a path. Honoured by this source only.
 pub const NETNS_ANNOTATION: &str = "sidestep.io/netns";
@@ -20,8 +23,8 @@ pub enum ManifestError {
     /// The file can't be read.
     #[error("cannot be read: {0}")]
     Unreadable(std::io::Error),
-    /// The file is no YAML. What it said before stays in force.
-    #[error("is no YAML, its last readable contents stay in force: {0}")]
+    /// The file is no YAML.
+    #[error("is no YAML, the pods that it held before stay: {0}")]
     NoYaml(String),
     /// A document is something else.
     #[error("document {document}: a v1 Pod is expected, this is {found}")]
@@ -59,20 +62,21 @@ pub struct Snapshot {
     pub errors: Vec<(PathBuf, ManifestError)>,
 }
 
-/// The directory, and each file's last readable contents.
+/// The directory, and the pods that each file held when it was last read.
 #[derive(Debug)]
 pub struct Manifests {
     dir: PathBuf,
-    last_good: BTreeMap<PathBuf, Vec<Value>>,
+    last: BTreeMap<PathBuf, Vec<Pod>>,
 }
 
 impl Manifests {
     /// Manifests in `dir`: files named `*.yaml`, `*.yml` or `*.json`.
     pub fn new(dir: &Path) -> Self {
-        Self { dir: dir.to_owned(), last_good: BTreeMap::new() }
+        Self { dir: dir.to_owned(), last: BTreeMap::new() }
     }
 
-    /// Reads the directory afresh.
+    /// Reads the directory afresh. A pod is gone when its file is, or when its file is free of
+    /// errors and no longer has it: a slip of the pen must not take a pod out of the mesh.
     ///
     /// # Errors
     /// Where the directory itself can't be read; a bad file is in the snapshot's errors.
@@ -82,32 +86,34 @@ impl Manifests {
             .with_context(|| format!("cannot read directory {}", self.dir.display()))?;
         files.retain(|path| is_manifest(path));
         files.sort();
-        self.last_good.retain(|path, _| files.contains(path));
 
         let mut snapshot = Snapshot::default();
+        let mut last = std::mem::take(&mut self.last);
         for path in files {
+            let (mut pods, mut errors) = (Vec::new(), Vec::new());
             match read_documents(&path) {
-                Ok(documents) => {
-                    self.last_good.insert(path.clone(), documents);
-                }
                 // Removed since the directory was listed.
-                Err(ManifestError::Unreadable(error))
-                    if error.kind() == std::io::ErrorKind::NotFound =>
-                {
-                    self.last_good.remove(&path);
-                }
-                Err(error) => snapshot.errors.push((path.clone(), error)),
-            }
-            let documents = self.last_good.get(&path).map(Vec::as_slice).unwrap_or_default();
-            for (n, document) in documents.iter().enumerate() {
-                match pod_of(n + 1, document) {
-                    Ok(Some(pod)) => {
-                        snapshot.pods.push(SourcePod { pod, origin: path.clone() });
+                Err(ManifestError::Unreadable(error)) if error.kind() == NotFound => continue,
+                Err(error) => errors.push(error),
+                Ok(documents) => {
+                    for (n, document) in documents.iter().enumerate() {
+                        match pod_of(n + 1, document) {
+                            Ok(pod) => pods.extend(pod),
+                            Err(error) => errors.push(error),
+                        }
                     }
-                    Ok(None) => {}
-                    Err(error) => snapshot.errors.push((path.clone(), error)),
                 }
             }
+            if !errors.is_empty() {
+                let before = last.remove(&path).unwrap_or_default();
+                let names: Vec<_> = pods.iter().map(|pod: &Pod| pod_name(pod).ok()).collect();
+                let missing = |pod: &Pod| !names.contains(&pod_name(pod).ok());
+                pods.extend(before.into_iter().filter(missing));
+            }
+            let found = pods.iter().cloned();
+            snapshot.pods.extend(found.map(|pod| SourcePod { pod, origin: path.clone() }));
+            snapshot.errors.extend(errors.into_iter().map(|error| (path.clone(), error)));
+            self.last.insert(path, pods);
         }
         Ok(snapshot)
     }
@@ -198,6 +204,14 @@ mod tests {
         let snapshot = manifests.read().expect("read");
         assert_eq!(names(&snapshot), ["a"]);
         assert!(matches!(snapshot.errors[..], [(_, ManifestError::NoYaml(_))]));
+        // A document that turns bad beside a good one that is new.
+        let text = format!("{}---\nkind: Pod\n", POD.replace("name: a", "name: b"));
+        fs::write(dir.path().join("pod.yaml"), text).expect("written");
+        let snapshot = manifests.read().expect("read");
+        assert_eq!((names(&snapshot), snapshot.errors.len()), (vec!["b", "a"], 1));
+        // Mended: now it is gone.
+        fs::write(dir.path().join("pod.yaml"), POD.replace("name: a", "name: b")).expect("written");
+        assert_eq!(names(&manifests.read().expect("read")), ["b"]);
         fs::remove_file(dir.path().join("pod.yaml")).expect("removed");
         assert!(names(&manifests.read().expect("read")).is_empty());
     }
