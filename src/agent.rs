@@ -133,8 +133,8 @@ struct Agent {
     host: BTreeSet<u64>,
     /// Which pod has which namespace, as the kernel's records say.
     owners: BTreeMap<u64, String>,
-    /// What the maps hold, once this agent has written them.
-    applied: Option<Desired>,
+    /// What the maps hold, once this agent has written them, and whose entries were kept beside.
+    applied: Option<(Desired, BTreeSet<u64>)>,
     /// By namespace cookie; holds only pods whose enrolment was completed by this agent.
     pods: BTreeMap<u64, Enrolled>,
     /// When a pod's listeners were last looked for.
@@ -191,7 +191,7 @@ impl Agent {
                 }
             }
         }
-        self.enrol(candidates, problems)
+        self.enrol(candidates, !snapshot.errors.is_empty(), problems)
     }
 
     /// A pod's facts, where it is in a mesh; a policy that can't be read is a problem, but no
@@ -246,6 +246,7 @@ impl Agent {
     fn enrol(
         &mut self,
         mut candidates: Vec<Candidate>,
+        unreadable: bool,
         problems: &mut BTreeSet<String>,
     ) -> Result<()> {
         let limits = self.dataplane.limits();
@@ -260,16 +261,28 @@ impl Agent {
         for (pod, refusal) in &goal.refused {
             problems.insert(format!("pod {pod}: {refusal}"));
         }
-        if self.applied.as_ref() != Some(&goal) {
+        // A pod that an earlier agent enrolled, and that may be in what can't be read now.
+        let keep: BTreeSet<u64> = self
+            .owners
+            .keys()
+            .filter(|cookie| unreadable && !self.pods.contains_key(cookie))
+            .filter(|cookie| {
+                !goal.pods.contains_key(cookie) && self.dataplane.netns_lives(**cookie)
+            })
+            .copied()
+            .collect();
+        let state = (goal, keep);
+        if self.applied.as_ref() != Some(&state) {
             // Whatever fails half-way is compared with the maps themselves next time.
             self.applied = None;
-            let (written, deleted) = self.dataplane.apply(&goal)?;
+            let (written, deleted) = self.dataplane.apply(&state.0, &state.1)?;
             debug!(written, deleted, "maps");
-            self.applied = Some(goal.clone());
+            self.applied = Some(state.clone());
         }
+        let (goal, keep) = state;
         self.link(&goal, &candidates, problems);
         for (cookie, owner) in &self.owners {
-            if goal.pods.contains_key(cookie) {
+            if goal.pods.contains_key(cookie) || keep.contains(cookie) {
                 continue;
             }
             info!(pod = %owner, "no longer enrolled");
@@ -278,8 +291,9 @@ impl Agent {
                 let _ = Netns::open(&pod.netns.path).and_then(|netns| bpf::detach_dns(&netns));
             }
         }
-        self.owners =
-            goal.pods.iter().map(|(cookie, (_, record))| (*cookie, record.pod.clone())).collect();
+        self.owners.retain(|cookie, _| keep.contains(cookie));
+        let enrolled = goal.pods.iter();
+        self.owners.extend(enrolled.map(|(cookie, (_, record))| (*cookie, record.pod.clone())));
         self.pods.retain(|cookie, _| goal.pods.contains_key(cookie));
         self.searched.retain(|(cookie, _), _| goal.pods.contains_key(cookie));
         Ok(())

@@ -10,7 +10,7 @@ use std::{
 };
 
 use common::*;
-use sidestep_lab::{Agent, Pod, wait_until};
+use sidestep_lab::{Agent, Pod, PodNet, wait_until};
 
 /// Connections, one after another, that must all be intercepted.
 struct Load<'a> {
@@ -105,6 +105,28 @@ fn a_pod_that_left_while_the_agent_was_away_is_dropped_and_others_stay() {
     node.agent.restart().expect("starts");
     node.agent.wait_gone(&node.b).expect("gone");
     node.agent.wait_enrolled(&node.a).expect("stays");
+}
+
+#[test]
+fn a_manifest_that_turned_bad_while_the_agent_was_away_drops_no_pod() {
+    let mut node = Node::enrolled("bad");
+    let _sidecar = Sidecar::start(&node.a);
+    let target = addr(ip(REMOTE4), 80);
+    let later = node.lab.pod("later", PodNet { v4: true, v6: true }).expect("a pod");
+    node.agent.kill9();
+    let file = node.agent.pods_dir().join("a.yaml");
+    std::fs::write(&file, "apiVersion: v1\nkind: [").expect("written");
+    node.agent.restart().expect("starts");
+    node.agent.wait_log("is no YAML").expect("said");
+    // A pod that the agent has seen comes and goes as ever.
+    node.agent.add_pod(&later).expect("added");
+    node.agent.wait_enrolled(&later).expect("enrolled");
+    node.agent.remove_pod(&later).expect("removed");
+    node.agent.wait_gone(&later).expect("gone");
+    assert_original(&node.a.ask(APP, APP, target).expect("still captured"), target);
+    // The file is mended: now it is known that the pod is gone.
+    std::fs::remove_file(&file).expect("removed");
+    node.agent.wait_gone(&node.a).expect("gone");
 }
 
 #[test]

@@ -51,7 +51,7 @@ pub use cookie::current_netns_cookie;
 
 use self::{
     hooks::{Attach, HOOKS, Hook},
-    maps::{Diff, Entries},
+    maps::Entries,
 };
 use crate::{
     cgroup::Cgroup,
@@ -277,11 +277,12 @@ impl Dataplane {
     }
 
     /// Makes the maps hold what is desired: additions before the pods that need them, removals
-    /// after. Says how many entries were written and deleted.
+    /// after. What belongs to the namespaces in `keep` is not removed. Says how many entries were
+    /// written and deleted.
     ///
     /// # Errors
     /// Where a map can't be read or written, named.
-    pub fn apply(&mut self, desired: &Desired) -> Result<(usize, usize)> {
+    pub fn apply(&mut self, desired: &Desired, keep: &BTreeSet<u64>) -> Result<(usize, usize)> {
         let (mut pods, mut records) = (Entries::new(), Entries::new());
         for (cookie, (row, record)) in &desired.pods {
             pods.extend([maps::entry(cookie, &wire::pod_of(row))]);
@@ -300,22 +301,32 @@ impl Dataplane {
         let uids = desired.uid_rules.iter().map(|r| maps::entry(&wire::uid_key(r), &r.class));
 
         let kernel = &self.skel.maps;
-        // In the order of writing; deletes go the other way round.
-        let plan: [(_, Diff); 7] = [
-            (&kernel.locals, maps::diff(&maps::read(&kernel.locals)?, locals.collect())),
-            (&kernel.port_rules, maps::diff(&maps::read(&kernel.port_rules)?, ports.collect())),
-            (&kernel.cidr_rules, maps::diff(&maps::read(&kernel.cidr_rules)?, cidrs.collect())),
-            (&kernel.uid_rules, maps::diff(&maps::read(&kernel.uid_rules)?, uids.collect())),
-            (&kernel.excluded_ifs, maps::diff(&maps::read(&kernel.excluded_ifs)?, ifs.collect())),
-            (&kernel.pod_records, maps::diff(&maps::read(&kernel.pod_records)?, records)),
-            (&kernel.pods, maps::diff(&maps::read(&kernel.pods)?, pods)),
+        // In the order of writing; deletes go the other way round. The number is where the cookie
+        // is in the map's keys.
+        let contents: [(_, usize, Entries); 7] = [
+            (&kernel.locals, 0, locals.collect()),
+            (&kernel.port_rules, 8, ports.collect()),
+            (&kernel.cidr_rules, 8, cidrs.collect()),
+            (&kernel.uid_rules, 4, uids.collect()),
+            (&kernel.excluded_ifs, 0, ifs.collect()),
+            (&kernel.pod_records, 0, records),
+            (&kernel.pods, 0, pods),
         ];
+        let mut plan = Vec::new();
+        for (map, at, goal) in contents {
+            let mut diff = maps::diff(&maps::read(map)?, goal);
+            let kept = |key: &[u8]| {
+                wire::from_bytes(&key[at..at + 8]).is_ok_and(|cookie: u64| keep.contains(&cookie))
+            };
+            diff.deletes.retain(|key| !kept(key));
+            plan.push((map, diff));
+        }
         for (map, diff) in &plan {
             maps::upsert(*map, diff)?;
         }
         // An inbound program without its pod's row would pass everything: it goes first.
         for cookie in steered(&self.pins)? {
-            if !desired.pods.contains_key(&cookie) {
+            if !desired.pods.contains_key(&cookie) && !keep.contains(&cookie) {
                 self.remove_inbound(cookie)?;
             }
         }
