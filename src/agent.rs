@@ -40,7 +40,7 @@ pub struct Config {
 }
 
 /// A namespace can appear, go or change its addresses with no change in the manifests.
-const RESYNC: Duration = Duration::from_secs(1);
+const RESYNC: Duration = Duration::from_secs(3);
 /// A burst of file events is one change.
 const SETTLE: Duration = Duration::from_millis(20);
 /// A pod whose proxy does not listen is looked at this often at most.

@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -152,14 +152,15 @@ impl Cli {
 }
 
 fn print<T: serde::Serialize + std::fmt::Display>(args: &OutputArgs, value: &T) -> Result<()> {
-    match args.output {
-        Output::Text => print!("{value}"),
-        Output::Json => {
-            let json = serde_json::to_string_pretty(value).context("cannot print JSON")?;
-            println!("{json}");
-        }
+    let text = match args.output {
+        Output::Text => value.to_string(),
+        Output::Json => serde_json::to_string_pretty(value).context("cannot print JSON")? + "\n",
+    };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // The reader has seen enough: `sidestep status | head`.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("cannot print"),
     }
-    Ok(())
 }
 
 #[cfg(test)]
