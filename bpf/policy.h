@@ -5,17 +5,55 @@
  */
 #pragma once
 
-static __always_inline bool port_in_class(const struct pod *pod, __u64 netns, enum rule_set set,
-					  __u32 class, __u16 port)
+/*
+ * The look-ups are global functions: the verifier goes through each by itself, and not again on
+ * every path to it.
+ */
+__noinline int port_listed(__u64 netns, __u32 set, __u16 port)
 {
 	struct port_rule_key key = {
 		.prefixlen = 8 * (sizeof(key.set) + sizeof(key.netns) + sizeof(key.port)),
-		.set = set | class << UID_CLASS_SHIFT,
+		.set = set,
 		.netns = { (__u32)netns, (__u32)(netns >> 32) },
 		.port = bpf_htons(port),
 	};
 
-	return pod->sets & (1U << set) && bpf_map_lookup_elem(&port_rules, &key);
+	return bpf_map_lookup_elem(&port_rules, &key) != NULL;
+}
+
+/* The families are kept apart: ::/0 is not to hold for ::ffff:a.b.c.d. */
+__noinline int cidr_listed(__u64 netns, __u32 set, const struct addr *a)
+{
+	struct cidr_rule_key key = {
+		.prefixlen = 8 * (sizeof(key.set) + sizeof(key.netns) + sizeof(key.addr)),
+		.netns = { (__u32)netns, (__u32)(netns >> 32) },
+	};
+	__u8 *member;
+
+	if (!a)
+		return 0;
+	key.set = set | (addr_is4(a) ? 0 : CIDR_V6);
+	key.addr = *a;
+	member = bpf_map_lookup_elem(&cidr_rules, &key);
+	return member && *member;
+}
+
+__noinline __u32 uid_class_listed(__u64 netns, __u32 uid)
+{
+	struct uid_rule_key key = {
+		.prefixlen = 8 * (sizeof(key.netns) + sizeof(key.uid)),
+		.netns = { (__u32)netns, (__u32)(netns >> 32) },
+		.uid = bpf_htonl(uid),
+	};
+	__u32 *class = bpf_map_lookup_elem(&uid_rules, &key);
+
+	return class ? *class : 0;
+}
+
+static __always_inline bool port_in_class(const struct pod *pod, __u64 netns, enum rule_set set,
+					  __u32 class, __u16 port)
+{
+	return pod->sets & (1U << set) && port_listed(netns, set | class << UID_CLASS_SHIFT, port);
 }
 
 static __always_inline bool port_in(const struct pod *pod, __u64 netns, enum rule_set set,
@@ -24,22 +62,10 @@ static __always_inline bool port_in(const struct pod *pod, __u64 netns, enum rul
 	return port_in_class(pod, netns, set, 0, port);
 }
 
-/* The families are kept apart: ::/0 is not to hold for ::ffff:a.b.c.d. */
 static __always_inline bool cidr_in(const struct pod *pod, __u64 netns, enum rule_set set,
 				    const struct addr *a)
 {
-	struct cidr_rule_key key = {
-		.prefixlen = 8 * (sizeof(key.set) + sizeof(key.netns) + sizeof(key.addr)),
-		.set = set | (addr_is4(a) ? 0 : CIDR_V6),
-		.netns = { (__u32)netns, (__u32)(netns >> 32) },
-		.addr = *a,
-	};
-	__u8 *member;
-
-	if (!(pod->sets & (1U << set)))
-		return false;
-	member = bpf_map_lookup_elem(&cidr_rules, &key);
-	return member && *member;
+	return pod->sets & (1U << set) && cidr_listed(netns, set, a);
 }
 
 static __always_inline bool if_excluded(const struct pod *pod, __u64 netns, __u32 ifindex)
@@ -52,17 +78,9 @@ static __always_inline bool if_excluded(const struct pod *pod, __u64 netns, __u3
 /* The class of users with excluded ports that this one belongs to; 0: none. */
 static __always_inline __u32 uid_class(const struct pod *pod, __u64 netns, __u32 uid)
 {
-	struct uid_rule_key key = {
-		.prefixlen = 8 * (sizeof(key.netns) + sizeof(key.uid)),
-		.netns = { (__u32)netns, (__u32)(netns >> 32) },
-		.uid = bpf_htonl(uid),
-	};
-	__u32 *class;
-
 	if (!(pod->sets & (1U << OUT_EXCLUDE_TCP_UIDS | 1U << OUT_EXCLUDE_UDP_UIDS)))
 		return 0;
-	class = bpf_map_lookup_elem(&uid_rules, &key);
-	return class ? *class : 0;
+	return uid_class_listed(netns, uid);
 }
 
 enum verdict {

@@ -28,9 +28,13 @@ static __always_inline void sockaddr_set(struct bpf_sock_addr *ctx, int family,
 	ctx->user_port = bpf_htons(port);
 }
 
-/* A kernel id as a user namespace numbers it; -1 where it is not mapped. */
-static __always_inline __u32 id_in(const struct uid_gid_map *map, __u32 id)
+/*
+ * A kernel id as a user namespace numbers it; -1 where it is not mapped. The map's address comes
+ * as a number, and the function is global, so that the verifier looks at it once and by itself.
+ */
+__noinline __u32 id_in(__u64 address, __u32 id)
 {
+	const struct uid_gid_map *map = (const void *)address;
 	struct uid_gid_extent extent[UID_GID_MAP_MAX_BASE_EXTENTS];
 	__u32 count = BPF_CORE_READ(map, nr_extents);
 
@@ -65,8 +69,8 @@ static __always_inline void owner_of(struct bpf_sock *sk, struct outbound *c)
 	c->gid = BPF_CORE_READ(cred, fsgid.val);
 	ns = BPF_CORE_READ(kernel_sk, __sk_common.skc_net.net, user_ns);
 	if (BPF_CORE_READ(ns, level)) {
-		c->uid = id_in(&ns->uid_map, c->uid);
-		c->gid = id_in(&ns->gid_map, c->gid);
+		c->uid = id_in((__u64)&ns->uid_map, c->uid);
+		c->gid = id_in((__u64)&ns->gid_map, c->gid);
 	}
 }
 
