@@ -62,9 +62,9 @@ async fn serve(config: &Config) -> Result<()> {
     check::privileges()?;
     let cgroup = Cgroup::open(config.cgroup.as_deref())?;
     let pins = bpffs::pins(&config.bpffs)?;
-    let _lock = pins.lock()?;
     let mut source = Manifests::new(&config.pods);
     source.read()?;
+    let _lock = pins.lock()?;
     let (_watcher, mut changes) = watch(&config.pods)?;
 
     let mut dataplane = Dataplane::load(&pins)?;

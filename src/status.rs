@@ -1,6 +1,11 @@
 //! What is in force on this node, read from the kernel alone. docs/status.md describes the JSON.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+    path::PathBuf,
+};
 
 use anyhow::Result;
 use serde::Serialize;
@@ -125,11 +130,18 @@ impl fmt::Display for Status {
         for hook in self.hooks.iter().filter(|hook| !hook.attached) {
             writeln!(f, "  NOT ATTACHED: {}", hook.name)?;
         }
-        writeln!(f, "Counters:")?;
-        for (mesh, counters) in &self.counters {
-            for (name, value) in counters {
-                writeln!(f, "  {mesh:8}  {name:20}  {value:>12}")?;
+        write!(f, "{:24}", "Counters")?;
+        for mesh in self.counters.keys() {
+            write!(f, "{mesh:>14}")?;
+        }
+        writeln!(f)?;
+        let names: BTreeSet<_> = self.counters.values().flat_map(BTreeMap::keys).collect();
+        for name in names {
+            write!(f, "  {name:22}")?;
+            for counters in self.counters.values() {
+                write!(f, "{:>14}", counters.get(name).copied().unwrap_or(0))?;
             }
+            writeln!(f)?;
         }
         Ok(())
     }

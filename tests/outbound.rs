@@ -5,7 +5,7 @@ mod common;
 use std::time::Duration;
 
 use common::*;
-use sidestep_lab::{Pod, wait_for};
+use sidestep_lab::{Pod, PodNet, wait_for};
 
 /// A call of the app off its pod came to the outbound listener, and both ends were told the
 /// truth.
@@ -252,5 +252,29 @@ fn annotations_decide_and_changes_take_effect_on_the_next_connection() {
         for (target, _) in remotes(&node.a, 80) {
             becomes(&node, target, true);
         }
+    }
+}
+
+#[test]
+fn pods_of_one_family() {
+    let mut node = Node::enrolled("family");
+    for (v4, v6) in [(true, false), (false, true)] {
+        let name = if v4 { "four" } else { "six" };
+        let pod = node.lab.pod(name, PodNet { v4, v6 }).expect("a pod");
+        node.agent.add_pod(&pod).expect("a manifest");
+        node.agent.wait_enrolled(&pod).expect("enrolled");
+        let _sidecar = Sidecar::start(&pod);
+        let own = if v4 { pod.ipv4() } else { pod.ipv6() };
+        let target = addr(ip(if v4 { REMOTE4 } else { REMOTE6 }), 80);
+        let answer = pod.ask(APP, APP, target).expect("captured");
+        assert_original(&answer, target);
+        assert_eq!(answer.seen.peer.ip(), own);
+        let inbound = addr(own, 8080);
+        let probe = node.lab.on_node(|| sidestep_lab::ask(inbound, None)).expect("runs");
+        assert_original(&probe.expect("steered"), inbound);
+        // What the pod has no address for fails at once, as it does without a mesh.
+        let other = addr(ip(if v4 { REMOTE6 } else { REMOTE4 }), 80);
+        let error = pod.ask(APP, APP, other).expect_err("no route");
+        assert!(format!("{error:#}").contains("unreachable"), "{error:#}");
     }
 }
