@@ -82,29 +82,18 @@ int connect6(struct bpf_sock_addr *ctx)
 }
 
 /* The client's peer is what it dialled. */
-static __always_inline int getpeername_any(struct bpf_sock_addr *ctx, int family)
-{
-	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
-	struct addr a;
-
-	if (!od || od->role != ROLE_CLIENT)
-		return 1;
-	a = sockaddr_get(ctx, family);
-	if (addr_eq(&a, &od->via) && bpf_ntohs(ctx->user_port) == od->via_port)
-		sockaddr_set(ctx, family, &od->orig, od->orig_port);
-	return 1;
-}
-
 SEC("cgroup/getpeername4")
 int getpeername4(struct bpf_sock_addr *ctx)
 {
-	return getpeername_any(ctx, AF_INET);
+	restore_dialled(ctx, AF_INET);
+	return 1;
 }
 
 SEC("cgroup/getpeername6")
 int getpeername6(struct bpf_sock_addr *ctx)
 {
-	return getpeername_any(ctx, AF_INET6);
+	restore_dialled(ctx, AF_INET6);
+	return 1;
 }
 
 /* The proxy accepted on its listener's port at localhost, which is where iptables redirects. */

@@ -127,28 +127,22 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 /* The source of a datagram that was received, where it is the DNS listener. */
 static __always_inline int recvmsg_any(struct bpf_sock_addr *ctx, int family)
 {
-	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
 	struct dns_servers *asked;
+	const struct pod *pod;
 	struct addr from;
 
-	if (od) {
-		from = sockaddr_get(ctx, family);
-		if (addr_eq(&from, &od->via) && bpf_ntohs(ctx->user_port) == od->via_port)
-			sockaddr_set(ctx, family, &od->orig, od->orig_port);
+	if (restore_dialled(ctx, family))
 		return 1;
-	}
 	asked = bpf_sk_storage_get(&dns_asked, ctx->sk, NULL, 0);
 	if (!asked)
 		return 1;
+	/* An answer that came to no token: the socket is bound to an address. */
 	from = sockaddr_get(ctx, family);
-	if (addr_is_localhost(&from)) {
-		const struct pod *pod = pod_by_netns(bpf_get_netns_cookie(ctx));
-
-		if (pod && bpf_ntohs(ctx->user_port) == pod->dns_port) {
-			from = asked->server[asked->last & (DNS_SERVERS - 1)];
-			sockaddr_set(ctx, family, &from, DNS_PORT);
-		}
-	}
+	pod = pod_by_netns(bpf_get_netns_cookie(ctx));
+	if (!pod || !addr_is_localhost(&from) || bpf_ntohs(ctx->user_port) != pod->dns_port)
+		return 1;
+	from = asked->server[asked->last & (DNS_SERVERS - 1)];
+	sockaddr_set(ctx, family, &from, DNS_PORT);
 	return 1;
 }
 

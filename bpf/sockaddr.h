@@ -102,3 +102,17 @@ static __always_inline void outbound_of(struct bpf_sock_addr *ctx, int family, s
 	if (addr_is_any(&c->src) && !addr_is4(&c->dst) && addr_is_passthrough(&c->dst))
 		c->src = c->dst;
 }
+
+/* Puts what the client dialled in the place of where it was sent. False: no captured client. */
+static __always_inline bool restore_dialled(struct bpf_sock_addr *ctx, int family)
+{
+	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
+	struct addr a;
+
+	if (!od || od->role != ROLE_CLIENT)
+		return false;
+	a = sockaddr_get(ctx, family);
+	if (addr_eq(&a, &od->via) && bpf_ntohs(ctx->user_port) == od->via_port)
+		sockaddr_set(ctx, family, &od->orig, od->orig_port);
+	return true;
+}
