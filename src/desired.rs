@@ -189,6 +189,16 @@ pub enum Refusal {
     /// Nothing to intercept.
     #[error("no IP address in status.podIPs nor in network namespace {0}")]
     NoAddress(PathBuf),
+    /// The record of a pod has room for so much only.
+    #[error("{what} {text:?} is longer than {limit} bytes")]
+    TooLong {
+        /// Which text.
+        what: &'static str,
+        /// The text.
+        text: String,
+        /// How long it may be.
+        limit: usize,
+    },
     /// The kernel's maps are full.
     #[error("the {map} map is full: {limit} entries")]
     Full {
@@ -215,6 +225,13 @@ pub struct Limits {
     /// Exempt interfaces of all pods.
     pub excluded_ifs: usize,
 }
+
+/// How long the texts of a [`Record`] may be; `struct pod_record` of bpf/types.h.
+pub const MAX_POD: usize = 320;
+/// See [`MAX_POD`].
+pub const MAX_UID: usize = 64;
+/// See [`MAX_POD`].
+pub const MAX_NETNS: usize = 256;
 
 /// The passthrough source that Istio's init puts on the pod's lo for IPv6.
 pub const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
@@ -256,6 +273,16 @@ fn enrol(
     }
     if let Some((_, owner)) = out.pods.get(&cookie) {
         return Err(Refusal::Claimed { netns: netns.path.clone(), owner: owner.pod.clone() });
+    }
+    let path = netns.path.to_string_lossy();
+    for (what, text, limit) in [
+        ("pod name", facts.name.as_str(), MAX_POD),
+        ("metadata.uid", &facts.uid, MAX_UID),
+        ("network namespace path", &path, MAX_NETNS),
+    ] {
+        if text.len() > limit {
+            return Err(Refusal::TooLong { what, text: text.into(), limit });
+        }
     }
     let ips = if facts.ips.is_empty() { &netns.addresses } else { &facts.ips };
     let first = ips.first().ok_or_else(|| Refusal::NoAddress(netns.path.clone()))?;
@@ -589,6 +616,18 @@ mod tests {
         assert!(
             matches!(&out.refused[..], [(a, Refusal::Claimed { owner, .. })] if a == "ns/a" && owner == "ns/b")
         );
+    }
+
+    #[test]
+    fn a_name_that_is_too_long_is_a_refusal() {
+        let mut pods = [
+            candidate(&"n".repeat(MAX_POD + 1), 7, "10.0.0.7"),
+            candidate(&"n".repeat(200), 8, "10.0.0.8"),
+        ];
+        pods.iter_mut().for_each(|pod| pod.facts.uid.truncate(MAX_UID));
+        let out = plain(&pods);
+        assert!(matches!(&out.refused[..], [(_, Refusal::TooLong { limit: MAX_POD, .. })]));
+        assert!(out.pods.contains_key(&8), "the other pod goes on");
     }
 
     #[test]

@@ -9,7 +9,9 @@ pub(crate) use super::skel::types::{
     rule_set, uid_rule_key,
 };
 pub(crate) use super::skel_inbound::types::{event, event_kind};
-use crate::desired::{CidrRule, PodRow, PortRule, Record, RuleSet, UidRule};
+use crate::desired::{
+    CidrRule, MAX_NETNS, MAX_POD, MAX_UID, PodRow, PortRule, Record, RuleSet, UidRule,
+};
 
 /// A map's key or value.
 ///
@@ -191,6 +193,8 @@ fn untext(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
+
+const _: () = assert!(size_of::<pod_record>() == MAX_POD + MAX_UID + MAX_NETNS);
 
 /// Fails when a field is too long for the kernel's record.
 pub(crate) fn record_of(record: &Record) -> Result<pod_record> {
