@@ -41,3 +41,5 @@ pub const PROXY: u32 = 1337;
 pub const OUTBOUND: u16 = 15001;
 /// The port that Istio's sidecar takes inbound connections on.
 pub const INBOUND: u16 = 15006;
+/// The port that the sidecars of Istio and Kuma answer DNS on.
+pub const DNS: u16 = 15053;

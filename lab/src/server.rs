@@ -29,6 +29,9 @@ pub enum Talk {
     Greet,
     /// Greets with a line: original destinations, peer and local address.
     OriginalDst,
+    /// Like `OriginalDst`, but as Linkerd's proxy does it: asks by the family of the accepted
+    /// socket alone, and hangs up without a word when the kernel does not answer.
+    OriginalDstOrHangUp,
 }
 
 /// What to serve.
@@ -38,6 +41,8 @@ pub struct ServeOpts {
     pub listen: Vec<SocketAddr>,
     /// How to speak.
     pub talk: Talk,
+    /// What it calls itself in its greeting; empty: nothing.
+    pub name: &'static str,
     /// The owner of the sockets.
     pub uid: u32,
     /// The group of the sockets.
@@ -54,6 +59,7 @@ impl ServeOpts {
         Self {
             listen: listen.into_iter().collect(),
             talk: Talk::Greet,
+            name: "",
             uid: 0,
             gid: 0,
             reuse_port: false,
@@ -112,7 +118,7 @@ impl Server {
                     }
                 };
                 let _ = report.send(Ok(addrs));
-                Loop { poll, talk: opts.talk, listeners, shared: theirs }.run()
+                Loop { poll, talk: opts.talk, name: opts.name, listeners, shared: theirs }.run()
             })
             .context("starting a thread")?;
         let addrs: Vec<SocketAddr> = ready.recv().context("the server's thread ended")??;
@@ -191,6 +197,7 @@ fn listen(addr: SocketAddr, opts: &ServeOpts) -> io::Result<StdListener> {
 struct Loop {
     poll: Poll,
     talk: Talk,
+    name: &'static str,
     listeners: Vec<TcpListener>,
     shared: Arc<Shared>,
 }
@@ -217,7 +224,7 @@ impl Loop {
                             Err(err) if err.kind() == ErrorKind::ConnectionAborted => continue,
                             Err(err) => return Err(err),
                         };
-                        let Ok(mut conn) = Conn::new(stream, peer, self.talk) else {
+                        let Ok(mut conn) = Conn::new(stream, peer, self.talk, self.name) else {
                             continue;
                         };
                         self.shared
@@ -256,11 +263,19 @@ struct Conn {
 }
 
 impl Conn {
-    fn new(stream: TcpStream, peer: SocketAddr, talk: Talk) -> io::Result<Self> {
+    fn new(
+        stream: TcpStream,
+        peer: SocketAddr,
+        talk: Talk,
+        name: &'static str,
+    ) -> io::Result<Self> {
         stream.set_nodelay(true)?;
-        let mut seen = Seen { peer, local: stream.local_addr()?, orig: None, orig6: None };
-        if talk == Talk::OriginalDst {
-            seen.ask_original(&stream);
+        let by = (!name.is_empty()).then(|| name.to_owned());
+        let mut seen = Seen { by, peer, local: stream.local_addr()?, orig: None, orig6: None };
+        match talk {
+            Talk::OriginalDst => seen.ask_original(&stream),
+            Talk::OriginalDstOrHangUp => seen.insist_on_original(&stream)?,
+            Talk::Echo | Talk::Greet => {}
         }
         let http = talk == Talk::Echo;
         let out = if http { Vec::new() } else { format!("{seen}\n").into_bytes() };
