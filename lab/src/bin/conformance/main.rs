@@ -1,0 +1,224 @@
+//! `make conformance`: every row of interception, once under the mesh's own iptables rules and
+//! once under Sidestep, and what differs.
+#![forbid(unsafe_code)]
+
+mod act;
+mod deliberate;
+mod manifest;
+mod observed;
+mod report;
+mod row;
+mod rows;
+mod udp;
+mod world;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Parser;
+use sidestep_lab::{interrupted, stop_on_signals};
+
+use crate::deliberate::DELIBERATE;
+use crate::observed::Observed;
+use crate::report::{Line, Report};
+use crate::row::{Kind, Listeners, Mesh, Row, Setup, matches};
+use crate::world::{Stage, World};
+
+/// Each has a node of its own.
+const THREADS: usize = 2;
+
+/// Compares what the meshes' iptables rules do with what Sidestep does, row by row.
+#[derive(Parser)]
+struct Args {
+    /// The agent's binary [default: `sidestep` next to this binary]
+    #[arg(long, value_name = "PATH")]
+    sidestep: Option<PathBuf>,
+    /// Only rows of this mesh
+    #[arg(long)]
+    mesh: Option<Mesh>,
+    /// Only rows whose name matches, such as `T1` or `istio/T1*`
+    #[arg(long, value_name = "PATTERN")]
+    row: Option<String>,
+    /// Only run the meshes' own rules, and hold them against the contract
+    #[arg(long)]
+    oracle_only: bool,
+    /// Write all observations as JSON
+    #[arg(long, value_name = "PATH")]
+    json: Option<PathBuf>,
+    /// Write the table as it is in docs/conformance.md
+    #[arg(long, value_name = "PATH")]
+    markdown: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match stop_on_signals().and_then(|()| conformance(&args)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(_) if interrupted() => ExitCode::from(130),
+        Err(err) => {
+            eprintln!("conformance: {err:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether Sidestep is asked to do what pods with this setup need.
+fn supported(setup: &Setup) -> bool {
+    let interfaces = setup.annotations.iter().any(|(key, _)| key.ends_with("/excludeInterfaces"));
+    setup.mesh == Mesh::Istio && !setup.dns && !interfaces
+}
+
+/// Runs everything; whether all is as it should be.
+fn conformance(args: &Args) -> Result<bool> {
+    let start = Instant::now();
+    let filtered = args.mesh.is_some() || args.row.is_some() || args.oracle_only;
+    let mut rows = rows::rows();
+    rows.retain(|row| {
+        let named = |pattern: &String| matches(pattern, row.id) || matches(pattern, &row.name());
+        args.mesh.is_none_or(|mesh| mesh == row.setup.mesh) && args.row.as_ref().is_none_or(named)
+    });
+    ensure!(!rows.is_empty(), "no row is called so");
+    // The oracle first and alone: nothing of Sidestep is loaded while it runs.
+    let iptables = run("iptables", None, &rows)?;
+    let oracle = start.elapsed();
+    let sidestep = if args.oracle_only {
+        Outcomes::new()
+    } else {
+        let mut asked = rows.clone();
+        asked.retain(|row| supported(&row.setup));
+        run("sidestep", Some(&binary(args)?), &asked)?
+    };
+
+    let mut used = vec![false; DELIBERATE.len()];
+    let mut lines = Vec::new();
+    for row in &rows {
+        for kind in row.kinds {
+            let key = (row.name(), *kind);
+            let theirs = iptables.get(&key).cloned().context("a row did not run")?;
+            let ours = sidestep.get(&key).map(|outcome| outcome.observed.clone());
+            let Outcome { observed, contradiction } = theirs;
+            lines.push(Line::new(row, *kind, observed, contradiction, ours, &mut used));
+        }
+    }
+    let report = Report::new(lines, (!filtered).then_some(&used));
+    print!("{}", report.table());
+    println!(
+        "{:.0} s, of which {:.0} s for iptables",
+        start.elapsed().as_secs_f64(),
+        oracle.as_secs_f64()
+    );
+    let write = |path: &Path, text: String| {
+        fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+    };
+    if let Some(path) = &args.json {
+        write(path, serde_json::to_string_pretty(&report)?)?;
+    }
+    if let Some(path) = &args.markdown {
+        write(path, report.markdown())?;
+    }
+    Ok(report.good())
+}
+
+fn binary(args: &Args) -> Result<PathBuf> {
+    if let Some(path) = &args.sidestep {
+        return Ok(path.clone());
+    }
+    let own = std::env::current_exe().context("finding this binary")?;
+    Ok(own.with_file_name("sidestep"))
+}
+
+/// What was observed of a row, and where that contradicts the contract.
+#[derive(Clone, Default)]
+struct Outcome {
+    observed: Vec<Observed>,
+    contradiction: Option<String>,
+}
+
+type Outcomes = BTreeMap<(String, Kind), Outcome>;
+
+/// Runs the rows in one way, those that can share a pod together.
+fn run(way: &str, sidestep: Option<&Path>, rows: &[Row]) -> Result<Outcomes> {
+    let mut groups: BTreeMap<&Setup, Vec<&Row>> = BTreeMap::new();
+    for row in rows {
+        groups.entry(&row.setup).or_default().push(row);
+    }
+    let queue = Mutex::new(groups.into_iter().collect::<VecDeque<_>>());
+    let outcomes = Mutex::new(Outcomes::new());
+    let worker = |number: usize| -> Result<()> {
+        let mut world = World::new(&format!("{way}-{number}"), sidestep, rows)?;
+        loop {
+            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            let Some((setup, rows)) = next else { return Ok(()) };
+            let done =
+                group(&mut world, setup, &rows).with_context(|| format!("{way}, {:?}", setup))?;
+            outcomes.lock().unwrap_or_else(PoisonError::into_inner).extend(done);
+            if interrupted() {
+                bail!("interrupted");
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let worker = &worker;
+        let threads: Vec<_> =
+            (0..THREADS).map(|number| scope.spawn(move || worker(number))).collect();
+        threads.into_iter().try_for_each(|thread| match thread.join() {
+            Ok(done) => done,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    })?;
+    Ok(outcomes.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Runs rows in a fresh pod.
+fn group(world: &mut World, setup: &Setup, rows: &[&Row]) -> Result<Outcomes> {
+    let mut stage = world.stage(setup, rows)?;
+    let mut outcomes = Outcomes::new();
+    let passes = if setup.listeners == Listeners::Late { 2 } else { 1 };
+    for pass in 0..passes {
+        if pass > 0 {
+            stage.start_proxy(setup)?;
+        }
+        for row in rows {
+            stage.clean()?;
+            for kind in row.kinds {
+                let name = || format!("{} {}", row.name(), kind.name());
+                let observed =
+                    act::perform(&stage, setup.mesh, &row.act, *kind).with_context(name)?;
+                let outcome = outcomes.entry((row.name(), *kind)).or_default();
+                let contradiction = contradiction(&stage, row, *kind, pass, &observed)?;
+                outcome.contradiction = outcome.contradiction.take().or(contradiction);
+                outcome.observed.extend(observed);
+            }
+        }
+    }
+    Ok(outcomes)
+}
+
+/// What in these observations the contract does not say.
+fn contradiction(
+    stage: &Stage<'_>,
+    row: &Row,
+    kind: Kind,
+    pass: usize,
+    observed: &[Observed],
+) -> Result<Option<String>> {
+    let expect = row.expected(pass);
+    for (place, observed) in Stage::targets(&row.act).into_iter().zip(observed) {
+        let mut target = act::target_name(stage, place, kind, row.act.target().1)?;
+        if place == row::Place::Unspecified {
+            target = act::target_name(stage, row::Place::Localhost, kind, row.act.target().1)?;
+        }
+        let found = observed.contradicts(&expect, &target, |place| stage.place_name(place, kind));
+        if found.is_some() {
+            return Ok(found);
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,55 @@
+//! A pod as Kubernetes would have it after a mesh's injection.
+
+use serde_json::{Value, json};
+use sidestep_lab::Pod;
+use sidestep_lab::iptables::{Kuma, Linkerd};
+
+use crate::row::{Mesh, Setup};
+
+/// The manifest of the pod with this setup, for the agent.
+pub fn manifest(pod: &Pod, setup: &Setup) -> Value {
+    // The lab knows how Istio injects; the others change what is theirs.
+    let mut manifest = pod.manifest();
+    let (annotations, proxy) = match setup.mesh {
+        Mesh::Istio => {
+            let proxy = &mut manifest["spec"]["containers"][1];
+            if setup.dns {
+                let env = json!({"name": "ISTIO_META_DNS_CAPTURE", "value": "true"});
+                proxy["env"].as_array_mut().into_iter().for_each(|all| all.push(env.clone()));
+            }
+            (json!({"sidecar.istio.io/status": "{}"}), proxy.clone())
+        }
+        Mesh::Linkerd => (
+            json!({"linkerd.io/inject": "enabled", "linkerd.io/proxy-version": "edge"}),
+            json!({
+                "name": "linkerd-proxy",
+                "image": "cr.l5d.io/linkerd/proxy",
+                "securityContext": {"runAsUser": Linkerd::UID, "runAsGroup": Linkerd::UID},
+            }),
+        ),
+        Mesh::Kuma => (
+            json!({
+                "kuma.io/sidecar-injected": "true",
+                "kuma.io/sidecar-uid": Kuma::UID.to_string(),
+                "kuma.io/transparent-proxying": "enabled",
+                "kuma.io/transparent-proxying-inbound-port": "15006",
+                "kuma.io/transparent-proxying-outbound-port": "15001",
+                "kuma.io/builtin-dns": if setup.dns { "enabled" } else { "disabled" },
+                "kuma.io/builtin-dns-port": "15053",
+            }),
+            json!({
+                "name": "kuma-sidecar",
+                "image": "kuma-dp",
+                "securityContext": {"runAsUser": Kuma::UID, "runAsGroup": Kuma::UID},
+            }),
+        ),
+    };
+    manifest["metadata"]["labels"] = json!({"app": pod.name()});
+    manifest["metadata"]["annotations"] = annotations;
+    manifest["metadata"]["annotations"]["sidestep.io/netns"] = json!(pod.netns());
+    for (key, value) in &setup.annotations {
+        manifest["metadata"]["annotations"][key] = json!(value);
+    }
+    manifest["spec"]["containers"][1] = proxy;
+    manifest
+}

@@ -1,0 +1,374 @@
+//! Where rows run: a node with servers off the pod and a pod that is in no mesh, and on it, for
+//! each setup, a fresh pod under the mesh's own rules or under Sidestep.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use nix::net::if_::if_nametoindex;
+use sidestep_lab::iptables::{self, Annotations, Istio, Kuma, Linkerd, RuleSet};
+use sidestep_lab::{
+    APP, Agent, DNS, INBOUND, Lab, OUTBOUND, PROXY, Pod, PodNet, ServeOpts, Server, Talk,
+};
+
+use crate::manifest::manifest;
+use crate::row::{Act, Kind, Listeners, Manner, Mesh, Place, Row, Setup, Who};
+use crate::udp::UdpServer;
+
+/// Ports of a pod that are not its application's.
+const PROXY_PORTS: [u16; 5] = [OUTBOUND, INBOUND, DNS, Linkerd::OUTBOUND, Linkerd::INBOUND];
+/// The user of `linkerd-network-validator`.
+const VALIDATOR: u32 = 65534;
+
+/// A node.
+pub struct World {
+    // Dropped in this order.
+    agent: Option<Agent>,
+    _udp: Vec<UdpServer>,
+    _servers: Vec<Server>,
+    peer: Pod,
+    peer_link: Link,
+    lab: Lab,
+    pods: usize,
+}
+
+impl World {
+    /// With servers for all that the rows may reach off the pod; with an agent of this binary,
+    /// if there is one.
+    pub fn new(tag: &str, sidestep: Option<&Path>, rows: &[Row]) -> Result<Self> {
+        let lab = Lab::new(tag)?;
+        let peer = lab.pod("peer", PodNet::DUAL)?;
+        let peer_link = Link::of(&peer)?;
+        let ports: BTreeSet<u16> = rows.iter().map(|row| row.act.target().1).collect();
+        let udp: BTreeSet<u16> = rows
+            .iter()
+            .filter(|row| matches!(row.act, Act::Udp { .. }))
+            .map(|row| row.act.target().1)
+            .collect();
+        let mut servers = Vec::new();
+        let mut udp_servers = Vec::new();
+        for place in [Place::Remote, Place::Far, Place::Node] {
+            let ips = [Kind::V4, Kind::V6].map(|kind| fixed(place, kind));
+            if place != Place::Node {
+                ips.into_iter().flatten().try_for_each(|ip| lab.add_node_address(ip))?;
+            }
+            let on = |ports: &BTreeSet<u16>| cross(ips.into_iter().flatten(), ports);
+            let opts = ServeOpts { name: fixed_name(place), ..ServeOpts::on(on(&ports)) };
+            servers.push(lab.on_node(|| Server::start_here(opts))??);
+            if place != Place::Node {
+                let start = || UdpServer::start_here(fixed_name(place), &on(&udp));
+                udp_servers.push(lab.on_node(start)??);
+            }
+        }
+        let opts = ServeOpts { name: "peer", ..ServeOpts::on(cross(ANY, &ports)) };
+        servers.push(Server::start(&peer, opts)?);
+        let agent = sidestep.map(|binary| Agent::start(binary, &lab)).transpose()?;
+        Ok(Self { agent, _udp: udp_servers, _servers: servers, peer, peer_link, lab, pods: 0 })
+    }
+
+    /// A fresh pod for these rows, which all have this setup.
+    pub fn stage(&mut self, setup: &Setup, rows: &[&Row]) -> Result<Stage<'_>> {
+        self.pods += 1;
+        let pod = self.lab.pod(&format!("pod{}", self.pods), PodNet::DUAL)?;
+        let secondary = [secondary4(pod.ipv4())?, secondary6(pod.ipv6())?];
+        pod.ip(&format!("addr add {}/32 dev eth0", secondary[0]))?;
+        pod.ip(&format!("addr add {}/128 dev eth0 nodad preferred_lft 0", secondary[1]))?;
+        for kind in [Kind::V4, Kind::V6] {
+            let to = fixed(Place::Unroutable, kind).context("an address")?;
+            pod.ip(&format!("route add unreachable {to}"))?;
+        }
+        let link = Link::of(&pod)?;
+        match &mut self.agent {
+            None => install(&pod, setup)?,
+            Some(agent) => {
+                agent.add_manifest(pod.name(), &manifest(&pod, setup))?;
+                agent.wait_enrolled(&pod)?;
+            }
+        }
+        let mut stage =
+            Stage { udp: Vec::new(), servers: Vec::new(), pod, secondary, link, world: self };
+        stage.start_app(rows)?;
+        if setup.listeners != Listeners::Late {
+            stage.start_proxy(setup)?;
+        }
+        Ok(stage)
+    }
+}
+
+/// A fresh pod under test. Leaves no trace when dropped.
+pub struct Stage<'a> {
+    // Dropped in this order.
+    udp: Vec<UdpServer>,
+    servers: Vec<Server>,
+    pod: Pod,
+    secondary: [IpAddr; 2],
+    link: Link,
+    world: &'a mut World,
+}
+
+impl Stage<'_> {
+    fn start_app(&mut self, rows: &[&Row]) -> Result<()> {
+        let mut tcp = BTreeSet::new();
+        let mut udp = BTreeSet::new();
+        for row in rows {
+            match row.act {
+                Act::Tcp(dial) => tcp.insert(dial.port),
+                Act::Udp { port, to: Place::Own, .. } => udp.insert(port),
+                Act::Udp { .. } => false,
+            };
+        }
+        // To the validation's port nobody must listen.
+        for port in PROXY_PORTS.into_iter().chain([15002]) {
+            tcp.remove(&port);
+        }
+        let opts = ServeOpts::on(cross(ANY, &tcp));
+        if !tcp.is_empty() {
+            let opts = ServeOpts { name: "app", uid: APP, gid: APP, ..opts };
+            self.servers.push(Server::start(&self.pod, opts)?);
+        }
+        let listen = cross([self.pod.ipv4(), self.pod.ipv6()], &udp);
+        let start = || UdpServer::start_here("app", &listen);
+        self.udp.push(self.pod.run(APP, APP, start)??);
+        Ok(())
+    }
+
+    /// Starts the proxy's listeners.
+    pub fn start_proxy(&mut self, setup: &Setup) -> Result<()> {
+        let (uid, gid) = owner(setup.mesh, Who::Proxy);
+        let base = ServeOpts { uid, gid, talk: Talk::OriginalDst, ..ServeOpts::on([]) };
+        let listen = |ips: [IpAddr; 2], port| cross(ips, &BTreeSet::from([port]));
+        let all: Vec<ServeOpts> = match (setup.mesh, setup.listeners) {
+            (_, Listeners::Validator) => {
+                let listen = listen(ANY, Linkerd::OUTBOUND);
+                let (uid, talk) = (VALIDATOR, Talk::Greet);
+                vec![ServeOpts { name: "validator", listen, uid, gid: uid, talk, ..base }]
+            }
+            (Mesh::Linkerd, _) => {
+                let base = ServeOpts { talk: Talk::OriginalDstOrHangUp, ..base };
+                let (out, inn) =
+                    (listen(LOCALHOST, Linkerd::OUTBOUND), listen(ANY, Linkerd::INBOUND));
+                vec![
+                    ServeOpts { name: "outbound", listen: out, ..base.clone() },
+                    ServeOpts { name: "inbound", listen: inn, ..base },
+                ]
+            }
+            (_, listeners) => {
+                let dual = listeners == Listeners::DualStack;
+                [("outbound", OUTBOUND), ("inbound", INBOUND)]
+                    .into_iter()
+                    .map(|(name, port)| {
+                        let mut listen = listen(ANY, port);
+                        if dual {
+                            listen.retain(SocketAddr::is_ipv6);
+                        }
+                        ServeOpts { name, listen, v6_only: !dual, ..base.clone() }
+                    })
+                    .collect()
+            }
+        };
+        for opts in all {
+            self.servers.push(Server::start(&self.pod, opts)?);
+        }
+        if setup.dns {
+            let listen = listen(LOCALHOST, DNS);
+            let start = || UdpServer::start_here("dns", &listen);
+            self.udp.push(self.pod.run(uid, gid, start)??);
+            let opts = ServeOpts { uid, gid, name: "dns", ..ServeOpts::on(listen) };
+            self.servers.push(Server::start(&self.pod, opts)?);
+        }
+        Ok(())
+    }
+
+    /// Forgets tracked connections, where there are such.
+    pub fn clean(&self) -> Result<()> {
+        match self.world.agent {
+            None => iptables::forget_connections(&self.pod),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Runs `work` where, and as whom, `who` is.
+    pub fn run<T: Send>(&self, mesh: Mesh, who: Who, work: impl FnOnce() -> T + Send) -> Result<T> {
+        let (uid, gid) = owner(mesh, who);
+        match who {
+            Who::Host => self.world.lab.on_node(work),
+            Who::Peer => self.world.peer.run(uid, gid, work),
+            _ => self.pod.run(uid, gid, work),
+        }
+    }
+
+    /// The address of a place, as `who` would name it in a socket of this kind.
+    pub fn address(&self, place: Place, kind: Kind, port: u16, who: Who) -> Result<SocketAddr> {
+        let (pod, peer) = (&self.pod, &self.world.peer);
+        let ip = match (place, kind) {
+            (Place::Own, Kind::V6) => pod.ipv6(),
+            (Place::Own, _) => pod.ipv4(),
+            (Place::Peer, Kind::V6) => peer.ipv6(),
+            (Place::Peer, _) => peer.ipv4(),
+            (Place::Secondary, Kind::V6) => self.secondary[1],
+            (Place::Secondary, _) => self.secondary[0],
+            (Place::OwnLink, _) => self.link.ip.into(),
+            (Place::PeerLink, _) => self.world.peer_link.ip.into(),
+            _ => fixed(place, kind).with_context(|| format!("no {place:?} in {kind:?}"))?,
+        };
+        Ok(match ip {
+            IpAddr::V4(v4) if kind == Kind::Mapped => {
+                SocketAddr::new(v4.to_ipv6_mapped().into(), port)
+            }
+            IpAddr::V6(v6) if v6.is_unicast_link_local() => {
+                let link = if who == Who::Peer { &self.world.peer_link } else { &self.link };
+                SocketAddrV6::new(v6, port, 0, link.index).into()
+            }
+            ip => SocketAddr::new(ip, port),
+        })
+    }
+
+    /// A name for the address that is the same in every run.
+    pub fn name(&self, ip: IpAddr) -> String {
+        let ip = ip.to_canonical();
+        let own = |name: &str, ips: &[IpAddr]| ips.contains(&ip).then(|| name.to_owned());
+        own("pod", &self.pod.ips())
+            .or_else(|| own("pod2", &self.secondary))
+            .or_else(|| own("pod-link", &[self.link.ip.into()]))
+            .or_else(|| own("peer", &self.world.peer.ips()))
+            .or_else(|| own("peer-link", &[self.world.peer_link.ip.into()]))
+            .or_else(|| {
+                [Place::Remote, Place::Far, Place::Node]
+                    .into_iter()
+                    .find(|place| {
+                        [Kind::V4, Kind::V6].iter().any(|k| fixed(*place, *k) == Some(ip))
+                    })
+                    .map(|place| fixed_name(place).to_owned())
+            })
+            .unwrap_or_else(|| match ip {
+                // One of the many addresses that stand for one listener.
+                IpAddr::V4(v4) if v4.octets()[..2] == [127, 128] => "spread".to_owned(),
+                IpAddr::V6(v6) if v6.segments()[..4] == [0xfd53, 0x6964, 0x6573, 0x7465] => {
+                    "spread".to_owned()
+                }
+                ip => ip.to_string(),
+            })
+    }
+
+    /// The name of a place's address.
+    pub fn place_name(&self, place: Place, kind: Kind) -> String {
+        match self.address(place, kind, 0, Who::App) {
+            Ok(address) => self.name(address.ip()),
+            Err(_) => format!("{place:?}"),
+        }
+    }
+
+    /// All places that the act asks at once.
+    pub fn targets(act: &Act) -> Vec<Place> {
+        match act {
+            Act::Udp { manner: Manner::Several, .. } => vec![Place::Remote, Place::Far],
+            act => vec![act.target().0],
+        }
+    }
+}
+
+/// The user and group of a process of the pod.
+fn owner(mesh: Mesh, who: Who) -> (u32, u32) {
+    let proxy = match mesh {
+        Mesh::Istio => PROXY,
+        Mesh::Linkerd => Linkerd::UID,
+        Mesh::Kuma => Kuma::UID,
+    };
+    match who {
+        Who::App => (APP, APP),
+        Who::Proxy => (proxy, proxy),
+        Who::ProxyUser => (proxy, APP),
+        Who::ProxyGroup => (APP, proxy),
+        Who::User(uid) => (uid, uid),
+        Who::Peer | Who::Host => (0, 0),
+    }
+}
+
+fn install(pod: &Pod, setup: &Setup) -> Result<()> {
+    let annotations: Annotations = setup.annotations.iter().cloned().collect();
+    let rules: Box<dyn RuleSet> = match setup.mesh {
+        Mesh::Istio => Box::new(Istio::new(&annotations, setup.dns)),
+        Mesh::Linkerd => Box::new(Linkerd::new(&annotations)),
+        Mesh::Kuma => Box::new(Kuma::new(&annotations, setup.dns)),
+    };
+    iptables::install(pod, &*rules)
+}
+
+const ANY: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+const LOCALHOST: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+
+/// The address of a place that is the same in every run.
+fn fixed(place: Place, kind: Kind) -> Option<IpAddr> {
+    let text = match (place, kind) {
+        (Place::Remote, Kind::V6) => "fd96::10",
+        (Place::Remote, _) => "10.96.0.10",
+        (Place::Far, Kind::V6) => "2001:db8::10",
+        (Place::Far, _) => "192.0.2.10",
+        (Place::Node, Kind::V6) => "fd77::1",
+        (Place::Node, _) => "10.77.0.1",
+        (Place::Localhost, Kind::V6) => "::1",
+        (Place::Localhost, _) => "127.0.0.1",
+        (Place::Loopback, Kind::V4 | Kind::Mapped) => "127.0.0.2",
+        (Place::Passthrough, Kind::V6) => "::6",
+        (Place::Passthrough, _) => "127.0.0.6",
+        (Place::Unspecified, Kind::V6) => "::",
+        (Place::Unspecified, _) => "0.0.0.0",
+        (Place::Multicast, Kind::V6) => "ff0e::1",
+        (Place::Multicast, _) => "224.0.0.1",
+        (Place::Broadcast, Kind::V4 | Kind::Mapped) => "255.255.255.255",
+        (Place::Unroutable, Kind::V6) => "2001:db8:dead::1",
+        (Place::Unroutable, _) => "198.51.100.1",
+        _ => return None,
+    };
+    text.parse().ok()
+}
+
+const fn fixed_name(place: Place) -> &'static str {
+    match place {
+        Place::Remote => "remote",
+        Place::Far => "far",
+        _ => "node",
+    }
+}
+
+fn cross(ips: impl IntoIterator<Item = IpAddr>, ports: &BTreeSet<u16>) -> Vec<SocketAddr> {
+    ips.into_iter()
+        .flat_map(|ip| ports.iter().map(move |port| SocketAddr::new(ip, *port)))
+        .collect()
+}
+
+/// An address of the pod's own net that no other pod of the run gets.
+fn secondary4(ip: IpAddr) -> Result<IpAddr> {
+    let IpAddr::V4(v4) = ip else { anyhow::bail!("{ip} is not IPv4") };
+    let [a, b, c, d] = v4.octets();
+    ensure!(d < 120, "too many pods on one node");
+    Ok(Ipv4Addr::new(a, b, c, d + 120).into())
+}
+
+fn secondary6(ip: IpAddr) -> Result<IpAddr> {
+    let IpAddr::V6(v6) = ip else { anyhow::bail!("{ip} is not IPv6") };
+    Ok(Ipv6Addr::from(u128::from(v6) + 0x1000).into())
+}
+
+/// A link-local address, and the interface that it is on.
+struct Link {
+    ip: Ipv6Addr,
+    index: u32,
+}
+
+impl Link {
+    fn of(pod: &Pod) -> Result<Self> {
+        pod.run(0, 0, || {
+            let text = fs::read_to_string("/proc/thread-self/net/if_inet6")?;
+            // "address index prefix scope flags name", all but the name in hexadecimal
+            let ip = text
+                .lines()
+                .filter(|line| line.starts_with("fe80") && line.ends_with(" eth0"))
+                .find_map(|line| u128::from_str_radix(line.split(' ').next()?, 16).ok())
+                .context("eth0 has no link-local address")?;
+            Ok(Self { ip: ip.into(), index: if_nametoindex("eth0")? })
+        })?
+    }
+}
