@@ -12,6 +12,9 @@ static __always_inline struct addr via_for(struct bpf_sock_addr *ctx, const stru
 	struct addr via = { { bpf_htonl(VIA6_HI), bpf_htonl(VIA6_LO),
 			      bpf_htonl((__u32)(cookie >> 32)), bpf_htonl((__u32)cookie) } };
 
+	/* A server on localhost that is captured (DNS): the source stays localhost as well. */
+	if (addr_is_loopback(&c->dst))
+		return localhost_for(&c->dst);
 	/* Bound to a device, the kernel finds only that device's own addresses. */
 	if (c->ifindex && !addr_is_any(own))
 		return *own;

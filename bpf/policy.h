@@ -157,6 +157,8 @@ static __always_inline enum verdict tcp_verdict(const struct pod *pod, const str
 			return GO_DIRECT;
 		if (is_proxy_group(pod, c))
 			return self_verdict(pod, c);
+	} else if (addr_is4(&c->src) && addr_is_loopback(&c->src)) {
+		return GO_DIRECT; /* the kernel refuses it, before any rule */
 	}
 	if (proxy || is_proxy_group(pod, c))
 		return GO_DIRECT;

@@ -18,7 +18,7 @@ pub struct NetnsFacts {
     pub path: PathBuf,
     /// The kernel's identity of the namespace; never reused while the machine runs.
     pub cookie: u64,
-    /// Addresses of global scope on its interfaces.
+    /// The addresses of its interfaces, but for loopback.
     pub addresses: Vec<IpAddr>,
     /// Its interfaces, by name: their indices.
     pub interfaces: BTreeMap<String, u32>,
@@ -284,7 +284,11 @@ fn enrol(
             return Err(Refusal::TooLong { what, text: text.into(), limit });
         }
     }
-    let ips = if facts.ips.is_empty() { &netns.addresses } else { &facts.ips };
+    let routable = |ip: &&IpAddr| !is_link_local(**ip);
+    let ips: Vec<IpAddr> = match &facts.ips[..] {
+        [] => netns.addresses.iter().filter(routable).copied().collect(),
+        named => named.to_vec(),
+    };
     let first = ips.first().ok_or_else(|| Refusal::NoAddress(netns.path.clone()))?;
     let ip4 = ips.iter().find_map(|ip| match ip.to_canonical() {
         IpAddr::V4(v4) => Some(v4),
@@ -401,6 +405,14 @@ fn enrol(
     out.uid_rules.extend(rules.uids);
     out.excluded_ifs.extend(excluded_ifs);
     Ok(())
+}
+
+/// Whether the address is the pod's own, but none that others know it by.
+fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
 }
 
 /// The rules of one pod.
@@ -594,7 +606,8 @@ mod tests {
         let mut pod = candidate("ns/a", 7, "10.0.0.7");
         pod.facts.ips.clear();
         assert_eq!(plain(&[pod.clone()]).pods[&7].0.ip4, Some([10, 0, 0, 7].into()));
-        pod.netns.addresses.clear();
+        let link_local: IpAddr = "fe80::7".parse().expect("an address");
+        pod.netns.addresses = vec![link_local];
         assert!(matches!(plain(&[pod]).refused[..], [(_, Refusal::NoAddress(_))]));
     }
 

@@ -143,7 +143,7 @@ pub fn host_cookies() -> Result<BTreeSet<u64>> {
     Ok(init.into_iter().chain([current_netns_cookie()?]).collect())
 }
 
-/// The calling thread's namespace's addresses, but for loopback and link-local ones.
+/// The calling thread's namespace's addresses, but for those of loopback.
 fn addresses() -> Result<Vec<IpAddr>> {
     let all = getifaddrs().context("cannot read interface addresses")?;
     let ips = all.filter_map(|interface| {
@@ -151,11 +151,7 @@ fn addresses() -> Result<Vec<IpAddr>> {
         let v4 = address.as_sockaddr_in().map(|sin| IpAddr::V4(sin.ip()));
         v4.or_else(|| address.as_sockaddr_in6().map(|sin6| IpAddr::V6(sin6.ip())))
     });
-    let global = ips.filter(|ip| match ip {
-        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
-        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local() && *v6 != PASSTHROUGH_V6,
-    });
-    Ok(global.collect())
+    Ok(ips.filter(|ip| !ip.is_loopback() && *ip != IpAddr::V6(PASSTHROUGH_V6)).collect())
 }
 
 /// The calling thread's namespace's interfaces.
