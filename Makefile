@@ -16,14 +16,17 @@ STATIC_CARGO = RUSTFLAGS='-C target-feature=+crt-static' cargo
 CLANG_FORMAT ?= $(shell command -v clang-format-14 || command -v clang-format || echo clang-format-14)
 C_FILES       = $(wildcard bpf/*.h bpf/*.c)
 
-.PHONY: build help deps demo test check fmt clean
+# Where cargo puts what it builds for the tests.
+DEBUG = $${CARGO_TARGET_DIR:-target}/debug
+
+.PHONY: build help deps demo conformance test check fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
 	@echo "built $(BIN)"
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 13
 
 deps: ## install what is missing to build, test and demo (root)
 	@scripts/deps.sh
@@ -32,6 +35,10 @@ demo: deps build ## run the demo in namespaces of its own (root); KEEP=1 leaves 
 	cargo run --release -q -p sidestep-lab --bin demo -- \
 		--sidestep $(abspath $(BIN)) $(if $(filter-out 0,$(KEEP)),--keep)
 
+conformance: deps ## compare with the meshes' own iptables rules, row by row (root); ARGS="--help"
+	cargo build -q --workspace
+	$(DEBUG)/conformance --json $(DEBUG)/../conformance.json $(ARGS)
+
 test: ## deps, check, then all tests, including those against the real kernel (root)
 	@[ "$$(id -u)" = 0 ] || { \
 		echo "make test: needs root: the tests load eBPF programs and make network namespaces" >&2; \
@@ -39,6 +46,7 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	@$(MAKE) --no-print-directory deps
 	@$(MAKE) --no-print-directory check
 	cargo test --workspace --no-fail-fast
+	@$(MAKE) --no-print-directory conformance ARGS=--quiet
 
 check: ## formatting, lints, licences and the quick unit tests (no root)
 	cargo fmt --all --check

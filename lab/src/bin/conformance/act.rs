@@ -22,12 +22,13 @@ const TIMEOUT: Duration = Duration::from_millis(1500);
 pub fn perform(stage: &Stage<'_>, mesh: Mesh, act: &Act, kind: Kind) -> Result<Vec<Observed>> {
     match act {
         Act::Tcp(dial) => Ok(vec![tcp(stage, mesh, dial, kind)?]),
-        Act::Udp { who, port, manner, .. } => {
+        Act::Udp { who, port, manner, source, .. } => {
             let targets: Vec<SocketAddr> = Stage::targets(act)
                 .into_iter()
                 .map(|place| stage.address(place, kind, *port, *who))
                 .collect::<Result<_>>()?;
-            let answers = stage.run(mesh, *who, || udp(&targets, *manner))??;
+            let source = source.map(|place| stage.address(place, kind, 0, *who)).transpose()?;
+            let answers = stage.run(mesh, *who, || udp(&targets, *manner, source))??;
             Ok(answers.into_iter().map(|answer| answer.observed(stage)).collect())
         }
     }
@@ -135,13 +136,17 @@ impl UdpAnswer {
 }
 
 /// Sends one datagram to each target, then waits for as many answers.
-fn udp(targets: &[SocketAddr], manner: Manner) -> Result<Vec<UdpAnswer>> {
+fn udp(
+    targets: &[SocketAddr],
+    manner: Manner,
+    source: Option<SocketAddr>,
+) -> Result<Vec<UdpAnswer>> {
     let first = *targets.first().context("a target")?;
     let any = match first {
         SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
-    let socket = UdpSocket::bind((any, 0))?;
+    let socket = UdpSocket::bind(source.unwrap_or((any, 0).into()))?;
     socket.set_read_timeout(Some(TIMEOUT))?;
     let mut dialled = None;
     let sent: io::Result<()> = match manner {

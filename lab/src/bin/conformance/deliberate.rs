@@ -2,7 +2,7 @@
 //! has to match a difference, or the suite fails: a list that has more than what is true hides
 //! what is not.
 
-use crate::observed::Field;
+use crate::observed::{Field, Observed};
 use crate::row::{Kind, matches};
 
 /// A difference that is known.
@@ -13,16 +13,101 @@ pub struct Deliberate {
     pub kinds: &'static [Kind],
     /// In which properties, and no others.
     pub fields: &'static [Field],
+    /// What must be so of the two observations, iptables' and Sidestep's.
+    pub when: fn(&Observed, &Observed) -> bool,
     /// The reason.
     pub why: &'static str,
 }
 
 impl Deliberate {
     /// Whether it covers such a difference.
-    pub fn covers(&self, row: &str, kind: Kind, field: Field) -> bool {
-        matches(self.rows, row) && self.kinds.contains(&kind) && self.fields.contains(&field)
+    pub fn covers(
+        &self,
+        row: &str,
+        kind: Kind,
+        field: Field,
+        iptables: &Observed,
+        sidestep: &Observed,
+    ) -> bool {
+        matches(self.rows, row)
+            && self.kinds.contains(&kind)
+            && self.fields.contains(&field)
+            && (self.when)(iptables, sidestep)
     }
 }
 
+fn outcomes(iptables: &Observed, sidestep: &Observed, wanted: [&str; 2]) -> bool {
+    [iptables, sidestep].map(|observed| observed.get(Field::Outcome)) == wanted.map(Some)
+}
+
 /// The list.
-pub const DELIBERATE: &[Deliberate] = &[];
+pub const DELIBERATE: &[Deliberate] = &[
+    Deliberate {
+        rows: "*",
+        kinds: Kind::ALL,
+        fields: &[Field::Listener],
+        when: |_, sidestep| {
+            sidestep.get(Field::Outcome) == Some("inbound")
+                && sidestep.get(Field::Listener) == sidestep.get(Field::Orig)
+        },
+        why: "A call to the pod is not translated: the proxy's accepted socket has the address \
+              that was dialled. SO_ORIGINAL_DST, which is what proxies ask, says the same.",
+    },
+    Deliberate {
+        rows: "*/T11*",
+        kinds: Kind::ALL,
+        fields: &[Field::Peer],
+        when: |_, sidestep| {
+            sidestep.get(Field::From).is_some()
+                && ["127.0.0.1", "::1", "spread"].map(Some).contains(&sidestep.get(Field::Peer))
+        },
+        why: "A UDP question comes to the DNS listener from an address of the pod's loopback: \
+              which one tells the servers apart that a socket asks. The listener answers there, \
+              and looks at nothing else.",
+    },
+    Deliberate {
+        rows: "*/T11.bound.several",
+        kinds: Kind::ALL,
+        fields: &[Field::From],
+        when: |_, sidestep| sidestep.get(Field::From) == Some("far:53"),
+        why: "A socket that is bound to an address can't ask from another, so nothing tells its \
+              open questions apart: all answers are said to come from the server asked last.",
+    },
+    Deliberate {
+        rows: "*/E.dev",
+        kinds: Kind::ALL,
+        fields: &[Field::Outcome],
+        when: |iptables, sidestep| outcomes(iptables, sidestep, ["timeout", "outbound"]),
+        why: "Under iptables a socket that is bound to a device can't reach the proxy at \
+              localhost. Sidestep sends it to the pod's own address, which works.",
+    },
+    Deliberate {
+        rows: "*/E.dev.own.proxy",
+        kinds: Kind::ALL,
+        fields: &[Field::Outcome],
+        when: |iptables, sidestep| outcomes(iptables, sidestep, ["timeout", "inbound"]),
+        why: "As E.dev: under iptables such a socket can't reach the proxy.",
+    },
+    Deliberate {
+        rows: "*/E.link",
+        kinds: Kind::IPV6,
+        fields: &[Field::Outcome],
+        when: |iptables, sidestep| outcomes(iptables, sidestep, ["timeout", "outbound"]),
+        why: "As E.dev: a link-local destination binds the socket to its device.",
+    },
+    Deliberate {
+        rows: "*/T5.link",
+        kinds: Kind::IPV6,
+        fields: &[Field::Outcome],
+        when: |iptables, sidestep| outcomes(iptables, sidestep, ["timeout", "inbound"]),
+        why: "As E.dev: a link-local destination binds the socket to its device.",
+    },
+    Deliberate {
+        rows: "*/E.unroutable",
+        kinds: Kind::ALL,
+        fields: &[Field::Outcome],
+        when: |iptables, sidestep| outcomes(iptables, sidestep, ["EHOSTUNREACH", "outbound"]),
+        why: "The kernel looks for a route before iptables sees a packet, but after connect() \
+              was redirected: the app's call is accepted, and it is the proxy that finds no way.",
+    },
+];

@@ -30,6 +30,9 @@ use crate::report::{Line, Report};
 use crate::row::{Kind, Listeners, Mesh, Row, Setup, matches};
 use crate::world::{Stage, World};
 
+/// What follows in a file of documentation is written by a run.
+const MARKER: &str = "<!-- What follows is written by a run. -->";
+
 /// Each has a node of its own.
 const THREADS: usize = 2;
 
@@ -51,9 +54,12 @@ struct Args {
     /// Write all observations as JSON
     #[arg(long, value_name = "PATH")]
     json: Option<PathBuf>,
-    /// Write the table as it is in docs/conformance.md
+    /// Write the table into this file of documentation, below its marker
     #[arg(long, value_name = "PATH")]
     markdown: Option<PathBuf>,
+    /// Only show rows that are not as they should be
+    #[arg(long, short)]
+    quiet: bool,
 }
 
 fn main() -> ExitCode {
@@ -69,10 +75,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether Sidestep is asked to do what pods with this setup need.
+/// Whether Sidestep does what pods with this setup need: it refuses those with excluded
+/// interfaces, and says so.
 fn supported(setup: &Setup) -> bool {
-    let interfaces = setup.annotations.iter().any(|(key, _)| key.ends_with("/excludeInterfaces"));
-    setup.mesh == Mesh::Istio && !setup.dns && !interfaces
+    !setup.annotations.iter().any(|(key, _)| key.ends_with("/excludeInterfaces"))
 }
 
 /// Runs everything; whether all is as it should be.
@@ -108,7 +114,7 @@ fn conformance(args: &Args) -> Result<bool> {
         }
     }
     let report = Report::new(lines, (!filtered).then_some(&used));
-    print!("{}", report.table());
+    print!("{}", report.table(!args.quiet));
     println!(
         "{:.0} s, of which {:.0} s for iptables",
         start.elapsed().as_secs_f64(),
@@ -121,7 +127,12 @@ fn conformance(args: &Args) -> Result<bool> {
         write(path, serde_json::to_string_pretty(&report)?)?;
     }
     if let Some(path) = &args.markdown {
-        write(path, report.markdown())?;
+        let text =
+            fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+        let (head, _) = text
+            .split_once(MARKER)
+            .with_context(|| format!("{} has no line {MARKER}", path.display()))?;
+        write(path, format!("{head}{MARKER}\n\n{}", report.markdown()))?;
     }
     Ok(report.good())
 }

@@ -24,6 +24,10 @@ pub fn manifest(pod: &Pod, setup: &Setup) -> Value {
             json!({
                 "name": "linkerd-proxy",
                 "image": "cr.l5d.io/linkerd/proxy",
+                "env": [{
+                    "name": "LINKERD2_PROXY_OUTBOUND_LISTEN_ADDRS",
+                    "value": "127.0.0.1:4140,[::1]:4140",
+                }],
                 "securityContext": {"runAsUser": Linkerd::UID, "runAsGroup": Linkerd::UID},
             }),
         ),

@@ -1,11 +1,12 @@
 //! The verdicts, and the table of them for people, for machines and for the documentation.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use serde::Serialize;
 
 use crate::deliberate::{DELIBERATE, Deliberate};
-use crate::observed::Observed;
+use crate::observed::{Field, Observed};
 use crate::row::{Kind, Row};
 
 /// What the comparison of a row came to.
@@ -43,6 +44,8 @@ pub struct Line {
     pub iptables: Vec<Observed>,
     pub sidestep: Option<Vec<Observed>>,
     pub verdict: Verdict,
+    /// In which properties something differs.
+    pub fields: BTreeSet<Field>,
     /// What differs, in words.
     pub differences: Vec<String>,
     /// Where the mesh's own rules do what the contract does not say.
@@ -60,10 +63,13 @@ impl Line {
     ) -> Self {
         let name = row.name();
         let mut differences = Vec::new();
+        let mut fields = BTreeSet::new();
         let mut verdict = if sidestep.is_some() { Verdict::Equal } else { Verdict::OracleOnly };
         for (step, (ours, theirs)) in sidestep.iter().flatten().zip(&iptables).enumerate() {
             for (field, there, here) in theirs.differences(ours) {
-                let known = DELIBERATE.iter().position(|d| d.covers(&name, kind, field));
+                let known = DELIBERATE
+                    .iter()
+                    .position(|known| known.covers(&name, kind, field, theirs, ours));
                 if let Some(known) = known {
                     used[known] = true;
                 }
@@ -74,6 +80,7 @@ impl Line {
                 let mark = if known.is_some() { "" } else { " (!)" };
                 let step =
                     if iptables.len() > 1 { format!("#{} ", step + 1) } else { String::new() };
+                fields.insert(field);
                 differences.push(format!("{step}{field}: {there} -> {here}{mark}"));
             }
         }
@@ -85,6 +92,7 @@ impl Line {
             iptables,
             sidestep,
             verdict,
+            fields,
             differences,
             contradiction,
         }
@@ -94,13 +102,29 @@ impl Line {
         self.verdict == Verdict::Different || self.contradiction.is_some()
     }
 
+    /// The columns of the table, but for the kind of address.
+    fn cells(&self) -> [String; 4] {
+        let show = |all: &Vec<Observed>| {
+            let all: Vec<String> = all.iter().map(ToString::to_string).collect();
+            all.join("; then ")
+        };
+        [
+            self.row.clone(),
+            show(&self.iptables),
+            self.sidestep.as_ref().map_or_else(|| "-".to_owned(), show),
+            [self.verdict.name().to_owned()]
+                .into_iter()
+                .chain(self.fields.iter().map(ToString::to_string))
+                .collect::<Vec<_>>()
+                .join(" "),
+        ]
+    }
+
     /// Whether the table may show both as one.
     fn like(&self, other: &Self) -> bool {
-        self.row == other.row
-            && self.iptables == other.iptables
-            && self.sidestep == other.sidestep
-            && self.verdict == other.verdict
+        self.cells() == other.cells()
             && self.contradiction == other.contradiction
+            && (!self.bad() || self.differences == other.differences)
     }
 }
 
@@ -144,20 +168,21 @@ impl Report {
         )
     }
 
-    /// The table for a terminal.
-    pub fn table(&self) -> String {
+    /// The table for a terminal, of all rows or only of those that are not as they should be.
+    pub fn table(&self, all: bool) -> String {
         let mut text = String::new();
-        let rows = self.cells();
+        let mut groups = self.grouped();
+        groups.retain(|(line, _)| all || line.bad());
+        let rows = cells(&groups);
         let width = |column: usize| {
             rows.iter().map(|cells| cells[column].chars().count()).max().unwrap_or(0)
         };
         let widths = [0, 1, 2, 3].map(width);
-        for (cells, line) in rows.iter().zip(self.grouped()) {
+        for (cells, (line, _)) in rows.iter().zip(groups) {
             for (cell, width) in cells.iter().zip(widths) {
                 let _ = write!(text, "{cell:width$}  ");
             }
             let _ = writeln!(text, "{}", cells[4]);
-            let line = line.0;
             if line.bad() {
                 let said = if line.annotations.is_empty() {
                     String::new()
@@ -184,7 +209,8 @@ impl Report {
         let mut text = format!("{}\n\n", self.summary());
         text +=
             "| row | address | what | iptables | Sidestep | verdict |\n|---|---|---|---|---|---|\n";
-        for (cells, (line, _)) in self.cells().iter().zip(self.grouped()) {
+        let groups = self.grouped();
+        for (cells, (line, _)) in cells(&groups).iter().zip(&groups) {
             let what = if line.annotations.is_empty() {
                 line.says.to_owned()
             } else {
@@ -198,7 +224,7 @@ impl Report {
             );
         }
         text += "\n## Deliberate differences\n\n| rows | address | property | why |\n|---|---|---|---|\n";
-        for Deliberate { rows, kinds, fields, why } in DELIBERATE {
+        for Deliberate { rows, kinds, fields, why, .. } in DELIBERATE {
             let kinds: Vec<&str> = kinds.iter().map(|kind| kind.name()).collect();
             let fields: Vec<String> = fields.iter().map(ToString::to_string).collect();
             let (kinds, fields) = (kinds.join(" "), fields.join(" "));
@@ -218,27 +244,61 @@ impl Report {
         }
         groups
     }
+}
 
-    fn cells(&self) -> Vec<[String; 5]> {
-        let show = |all: &Vec<Observed>| {
-            let all: Vec<String> = all.iter().map(ToString::to_string).collect();
-            all.join("; then ")
-        };
-        let cells = |(line, kinds): (&Line, Vec<&'static str>)| {
-            [
-                line.row.clone(),
-                kinds.join(" "),
-                show(&line.iptables),
-                line.sidestep.as_ref().map_or_else(|| "-".to_owned(), show),
-                line.verdict.name().to_owned(),
-            ]
-        };
-        self.grouped().into_iter().map(cells).collect()
-    }
+/// The columns of a table.
+fn cells(groups: &[(&Line, Vec<&'static str>)]) -> Vec<[String; 5]> {
+    let cells = |(line, kinds): &(&Line, Vec<&'static str>)| {
+        let [row, iptables, sidestep, verdict] = line.cells();
+        [row, kinds.join(" "), iptables, sidestep, verdict]
+    };
+    groups.iter().map(cells).collect()
 }
 
 /// A long list says nothing in a table.
 fn shorten(annotations: &str) -> String {
     let short: String = annotations.chars().take(100).collect();
     if short.len() < annotations.len() { short + "..." } else { short }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rows::rows;
+
+    fn line(ours: Option<Observed>, contradiction: Option<String>) -> Line {
+        let row = rows().into_iter().find(|row| row.id == "T1").expect("a row");
+        let theirs = Observed::new("outbound").with(Field::Orig, "remote:80");
+        let mut used = vec![false; DELIBERATE.len()];
+        let ours = ours.map(|ours| vec![ours]);
+        Line::new(&row, Kind::V4, vec![theirs], contradiction, ours, &mut used)
+    }
+
+    fn verdict(line: Line) -> (Verdict, bool) {
+        (line.verdict.clone(), Report::new(vec![line], None).good())
+    }
+
+    #[test]
+    fn whatever_differs_fails_the_run() {
+        let same = Observed::new("outbound").with(Field::Orig, "remote:80");
+        assert_eq!(verdict(line(Some(same.clone()), None)), (Verdict::Equal, true));
+        assert_eq!(verdict(line(None, None)), (Verdict::OracleOnly, true));
+        for other in [
+            Observed::new("remote"),
+            Observed::new("outbound"),
+            same.clone().with(Field::Orig, "remote:81"),
+            same.clone().with(Field::Peer, "node:eph"),
+        ] {
+            assert_eq!(verdict(line(Some(other), None)), (Verdict::Different, false));
+        }
+        assert_eq!(verdict(line(Some(same), Some("wrong".into()))), (Verdict::Equal, false));
+    }
+
+    #[test]
+    fn a_deliberate_difference_that_is_none_fails_the_run() {
+        let mut used = vec![true; DELIBERATE.len()];
+        assert!(Report::new(Vec::new(), Some(&used)).good());
+        used[0] = false;
+        assert!(!Report::new(Vec::new(), Some(&used)).good());
+    }
 }

@@ -134,7 +134,7 @@ pub enum Manner {
 #[derive(Clone, Copy, Debug)]
 pub enum Act {
     Tcp(Dial),
-    Udp { who: Who, to: Place, port: u16, manner: Manner },
+    Udp { who: Who, to: Place, port: u16, manner: Manner, source: Option<Place> },
 }
 
 impl Act {

@@ -117,7 +117,6 @@ fn calls_within_the_pod() -> Vec<Draft> {
             .inbound(),
         row("T5.link", ENVOY, "the proxy calls its pod's link-local address")
             .proxy(OwnLink, 8080)
-            .inbound()
             .kinds(Kind::IPV6),
         row("T5.dual", ENVOY, "the proxy calls its own pod, one listener for both families")
             .listeners(Listeners::DualStack)
@@ -269,10 +268,7 @@ fn odd_sockets() -> Vec<Draft> {
         row("E.source.lo.own", ENVOY, "the proxy, bound to localhost, calls its pod")
             .proxy(Own, 8080)
             .source(Localhost),
-        row("E.dev", ENVOY, "SO_BINDTODEVICE eth0, off the pod")
-            .app(Remote, 80)
-            .device("eth0")
-            .outbound(),
+        row("E.dev", ALL, "SO_BINDTODEVICE eth0, off the pod").app(Remote, 80).device("eth0"),
         row("E.dev.proxy", ENVOY, "the same by the proxy")
             .proxy(Remote, 80)
             .device("eth0")
@@ -281,10 +277,7 @@ fn odd_sockets() -> Vec<Draft> {
             .app(Own, 8080)
             .device("eth0"),
         row("E.dev.own.proxy", ENVOY, "the same by the proxy").proxy(Own, 8080).device("eth0"),
-        row("E.dev.lo", ENVOY, "SO_BINDTODEVICE lo, to its own pod")
-            .app(Own, 8080)
-            .device("lo")
-            .by("app"),
+        row("E.dev.lo", ENVOY, "SO_BINDTODEVICE lo, to its own pod").app(Own, 8080).device("lo"),
         row("E.dev.lo.proxy", ENVOY, "the same by the proxy").proxy(Own, 8080).device("lo"),
         row("E.dev.lo.off", ENVOY, "SO_BINDTODEVICE lo, off the pod").app(Remote, 80).device("lo"),
     ]
@@ -639,7 +632,6 @@ fn linkerd() -> Vec<Draft> {
             .then()
             .outbound(),
         pod("L2.maker", "who made the socket counts").proxy(Remote, 80).maker(Who::App).outbound(),
-        pod("L2.dev", "SO_BINDTODEVICE eth0").app(Remote, 80).device("eth0").outbound(),
         pod("L2.proxy", "the proxy calls off the pod").proxy(Remote, 80).by("remote").peer(Own),
         pod("L2.group", "the proxy's group is not enough")
             .who(Who::ProxyGroup)
@@ -772,6 +764,12 @@ fn dns() -> Vec<Draft> {
         asks("T11.to", "not connected", Manner::Unconnected),
         asks("T11.msg", "by sendmsg and recvmsg", Manner::Message),
         asks("T11.several", "several resolvers from one socket", Manner::Several),
+        asks("T11.bound", "bound to the pod's address", Manner::Unconnected).source(Own),
+        asks("T11.bound.to", "the same, connected", Manner::Connected).source(Own),
+        asks("T11.bound.several", "the same, several resolvers", Manner::Several).source(Own),
+        both("T11.own", "a resolver on the pod's own address")
+            .asks(Own, Manner::Unconnected)
+            .dns_answers(),
         both("T11.far", "a resolver that resolv.conf does not name")
             .asks(Far, Manner::Unconnected)
             .dns_answers(),
@@ -937,8 +935,11 @@ impl Draft {
         self.who(Who::Host).to(to, port)
     }
 
-    fn source(self, source: Place) -> Self {
-        self.dial(|dial| dial.source = Some(source))
+    fn source(mut self, place: Place) -> Self {
+        match &mut self.act {
+            Act::Tcp(Dial { source, .. }) | Act::Udp { source, .. } => *source = Some(place),
+        }
+        self
     }
 
     fn device(self, device: &'static str) -> Self {
@@ -954,12 +955,12 @@ impl Draft {
     }
 
     fn udp(mut self, who: Who, to: Place, port: u16) -> Self {
-        self.act = Act::Udp { who, to, port, manner: Manner::Unconnected };
+        self.act = Act::Udp { who, to, port, manner: Manner::Unconnected, source: None };
         self
     }
 
     fn asks(mut self, to: Place, manner: Manner) -> Self {
-        self.act = Act::Udp { who: Who::App, to, port: 53, manner };
+        self.act = Act::Udp { who: Who::App, to, port: 53, manner, source: None };
         self
     }
 
