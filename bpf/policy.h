@@ -120,16 +120,31 @@ static __always_inline enum verdict self_verdict(const struct pod *pod, const st
 	return GO_INBOUND;
 }
 
+/* Does it stay within the pod, on lo? */
+static __always_inline bool within_pod(const struct outbound *c)
+{
+	return c->ifindex == LOOPBACK_IFINDEX || pod_owns(c->netns, &c->dst);
+}
+
+/* Does it leave by an exempt interface? */
+static __always_inline bool leaves_exempt(const struct pod *pod, const struct outbound *c,
+					  bool within)
+{
+	if (within)
+		return if_excluded(pod, c->netns, LOOPBACK_IFINDEX);
+	/* By the device that it is bound to, else by the one that the pod's routes tell. */
+	return c->ifindex ? if_excluded(pod, c->netns, c->ifindex)
+			  : cidr_in(pod, c->netns, OUT_EXCLUDE_ROUTES, &c->dst);
+}
+
 /* What is excluded first: interfaces, ports of users, Kuma's destinations, ports. */
 static __always_inline bool excluded_first(const struct pod *pod, const struct outbound *c,
-					   bool udp)
+					   bool within, bool udp)
 {
 	enum rule_set of_users = udp ? OUT_EXCLUDE_UDP_UIDS : OUT_EXCLUDE_TCP_UIDS;
 	__u32 class = uid_class(pod, c->netns, c->uid);
 
-	/* By the device that it is bound to, else by the one that the pod's routes tell. */
-	if (c->ifindex ? if_excluded(pod, c->netns, c->ifindex)
-		       : cidr_in(pod, c->netns, OUT_EXCLUDE_ROUTES, &c->dst))
+	if (leaves_exempt(pod, c, within))
 		return true;
 	if (class && port_in_class(pod, c->netns, of_users, class, c->dport))
 		return true;
@@ -141,13 +156,14 @@ static __always_inline bool excluded_first(const struct pod *pod, const struct o
 
 static __always_inline enum verdict tcp_verdict(const struct pod *pod, const struct outbound *c)
 {
-	bool proxy = c->uid == pod->proxy_uid;
+	bool proxy = c->uid == pod->proxy_uid, within;
 
 	if (!pod_captures(pod, &c->dst) || addr_is_multicast(&c->dst))
 		return GO_DIRECT;
-	if (excluded_first(pod, c, false))
+	within = within_pod(c);
+	if (excluded_first(pod, c, within, false))
 		return GO_DIRECT;
-	if (c->ifindex == LOOPBACK_IFINDEX || pod_owns(c->netns, &c->dst)) {
+	if (within) {
 		if (addr_is_passthrough(&c->src))
 			return GO_DIRECT;
 		if (proxy)
@@ -174,7 +190,9 @@ static __always_inline enum verdict tcp_verdict(const struct pod *pod, const str
 
 static __always_inline enum verdict udp_verdict(const struct pod *pod, const struct outbound *c)
 {
-	if (!is_dns(pod, c) || !pod_captures(pod, &c->dst) || excluded_first(pod, c, true))
+	if (!is_dns(pod, c) || !pod_captures(pod, &c->dst))
+		return GO_DIRECT;
+	if (excluded_first(pod, c, within_pod(c), true))
 		return GO_DIRECT;
 	if (c->uid == pod->proxy_uid || is_proxy_group(pod, c))
 		return GO_DIRECT;
