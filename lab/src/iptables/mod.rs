@@ -61,8 +61,8 @@ pub trait RuleSet {
     fn needs_passthrough(&self) -> bool;
 }
 
-/// Installs a mesh's rules in the pod, for IPv6 too when the pod has it.
-pub fn install(pod: &Pod, rules: &dyn RuleSet) -> Result<()> {
+/// Installs a mesh's rules in the pod, where `v6` says so for IPv6 too.
+pub fn install(pod: &Pod, rules: &dyn RuleSet, v6: bool) -> Result<()> {
     let netns = pod.netns_handle();
     let restore = |command, family| {
         netns
@@ -70,7 +70,7 @@ pub fn install(pod: &Pod, rules: &dyn RuleSet) -> Result<()> {
             .with_context(|| format!("installing {family:?} rules in {}", pod.name()))
     };
     restore("iptables-restore", Family::V4)?;
-    if pod.has_v6() {
+    if v6 {
         restore("ip6tables-restore", Family::V6)?;
         if rules.needs_passthrough() {
             pod.ip("addr add ::6/128 dev lo nodad")?;
@@ -82,7 +82,7 @@ pub fn install(pod: &Pod, rules: &dyn RuleSet) -> Result<()> {
 /// Installs the rules of an Istio sidecar with the default settings in the pod, for IPv6 too
 /// when the pod has it, and gives `lo` the address ::6 as Istio does.
 pub fn install_istio(pod: &Pod) -> Result<()> {
-    install(pod, &Istio::default())
+    install(pod, &Istio::default(), pod.has_v6())
 }
 
 /// Undoes [`install_istio`], so that not even an empty table is left.

@@ -54,11 +54,12 @@ pub const DELIBERATE: &[Deliberate] = &[
               that was dialled. SO_ORIGINAL_DST, which is what proxies ask, says the same.",
     },
     Deliberate {
-        rows: "*/T11*",
+        rows: "*",
         kinds: Kind::ALL,
         fields: &[Field::Peer],
         when: |_, sidestep| {
-            sidestep.get(Field::From).is_some()
+            sidestep.get(Field::Outcome) == Some("dns")
+                && sidestep.get(Field::From).is_some()
                 && ["127.0.0.1", "::1", "spread"].map(Some).contains(&sidestep.get(Field::Peer))
         },
         why: "A UDP question comes to the DNS listener from an address of the pod's loopback: \

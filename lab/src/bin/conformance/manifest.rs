@@ -13,6 +13,9 @@ pub fn manifest(pod: &Pod, setup: &Setup) -> Value {
     let (annotations, proxy) = match setup.mesh {
         Mesh::Istio => {
             let proxy = &mut manifest["spec"]["containers"][1];
+            if setup.v4_only {
+                proxy["env"] = json!([]);
+            }
             if setup.dns {
                 let env = json!({"name": "ISTIO_META_DNS_CAPTURE", "value": "true"});
                 proxy["env"].as_array_mut().into_iter().for_each(|all| all.push(env.clone()));
@@ -26,7 +29,7 @@ pub fn manifest(pod: &Pod, setup: &Setup) -> Value {
                 "image": "cr.l5d.io/linkerd/proxy",
                 "env": [{
                     "name": "LINKERD2_PROXY_OUTBOUND_LISTEN_ADDRS",
-                    "value": "127.0.0.1:4140,[::1]:4140",
+                    "value": if setup.v4_only { "127.0.0.1:4140" } else { "127.0.0.1:4140,[::1]:4140" },
                 }],
                 "securityContext": {"runAsUser": Linkerd::UID, "runAsGroup": Linkerd::UID},
             }),
@@ -36,6 +39,8 @@ pub fn manifest(pod: &Pod, setup: &Setup) -> Value {
                 "kuma.io/sidecar-injected": "true",
                 "kuma.io/sidecar-uid": Kuma::UID.to_string(),
                 "kuma.io/transparent-proxying": "enabled",
+                "kuma.io/transparent-proxying-ip-family-mode":
+                    if setup.v4_only { "ipv4" } else { "dualstack" },
                 "kuma.io/transparent-proxying-inbound-port": "15006",
                 "kuma.io/transparent-proxying-outbound-port": "15001",
                 "kuma.io/builtin-dns": if setup.dns { "enabled" } else { "disabled" },

@@ -179,6 +179,8 @@ pub struct Setup {
     pub mesh: Mesh,
     pub annotations: Vec<(String, String)>,
     pub dns: bool,
+    /// The mesh was told of IPv4 alone, though the pod has both.
+    pub v4_only: bool,
     pub listeners: Listeners,
 }
 

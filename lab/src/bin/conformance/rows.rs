@@ -21,6 +21,7 @@ pub fn rows() -> Vec<Row> {
         calls_to_the_pod(),
         odd_sockets(),
         odd_destinations(),
+        one_family(),
         istio_inbound_ports(),
         istio_outbound(),
         linkerd(),
@@ -299,7 +300,32 @@ fn odd_destinations() -> Vec<Draft> {
     ]
 }
 
-/// Two rows: whether a port of the pod is captured when a peer calls.
+fn one_family() -> Vec<Draft> {
+    let pod = |id, says| row(id, ALL, says).v4_only();
+    vec![
+        pod("F.out", "told of IPv4 alone, the mesh captures it")
+            .app(Remote, 80)
+            .outbound()
+            .kinds(Kind::IPV4),
+        pod("F.out.6", "and leaves IPv6").app(Remote, 80).by("remote").kinds(Kind::IPV6),
+        pod("F.in", "both ways").peer_calls(Own, 8080).inbound().kinds(Kind::IPV4),
+        pod("F.in.6", "both ways").peer_calls(Own, 8080).by("app").kinds(Kind::IPV6),
+        pod("F.dns", "DNS as well")
+            .meshes(ENVOY)
+            .dns()
+            .asks(Remote, Manner::Unconnected)
+            .dns_answers()
+            .kinds(Kind::IPV4),
+        pod("F.dns.6", "DNS as well")
+            .meshes(ENVOY)
+            .dns()
+            .asks(Remote, Manner::Unconnected)
+            .answered("remote")
+            .kinds(Kind::IPV6),
+    ]
+}
+
+/// Whether a port of the pod is captured when a peer calls.
 fn istio_inbound_ports() -> Vec<Draft> {
     let pod = |id, says| row(id, &[Istio], says);
     vec![
@@ -387,6 +413,22 @@ fn istio_inbound_ports() -> Vec<Draft> {
             .with("excludeInterfaces", "eth0")
             .peer_calls(Own, 8080)
             .by("app"),
+        pod("IP.if.self", "excluding eth0 says nothing on lo")
+            .with("excludeInterfaces", "eth0")
+            .proxy(Own, 8080)
+            .inbound(),
+        pod("IP.if.other", "another interface")
+            .with("excludeInterfaces", "eth1")
+            .peer_calls(Own, 8080)
+            .inbound(),
+        pod("IP.if.lo", "excluding lo: the proxy's own call")
+            .with("excludeInterfaces", "eth1,lo")
+            .proxy(Own, 8080)
+            .by("app"),
+        pod("OP.if.lo", "excluding lo says nothing on eth0")
+            .with("excludeInterfaces", "eth1,lo")
+            .app(Remote, 80)
+            .outbound(),
         pod("OP.if", "an excluded interface")
             .with("excludeInterfaces", "eth0")
             .app(Remote, 80)
@@ -848,6 +890,7 @@ struct Draft {
     says: &'static str,
     annotations: Vec<(String, String)>,
     dns: bool,
+    v4_only: bool,
     listeners: Listeners,
     act: Act,
     kinds: &'static [Kind],
@@ -870,6 +913,7 @@ fn row(id: &'static str, meshes: &'static [Mesh], says: &'static str) -> Draft {
         says,
         annotations: Vec::new(),
         dns: false,
+        v4_only: false,
         listeners: Listeners::Usual,
         act: Act::Tcp(dial),
         kinds: Kind::ALL,
@@ -878,6 +922,11 @@ fn row(id: &'static str, meshes: &'static [Mesh], says: &'static str) -> Draft {
 }
 
 impl Draft {
+    fn meshes(mut self, meshes: &'static [Mesh]) -> Self {
+        self.meshes = meshes;
+        self
+    }
+
     // The pod.
 
     /// An annotation; a key without a slash gets the mesh's prefix.
@@ -894,6 +943,11 @@ impl Draft {
 
     fn dns(mut self) -> Self {
         self.dns = true;
+        self
+    }
+
+    fn v4_only(mut self) -> Self {
+        self.v4_only = true;
         self
     }
 
@@ -1017,13 +1071,20 @@ impl Draft {
     }
 
     fn rows(self) -> Vec<Row> {
-        let Self { id, meshes, says, annotations, dns, listeners, act, kinds, expect } = self;
+        let Self { id, meshes, says, annotations, dns, v4_only, listeners, act, kinds, expect } =
+            self;
         meshes
             .iter()
             .map(|mesh| Row {
                 id,
                 says,
-                setup: Setup { mesh: *mesh, annotations: annotations.clone(), dns, listeners },
+                setup: Setup {
+                    mesh: *mesh,
+                    annotations: annotations.clone(),
+                    dns,
+                    v4_only,
+                    listeners,
+                },
                 act,
                 kinds,
                 expect: expect.clone(),

@@ -293,7 +293,7 @@ fn install(pod: &Pod, setup: &Setup) -> Result<()> {
         Mesh::Linkerd => Box::new(Linkerd::new(&annotations)),
         Mesh::Kuma => Box::new(Kuma::new(&annotations, setup.dns)),
     };
-    iptables::install(pod, &*rules)
+    iptables::install(pod, &*rules, !setup.v4_only)
 }
 
 const ANY: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
