@@ -19,7 +19,12 @@ C_FILES       = $(wildcard bpf/*.h bpf/*.c)
 # Where cargo puts what it builds for the tests.
 DEBUG = $${CARGO_TARGET_DIR:-target}/debug
 
-.PHONY: build help deps demo conformance test check fmt clean
+
+# Of `make fuzz`, in all. Each target has its seeds in fuzz/seeds and what it found in fuzz/corpus.
+SECONDS      = 60
+FUZZ_TARGETS = lists annotations manifests
+
+.PHONY: build help deps demo conformance test check fuzz mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
@@ -50,14 +55,26 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 
 check: ## formatting, lints, licences and the quick unit tests (no root)
 	cargo fmt --all --check
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	$(if $(C_FILES),$(CLANG_FORMAT) --dry-run -Werror $(C_FILES))
 	shellcheck scripts/*.sh .ci/run
 	cargo deny --log-level error check bans licenses sources
 	cargo clippy -q --workspace --all-targets -- -D warnings
 	cargo test -q --workspace --lib --bins
 
+# Without a sanitizer, which a stable compiler doesn't have: what is fuzzed is safe Rust.
+fuzz: ## fuzz the parsers of what people write; SECONDS=300 for longer
+	@scripts/deps.sh --fuzz
+	set -e; for target in $(FUZZ_TARGETS); do \
+		mkdir -p fuzz/corpus/$$target; \
+		cargo fuzz run -s none $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
+			-dict=fuzz/words.dict -timeout=10 -print_final_stats=1 -verbosity=0 \
+			-max_total_time=$$(($(SECONDS) / $(words $(FUZZ_TARGETS)))); \
+	done
+
 fmt: ## format the Rust and the C sources
 	cargo fmt --all
+	cargo fmt --manifest-path fuzz/Cargo.toml
 	$(if $(C_FILES),$(CLANG_FORMAT) -i $(C_FILES))
 
 clean: ## remove everything that was built

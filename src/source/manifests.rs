@@ -91,7 +91,8 @@ impl Manifests {
         let mut last = std::mem::take(&mut self.last);
         for path in files {
             let (mut pods, mut errors) = (Vec::new(), Vec::new());
-            match read_documents(&path) {
+            let text = fs::read_to_string(&path).map_err(ManifestError::Unreadable);
+            match text.and_then(|text| documents(&text)) {
                 // Removed since the directory was listed.
                 Err(ManifestError::Unreadable(error)) if error.kind() == NotFound => continue,
                 Err(error) => errors.push(error),
@@ -125,16 +126,22 @@ fn is_manifest(path: &Path) -> bool {
     !name.starts_with('.') && matches!(kind, Some("yaml" | "yml" | "json"))
 }
 
-fn read_documents(path: &Path) -> Result<Vec<Value>, ManifestError> {
-    let text = fs::read_to_string(path).map_err(ManifestError::Unreadable)?;
-    serde_saphyr::from_multiple(&text).map_err(|error| {
+/// The documents of a file.
+///
+/// # Errors
+/// Where it is no YAML.
+pub fn documents(text: &str) -> Result<Vec<Value>, ManifestError> {
+    serde_saphyr::from_multiple(text).map_err(|error| {
         // The first line names the place; the others quote the file.
         ManifestError::NoYaml(error.to_string().lines().next().unwrap_or_default().into())
     })
 }
 
 /// The pod of a document; none where the document is empty.
-fn pod_of(document: usize, value: &Value) -> Result<Option<Pod>, ManifestError> {
+///
+/// # Errors
+/// Where it is something else.
+pub fn pod_of(document: usize, value: &Value) -> Result<Option<Pod>, ManifestError> {
     if value.is_null() {
         return Ok(None);
     }

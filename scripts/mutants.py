@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""Changes one decision of the eBPF programs at a time, and sees whether a test notices.
+
+    scripts/mutants.py              all of scripts/mutants_table.py; writes docs/mutants.md
+    scripts/mutants.py PATTERN      those whose file or text contain it; writes nothing
+    scripts/mutants.py --list       the table, run nothing
+
+As root. Works in a copy of the tracked files, so the sources stay as they are. Exit status 1 if
+a change survives that the table does not explain, or is noticed though it is explained.
+"""
+
+import filecmp
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mutants_table import MUTANTS
+
+REPO = Path(__file__).resolve().parent.parent
+SCRATCH = Path(os.environ.get("CARGO_TARGET_DIR", REPO / "target")).resolve() / "mutants"
+TREE, TARGET = SCRATCH / "tree", SCRATCH / "target"
+# What is tried on a survivor that its own tests did not notice.
+DATA_PATH = ["outbound", "inbound", "sockets", "dns", "linkerd", "kuma", "untouched"]
+BUILD_LIMIT, TEST_LIMIT, ALL_LIMIT = 600, 90, 600
+
+
+def run(argv, limit, **kwargs):
+    """Exit status and output; None where it took too long. Ends the whole process group."""
+    process = subprocess.Popen(argv, cwd=TREE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True, env={
+                                   **os.environ, "CARGO_TARGET_DIR": str(TARGET),
+                                   # Nobody debugs these: they link faster.
+                                   "CARGO_PROFILE_DEV_DEBUG": "0"}, **kwargs)
+    try:
+        output, _ = process.communicate(timeout=limit)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, process.communicate()[0]
+
+
+def copy_tree():
+    """Only what changed, so that cargo does not build the rest again."""
+    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+                           cwd=REPO, check=True, stdout=subprocess.PIPE, text=True)
+    names = {name for name in names.stdout.split("\0") if name and (REPO / name).is_file()}
+    for old in [path for path in TREE.rglob("*") if path.is_file()]:
+        if str(old.relative_to(TREE)) not in names:
+            old.unlink()
+    for name in names:
+        if not (TREE / name).exists() or not filecmp.cmp(REPO / name, TREE / name, shallow=False):
+            (TREE / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPO / name, TREE / name)
+
+
+def build_tests():
+    """The executables of the integration tests. They start the agent's binary by its path: so a
+    changed program needs a new binary, but no new tests."""
+    status, output = run(["cargo", "test", "--no-run", "--message-format=json"], 1800)
+    if status != 0:
+        sys.exit(f"the tests don't build:\n{output}")
+    found = {}
+    for line in output.splitlines():
+        message = json.loads(line) if line.startswith("{") else {}
+        if message.get("executable") and "test" in message["target"]["kind"]:
+            found[message["target"]["name"]] = message["executable"]
+    status, output = run(["cargo", "build", "-q", "-p", "sidestep-lab", "--bin", "demo"], 1800)
+    if status != 0:
+        sys.exit(f"the lab doesn't build:\n{output}")
+    return found
+
+
+def failing(executable, filters, limit):
+    """The tests that fail, once and again: what fails only once is the machine's doing."""
+    for attempt in range(2):
+        args = filters if attempt == 0 else ["--exact", *filters]
+        status, output = run([executable, *args], limit)
+        failed = set(re.findall(r"^test (\S+) \.\.\. FAILED$", output, re.M))
+        if status is None:
+            # What a killed run left would be in the way of the next.
+            run([TARGET / "debug/demo", "--teardown"], 60)
+            return {"the time limit"}
+        if status != 0 and not failed:
+            return {f"exit status {status}"}
+        if not failed or attempt == 1:
+            return failed
+        filters = sorted(failed)
+
+
+def by_binary(tests):
+    """`outbound:t1_ outbound:t2_ dns` -> {outbound: [t1_, t2_], dns: []}, in that order."""
+    out = {}
+    for name, _, pattern in (test.partition(":") for test in tests.split()):
+        out.setdefault(name, []).extend([pattern] if pattern else [])
+    return out
+
+
+def killers(tests, executables, limit):
+    for name, filters in by_binary(tests).items():
+        failed = failing(executables[name], filters, limit)
+        if failed:
+            return [f"{name}: {test}" for test in sorted(failed)]
+    return []
+
+
+def judge(mutant, executables):
+    """What becomes of a mutant: its verdict, and what shows it."""
+    path = TREE / "bpf" / mutant.file
+    original = path.read_text()
+    path.write_text(original.replace(mutant.old, mutant.new))
+    try:
+        status, output = run(["cargo", "build", "-q", "--bin", "sidestep"], BUILD_LIMIT)
+        if status != 0:
+            errors = [line for line in output.splitlines() if "error:" in line]
+            return "killed", ["the compiler: " + (errors or [output])[0].strip()]
+        if run([TARGET / "debug/sidestep", "check"], 60)[0] != 0:
+            return "killed", ["the verifier"]
+        killed_by = killers(mutant.tests, executables, TEST_LIMIT)
+        if not killed_by and not mutant.why:
+            killed_by = killers(" ".join(n for n in DATA_PATH if n in executables), executables,
+                                ALL_LIMIT)
+            if killed_by:
+                print(f"    not by its own tests: {mutant.tests}", flush=True)
+        return ("killed" if killed_by else "survived"), killed_by
+    finally:
+        path.write_text(original)
+
+
+def check_table():
+    for mutant in MUTANTS:
+        text = (REPO / "bpf" / mutant.file).read_text()
+        count = text.count(mutant.old)
+        if count != 1:
+            sys.exit(f"{mutant.file}: {mutant.what}: its text is there {count} times, not once:\n"
+                     f"{mutant.old}")
+
+
+def report(results):
+    killed = [r for r in results if r[1] == "killed"]
+    explained = [r for r in results if r[1] == "survived" and r[0].why]
+    lines = [
+        "# What the tests notice", "",
+        "Made by `make mutants` (`scripts/mutants.py`, changes in `scripts/mutants_table.py`): one",
+        "decision of the eBPF programs is changed, the programs are built and loaded, and the tests",
+        "run until one fails. *The verifier*: the kernel refuses the changed program. Every change",
+        "that no test notices is explained here, or the run fails.", "",
+        f"{len(results)} changes: {len(killed)} noticed, {len(explained)} explained, "
+        f"{len(results) - len(killed) - len(explained)} open.", "",
+    ]
+    for file in dict.fromkeys(mutant.file for mutant, _, _ in results):
+        lines += [f"## {file}", "", "| what if | noticed by |", "|---|---|"]
+        for mutant, verdict, by in results:
+            if mutant.file == file:
+                shown = "; ".join(by[:2]) + (f" and {len(by) - 2} more" if len(by) > 2 else "")
+                shown = shown if verdict == "killed" else \
+                    f"nothing: {mutant.why}" if mutant.why else "**nothing: open**"
+                lines.append(f"| {mutant.what} | {shown.replace('|', chr(92) + '|')} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(args):
+    check_table()
+    pattern = args[0] if args else ""
+    chosen = [m for m in MUTANTS if pattern in f"{m.file}: {m.what}" or pattern == "--list"]
+    if pattern == "--list":
+        print("\n".join(f"{m.file}: {m.what}" for m in chosen))
+        return
+    if os.geteuid() != 0:
+        sys.exit("mutants: needs root: the tests load eBPF programs and make network namespaces")
+    if not chosen:
+        sys.exit(f"mutants: none matches {pattern!r}")
+    TREE.mkdir(parents=True, exist_ok=True)
+    copy_tree()
+    print(f"mutants: building the tests in {SCRATCH}", flush=True)
+    executables = build_tests()
+    for name in by_binary(" ".join(m.tests for m in chosen)):
+        failed = failing(executables[name], [], ALL_LIMIT)
+        if failed:
+            sys.exit(f"mutants: {name} fails with no change at all: {sorted(failed)}")
+    results, wrong = [], 0
+    for number, mutant in enumerate(chosen, 1):
+        start = time.monotonic()
+        verdict, by = judge(mutant, executables)
+        results.append((mutant, verdict, by))
+        if (verdict == "killed") == bool(mutant.why):
+            wrong += 1
+        note = "; ".join(by) or (f"explained: {mutant.why}" if mutant.why else "NOT EXPLAINED")
+        print(f"[{number}/{len(chosen)}] {mutant.file}: {mutant.what}: {verdict}: {note} "
+              f"({time.monotonic() - start:.0f} s)", flush=True)
+    # The programs as they are, for whoever runs the tests there next.
+    run(["cargo", "build", "-q", "--bin", "sidestep"], BUILD_LIMIT)
+    if not pattern:
+        (REPO / "docs/mutants.md").write_text(report(results))
+    if wrong:
+        sys.exit(f"mutants: {wrong} of {len(chosen)} survive without a reason, or were noticed "
+                 "in spite of one")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
