@@ -15,7 +15,7 @@ use std::{
 
 use common::*;
 use libbpf_rs::{MapCore, MapHandle};
-use sidestep_lab::{ServeOpts, Server, Talk, wait_until};
+use sidestep_lab::{ServeOpts, Server, Talk, wait_for, wait_until};
 
 /// The sidecar's DNS listener: on localhost alone, as Istio's agent has it. Echoes.
 struct Resolver {
@@ -62,11 +62,7 @@ impl Drop for Resolver {
 /// A node whose first pod has its DNS captured.
 fn with_dns(tag: &str) -> Node {
     let mut node = Node::new(tag);
-    set(&node, |manifest| {
-        let env = &mut manifest["spec"]["containers"][1]["env"];
-        let capture = serde_json::json!({"name": "ISTIO_META_DNS_CAPTURE", "value": "true"});
-        env.as_array_mut().expect("env").push(capture);
-    });
+    set(&node, dns_env);
     node.agent.wait_enrolled(&node.a).expect("a is enrolled");
     node
 }
@@ -257,9 +253,12 @@ fn captured(node: &Node, uid: u32, gid: u32, server: SocketAddr) -> bool {
             })
             .expect("runs")
     };
-    let connected = ask(true);
-    assert_eq!(ask(false), connected, "both ways of asking");
-    connected
+    // A change of policy may come between the two.
+    wait_for("both ways of asking to agree", Duration::from_secs(1), || {
+        let connected = ask(true);
+        (ask(false) == connected).then_some(connected)
+    })
+    .expect("one answer")
 }
 
 /// Servers off the pod that answer for themselves.
@@ -298,9 +297,7 @@ fn the_proxy_its_group_and_excluded_ports_are_direct() {
         assert!(!captured(&node, APP, PROXY, server));
     }
     set(&node, |manifest| {
-        let env = &mut manifest["spec"]["containers"][1]["env"];
-        let capture = serde_json::json!({"name": "ISTIO_META_DNS_CAPTURE", "value": "true"});
-        env.as_array_mut().expect("env").push(capture);
+        dns_env(manifest);
         manifest["metadata"]["annotations"]["traffic.sidecar.istio.io/excludeOutboundPorts"] =
             "53".into();
     });
@@ -316,6 +313,199 @@ fn the_proxy_its_group_and_excluded_ports_are_direct() {
     .expect("off");
     for server in servers(1) {
         assert!(!captured(&node, APP, APP, server));
+    }
+}
+
+/// Whether a TCP connection to `server` came to the sidecar's DNS listener, as opposed to the
+/// server itself.
+fn captured_tcp(node: &Node, uid: u32, server: SocketAddr) -> bool {
+    let seen = node.a.ask(uid, uid, server).expect("answered").seen;
+    assert!(seen.orig.is_none() || seen.local.port() == 15053, "{seen}");
+    seen.orig.is_some()
+}
+
+fn dns_env(manifest: &mut serde_json::Value) {
+    let env = &mut manifest["spec"]["containers"][1]["env"];
+    let capture = serde_json::json!({"name": "ISTIO_META_DNS_CAPTURE", "value": "true"});
+    env.as_array_mut().expect("env").push(capture);
+}
+
+#[test]
+fn what_is_no_dns_is_captured_as_ever() {
+    let node = with_dns("others");
+    let _resolver = Resolver::start(&node);
+    let _sidecar = Sidecar::start(&node.a);
+    for (target, _) in remotes(&node.a, 80) {
+        let answer = node.a.ask(APP, APP, target).expect("captured");
+        assert_original(&answer, target);
+        assert_eq!(answer.seen.local.port(), 15001);
+    }
+}
+
+#[test]
+fn istios_excluded_ranges_are_not_about_dns() {
+    let node = with_dns("ranges");
+    let _resolver = Resolver::start(&node);
+    let _sidecar = Sidecar::start(&node.a);
+    let _remote = remote_servers(&node);
+    let _remotes: Vec<_> = servers(1)[..2].iter().map(|server| node.remote(*server)).collect();
+    set(&node, |manifest| {
+        dns_env(manifest);
+        manifest["metadata"]["annotations"]["traffic.sidecar.istio.io/excludeOutboundIPRanges"] =
+            "10.96.53.0/24,fd96::/64".into();
+    });
+    let web = addr(servers(1)[0].ip(), 80);
+    node.becomes("the range to be excluded", || node.a.ask(APP, APP, web).is_err());
+    for server in servers(1) {
+        assert!(captured(&node, APP, APP, server));
+        assert!(captured_tcp(&node, APP, server));
+        assert!(!captured_tcp(&node, PROXY, server));
+    }
+}
+
+#[test]
+fn kumas_exclusions_and_dns() {
+    let node = Node::with_manifest("kuma", kuma);
+    let _resolver = Resolver::start(&node);
+    let _remote = remote_servers(&node);
+    let _remotes: Vec<_> = servers(1)[..2].iter().map(|server| node.remote(*server)).collect();
+    let both = |uid, server| (captured(&node, uid, uid, server), captured_tcp(&node, uid, server));
+    let all = |uid| {
+        let [v4, v6, mapped] = [0, 1, 2].map(|n| both(uid, servers(1)[n]));
+        [v4, mapped, v6]
+    };
+    assert_eq!(all(APP), [(true, true); 3]);
+    assert_eq!(all(5678), [(false, false); 3], "the proxy");
+    // UDP and TCP, asked for IPv4 and IPv6.
+    for (key, text, [v4, v6]) in [
+        ("exclude-outbound-ips", "10.96.53.1", [(false, false), (true, true)]),
+        ("exclude-outbound-ips", "fd96::/64", [(true, true), (false, false)]),
+        ("exclude-outbound-ports", "53", [(true, false); 2]),
+        ("exclude-outbound-ports-for-uids", "udp:53:1000", [(false, true); 2]),
+        ("exclude-outbound-ports-for-uids", "tcp:53:1000", [(true, false); 2]),
+        ("exclude-outbound-ports-for-uids", "53:999;54:1000", [(true, true); 2]),
+    ] {
+        let manifest = annotated(kuma(&node.a), &format!("traffic.kuma.io/{key}"), text);
+        node.agent.add_manifest("a", &manifest).expect("a manifest");
+        node.becomes(&format!("{key}={text}: {v4:?} {v6:?}"), || all(APP) == [v4, v4, v6]);
+    }
+}
+
+#[test]
+fn a_family_that_is_not_captured_is_asked_directly() {
+    let mut node = Node::new("family");
+    let mut manifest = istio_v4_first(&node.a);
+    dns_env(&mut manifest);
+    node.agent.add_manifest("a", &manifest).expect("a manifest");
+    node.agent.wait_enrolled(&node.a).expect("enrolled");
+    let _resolver = Resolver::start(&node);
+    let _remote = remote_servers(&node);
+    for (server, expected) in servers(1).into_iter().zip([true, false, true]) {
+        assert_eq!(captured(&node, APP, APP, server), expected, "{server}");
+    }
+}
+
+#[test]
+fn a_server_on_localhost_is_asked_through_the_sidecar() {
+    let node = with_dns("localhost");
+    let _resolver = Resolver::start(&node);
+    for server in ["127.0.0.1", "::1", "127.0.0.53"].map(|at| addr(ip(at), 53)) {
+        let answer = node.a.ask(APP, APP, server).expect("captured");
+        assert_original(&answer, server);
+        assert_eq!(answer.seen.local.port(), 15053);
+        assert!(captured(&node, APP, APP, server));
+    }
+    // But the proxy asks a server in its own pod directly.
+    let own = addr(node.a.ipv4(), 53);
+    let _server = node.a.serve(own, APP, APP).expect("a server");
+    assert_eq!(node.a.ask(PROXY, PROXY, own).expect("direct").seen.orig, None);
+}
+
+#[test]
+fn answers_that_wait_are_told_apart_however_many_questions_there_were() {
+    let node = with_dns("wait");
+    for (listener, servers) in [
+        ("127.0.0.1:15053", ["10.96.53.1", "10.96.53.2"]),
+        ("[::1]:15053", ["fd96::53:1", "fd96::53:2"]),
+    ] {
+        let [first, second] = servers.map(|server| addr(ip(server), 53));
+        let listener = node.a.run(PROXY, PROXY, || UdpSocket::bind(listener)).expect("runs");
+        let listener = listener.expect("a listener");
+        listener.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
+        node.a
+            .run(APP, APP, || {
+                let socket = unconnected(first);
+                socket.send_to(b"question", first).expect("sent");
+                for _ in 0..20 {
+                    socket.send_to(b"question", second).expect("sent");
+                }
+                for n in 0..21 {
+                    let (len, client) = listener.recv_from(&mut [0; 64]).expect("a question");
+                    listener.send_to(&[b'x'; 64][..len], client).expect("answered");
+                    let (_, from) = socket.recv_from(&mut [0; 64]).expect("an answer");
+                    assert_eq!(from, if n == 0 { first } else { second });
+                }
+            })
+            .expect("runs");
+    }
+}
+
+#[test]
+fn datagrams_that_are_no_answers_keep_their_source() {
+    let node = with_dns("source");
+    let _resolver = Resolver::start(&node);
+    for (server, localhosts, tokens) in [
+        (
+            addr(ip("10.96.53.1"), 53),
+            ["127.0.0.1", "127.0.0.2"],
+            ["127.0.0.1", "127.128.255.5", "127.128.255.200"],
+        ),
+        (
+            addr(ip("fd96::53:1"), 53),
+            ["::1", "::1"],
+            ["::1", "fd53:6964:6573:7465::5", "fd53:6964:6573:7465::c8"],
+        ),
+    ] {
+        node.a
+            .run(APP, APP, || {
+                let socket = unconnected(server);
+                socket.send_to(b"question", server).expect("sent");
+                let (_, from) = socket.recv_from(&mut [0; 64]).expect("answered");
+                assert_eq!(from, server);
+                let port = socket.local_addr().expect("an address").port();
+                for (localhost, token) in localhosts
+                    .into_iter()
+                    .flat_map(|localhost| tokens.map(|token| (localhost, token)))
+                {
+                    let other = UdpSocket::bind(addr(ip(localhost), 0)).expect("a socket");
+                    other.send_to(b"hello", addr(ip(token), port)).expect("sent");
+                    let (_, from) = socket.recv_from(&mut [0; 64]).expect("received");
+                    assert_eq!(from, other.local_addr().expect("an address"), "to {token}");
+                }
+            })
+            .expect("runs");
+    }
+}
+
+#[test]
+fn a_socket_that_is_connected_again_tells_its_new_peer() {
+    let node = with_dns("again");
+    let _resolver = Resolver::start(&node);
+    for (server, listener) in
+        [("10.96.53.1", "127.0.0.1"), ("fd96::53:1", "::1")].map(|(a, b)| (ip(a), ip(b)))
+    {
+        let (server, listener) = (addr(server, 53), addr(listener, 15053));
+        node.a
+            .run(APP, APP, || {
+                let socket = unconnected(server);
+                socket.connect(server).expect("connects");
+                socket.connect(listener).expect("connects");
+                assert_eq!(socket.peer_addr().expect("a peer"), listener);
+                socket.send(b"question").expect("sent");
+                let (_, from) = socket.recv_from(&mut [0; 64]).expect("answered");
+                assert_eq!(from, listener);
+            })
+            .expect("runs");
     }
 }
 

@@ -5,6 +5,7 @@ mod common;
 use std::{net::SocketAddr, time::Duration};
 
 use common::*;
+use libbpf_rs::MapCore;
 use sidestep_lab::{Answer, ServeOpts, Server, Talk, wait_until};
 
 /// Asks from a pod that is in no mesh, and from the node itself (a kubelet's probe).
@@ -187,6 +188,50 @@ fn a_listener_that_the_hooks_never_saw_is_found_after_a_refusal() {
     })
     .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
     assert_steered(&node, target);
+}
+
+#[test]
+fn a_family_that_is_not_captured_comes_to_the_app() {
+    let node = Node::with_manifest("family", istio_v4_first);
+    let _sidecar = Sidecar::start(&node.a);
+    let [v4, v6, _] = addresses(&node.a, 8080);
+    let _app = node.a.serve(v6, APP, APP).expect("app");
+    assert_steered(&node, v4);
+    for answer in from_outside(&node, v6) {
+        assert_eq!(answer.expect("direct").seen.orig, None);
+    }
+}
+
+#[test]
+fn a_listener_for_ipv6_alone_does_not_let_ipv4_through() {
+    let node = one_enrolled("v6only");
+    let _inbound = listener(&node, "[::]:15006", false, true);
+    let [v4, v6, _] = addresses(&node.a, 8080);
+    let app = node.a.serve(any(v4, 8080), APP, APP).expect("app");
+    assert_steered(&node, v6);
+    for answer in from_outside(&node, v4) {
+        let error = answer.expect_err("refused");
+        assert!(format!("{error:#}").contains("Connection refused"), "{error:#}");
+    }
+    assert!(app.seen().is_empty());
+}
+
+#[test]
+fn only_the_proxys_listeners_are_remembered() {
+    let mut node = Node::new("remembered");
+    // Older than the agent: the proxy's, one of its connections, and somebody else's.
+    let sidecar = Sidecar::start(&node.a);
+    let _before = node.a.serve(addr(ip("0.0.0.0"), 8080), APP, APP).expect("app");
+    let dialled = addr(ip("127.0.0.1"), 15006);
+    let _open = node.a.run(APP, APP, || sidestep_lab::connect(dialled, None)).expect("runs");
+    sidecar.inbound.wait_seen(1).expect("accepted");
+    node.agent.add_pod(&node.a).expect("manifest a");
+    node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+    // Newer.
+    let _after = node.a.serve(addr(ip("0.0.0.0"), 9090), APP, APP).expect("app");
+    assert_steered(&node, addr(node.a.ipv4(), 8080));
+    assert_eq!(node.map("listeners").keys().count(), 2, "one of each family");
+    assert_eq!(node.agent.status().expect("status")["pods"][0]["listeners"], 2);
 }
 
 #[test]

@@ -2,10 +2,13 @@
 
 mod common;
 
-use std::time::Duration;
+use std::{
+    io::{BufRead, BufReader},
+    time::Duration,
+};
 
 use common::*;
-use sidestep_lab::{Pod, PodNet, wait_for};
+use sidestep_lab::{Pod, PodNet, Seen, wait_for};
 
 /// A call of the app off its pod came to the outbound listener, and both ends were told the
 /// truth.
@@ -17,9 +20,13 @@ fn assert_outbound(pod: &Pod, uid: u32, gid: u32, port: u16) {
         assert_eq!(answer.seen.peer.ip().to_canonical(), own, "the proxy's peer");
         assert_eq!(answer.peer, target, "the app's getpeername");
         assert_eq!(canonical(answer.local), canonical(answer.seen.peer), "the app's getsockname");
-        let listener = answer.seen.local;
-        assert!(listener.ip().to_canonical().is_loopback(), "the proxy's getsockname: {listener}");
-        assert_eq!(listener.port(), 15001);
+        let (localhost, other) = if own.is_ipv4() {
+            ("127.0.0.1", &answer.seen.orig6)
+        } else {
+            ("::1", &answer.seen.orig)
+        };
+        assert_eq!(answer.seen.local, addr(ip(localhost), 15001), "the proxy's getsockname");
+        assert!(matches!(other, Some(Err(_))), "of the other family: {answer:?}");
     }
 }
 
@@ -54,9 +61,16 @@ fn t3_loopback_is_direct() {
         drop(app);
     }
     // The unspecified address is loopback too.
-    let app = node.a.serve(addr(ip("127.0.0.1"), 8080), APP, APP).expect("app");
-    assert_eq!(node.a.ask(APP, APP, addr(ip("0.0.0.0"), 8080)).expect("direct").seen.orig, None);
-    drop(app);
+    for (target, localhost) in
+        [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("::ffff:0.0.0.0", "127.0.0.1")]
+    {
+        let app = node.a.serve(addr(ip(localhost), 8080), APP, APP).expect("app");
+        for uid in [APP, PROXY] {
+            let answer = node.a.ask(uid, uid, addr(ip(target), 8080)).expect("direct");
+            assert_eq!(answer.seen.orig, None, "answered by the app: {answer:?}");
+        }
+        drop(app);
+    }
 }
 
 #[test]
@@ -71,6 +85,21 @@ fn t4_t5_own_service_by_way_of_the_proxy_comes_back_in() {
         assert_eq!(answer.seen.peer.ip(), target.ip().to_canonical(), "source is the pod's");
         assert_eq!(answer.seen.local.port(), 15006);
         assert_eq!(answer.peer, target, "the proxy's getpeername");
+    }
+}
+
+#[test]
+fn t5_the_unspecified_address_is_the_one_that_the_proxy_is_bound_to() {
+    let node = Node::enrolled("t5any");
+    let _sidecar = Sidecar::start(&node.a);
+    for (own, unspecified) in [(node.a.ipv4(), "0.0.0.0"), (node.a.ipv6(), "::")] {
+        let answer = node
+            .a
+            .run(PROXY, PROXY, || sidestep_lab::ask(addr(ip(unspecified), 8080), Some(own)))
+            .expect("runs")
+            .expect("captured");
+        assert_original(&answer, addr(own, 8080));
+        assert_eq!(answer.seen.local.port(), 15006);
     }
 }
 
@@ -93,6 +122,11 @@ fn t6_the_proxys_passthrough_source_reaches_the_app() {
         assert_eq!(answer.seen.peer.ip(), ip(source).to_canonical());
         drop(app);
     }
+    // What calls ::6 and is not bound calls from there.
+    let app = node.a.serve(addr(ip("::"), 8080), APP, APP).expect("app");
+    let answer = node.a.ask(PROXY, PROXY, addr(ip("::6"), 8080)).expect("direct");
+    assert_eq!((answer.seen.orig, answer.seen.peer.ip()), (None, ip("::6")));
+    drop(app);
 }
 
 #[test]
@@ -277,4 +311,140 @@ fn pods_of_one_family() {
         let error = pod.ask(APP, APP, other).expect_err("no route");
         assert!(format!("{error:#}").contains("unreachable"), "{error:#}");
     }
+}
+
+#[test]
+fn nothing_but_the_kernel_answers_for_multicast() {
+    let node = Node::enrolled("multicast");
+    let _sidecar = Sidecar::start(&node.a);
+    for target in ["224.0.0.1", "239.1.2.3", "255.255.255.255", "ff02::1", "::ffff:224.0.0.1"] {
+        node.a.ask(APP, APP, addr(ip(target), 80)).expect_err("TCP can't connect there");
+    }
+}
+
+#[test]
+fn a_family_that_is_not_captured_is_direct() {
+    let node = Node::with_manifest("family", istio_v4_first);
+    let _sidecar = Sidecar::start(&node.a);
+    let [(v4, _), (v6, _), (mapped, _)] = remotes(&node.a, 80);
+    let _remote = node.remote(v6);
+    assert_eq!(node.a.ask(APP, APP, v6).expect("direct").seen.orig, None);
+    for target in [v4, mapped] {
+        assert_original(&node.a.ask(APP, APP, target).expect("captured"), target);
+    }
+}
+
+#[test]
+fn a_socket_bound_to_lo_is_direct() {
+    let node = Node::enrolled("lo");
+    let _sidecar = Sidecar::start(&node.a);
+    // Behind lo, and yet no address of the pod's.
+    node.a.ip("route add local 10.99.0.0/24 dev lo").expect("a route");
+    let _app = node.a.serve(addr(ip("0.0.0.0"), 8080), APP, APP).expect("app");
+    let target = addr(ip("10.99.0.1"), 8080);
+    let bound = |uid| {
+        node.a
+            .run(uid, uid, || {
+                let socket =
+                    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
+                        .expect("a socket");
+                socket.bind_device(Some(b"lo")).expect("SO_BINDTODEVICE");
+                socket.connect(&target.into()).expect("connected");
+                let stream = std::net::TcpStream::from(socket);
+                let mut line = String::new();
+                BufReader::new(stream).read_line(&mut line).expect("a greeting");
+                line.trim_end().parse::<Seen>().expect("a greeting")
+            })
+            .expect("runs")
+    };
+    assert_eq!(bound(APP).orig, None, "answered by the app");
+    assert_original_seen(&bound(PROXY), target);
+    // The same call of the proxy from a socket that is not bound is no call over lo to policy,
+    // but it comes from the very address that it goes to.
+    assert_eq!(node.a.ask(PROXY, PROXY, target).expect("direct").seen.orig, None);
+}
+
+#[track_caller]
+fn assert_original_seen(seen: &Seen, target: std::net::SocketAddr) {
+    assert_eq!(seen.original(), Some(target), "{seen}");
+}
+
+#[test]
+fn loopback_is_captured_where_the_include_ranges_name_it() {
+    let key = "traffic.sidecar.istio.io/includeOutboundIPRanges";
+    let manifest = |pod: &Pod| annotated(pod.manifest(), key, "127.0.0.0/8");
+    let node = Node::with_manifest("included", manifest);
+    let _sidecar = Sidecar::start(&node.a);
+    let target = addr(ip("127.0.0.2"), 8080);
+    let answer = node.a.ask(APP, APP, target).expect("captured");
+    assert_original(&answer, target);
+    assert_eq!(answer.seen.local.port(), 15001);
+    // But never localhost itself.
+    let _app = node.a.serve(addr(ip("127.0.0.1"), 8080), APP, APP).expect("app");
+    let answer = node.a.ask(APP, APP, addr(ip("127.0.0.1"), 8080)).expect("direct");
+    assert_eq!(answer.seen.orig, None);
+    // The proxy's group is then treated as the proxy is.
+    let own = addr(node.a.ipv4(), 8080);
+    let answer = node.a.ask(APP, PROXY, own).expect("captured");
+    assert_original(&answer, own);
+    assert_eq!(answer.seen.local.port(), 15006);
+}
+
+#[test]
+fn included_ports_add_to_the_included_ranges() {
+    let prefix = "traffic.sidecar.istio.io/";
+    let node = Node::with_manifest("ports", |pod| {
+        let ranges = annotated(pod.manifest(), &format!("{prefix}includeOutboundIPRanges"), "");
+        annotated(ranges, &format!("{prefix}includeOutboundPorts"), "80,443")
+    });
+    let _sidecar = Sidecar::start(&node.a);
+    for (port, expected) in [(80, true), (443, true), (81, false), (20480, false)] {
+        for (target, _) in remotes(&node.a, port) {
+            node.lab.add_node_address(canonical(target).ip()).ok();
+            assert_eq!(node.a.ask(APP, APP, target).is_ok(), expected, "{target}");
+        }
+    }
+}
+
+#[test]
+fn a_redirect_without_its_state_gets_no_answer() {
+    // The addresses that captured connections are sent to, dialled by hand.
+    let node = Node::enrolled("lost");
+    let _sidecar = Sidecar::start(&node.a);
+    for (uid, via) in [(APP, "127.128.1.1"), (PROXY, "fd53:6964:6573:7465::1:1")] {
+        let answer = node.a.ask(uid, uid, addr(ip(via), 15001)).expect("direct");
+        assert_eq!(answer.seen.original(), None, "{answer:?}");
+    }
+    assert_eq!(node.counter("istio", "handover_missed"), 2);
+}
+
+#[test]
+fn every_decision_is_counted() {
+    let node = Node::enrolled("counted");
+    let _sidecar = Sidecar::start(&node.a);
+    let counters = [
+        "captured_outbound",
+        "captured_self",
+        "captured_dns",
+        "direct",
+        "steered_inbound",
+        "refused_no_listener",
+        "origdst_answered",
+    ];
+    let count = || counters.map(|name| node.counter("istio", name));
+    let (before, passed) = (count(), node.counter("istio", "passed_inbound"));
+    let own = addr(node.a.ipv4(), 8080);
+    node.a.ask(APP, APP, addr(ip(REMOTE4), 80)).expect("captured");
+    node.a.ask(PROXY, PROXY, own).expect("captured");
+    node.a.ask(APP, APP, own).expect_err("direct, and nothing listens");
+    let probe = |port| node.lab.on_node(|| sidestep_lab::ask(addr(own.ip(), port), None));
+    probe(8080).expect("runs").expect("steered");
+    probe(15021).expect("runs").expect_err("exempt, and nothing listens");
+    // Each accepted connection is asked in both families, and one of them answers.
+    let expected = [1, 1, 0, 1, 1, 0, 3];
+    for (n, (name, after)) in counters.iter().zip(count()).enumerate() {
+        assert_eq!(after - before[n], expected[n], "{name}");
+    }
+    // From the pod itself: one redirected, one to its own port, one refused; and one exempt.
+    assert!(node.counter("istio", "passed_inbound") >= passed + 4);
 }

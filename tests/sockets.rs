@@ -9,6 +9,7 @@ use std::{
 };
 
 use common::*;
+use libbpf_rs::{MapCore, MapFlags};
 use nix::sys::socket::sockopt::TcpFastOpenConnect;
 use sidestep_lab::{Seen, Server};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -182,6 +183,127 @@ fn a_second_connect_after_a_failed_one_goes_where_it_says() {
         })
         .expect("runs");
     assert_eq!(app.wait_seen(1).expect("came")[0].peer.ip(), ip("127.0.0.1"));
+}
+
+/// Connects where nothing listens, so that the socket can be used again.
+fn refused(socket: &Socket, target: SocketAddr) {
+    let error = socket.connect(&target.into()).expect_err("nothing listens");
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{target}");
+}
+
+#[test]
+fn what_a_failed_connect_was_meant_for_is_not_told_of_the_next() {
+    let node = Node::enrolled("stale");
+    for (kind, (target, own)) in remotes(&node.a, 80).into_iter().enumerate() {
+        let own = if kind == 2 { mapped(addr(own, 0)).ip() } else { own };
+        let localhost = ["127.0.0.1", "::1", "::ffff:127.0.0.1"].map(ip)[kind];
+        // To another address than before, and to the same with another port: a socket that is
+        // bound to a device is sent to the pod's own address.
+        for (device, next) in
+            [(None, addr(localhost, 15001)), (Some(&b"eth0"[..]), addr(own, 15006))]
+        {
+            node.a
+                .run(APP, APP, || {
+                    let socket = socket(target, Protocol::TCP);
+                    socket.bind_device(device).expect("SO_BINDTODEVICE");
+                    refused(&socket, target);
+                    let _sidecar = Sidecar::start(&node.a);
+                    let (stream, seen) = greeting(socket, next).expect("direct");
+                    assert_eq!(seen.original().map(canonical), Some(canonical(next)));
+                    assert_eq!(stream.peer_addr().expect("a peer"), next);
+                })
+                .expect("runs");
+        }
+    }
+}
+
+#[test]
+fn a_failed_call_to_its_own_pod_does_not_rename_the_proxys_next_peer() {
+    let node = Node::enrolled("peer");
+    for target in addresses(&node.a, 8080) {
+        let app = node.a.serve(any(target, 15008), APP, APP).expect("app");
+        node.a
+            .run(PROXY, PROXY, || {
+                let socket = socket(target, Protocol::TCP);
+                refused(&socket, target);
+                // The same address, at the port that is never redirected.
+                let next = addr(target.ip(), 15008);
+                socket.connect(&next.into()).expect("direct");
+                assert_eq!(TcpStream::from(socket).peer_addr().expect("a peer"), next);
+            })
+            .expect("runs");
+        drop(app);
+    }
+}
+
+#[test]
+fn handovers_are_for_handshakes_only() {
+    let node = Node::enrolled("handovers");
+    let handovers = node.map("handovers");
+    let none = || handovers.keys().next().is_none();
+    for (target, _) in remotes(&node.a, 80) {
+        node.a.ask(APP, APP, target).expect_err("nothing listens");
+        sidestep_lab::wait_until("no handover", Duration::from_secs(3), none).expect("withdrawn");
+    }
+    let sidecar = Sidecar::start(&node.a);
+    for (target, _) in remotes(&node.a, 80) {
+        let open = node.a.run(APP, APP, || sidestep_lab::connect(target, None));
+        let _open = open.expect("runs").expect("captured");
+        sidecar.outbound.wait_seen(1).expect("accepted");
+        assert!(none(), "{target}: taken, and the connection is open");
+        sidecar.outbound.clear();
+    }
+}
+
+#[test]
+fn with_no_room_for_handovers_the_sidecar_is_told_nothing_rather_than_something_wrong() {
+    let node = Node::enrolled("full");
+    let _sidecar = Sidecar::start(&node.a);
+    let handovers = node.map("handovers");
+    let value = vec![0; handovers.value_size() as usize];
+    let mut filled = 0u64;
+    let full = || {
+        let mut key = vec![0; handovers.key_size() as usize];
+        key[..8].copy_from_slice(&filled.to_ne_bytes());
+        filled += 1;
+        handovers.update(&key, &value, MapFlags::ANY).err()
+    };
+    let error = std::iter::repeat_with(full).take(1 << 20).find_map(|error| error);
+    assert!(error.is_some(), "the map has an end");
+    for (target, _) in remotes(&node.a, 80) {
+        let answer = node.a.ask(APP, APP, target).expect("captured all the same");
+        assert_eq!(answer.seen.original(), None, "{answer:?}");
+    }
+    assert_eq!(node.counter("istio", "handover_full"), 3);
+}
+
+#[test]
+fn sockets_that_are_neither_tcp_nor_udp_are_untouched() {
+    let node = Node::enrolled("ping");
+    node.a.sysctl("net.ipv4.ping_group_range", "0 2147483647").expect("anybody may ping");
+    for (target, own) in &remotes(&node.a, 0)[..2] {
+        node.lab.add_node_address(target.ip()).expect("an address");
+        let (domain, protocol, echo) = if own.is_ipv4() {
+            (Domain::IPV4, Protocol::ICMPV4, 8)
+        } else {
+            (Domain::IPV6, Protocol::ICMPV6, 128)
+        };
+        node.a
+            .run(APP, APP, || {
+                let socket = Socket::new(domain, Type::DGRAM, Some(protocol)).expect("a socket");
+                socket.set_read_timeout(Some(Duration::from_millis(100))).expect("timeout");
+                socket.connect(&(*target).into()).expect("connected");
+                sidestep_lab::wait_until("an echo", Duration::from_secs(5), || {
+                    socket.send(&[echo, 0, 0, 0, 0, 0, 0, 1]).expect("sent");
+                    let from = socket.recv_from(&mut [std::mem::MaybeUninit::uninit(); 64]);
+                    from.is_ok_and(|(_, from)| {
+                        from.as_socket().expect("an address").ip() == target.ip()
+                    })
+                })
+                .expect("answered by whom it asked");
+            })
+            .expect("runs");
+    }
 }
 
 #[test]

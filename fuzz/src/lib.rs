@@ -11,18 +11,25 @@ use k8s_openapi::api::core::v1::Pod;
 use sidestep::{
     desired::{Candidate, Desired, Limits, NetnsFacts, RuleSet, desired},
     facts::{
-        FactsError, PodFacts, PortRange, Ports, Protocol, Ranges, UidExclusion, facts, parse_ports,
-        parse_ranges, parse_uid_exclusions,
+        FactsError, PodFacts, PortRange, Ports, Protocol, Ranges, UidExclusion, facts,
+        parse_interfaces, parse_ports, parse_ranges, parse_uid_exclusions,
     },
 };
 
 const KEY: &str = "example.org/key";
 
 /// As many as the kernel's maps have.
-const LIMITS: Limits =
-    Limits { pods: 1024, locals: 16384, port_rules: 65536, cidr_rules: 65536, uid_rules: 16384 };
+const LIMITS: Limits = Limits {
+    pods: 1024,
+    locals: 16384,
+    port_rules: 65536,
+    cidr_rules: 65536,
+    uid_rules: 16384,
+    excluded_ifs: 4096,
+};
 /// So few that much is refused.
-const TIGHT: Limits = Limits { pods: 1, locals: 3, port_rules: 6, cidr_rules: 2, uid_rules: 2 };
+const TIGHT: Limits =
+    Limits { pods: 1, locals: 3, port_rules: 6, cidr_rules: 2, uid_rules: 2, excluded_ifs: 1 };
 
 /// Every parser of lists, on the same text.
 pub fn check_lists(text: &str) {
@@ -36,6 +43,11 @@ pub fn check_lists(text: &str) {
     if let Some(ranges) = told(parse_ranges(KEY, text), text) {
         let expected: BTreeSet<IpNet> = items(text, ',').map(ip_range).collect();
         assert_eq!(ranges, expected, "{text:?}");
+    }
+    if let Some(names) = told(parse_interfaces(KEY, text), text) {
+        let expected: BTreeSet<String> = items(text, ',').map(str::to_owned).collect();
+        assert_eq!(names, expected, "{text:?}");
+        assert!(names.iter().all(|name| !name.is_empty() && name.len() < 16), "{text:?}");
     }
     if let Some(exclusions) = told(parse_uid_exclusions(KEY, text), text) {
         let expected: Vec<UidExclusion> = items(text, ';').map(uid_exclusion).collect();
@@ -125,7 +137,10 @@ pub fn check_pods(pods: &[Pod]) {
         }
         let addresses = vec![IpAddr::from([10, 0, 0, 7])];
         let path = format!("/run/netns/{cookie}").into();
-        let netns = NetnsFacts { path, cookie, addresses };
+        let interfaces = BTreeMap::from([("lo".into(), 1), ("eth0".into(), 2), ("net1".into(), 3)]);
+        let net = |text: &str| text.parse().expect("a range");
+        let routes = vec![(net("0.0.0.0/0"), 2), (net("10.1.0.0/16"), 3), (net("::/0"), 2)];
+        let netns = NetnsFacts { path, cookie, addresses, interfaces, routes };
         candidates.push(Candidate { facts: parsed.facts, netns });
     }
     for limits in [LIMITS, TIGHT] {
@@ -170,6 +185,7 @@ fn check_limits(candidates: &[Candidate], limits: &Limits) -> Desired {
         (out.port_rules.len(), limits.port_rules),
         (out.cidr_rules.len(), limits.cidr_rules),
         (out.uid_rules.len(), limits.uid_rules),
+        (out.excluded_ifs.len(), limits.excluded_ifs),
     ] {
         assert!(len <= limit, "{len} entries in a map of {limit}");
     }
@@ -191,9 +207,14 @@ fn check_complete(Candidate { facts, netns }: &Candidate, out: &Desired) {
     let ports = |set| covered(out, cookie, set);
     assert_eq!(ports(RuleSet::OutExcludePorts), merged(&policy.exclude_outbound_ports));
     assert_eq!(ports(RuleSet::OutIncludePorts), merged(&policy.include_outbound_ports));
-    let cidrs = |set| -> BTreeSet<Ipv6Net> {
-        let mine = out.cidr_rules.iter().filter(|rule| (rule.cookie, rule.set) == (cookie, set));
-        mine.map(|rule| rule.net).collect()
+    let cidrs = |set| -> BTreeSet<(bool, Ipv6Net)> {
+        let mine =
+            out.cidr_rules.iter().filter(|(rule, _)| (rule.cookie, rule.set) == (cookie, set));
+        mine.map(|(rule, member)| {
+            assert!(member, "{rule:?}");
+            (rule.v6, rule.net)
+        })
+        .collect()
     };
     assert_eq!(cidrs(RuleSet::OutExcludeCidrs), mapped(&policy.exclude_outbound_ranges));
     assert_eq!(cidrs(RuleSet::InExcludeCidrs), mapped(&policy.exclude_inbound_ranges));
@@ -219,6 +240,11 @@ fn check_complete(Candidate { facts, netns }: &Candidate, out: &Desired) {
             assert_eq!((row.in_all, ports(RuleSet::InIncludePorts)), (false, left));
         }
     }
+    let exempt =
+        netns.interfaces.iter().filter(|(name, _)| policy.exclude_interfaces.contains(*name));
+    let exempt: BTreeSet<_> = exempt.map(|(_, index)| (cookie, *index)).collect();
+    assert_eq!(row.exclude_ifs, !exempt.is_empty());
+    assert!(exempt.is_subset(&out.excluded_ifs));
     check_users(facts, cookie, out);
 }
 
@@ -277,13 +303,14 @@ fn merged(ranges: &BTreeSet<PortRange>) -> Vec<bool> {
     all
 }
 
-fn mapped(ranges: &BTreeSet<IpNet>) -> BTreeSet<Ipv6Net> {
+/// In v4-mapped form, and whether it was IPv6 already.
+fn mapped(ranges: &BTreeSet<IpNet>) -> BTreeSet<(bool, Ipv6Net)> {
     let one = |range: &IpNet| match range {
         IpNet::V4(v4) => {
             let net = Ipv6Net::new(v4.addr().to_ipv6_mapped(), 96 + v4.prefix_len());
-            net.expect("a prefix length").trunc()
+            (false, net.expect("a prefix length").trunc())
         }
-        IpNet::V6(v6) => v6.trunc(),
+        IpNet::V6(v6) => (true, v6.trunc()),
     };
     ranges.iter().map(one).collect()
 }

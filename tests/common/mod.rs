@@ -5,9 +5,12 @@
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
     path::Path,
+    time::Duration,
 };
 
-use sidestep_lab::{Agent, Answer, Lab, Pod, PodNet, Server};
+use libbpf_rs::MapHandle;
+use serde_json::{Value, json};
+use sidestep_lab::{Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, wait_until};
 
 /// An app's user.
 pub const APP: u32 = 1000;
@@ -50,6 +53,79 @@ impl Node {
         node.agent.wait_enrolled(&node.b).expect("b is enrolled");
         node
     }
+}
+
+impl Node {
+    /// With pod a alone enrolled, by this manifest.
+    pub fn with_manifest(tag: &str, manifest: impl FnOnce(&Pod) -> Value) -> Self {
+        let mut node = Self::new(tag);
+        let manifest = manifest(&node.a);
+        node.agent.add_manifest("a", &manifest).expect("manifest a");
+        node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+        node
+    }
+
+    /// One of a mesh's counters.
+    pub fn counter(&self, mesh: &str, name: &str) -> u64 {
+        let status = self.agent.status().expect("status");
+        status["counters"][mesh][name].as_u64().unwrap_or_else(|| panic!("no {name}: {status}"))
+    }
+
+    /// A map of the agent's.
+    pub fn map(&self, name: &str) -> MapHandle {
+        MapHandle::from_pinned_path(self.agent.bpffs().join("v1/maps").join(name))
+            .expect("a pinned map")
+    }
+
+    /// A server off the pods, on the node itself.
+    pub fn remote(&self, at: SocketAddr) -> Server {
+        self.lab.add_node_address(at.ip()).ok();
+        self.lab
+            .on_node(|| Server::start_here(ServeOpts::on([at])))
+            .expect("runs")
+            .expect("a remote server")
+    }
+
+    /// Waits until the agent has brought a changed manifest into force.
+    pub fn becomes(&self, what: &str, condition: impl FnMut() -> bool) {
+        wait_until(what, Duration::from_secs(3), condition)
+            .unwrap_or_else(|error| panic!("{error:#}; {}", self.agent.log_tail()));
+    }
+}
+
+/// The pod's manifest with one more annotation.
+pub fn annotated(mut manifest: Value, key: &str, text: &str) -> Value {
+    manifest["metadata"]["annotations"][key] = text.into();
+    manifest
+}
+
+/// An Istio pod whose second address, an IPv6 one, is not captured: no dual stack.
+pub fn istio_v4_first(pod: &Pod) -> Value {
+    let mut manifest = pod.manifest();
+    let env = manifest["spec"]["containers"][1]["env"].as_array_mut().expect("env");
+    env.retain(|variable| variable["name"] != "ISTIO_DUAL_STACK");
+    manifest
+}
+
+/// The pod as Linkerd's injector would have it.
+pub fn linkerd(pod: &Pod) -> Value {
+    let mut manifest = pod.manifest();
+    manifest["metadata"]["annotations"] = json!({"sidestep.io/netns": pod.netns()});
+    let listens = "127.0.0.1:4140,[::1]:4140";
+    manifest["spec"]["containers"][1] = json!({
+        "name": "linkerd-proxy",
+        "env": [{"name": "LINKERD2_PROXY_OUTBOUND_LISTEN_ADDRS", "value": listens}],
+    });
+    manifest
+}
+
+/// The pod as Kuma's injector would have it.
+pub fn kuma(pod: &Pod) -> Value {
+    let mut manifest = pod.manifest();
+    manifest["metadata"]["annotations"] =
+        json!({"sidestep.io/netns": pod.netns(), "kuma.io/sidecar-injected": "true"});
+    manifest["spec"]["containers"][1] = json!({"name": "kuma-sidecar"});
+    manifest
 }
 
 /// The sidecar's two listeners.
