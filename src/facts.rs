@@ -346,7 +346,12 @@ fn number<T: FromStr>(pod: &Pod, key: Option<&str>) -> Result<Option<T>, FactsEr
         return Ok(None);
     };
     let why = format!("a number of {} bits expected", 8 * size_of::<T>());
-    text.trim().parse().map(Some).map_err(|_| invalid(key, text, &why))
+    digits(text.trim()).map(Some).ok_or_else(|| invalid(key, text, &why))
+}
+
+/// A number as the meshes write it: FromStr takes a sign as well.
+fn digits<T: FromStr>(text: &str) -> Option<T> {
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
 /// What Go's strconv.ParseBool takes.
@@ -501,11 +506,11 @@ pub fn parse_interfaces(key: &str, text: &str) -> Result<BTreeSet<String>, Facts
 /// them allowed; empty: none.
 pub fn parse_ports(key: &str, text: &str, ranges: bool) -> Result<BTreeSet<PortRange>, FactsError> {
     let range = |item: &str| -> Option<PortRange> {
-        if let Ok(port) = item.parse() {
+        if let Some(port) = digits(item) {
             return Some(PortRange::one(port));
         }
         let (first, last) = item.split_once('-').filter(|_| ranges)?;
-        let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        let (first, last) = (digits(first.trim())?, digits(last.trim())?);
         (first <= last).then_some(PortRange { first, last })
     };
     let wanted = if ranges { "a port or a range of ports" } else { "a port" };
@@ -542,8 +547,8 @@ pub fn parse_uid_exclusions(key: &str, text: &str) -> Result<Vec<UidExclusion>, 
                 ports => parse_ports(key, ports, true).map_err(|e| bad(&e.to_string()))?,
             };
             let (first, last) = uids.split_once('-').unwrap_or((uids, uids));
-            match (first.trim().parse(), last.trim().parse()) {
-                (Ok(first_uid), Ok(last_uid)) if first_uid <= last_uid => {
+            match (digits(first.trim()), digits(last.trim())) {
+                (Some(first_uid), Some(last_uid)) if first_uid <= last_uid => {
                     Ok(UidExclusion { protocol, ports, first_uid, last_uid })
                 }
                 _ => Err(bad("a user or a range of users expected at the end")),
@@ -688,7 +693,7 @@ mod tests {
 
     #[test]
     fn a_bad_annotation_captures_everything_and_names_key_and_text() {
-        for text in ["80,,81", "80;81", "x", "65536", "80,"] {
+        for text in ["80,,81", "80;81", "x", "65536", "80,", "+80"] {
             let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
             let parsed = annotated(key, text).expect("facts").expect("in the mesh");
             assert_eq!(parsed.facts.policy, Policy::default());
@@ -774,7 +779,7 @@ mod tests {
 
     #[test]
     fn a_bad_range_captures_everything() {
-        for text in ["8100-8000", "80-", "-80", "1-65536", "80--81"] {
+        for text in ["8100-8000", "80-", "-80", "1-65536", "80--81", "80-+81"] {
             let key = "config.linkerd.io/skip-inbound-ports";
             let parsed = linkerd(|p| p["metadata"]["annotations"][key] = text.into()).expect("in");
             assert_eq!(parsed.facts.policy, Policy::default());
@@ -821,7 +826,7 @@ mod tests {
                 one(Protocol::Both, [PortRange::ALL].into(), 8, 8),
             ]
         );
-        for text in ["icmp:1:2", "tcp:x:2", "tcp:1:b", "tcp:1:3-2", "1:2:3:4", ";"] {
+        for text in ["icmp:1:2", "tcp:x:2", "tcp:1:b", "tcp:1:3-2", "1:2:3:4", ";", "1:+2"] {
             assert!(parse_uid_exclusions(key, text).is_err(), "{text}");
         }
     }
