@@ -72,6 +72,10 @@ fuzz: ## fuzz the parsers of what people write; SECONDS=300 for longer
 			-max_total_time=$$(($(SECONDS) / $(words $(FUZZ_TARGETS)))); \
 	done
 
+mutants: ## change each decision of the eBPF programs, and see a test notice (root); ONLY=dns.h
+	@scripts/deps.sh
+	scripts/mutants.py $(if $(ONLY),'$(ONLY)')
+
 fmt: ## format the Rust and the C sources
 	cargo fmt --all
 	cargo fmt --manifest-path fuzz/Cargo.toml

@@ -3,6 +3,8 @@
 
     scripts/mutants.py              all of scripts/mutants_table.py; writes docs/mutants.md
     scripts/mutants.py PATTERN      those whose file or text contain it; writes nothing
+    scripts/mutants.py --resume     all, but for those that an earlier run got done with the same
+                                    eBPF programs (whatever became of the tests since)
     scripts/mutants.py --list       the table, run nothing
 
 As root. Works in a copy of the tracked files, so the sources stay as they are. Exit status 1 if
@@ -10,6 +12,7 @@ a change survives that the table does not explain, or is noticed though it is ex
 """
 
 import filecmp
+import hashlib
 import json
 import os
 import re
@@ -132,6 +135,25 @@ def judge(mutant, executables):
         path.write_text(original)
 
 
+class Done:
+    """What became of each mutant, kept for --resume."""
+
+    def __init__(self):
+        self.path = SCRATCH / "done.json"
+        self.sources = b"".join(path.read_bytes() for path in sorted((REPO / "bpf").iterdir()))
+        self.all = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def key(self, mutant):
+        return hashlib.sha256(self.sources + repr(mutant).encode()).hexdigest()
+
+    def get(self, mutant):
+        return self.all.get(self.key(mutant))
+
+    def put(self, mutant, result):
+        self.all[self.key(mutant)] = result
+        self.path.write_text(json.dumps(self.all))
+
+
 def check_table():
     for mutant in MUTANTS:
         text = (REPO / "bpf" / mutant.file).read_text()
@@ -167,11 +189,12 @@ def report(results):
 
 def main(args):
     check_table()
-    pattern = args[0] if args else ""
-    chosen = [m for m in MUTANTS if pattern in f"{m.file}: {m.what}" or pattern == "--list"]
-    if pattern == "--list":
-        print("\n".join(f"{m.file}: {m.what}" for m in chosen))
+    option = args[0] if args else ""
+    if option == "--list":
+        print("\n".join(f"{m.file}: {m.what}" for m in MUTANTS))
         return
+    pattern = "" if option == "--resume" else option
+    chosen = [m for m in MUTANTS if pattern in f"{m.file}: {m.what}"]
     if os.geteuid() != 0:
         sys.exit("mutants: needs root: the tests load eBPF programs and make network namespaces")
     if not chosen:
@@ -184,10 +207,12 @@ def main(args):
         failed = failing(executables[name], [], ALL_LIMIT)
         if failed:
             sys.exit(f"mutants: {name} fails with no change at all: {sorted(failed)}")
-    results, wrong = [], 0
+    results, wrong, done = [], 0, Done()
     for number, mutant in enumerate(chosen, 1):
         start = time.monotonic()
-        verdict, by = judge(mutant, executables)
+        before = done.get(mutant) if option == "--resume" else None
+        verdict, by = before or judge(mutant, executables)
+        done.put(mutant, (verdict, by))
         results.append((mutant, verdict, by))
         if (verdict == "killed") == bool(mutant.why):
             wrong += 1
