@@ -559,15 +559,17 @@ pub fn parse_uid_exclusions(key: &str, text: &str) -> Result<Vec<UidExclusion>, 
 
 /// `10.0.0.0/8, fd00::/8, 192.0.2.1`: comma-separated ranges or addresses; empty: none.
 pub fn parse_ranges(key: &str, text: &str) -> Result<BTreeSet<IpNet>, FactsError> {
+    // By parts: the library's own parser takes leading zeros, and reads them as decimal.
+    let range = |item: &str| -> Option<IpNet> {
+        let Some((address, bits)) = item.split_once('/') else {
+            return item.parse::<IpAddr>().ok().map(IpNet::from);
+        };
+        IpNet::new(address.parse().ok()?, digits(bits)?).ok()
+    };
     items(text, ',')
         .map(|item| {
-            item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)).map_err(
-                |_| FactsError::Invalid {
-                    key: key.into(),
-                    text: text.into(),
-                    why: format!("{item:?} is not an IP range"),
-                },
-            )
+            let bad = || invalid(key, text, &format!("{item:?} is not an IP range"));
+            range(item).ok_or_else(bad)
         })
         .collect()
 }
@@ -828,6 +830,17 @@ mod tests {
         );
         for text in ["icmp:1:2", "tcp:x:2", "tcp:1:b", "tcp:1:3-2", "1:2:3:4", ";", "1:+2"] {
             assert!(parse_uid_exclusions(key, text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn ranges_are_written_one_way() {
+        let range = |text: &str| text.parse::<IpNet>().expect("a range");
+        let all = parse_ranges("key", "10.0.0.0/8, fd00::/8, 192.0.2.1").expect("ranges");
+        assert_eq!(all, [range("10.0.0.0/8"), range("fd00::/8"), range("192.0.2.1/32")].into());
+        for text in ["010.0.0.0/8", "10.0.0.0/08x", "10.0.0.0/33", "10.0.0.0/", "/8", "10.0.0.0/+8"]
+        {
+            assert!(parse_ranges("key", text).is_err(), "{text}");
         }
     }
 
