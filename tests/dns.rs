@@ -76,7 +76,7 @@ fn set(node: &Node, change: impl FnOnce(&mut serde_json::Value)) {
 fn unconnected(like: SocketAddr) -> UdpSocket {
     let any = if like.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
     let socket = UdpSocket::bind(any).expect("a socket");
-    socket.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
+    socket.set_read_timeout(Some(patience())).expect("timeout");
     socket
 }
 
@@ -191,7 +191,7 @@ fn a_socket_that_is_bound_to_an_address_is_answered_too() {
         node.a
             .run(APP, APP, || {
                 let socket = UdpSocket::bind(addr(own, 0)).expect("bound");
-                socket.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
+                socket.set_read_timeout(Some(patience())).expect("timeout");
                 socket.send_to(b"question", server).expect("sent");
                 let (_, from) = socket.recv_from(&mut [0; 64]).expect("answered");
                 assert_eq!(from, server);
@@ -270,7 +270,9 @@ fn remote_servers(node: &Node) -> Vec<JoinHandle<()>> {
             node.lab.add_node_address(server.ip()).expect("an address");
             let socket = node.lab.on_node(|| UdpSocket::bind(server)).expect("runs");
             let socket = socket.expect("a server");
-            socket.set_read_timeout(Some(Duration::from_millis(500))).expect("timeout");
+            socket
+                .set_read_timeout(Some(Duration::from_millis(500) * sidestep_lab::slowdown()))
+                .expect("timeout");
             thread::spawn(move || {
                 let mut idle = 0;
                 while idle < 10 {

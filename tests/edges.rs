@@ -22,7 +22,7 @@ fn socket(target: SocketAddr) -> Socket {
 }
 
 fn greeting(stream: &TcpStream) -> Seen {
-    stream.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
+    stream.set_read_timeout(Some(patience())).expect("timeout");
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line).expect("a greeting");
     line.trim_end().parse().expect("a greeting")
@@ -219,8 +219,8 @@ fn threads_connect_at_once() {
         for thread in 0..8 {
             let a = &node.a;
             scope.spawn(move || {
-                for n in 0..50 {
-                    let target = addr([10, 96, thread, n], 80);
+                for n in 0..bulk(50) {
+                    let target = addr([10, 96, thread, n as u8], 80);
                     assert_original(&a.ask(APP, APP, target).expect("captured"), target);
                 }
             });

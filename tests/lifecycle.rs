@@ -40,8 +40,8 @@ impl<'a> Load<'a> {
         }
     }
 
-    fn wait_more(&self, n: usize) {
-        let goal = self.done.load(Ordering::Relaxed) + n;
+    fn wait_more(&self, n: u16) {
+        let goal = self.done.load(Ordering::Relaxed) + usize::from(n);
         wait_until(&format!("{n} more {} connections", self.name), Duration::from_secs(20), || {
             self.done.load(Ordering::Relaxed) >= goal
         })
@@ -72,17 +72,17 @@ fn traffic_does_not_notice_a_killed_or_restarted_agent() {
         let finish = Finish(&stop);
         for _ in 0..3 {
             node.agent.kill9();
-            loads.iter().for_each(|load| load.wait_more(50));
+            loads.iter().for_each(|load| load.wait_more(bulk(50)));
             let before = node.agent.log().matches("in force").count();
             node.agent.restart().expect("starts");
             wait_until("the new agent", Duration::from_secs(10), || {
                 node.agent.log().matches("in force").count() > before
             })
             .expect("in force");
-            loads.iter().for_each(|load| load.wait_more(50));
+            loads.iter().for_each(|load| load.wait_more(bulk(50)));
         }
         node.agent.restart().expect("an orderly restart");
-        loads.iter().for_each(|load| load.wait_more(100));
+        loads.iter().for_each(|load| load.wait_more(bulk(100)));
         drop(finish);
     });
     assert!(node.agent.log().contains("adopted=1"), "{}", node.agent.log_tail());

@@ -21,10 +21,10 @@ fn socket(target: SocketAddr, protocol: Protocol) -> Socket {
 /// Connects, and gives what the server greets with.
 fn greeting(socket: Socket, target: SocketAddr) -> Result<(TcpStream, Seen), String> {
     socket
-        .connect_timeout(&target.into(), Duration::from_secs(3))
+        .connect_timeout(&target.into(), patience())
         .map_err(|error| format!("{target}: {error}"))?;
     let stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
+    stream.set_read_timeout(Some(patience())).expect("timeout");
     let mut line = String::new();
     BufReader::new(&stream).read_line(&mut line).map_err(|error| error.to_string())?;
     let seen = line.trim_end().parse().map_err(|error| format!("{line:?}: {error:#}"))?;
@@ -321,7 +321,7 @@ fn tcp_fast_open_is_captured() {
                 // The SYN leaves with the first bytes, not here.
                 socket.connect(&target.into()).expect("deferred");
                 let mut stream = TcpStream::from(socket);
-                stream.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
+                stream.set_read_timeout(Some(patience())).expect("timeout");
                 stream.write_all(b"early").expect("sent in the SYN");
                 let mut line = String::new();
                 BufReader::new(&stream).read_line(&mut line).expect("a greeting");
@@ -335,13 +335,15 @@ fn tcp_fast_open_is_captured() {
 #[test]
 fn a_hundred_ports_carry_four_hundred_connections() {
     let node = Node::enrolled("ports");
-    node.a.sysctl("net.ipv4.ip_local_port_range", "20000 20099").expect("a small range");
+    let ports = bulk(100);
+    let range = format!("20000 {}", 20000 + ports - 1);
+    node.a.sysctl("net.ipv4.ip_local_port_range", &range).expect("a small range");
     let sidecar = Sidecar::start(&node.a);
     for kind in 0..3 {
         node.a
             .run(APP, APP, || {
                 let mut open = Vec::new();
-                for n in 0..400u16 {
+                for n in 0..4 * ports {
                     let (target, _) = remotes(&node.a, 80 + n % 4)[kind];
                     let (stream, seen) = greeting(socket(target, Protocol::TCP), target)
                         .unwrap_or_else(|error| panic!("connection {n}: {error}"));
@@ -351,20 +353,22 @@ fn a_hundred_ports_carry_four_hundred_connections() {
             })
             .expect("runs");
     }
-    assert_eq!(sidecar.outbound.seen().len(), 1200);
+    assert_eq!(sidecar.outbound.seen().len(), 3 * 4 * usize::from(ports));
 }
 
 #[test]
 fn twenty_thousand_short_connections_leave_ports_to_spare() {
     let node = Node::enrolled("timewait");
     // A tenth of the connections would use up the ports, did TIME_WAIT keep them.
-    node.a.sysctl("net.ipv4.ip_local_port_range", "20000 21999").expect("a small range");
+    let ports = bulk(2000);
+    let range = format!("20000 {}", 20000 + ports - 1);
+    node.a.sysctl("net.ipv4.ip_local_port_range", &range).expect("a small range");
     node.a.sysctl("net.ipv4.tcp_tw_reuse", "0").expect("no help from the kernel");
     let _sidecar = Sidecar::start(&node.a);
-    for (target, count) in [(addr(ip(REMOTE4), 80), 20_000), (addr(ip(REMOTE6), 80), 20_000)] {
+    for target in [addr(ip(REMOTE4), 80), addr(ip(REMOTE6), 80)] {
         node.a
             .run(APP, APP, || {
-                for n in 0..count {
+                for n in 0..10 * ports {
                     // The client closes first: TIME_WAIT stays on its side.
                     TcpStream::connect(target).unwrap_or_else(|e| panic!("connection {n}: {e}"));
                 }
@@ -376,6 +380,7 @@ fn twenty_thousand_short_connections_leave_ports_to_spare() {
 #[test]
 fn many_pods_at_once_never_see_each_others_destinations() {
     let mut node = Node::enrolled("many");
+    let count = bulk(100) as u8;
     let net = sidestep_lab::PodNet { v4: true, v6: true };
     let pods: Vec<_> =
         (0..8).map(|n| node.lab.pod(&format!("p{n}"), net).expect("a pod")).collect();
@@ -389,7 +394,7 @@ fn many_pods_at_once_never_see_each_others_destinations() {
     std::thread::scope(|scope| {
         for (n, pod) in pods.iter().enumerate() {
             scope.spawn(move || {
-                for i in 0..100 {
+                for i in 0..count {
                     let target = addr([10, 96, n as u8, i], 80);
                     assert_original(&pod.ask(APP, APP, target).expect("captured"), target);
                 }
@@ -398,7 +403,7 @@ fn many_pods_at_once_never_see_each_others_destinations() {
     });
     for (n, sidecar) in sidecars.iter().enumerate() {
         let seen = sidecar.outbound.seen();
-        assert_eq!(seen.len(), 100);
+        assert_eq!(seen.len(), usize::from(count));
         for one in seen {
             assert_eq!(one.peer.ip(), pods[n].ipv4());
             assert!(

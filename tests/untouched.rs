@@ -5,7 +5,7 @@
 mod common;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{TcpListener, TcpStream, UdpSocket},
     os::{
         fd::{AsRawFd, OwnedFd, RawFd},
@@ -98,6 +98,12 @@ fn assert_no_answer_changes(enrol: bool) {
     let during = all_answers(&sockets);
     drop(agent);
     let after = all_answers(&sockets);
+    // Clocks and counters differ from call to call, though not in each of their bytes.
+    let moving: BTreeSet<_> = before
+        .iter()
+        .filter(|(key, answer)| again[key] != **answer || after[key] != **answer)
+        .map(|((socket, level, option, _), _)| (*socket, *level, *option))
+        .collect();
     let mut compared = 0;
     for (key, answer) in &before {
         // A connected TCP socket of a mesh pod does get an answer to SO_ORIGINAL_DST.
@@ -106,8 +112,7 @@ fn assert_no_answer_changes(enrol: bool) {
         if enrol && socket == client && original {
             continue;
         }
-        // Clocks and counters differ from call to call.
-        if &again[key] == answer && &after[key] == answer {
+        if !moving.contains(&(socket, level, option)) {
             assert_eq!(&during[key], answer, "socket, level, option, length: {key:?}");
             compared += 1;
         }

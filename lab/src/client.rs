@@ -9,8 +9,11 @@ use anyhow::{Context, Result, ensure};
 use socket2::{Domain, Socket, Type};
 
 use crate::seen::Seen;
+use crate::wait::slowdown;
 
-const TIMEOUT: Duration = Duration::from_secs(3);
+fn timeout() -> Duration {
+    Duration::from_secs(3) * slowdown()
+}
 
 /// What a client learned from one connection.
 #[derive(Clone, Debug)]
@@ -30,10 +33,10 @@ pub fn connect(target: SocketAddr, source: Option<IpAddr>) -> Result<TcpStream> 
         socket.bind(&SocketAddr::new(ip, 0).into()).with_context(|| format!("binding to {ip}"))?;
     }
     socket
-        .connect_timeout(&target.into(), TIMEOUT)
+        .connect_timeout(&target.into(), timeout())
         .with_context(|| format!("connecting to {target}"))?;
-    socket.set_read_timeout(Some(TIMEOUT))?;
-    socket.set_write_timeout(Some(TIMEOUT))?;
+    socket.set_read_timeout(Some(timeout()))?;
+    socket.set_write_timeout(Some(timeout()))?;
     Ok(socket.into())
 }
 

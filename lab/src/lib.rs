@@ -31,7 +31,7 @@ pub use pod::{Pod, PodNet};
 pub use process::Process;
 pub use seen::Seen;
 pub use server::{ServeOpts, Server, Talk};
-pub use wait::{interrupted, stop_on_signals, wait_for, wait_until};
+pub use wait::{interrupted, slowdown, stop_on_signals, wait_for, wait_until};
 
 /// The uid and gid of the lab's applications.
 pub const APP: u32 = 1000;

@@ -4,13 +4,14 @@
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    path::Path,
+    path::{Path, PathBuf},
+    sync::LazyLock,
     time::Duration,
 };
 
 use libbpf_rs::MapHandle;
 use serde_json::{Value, json};
-use sidestep_lab::{Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, wait_until};
+use sidestep_lab::{Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, slowdown, wait_until};
 
 /// An app's user.
 pub const APP: u32 = 1000;
@@ -21,9 +22,23 @@ pub const REMOTE4: &str = "10.96.0.10";
 /// The same for IPv6.
 pub const REMOTE6: &str = "fd96::10";
 
-/// The binary under test.
+/// The binary under test: `$SIDESTEP_BIN`, or the one that cargo built with the tests.
 pub fn binary() -> &'static Path {
-    Path::new(env!("CARGO_BIN_EXE_sidestep"))
+    static BINARY: LazyLock<PathBuf> = LazyLock::new(|| {
+        std::env::var_os("SIDESTEP_BIN")
+            .map_or_else(|| env!("CARGO_BIN_EXE_sidestep").into(), PathBuf::from)
+    });
+    &BINARY
+}
+
+/// How long a socket may be silent.
+pub fn patience() -> Duration {
+    Duration::from_secs(3) * slowdown()
+}
+
+/// A test's bulk: less where the machine is emulated.
+pub fn bulk(count: u16) -> u16 {
+    count / u16::try_from(slowdown()).expect("a small number")
 }
 
 /// A node with two dual-stack mesh pods. Fields are dropped in this order.
