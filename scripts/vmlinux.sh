@@ -6,8 +6,7 @@
 #                                downloaded and unpacked, never installed or run
 #
 # Needs bpftool; aarch64 also needs apt-get, dpkg and python3.
-# Environment: DEBIAN_MIRROR (default http://deb.debian.org),
-#              DEBIAN_SUITE  (default trixie).
+# Environment: DEBIAN_SUITE (default trixie-security), and see debian-kernel.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,45 +29,6 @@ dump() {
     mkdir -p "vmlinux/$2"
     cp "$tmp/vmlinux.h" "vmlinux/$2/vmlinux.h"
     say "wrote vmlinux/$2/vmlinux.h"
-}
-
-# fetch_arm64: prints the path of the arm64 kernel image, unpacked below $tmp.
-# apt gets a configuration and a state of its own, so nothing of this system's
-# apt is read or changed except the keyring that checks the signatures.
-fetch_arm64() {
-    local mirror=${DEBIAN_MIRROR:-http://deb.debian.org} suite=${DEBIAN_SUITE:-trixie}
-    local by="[arch=arm64 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]" package
-
-    mkdir -p "$tmp"/{lists/partial,cache/archives/partial,root}
-    : >"$tmp/status"
-    cat >"$tmp/sources.list" <<END
-deb $by $mirror/debian $suite main
-deb $by $mirror/debian-security $suite-security main
-END
-    cat >"$tmp/apt.conf" <<END
-APT::Architecture "arm64";
-APT::Architectures { "arm64"; };
-APT::Sandbox::User "root";
-Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled "false";
-Acquire::Languages "none";
-Dir::State "$tmp";
-Dir::State::lists "$tmp/lists";
-Dir::State::status "$tmp/status";
-Dir::Cache "$tmp/cache";
-Dir::Etc::sourcelist "$tmp/sources.list";
-Dir::Etc::sourceparts "/dev/null";
-END
-    export APT_CONFIG=$tmp/apt.conf
-    apt-get -qq update >&2
-
-    # The meta package names the newest image by its version.
-    package=$(apt-cache show --no-all-versions linux-image-cloud-arm64 |
-        sed -n 's/^Depends: *\(linux-image-[^ ,]*\).*/\1/p')
-    [ -n "$package" ] || die "the meta package linux-image-cloud-arm64 names no image"
-    (cd "$tmp" && apt-get -qq download "$package" >&2)
-    say "$(apt-cache show --no-all-versions "$package" | sed -n 's/^\(Package\|Version\): //p' | paste -sd ' ')"
-    dpkg -x "$tmp"/linux-image-*.deb "$tmp/root"
-    ls "$tmp"/root/boot/vmlinuz-*
 }
 
 # cut_btf IMAGE BTF: the kernel's BTF lies uncompressed inside the Image, which
@@ -119,8 +79,9 @@ x86_64)
     dump /sys/kernel/btf/vmlinux x86_64
     ;;
 aarch64)
-    image=$(fetch_arm64)
-    cut_btf "$image" "$tmp/btf"
+    scripts/debian-kernel.sh "${DEBIAN_SUITE:-trixie-security}" arm64 "$tmp/kernel"
+    say "from $(cat "$tmp/kernel/VERSION")"
+    cut_btf "$tmp/kernel/vmlinuz" "$tmp/btf"
     dump "$tmp/btf" aarch64
     ;;
 *)
