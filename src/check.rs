@@ -6,7 +6,11 @@ use anyhow::Result;
 use nix::{sys::utsname::uname, unistd::geteuid};
 use serde::Serialize;
 
-use crate::{bpf, bpffs, cgroup::Cgroup};
+use crate::{
+    bpf::{self, ProgramCost},
+    bpffs,
+    cgroup::Cgroup,
+};
 
 /// The answers.
 #[derive(Debug, Serialize)]
@@ -19,6 +23,8 @@ pub struct Report {
     pub kernel: String,
     /// One for each thing that was looked for.
     pub items: Vec<Item>,
+    /// What each program cost the kernel's verifier; empty where they don't load.
+    pub programs: Vec<ProgramCost>,
 }
 
 /// One thing that was looked for.
@@ -50,10 +56,20 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
         let missing = || Err(anyhow::anyhow!("this kernel does not have it, or forbids it"));
         add(&name, if there { Ok(String::new()) } else { missing() });
     }
-    add("programs load", bpf::try_load().map(|()| String::new()));
+    let mut programs = Vec::new();
+    add(
+        "programs load",
+        bpf::try_load().map(|costs| {
+            programs = costs;
+            String::new()
+        }),
+    );
+    if !programs.is_empty() {
+        add("DNS filter on lo", bpf::try_filter().map(|()| String::new()));
+    }
     add("network namespace identity", bpf::current_netns_cookie().map(|_| String::new()));
     let kernel = uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
-    Report { version: 1, ok: items.iter().all(|item| item.ok), kernel, items }
+    Report { version: 1, ok: items.iter().all(|item| item.ok), kernel, items, programs }
 }
 
 /// The capabilities that the agent needs and has.
@@ -104,6 +120,13 @@ impl fmt::Display for Report {
             let mark = if item.ok { "ok     " } else { "MISSING" };
             let line = format!("  {mark}  {:width$}  {}", item.name, item.detail);
             writeln!(f, "{}", line.trim_end())?;
+        }
+        if !self.programs.is_empty() {
+            writeln!(f, "Programs, in instructions: length, and verified by the kernel")?;
+        }
+        for ProgramCost { name, instructions, verified } in &self.programs {
+            let verified = verified.map_or("?".into(), |count| count.to_string());
+            writeln!(f, "  {name:15} {instructions:6} {verified:>8}")?;
         }
         let missing = self.items.iter().filter(|item| !item.ok).count();
         match missing {

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 mod cookie;
+mod cost;
 mod hooks;
 mod maps;
 mod wire;
@@ -32,6 +33,7 @@ use std::{
     },
     path::{Path, PathBuf},
     rc::Rc,
+    thread,
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -43,11 +45,13 @@ use libbpf_rs::{
 };
 use nix::{
     fcntl::{Flock, FlockArg},
+    sched::{CloneFlags, unshare},
     unistd::geteuid,
 };
 use tokio::io::unix::AsyncFd;
 
 pub use cookie::current_netns_cookie;
+pub use cost::ProgramCost;
 
 use self::{
     hooks::{Attach, HOOKS, Hook},
@@ -213,9 +217,13 @@ impl Dataplane {
                     .with_context(|| format!("cannot pin map {name}"))?;
             }
         }
-        let skel = open.load().context(
-            "the kernel refused the eBPF programs or maps: `sidestep check` tells what it lacks",
-        )?;
+        let skel = open.load().with_context(|| {
+            // Those that were just made hold nothing: `status` should not take them for more.
+            for dir in [pins.links(), pins.maps(), pins.layout()] {
+                let _ = fs::remove_dir(dir);
+            }
+            refusal()
+        })?;
         Ok(Self { skel, pins: pins.clone() })
     }
 
@@ -486,16 +494,48 @@ fn open_node() -> Result<skel::OpenSidestepSkel<'static>> {
 }
 
 /// Loads every program and map once, unpinned and unattached, and drops them: the kernel's own
-/// word on whether it can run this build.
+/// word on whether it can run this build, and what each program cost its verifier.
 ///
 /// # Errors
-/// The kernel's refusal, with the verifier's last lines.
-pub fn try_load() -> Result<()> {
+/// The kernel's refusal.
+pub fn try_load() -> Result<Vec<ProgramCost>> {
     let mut storage = MaybeUninit::uninit();
-    skel::SidestepSkelBuilder::default().open(&mut storage)?.load()?;
+    let node = skel::SidestepSkelBuilder::default().open(&mut storage)?.load()?;
     let mut storage = MaybeUninit::uninit();
-    skel_inbound::InboundSkelBuilder::default().open(&mut storage)?.load()?;
-    Ok(())
+    let pod = skel_inbound::InboundSkelBuilder::default().open(&mut storage)?.load()?;
+    let programs = node.object().progs().chain(pod.object().progs());
+    programs.map(|program| cost::of(&program)).collect()
+}
+
+/// Attaches the filter for DNS answers to the lo of a network namespace that is made for that
+/// and goes at once.
+///
+/// # Errors
+/// Where the kernel refuses: what it takes may be in modules that are not there.
+pub fn try_filter() -> Result<()> {
+    let mut storage = MaybeUninit::uninit();
+    let node = skel::SidestepSkelBuilder::default().open(&mut storage)?.load()?;
+    let program = node.progs.dns_reply.as_fd();
+    let attach = || -> Result<()> {
+        unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+        let mut hook = lo_filter(program);
+        hook.create().context("clsact qdisc (module sch_ingress)")?;
+        hook.attach().context("eBPF filter (module cls_bpf)")?;
+        Ok(())
+    };
+    let attached = thread::scope(|scope| scope.spawn(attach).join());
+    attached.map_err(|_| anyhow!("the thread panicked"))?
+}
+
+/// What may have made the kernel refuse the programs.
+fn refusal() -> String {
+    let lacks: Vec<String> =
+        probe().into_iter().filter(|(_, there)| !there).map(|(what, _)| what).collect();
+    let refused = "the kernel refused the eBPF programs or maps";
+    match lacks[..] {
+        [] => format!("{refused} (`sidestep check` may tell more)"),
+        _ => format!("{refused}: it lacks {} (see `sidestep check`)", lacks.join(", ")),
+    }
 }
 
 /// Asks the kernel for each program type, map type and helper that the programs need:

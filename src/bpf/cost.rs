@@ -1,0 +1,45 @@
+//! What the kernel's verifier had to do.
+
+use std::{
+    io,
+    mem::size_of_val,
+    os::fd::{AsFd, AsRawFd},
+};
+
+use anyhow::{Context, Result};
+use libbpf_rs::{Program, libbpf_sys};
+use serde::Serialize;
+
+/// A program's length, and what it took to verify it.
+#[derive(Debug, Clone, Serialize)]
+pub struct ProgramCost {
+    /// Name of the program.
+    pub name: String,
+    /// Its instructions.
+    pub instructions: usize,
+    /// Instructions that the verifier went through, on all paths; none where the kernel does
+    /// not tell (before 5.16).
+    pub verified: Option<u32>,
+}
+
+/// Asks the kernel about a loaded program.
+pub(crate) fn of(program: &Program<'_>) -> Result<ProgramCost> {
+    let name = program.name().to_string_lossy().into_owned();
+    let mut info = libbpf_sys::bpf_prog_info::default();
+    let mut len = size_of_val(&info) as u32;
+    // SAFETY: info and len live across the call, len is the size of info, and info is zeroed:
+    // the kernel is given no buffer to write to.
+    let rc = unsafe {
+        libbpf_sys::bpf_obj_get_info_by_fd(
+            program.as_fd().as_raw_fd(),
+            (&raw mut info).cast(),
+            &raw mut len,
+        )
+    };
+    if rc < 0 {
+        return Err(io::Error::last_os_error())
+            .with_context(|| format!("cannot ask the kernel about program {name}"));
+    }
+    let verified = Some(info.verified_insns).filter(|count| *count > 0);
+    Ok(ProgramCost { name, instructions: program.insn_cnt(), verified })
+}
