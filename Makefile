@@ -19,12 +19,14 @@ C_FILES       = $(wildcard bpf/*.h bpf/*.c)
 # Where cargo puts what it builds for the tests.
 DEBUG = $${CARGO_TARGET_DIR:-target}/debug
 
+# What `make test` runs in virtual machines; TEST_KERNELS= leaves them out.
+TEST_KERNELS = 6.1
 
 # Of `make fuzz`, in all. Each target has its seeds in fuzz/seeds and what it found in fuzz/corpus.
 SECONDS      = 60
 FUZZ_TARGETS = lists annotations manifests
 
-.PHONY: build help deps demo conformance test check fuzz mutants fmt clean
+.PHONY: build help deps demo conformance test kernels check fuzz mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
@@ -52,6 +54,10 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	@$(MAKE) --no-print-directory check
 	cargo test --workspace --no-fail-fast
 	@$(MAKE) --no-print-directory conformance ARGS=--quiet
+	$(if $(TEST_KERNELS),scripts/kernels.sh $(TEST_KERNELS))
+
+kernels: ## the binary and its tests in VMs under other kernels; KERNELS="6.1" runs one
+	@scripts/kernels.sh $(if $(UPDATE_BUDGET),--update-budget) $(KERNELS)
 
 check: ## formatting, lints, licences and the quick unit tests (no root)
 	cargo fmt --all --check

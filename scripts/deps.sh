@@ -65,7 +65,14 @@ util-linux nsenter
 procps ps
 file file
 shellcheck shellcheck
+cpio cpio
+xz-utils xz
+qemu-system-x86 qemu-system-x86_64
 END
+    # The machines of scripts/kernels.sh have nothing else to start with.
+    have busybox && file -L "$(command -v busybox)" | grep -q 'statically linked' || echo busybox-static
+    # Their kernels are Debian's, also where this system is not.
+    [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
     # Compiles the eBPF programs; any version from 14 on will do.
     have_versioned clang || echo clang-14
     have_versioned clang-format || echo clang-format-14

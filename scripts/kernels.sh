@@ -1,0 +1,262 @@
+#!/usr/bin/env bash
+# Runs the static binary, and the tests that need no Envoy, in virtual machines
+# under other kernels with pure cgroup v2, and prints what came of it.
+#
+#   scripts/kernels.sh [--update-budget] [NAME...]
+#
+# NAME is of the table below; default: all. --update-budget writes the most that
+# any of the kernels' verifiers counted to bpf/budget.txt: run all for that.
+#
+# The kernels are Debian's for clouds (see debian-kernel.sh). A machine is a
+# kernel and an initramfs. Its processor is emulated, because /dev/kvm is not to
+# be had everywhere: the tests get more time and less bulk (SLOWDOWN).
+#
+# Environment: SIDESTEP_LAB_DIR (default /var/lib/sidestep-lab) gets the kernels;
+#              logs go to target/kernels.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Name, Debian suite, and whether Sidestep is to run there or to refuse.
+kernels() {
+    cat <<'END'
+5.10 bullseye-security refuse
+6.1 bookworm-security run
+6.12 trixie-security run
+7.x trixie-backports run
+END
+}
+
+# What does not run in the machines, and why: a file of tests, or one test of
+# it. An entry that skips nothing is an error.
+skipped() {
+    cat <<'END'
+envoy: Envoy and its libraries are ten times as large as everything else
+bad_input a_missing_clang_is_explained_by_the_build: it is about the build, not about kernels
+edges hundreds_of_pods_and_ten_thousand_connections: it is about bulk, which takes too long when emulated
+END
+}
+
+# How many times slower than usual an emulated processor is; see slowdown() in
+# lab/src/wait.rs.
+SLOWDOWN=10
+# What kernels that are too old lack first.
+LACKS='helper bpf_get_netns_cookie in SockOps programs'
+# Seconds that a machine may take.
+LIMIT=900
+# What the lab and the tests call: busybox has the rest. Its own sh would take
+# its own setpriv, whatever the PATH says.
+TOOLS=(bash ip nsenter setpriv sh unshare)
+# In the order in which they need each other. A node loads them by itself.
+MODULES=(llc stp bridge veth sch_ingress cls_bpf)
+
+LAB_DIR=${SIDESTEP_LAB_DIR:-/var/lib/sidestep-lab}
+TARGET=x86_64-unknown-linux-gnu
+PATH=$PATH:${CARGO_HOME:-${HOME:-/root}/.cargo}/bin:/usr/sbin:/sbin
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
+OUT=$CARGO_TARGET_DIR/kernels
+
+say() { printf 'kernels: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+[ "$(uname -m)" = x86_64 ] || die "the machines are x86_64, and this is $(uname -m) (make test TEST_KERNELS= does without)"
+update=
+if [ "${1:-}" = --update-budget ]; then
+    update=1
+    shift
+fi
+wanted=("$@")
+[ $# -gt 0 ] || mapfile -t wanted < <(kernels | cut -d ' ' -f 1)
+for name in "${wanted[@]}"; do
+    kernels | grep -q "^$name " || die "no kernel $name in the table: $(kernels | cut -d ' ' -f 1 | xargs)"
+done
+
+# --- The initramfs ----------------------------------------------------------
+
+# archive DIR FILE: the directory's contents as a cpio archive. Several, one
+# after the other, make one initramfs.
+archive() { (cd "$1" && find . | cpio --quiet -o -H newc -R 0:0 >"$2"); }
+
+# Static test binaries, named after their sources, as $1/NAME.
+build_tests() {
+    local flags name path
+    read -ra flags < <(scripts/libelf.sh; echo)
+    RUSTFLAGS='-C target-feature=+crt-static' cargo test --release --no-run --target "$TARGET" \
+        -p sidestep --test '*' "${flags[@]}" 2>&1 | tee "$OUT/build.log" | sed -u '/Executable/d' >&2
+    sed -n 's/^ *Executable tests\/\(.*\)\.rs (\(.*\))$/\1 \2/p' "$OUT/build.log" |
+        while read -r name path; do cp "$path" "$1/$name"; done
+}
+
+# The lines of /tests for the init: a test binary and its arguments.
+list_tests() {
+    local path name file test
+    for path in "$1"/*; do
+        name=${path##*/}
+        skipped | grep -q "^$name:" && continue
+        printf '%s' "$name"
+        # Only the budget's numbers are read from what the tests print.
+        [ "$name" != budget ] || printf ' --nocapture'
+        while read -r file test; do
+            [ "$file" != "$name" ] || printf ' --exact --skip %s' "$test"
+        done < <(skipped | sed -n 's/^\([^:]* [^:]*\):.*/\1/p')
+        echo
+    done
+}
+
+# $OUT/base.cpio: all but the kernel's modules.
+make_base() {
+    local root=$OUT/root tool lib
+    rm -rf "$root"
+    mkdir -p "$root"/{bin,tests.d}
+    build_tests "$root/tests.d"
+    # After the tests: cargo puts a binary of the same name in the same place for them.
+    make -s build >&2
+    cp "$CARGO_TARGET_DIR/$TARGET/release/sidestep" "$(command -v busybox)" "$root/bin/"
+    list_tests "$root/tests.d" >"$root/tests"
+    while read -r name; do
+        [ -e "$root/tests.d/$name" ] || die "in the list of skipped tests, but there is no $name"
+        rm "$root/tests.d/$name"
+    done < <(skipped | sed -n 's/^\([^ :]*\):.*/\1/p')
+    # With the libraries that they are linked to, in their own places.
+    for tool in "${TOOLS[@]}"; do
+        tool=$(command -v "$tool")
+        while read -r lib; do
+            mkdir -p "$root${lib%/*}"
+            cp -L "$lib" "$root$lib"
+        done < <(echo "$tool"; ldd "$tool" | grep -o '/[^ ]*')
+    done
+    install -m 755 scripts/kernels-init.sh "$root/init"
+    archive "$root" "$OUT/base.cpio"
+}
+
+# make_modules FROM FILE: a kernel's modules that the lab needs, if it has them as modules.
+make_modules() {
+    local dir=$OUT/modules path module
+    rm -rf "$dir"
+    mkdir -p "$dir/modules"
+    for module in "${MODULES[@]}"; do
+        path=$(find "$1" -name "$module.ko*" | head -n 1)
+        case $path in
+        *.ko) cp "$path" "$dir/modules/" ;;
+        *.xz) xz -dc "$path" >"$dir/modules/$module.ko" ;;
+        '') ;;
+        *) die "unknown compression: $path" ;;
+        esac
+    done
+    printf '%s\n' "${MODULES[@]}" >"$dir/modules/list"
+    archive "$dir" "$2"
+}
+
+# --- A machine --------------------------------------------------------------
+
+# run_machine NAME SUITE EXPECT: leaves $OUT/NAME.log, what the init and the
+# tests said, and $OUT/NAME.console, what the kernel said.
+run_machine() {
+    local name=$1 dir=$LAB_DIR/kernels/$2 expect=$3
+    scripts/debian-kernel.sh "$2" amd64 "$dir"
+    make_modules "$dir/modules" "$OUT/modules.cpio"
+    cat "$OUT/base.cpio" "$OUT/modules.cpio" >"$OUT/initramfs"
+    rm -f "$OUT/$name".{log,console}
+    # panic=-1 and -no-reboot: a machine that panics ends at once.
+    timeout --foreground "$LIMIT" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -M q35 \
+        -m 2G -smp 2 -display none -monitor none -nic none -no-reboot \
+        -kernel "$dir/vmlinuz" -initrd "$OUT/initramfs" \
+        -append "console=ttyS0 quiet panic=-1 expect=$expect SIDESTEP_BIN=/bin/sidestep SIDESTEP_TEST_SLOWDOWN=$SLOWDOWN" \
+        -serial "file:$OUT/$name.console" -serial "file:$OUT/$name.log" || say "$name: QEMU failed, or $LIMIT seconds were over"
+}
+
+# judge NAME EXPECT: what was wrong, one a line; nothing where all is well.
+judge() {
+    local log=$OUT/$1.log skips filtered step status
+    [ -s "$log" ] || { echo "it did not boot"; return; }
+    grep -q '^@done' "$log" || echo "it did not come to its end"
+    if [ "$2" = refuse ]; then
+        grep -q '^@check 1$' "$log" || echo "check did not exit with 1"
+        # By name, and not only by a failed load.
+        grep -q "MISSING  $LACKS" "$log" || echo "check did not name what is missing"
+        grep -q '^@run 1$' "$log" || echo "run did not refuse"
+        grep -q "refused the eBPF programs or maps: it lacks $LACKS" "$log" ||
+            echo "run did not name what is missing"
+        # Which leaves nothing behind.
+        grep -q '^Nothing is installed' "$log" || echo "status found something after that"
+        return
+    fi
+    grep -q 'MISSING  DNS filter on lo .*module sch_ingress' "$log" ||
+        echo "check did not miss the modules before they were loaded"
+    while read -r step status; do
+        [ "$step" = budget ] && [ -n "$update" ] && continue
+        [ "$status" = 0 ] || echo "$step failed ($status)"
+    done < <(sed -n 's/^@\([^ ]*\) \([0-9]*\)$/\1 \2/p' "$log")
+    skips=$(skipped | grep -c '^[^:]* ' || true)
+    filtered=$(tally "$1" 'filtered out')
+    [ "$filtered" = "$skips" ] || echo "$filtered tests were skipped, $skips are in the list"
+}
+
+# tally NAME WORD: the sum of the test binaries' own counts: passed, failed.
+tally() { sed -n "s/^test result:.* \([0-9]*\) $2.*/\1/p" "$OUT/$1.log" | awk '{ n += $1 } END { print n + 0 }'; }
+
+# --- All of them ------------------------------------------------------------
+
+mkdir -p "$OUT"
+make_base
+failed=0
+rows=()
+counted=()
+while read -r name suite expect; do
+    [[ " ${wanted[*]} " == *" $name "* ]] || continue
+    say "$name: booting"
+    start=$SECONDS
+    run_machine "$name" "$suite" "$expect" </dev/null
+    mapfile -t wrong < <(judge "$name" "$expect")
+    verdict=ok
+    if [ ${#wrong[@]} -gt 0 ]; then
+        verdict=FAILED
+        failed=1
+        say "$name: $(printf '%s; ' "${wrong[@]}")the end of $OUT/$name.log:"
+        tail -n 60 "$OUT/$name.log" >&2 || tail -n 20 "$OUT/$name.console" >&2
+    fi
+    if [ "$expect" = refuse ]; then
+        check=refused tests=-
+    else
+        check=ok tests="$(tally "$name" passed)/$(($(tally "$name" passed) + $(tally "$name" failed)))"
+        counted+=("$name")
+    fi
+    version=$(cut -d ' ' -f 2 "$LAB_DIR/kernels/$suite/VERSION")
+    rows+=("$name $version $check $tests $((SECONDS - start)) $verdict")
+done < <(kernels)
+
+printf '\n%-8s %-18s %-8s %-8s %-8s %s\n' kernel package check tests seconds result
+printf '%s\n' "${rows[@]}" | awk '{ printf "%-8s %-18s %-8s %-8s %-8s %s\n", $1, $2, $3, $4, $5, $6 }'
+
+# counts: "PROGRAM KERNEL COUNT" lines, from what the test of the budget printed.
+counts() {
+    local name
+    for name in "${counted[@]}"; do
+        sed -n "s/^verified \([^ ]*\) \([0-9]*\)$/\1 $name \2/p" "$OUT/$name.log"
+    done
+}
+if [ ${#counted[@]} -gt 0 ]; then
+    printf '\n%-16s' "verified insns"
+    printf '%8s' "${counted[@]}" budget
+    echo
+    counts | awk -v kernels="${counted[*]}" '
+        FILENAME != "-" { if ($0 !~ /^#/) budget[$1] = $2; next }
+        { count[$1, $2] = $3; programs[$1] }
+        END {
+            columns = split(kernels, kernel, " ")
+            for (program in programs) {
+                printf "%-16s", program | "sort"
+                for (k = 1; k <= columns; k++) printf "%8s", count[program, kernel[k]] | "sort"
+                printf "%8s\n", budget[program] | "sort"
+            }
+        }' bpf/budget.txt -
+fi
+
+if [ -n "$update" ] && [ "$failed" = 0 ]; then
+    {
+        sed -n '/^#/p' bpf/budget.txt
+        counts | awk '$3 > most[$1] { most[$1] = $3 } END { for (p in most) print p, most[p] }' | sort
+    } >"$OUT/budget.txt"
+    cp "$OUT/budget.txt" bpf/budget.txt
+    say "wrote bpf/budget.txt"
+fi
+exit "$failed"
