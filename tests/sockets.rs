@@ -126,6 +126,25 @@ fn sockets_bound_to_a_device_are_captured() {
 }
 
 #[test]
+fn sockets_bound_to_an_exempt_device_are_direct() {
+    let key = "traffic.sidecar.istio.io/excludeInterfaces";
+    let node = Node::with_manifest("exempt", |pod| annotated(pod.manifest(), key, "eth0"));
+    let _sidecar = Sidecar::start(&node.a);
+    for (target, own) in remotes(&node.a, 80) {
+        let server = node.remote(canonical(target));
+        node.a
+            .run(APP, APP, || {
+                let socket = socket(target, Protocol::TCP);
+                socket.bind_device(Some(b"eth0")).expect("SO_BINDTODEVICE");
+                let (_, seen) = greeting(socket, target).expect("direct");
+                assert_eq!((seen.orig, seen.peer.ip()), (None, own));
+            })
+            .expect("runs");
+        drop(server);
+    }
+}
+
+#[test]
 fn a_socket_bound_to_the_proxys_uid_by_its_creator_keeps_it() {
     // iptables' owner match looks at the socket's creator, not at who connects.
     let node = Node::enrolled("creator");
