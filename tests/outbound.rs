@@ -448,3 +448,28 @@ fn every_decision_is_counted() {
     // From the pod itself: one redirected, one to its own port, one refused; and one exempt.
     assert!(node.counter("istio", "passed_inbound") >= passed + 4);
 }
+
+#[test]
+fn a_call_within_the_pod_leaves_by_lo_whatever_the_routes_say() {
+    let key = "traffic.sidecar.istio.io/excludeInterfaces";
+    let node = Node::with_manifest("within", |pod| annotated(pod.manifest(), key, "eth0"));
+    let _sidecar = Sidecar::start(&node.a);
+    for target in addresses(&node.a, 8080) {
+        let answer = node.a.ask(PROXY, PROXY, target).expect("captured");
+        assert_original(&answer, target);
+        assert_eq!(answer.seen.local.port(), 15006);
+    }
+}
+
+#[test]
+fn a_call_from_loopback_off_the_pod_fails_as_the_kernel_has_it() {
+    let node = Node::enrolled("martian");
+    let _sidecar = Sidecar::start(&node.a);
+    for (source, target) in
+        [("127.0.0.1", addr(ip(REMOTE4), 80)), ("::ffff:127.0.0.1", mapped(addr(ip(REMOTE4), 80)))]
+    {
+        let asked = node.a.run(APP, APP, || sidestep_lab::ask(target, Some(ip(source))));
+        let error = asked.expect("runs").expect_err("no such source out there");
+        assert!(format!("{error:#}").contains("Invalid argument"), "{error:#}");
+    }
+}
