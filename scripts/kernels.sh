@@ -43,7 +43,7 @@ SLOWDOWN=10
 # What kernels that are too old lack first.
 LACKS='helper bpf_get_netns_cookie in SockOps programs'
 # Seconds that a machine may take.
-LIMIT=900
+LIMIT=1800
 # What the lab and the tests call: busybox has the rest. Its own sh would take
 # its own setpriv, whatever the PATH says.
 TOOLS=(bash ip nsenter setpriv sh unshare)
