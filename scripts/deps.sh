@@ -4,6 +4,7 @@
 #   scripts/deps.sh            install what is missing; silent when nothing is
 #   scripts/deps.sh --check    only say what is missing (exit status 1 if anything is)
 #   scripts/deps.sh --fuzz     install what is missing, and what `make fuzz` takes beside
+#   scripts/deps.sh --e2e      install what is missing, and what the scenarios in e2e/ take beside
 #
 # Debian and Ubuntu, as root: all of it. Elsewhere, or not as root: prints what
 # is to be installed, and fails if that is anything.
@@ -32,11 +33,13 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 mode= # --check
 fuzz= # set for --fuzz
+e2e=  # set for --e2e
 case ${1:-} in
 '') ;;
 --check) mode=$1 ;;
 --fuzz) fuzz=1 ;;
-*) die "usage: scripts/deps.sh [--check | --fuzz]" ;;
+--e2e) e2e=1 ;;
+*) die "usage: scripts/deps.sh [--check | --fuzz | --e2e]" ;;
 esac
 
 # --- What there is ----------------------------------------------------------
@@ -67,6 +70,7 @@ file file
 shellcheck shellcheck
 cpio cpio
 xz-utils xz
+protobuf-compiler protoc
 qemu-system-x86 qemu-system-x86_64
 END
     # The machines of scripts/kernels.sh have nothing else to start with.
@@ -97,6 +101,11 @@ END
     python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
     # libFuzzer is C++.
     [ -z "$fuzz" ] || have g++ || echo g++
+    if [ -n "$e2e" ]; then
+        have containerd || echo containerd
+        have runc || echo runc
+        [ -x /usr/lib/cni/bridge ] || echo containernetworking-plugins
+    fi
 }
 
 have_envoy() {

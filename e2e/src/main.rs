@@ -1,0 +1,41 @@
+//! Runs Sidestep's scenarios in Kubernetes mode, or single parts of them by hand.
+#![forbid(unsafe_code)]
+
+mod by_hand;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about, version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the API server alone, until Ctrl-C
+    Apiserver {
+        /// Where to listen; a port 0 means any
+        #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+        listen: SocketAddr,
+        /// Write a kubeconfig there
+        #[arg(long, value_name = "FILE")]
+        kubeconfig: PathBuf,
+        /// Begin with the objects in this directory's YAML and JSON files
+        #[arg(long, value_name = "DIR")]
+        load: Option<PathBuf>,
+    },
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Apiserver { listen, kubeconfig, load } => {
+            by_hand::apiserver(listen, &kubeconfig, load.as_deref())
+        }
+    }
+}
