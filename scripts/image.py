@@ -57,7 +57,7 @@ def version_of(path):
     out = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
     name, _, version = out.strip().partition(" ")
     if name != NAME or not version:
-        fail(f"{path} --version says {out!r}")
+        fail(f"{path} --version says {out[:60]!r}, not '{NAME} VERSION'")
     return version
 
 
@@ -180,7 +180,7 @@ def main():
     if not epoch.isdecimal():
         fail(f"SOURCE_DATE_EPOCH={epoch} is not a number of seconds")
     binary = source.read_bytes()
-    version, arch = version_of(source), architecture(binary)
+    arch, version = architecture(binary), version_of(source)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{NAME}-{version}-{arch}.tar"
     new = path.with_suffix(".new")
