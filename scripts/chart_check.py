@@ -264,7 +264,7 @@ def in_schema(schema, key):
 def open_objects(schema, path=""):
     """Paths of objects in the schema that take any key."""
     if isinstance(schema, dict):
-        if "properties" in schema and schema.get("additionalProperties") is not False:
+        if "properties" in schema and schema.get("additionalProperties", True) is True:
             yield path or "/"
         for key, value in schema.items():
             yield from open_objects(value, f"{path}/{key}")

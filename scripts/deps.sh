@@ -40,7 +40,7 @@ say() { printf 'deps: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
-mode= # --check
+mode= # --check or --chart
 fuzz= # set for --fuzz
 case ${1:-} in
 '') ;;
