@@ -26,14 +26,17 @@ TEST_KERNELS = 6.1
 SECONDS      = 60
 FUZZ_TARGETS = lists annotations manifests
 
-.PHONY: build help deps demo conformance test kernels check fuzz mutants fmt clean
+# Of `make e2e`: kind, or lab: a node without a cluster, made of this machine's own parts.
+CLUSTER = kind
+
+.PHONY: build help deps demo conformance test kernels check chart image e2e fuzz mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
 	@echo "built $(BIN)"
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 13
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 13
 
 deps: ## install what is missing to build, test and demo (root)
 	@scripts/deps.sh
@@ -63,10 +66,26 @@ check: ## formatting, lints, licences and the quick unit tests (no root)
 	cargo fmt --all --check
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	$(if $(C_FILES),$(CLANG_FORMAT) --dry-run -Werror $(C_FILES))
-	shellcheck scripts/*.sh .ci/run
+	shellcheck scripts/*.sh e2e/kind/*.sh .ci/run
 	cargo deny --log-level error check bans licenses sources
 	cargo clippy -q --workspace --all-targets -- -D warnings
 	cargo test -q --workspace --lib --bins
+
+chart: ## lint, render, validate and pack the Helm chart: target/chart
+	@scripts/chart.sh
+
+image: build ## a container image as an OCI archive: target/image; takes no docker
+	@scripts/image.py $(BIN) $${CARGO_TARGET_DIR:-target}/image
+
+e2e: ## in a kind cluster under a real mesh, MESH=istio; CLUSTER=lab: without a cluster (root)
+ifeq ($(CLUSTER),lab)
+	@scripts/deps.sh --e2e
+	$(MAKE) --no-print-directory build
+	cargo build -q -p sidestep-e2e
+	$(DEBUG)/e2e run --binary $(abspath $(BIN)) $(ARGS)
+else
+	@e2e/kind/run.sh $(MESH)
+endif
 
 # Without a sanitizer, which a stable compiler doesn't have: what is fuzzed is safe Rust.
 fuzz: ## fuzz the parsers of what people write; SECONDS=300 for longer
