@@ -133,8 +133,8 @@ def check_always(r):
 
     r.check("first arguments", r.args[:2], ["run", "--kubernetes"])
     r.check("daemonset", r.args_of("--daemonset"), [f"--daemonset={namespace}/{name}"])
-    r.check("cgroup", r.args_of("--cgroup"), ["--cgroup=/sys/fs/cgroup"])
     env = {e["name"]: e for e in r.agent["env"]}
+    r.check("cgroup", env["SIDESTEP_CGROUP"].get("value"), "/sys/fs/cgroup")
     r.check("node name", env["SIDESTEP_NODE_NAME"].get("valueFrom"),
             {"fieldRef": {"fieldPath": "spec.nodeName"}})
     for probe, path in [("startupProbe", "/healthz"), ("livenessProbe", "/healthz"),
