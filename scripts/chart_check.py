@@ -24,7 +24,9 @@ SKIPPED = ["PodMonitor"]
 
 CAPABILITIES = ["BPF", "PERFMON", "NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE", "DAC_READ_SEARCH"]
 CLUSTER_RULES = [
-    ([""], ["pods", "namespaces"], ["get", "list", "watch"], None),
+    ([""], ["pods"], ["get", "list", "watch"], None),
+    ([""], ["namespaces"], ["list", "watch"], None),
+    ([""], ["nodes"], ["get"], None),
     (["events.k8s.io"], ["events"], ["create", "patch"], None),
 ]
 KINDS = [
@@ -152,7 +154,7 @@ def check_always(r):
 
     r.check("rules of the ClusterRole", r.rules("ClusterRole"), CLUSTER_RULES)
     r.check("rules of the Role", r.rules("Role"),
-            [(["apps"], ["daemonsets"], ["get", "list", "watch"], [name])])
+            [(["apps"], ["daemonsets"], ["get"], [name])])
     for kind, role in [("ClusterRoleBinding", "ClusterRole"), ("RoleBinding", "Role")]:
         binding = r.one(kind)
         r.check(f"role of {kind}", (binding["roleRef"]["kind"], binding["roleRef"]["name"]), (role, name))

@@ -62,8 +62,6 @@ pub enum SourceConfig {
         api: kubernetes::Config,
         /// The node's procfs.
         proc: PathBuf,
-        /// The agent's own DaemonSet, namespace and name.
-        daemonset: Option<(String, String)>,
         /// The CNI plugin; none: it is not installed.
         cni: Option<cni::Config>,
     },
@@ -155,11 +153,11 @@ async fn serve(config: &Config) -> Result<()> {
             }
         }
     }
-    if let SourceConfig::Kubernetes { daemonset: Some((namespace, name)), cni, .. } = &config.source
+    if let SourceConfig::Kubernetes { cni, .. } = &config.source
         && let Source::Kubernetes(kubernetes, _) = reconciler.source()
-        && kubernetes.api().uninstalled(namespace, name).await
+        && let Some(why) = kubernetes.api().removed().await
     {
-        info!("DaemonSet {namespace}/{name} is gone: everything is taken away");
+        info!("{why}: everything is taken away");
         let cni = cni.as_ref();
         return unload(&pins, cni.map(|cni| (cni.conf_dir.as_path(), cni.bin_dir.as_path())));
     }

@@ -162,9 +162,9 @@ impl Run {
             api: kubernetes::Config {
                 node: self.cluster.node_name.unwrap_or_default(),
                 kubeconfig: self.cluster.kubeconfig,
+                daemonset: self.cluster.daemonset,
             },
             proc: self.cluster.proc,
-            daemonset: self.cluster.daemonset,
             cni: cni.cni.then(|| cni::Config {
                 conf_dir: cni.dirs.cni_conf_dir,
                 bin_dir: cni.dirs.cni_bin_dir,

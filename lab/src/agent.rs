@@ -1,5 +1,6 @@
 //! The agent under test: the `sidestep` binary.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{self, Command};
@@ -27,6 +28,7 @@ static COUNTER: AtomicU32 = AtomicU32::new(0);
 /// terminated, unloaded, and its directories are removed.
 pub struct Agent {
     binary: PathBuf,
+    source: Vec<OsString>,
     pods: PathBuf,
     bpffs: PathBuf,
     log: PathBuf,
@@ -38,6 +40,16 @@ pub struct Agent {
 impl Agent {
     /// Starts `<binary> run` with no pods, on the lab's cgroup. It may not be ready yet.
     pub fn start(binary: &Path, lab: &Lab) -> Result<Self> {
+        Self::make(binary, lab, None)
+    }
+
+    /// The same with other pods than those of a directory of manifests: `source` is what `run`
+    /// is told about that, such as `--kubernetes`.
+    pub fn start_with(binary: &Path, lab: &Lab, source: Vec<OsString>) -> Result<Self> {
+        Self::make(binary, lab, Some(source))
+    }
+
+    fn make(binary: &Path, lab: &Lab, source: Option<Vec<OsString>>) -> Result<Self> {
         ensure!(binary.is_file(), "there is no agent at {}", binary.display());
         mount_bpffs()?;
         let lab = lab.inner().clone();
@@ -48,7 +60,8 @@ impl Agent {
         let log = lab.new_path("agent", "log");
         let cgroup = lab.leaf_cgroup(&format!("agent-{number}"))?;
         let binary = binary.to_owned();
-        let mut agent = Self { binary, pods, bpffs, log, process: None, cgroup, lab };
+        let source = source.unwrap_or_else(|| vec!["--pods".into(), pods.clone().into()]);
+        let mut agent = Self { binary, source, pods, bpffs, log, process: None, cgroup, lab };
         agent.restart()?;
         Ok(agent)
     }
@@ -62,8 +75,8 @@ impl Agent {
             .args(["-c", script, "sh"])
             .arg(&self.cgroup.0)
             .arg(&self.binary)
-            .args(["run", "--pods"])
-            .arg(&self.pods)
+            .arg("run")
+            .args(&self.source)
             .arg("--cgroup")
             .arg(self.lab.cgroup.dir())
             .arg("--bpffs")
@@ -108,6 +121,12 @@ impl Agent {
 
     fn wait_pod(&mut self, pod: &Pod, wanted: bool) -> Result<()> {
         let key = format!("lab/{}", pod.name());
+        self.wait_named(&key, wanted)
+    }
+
+    /// Waits, up to ten seconds, until the agent's status has the pod `NAMESPACE/NAME`, or has it
+    /// no more.
+    pub fn wait_named(&mut self, key: &str, wanted: bool) -> Result<()> {
         let what = format!("{key} to be {}", if wanted { "enrolled" } else { "gone" });
         let mut ended = false;
         let mut last = Ok(Value::Null);
@@ -117,7 +136,7 @@ impl Agent {
             let Ok(status) = &last else { return ended };
             let pods = status["pods"].as_array();
             // The hooks in its namespace come last, and go first.
-            let there = |pod: &Value| pod["pod"] == *key && (pod["inbound"] == true || !wanted);
+            let there = |pod: &Value| pod["pod"] == key && (pod["inbound"] == true || !wanted);
             ended || pods.is_some_and(|pods| pods.iter().any(there) == wanted)
         });
         waited
