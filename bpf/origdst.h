@@ -73,14 +73,9 @@ static __always_inline void origdst_offer(struct bpf_sock_ops *ctx)
 /* The client's socket closes: if the proxy never took the offer, nobody will. */
 static __always_inline void origdst_withdraw(struct bpf_sock_ops *ctx)
 {
-	struct bpf_sock *sk = ctx->sk;
-	struct origdst *od;
 	struct conn c;
 
-	if (ctx->args[1] != BPF_TCP_CLOSE || !sk)
-		return;
-	od = origdst_of(sk, 0);
-	if (!od || od->role != ROLE_CLIENT)
+	if (ctx->args[1] != BPF_TCP_CLOSE)
 		return;
 	c = sockops_conn(ctx, true);
 	bpf_map_delete_elem(&handovers, &c);
