@@ -32,14 +32,21 @@ pub struct Agent {
     log: PathBuf,
     process: Option<Process>,
     cgroup: LeafCgroup,
+    attached_to: PathBuf,
     lab: Arc<Inner>,
 }
 
 impl Agent {
     /// Starts `<binary> run` with no pods, on the lab's cgroup. It may not be ready yet.
     pub fn start(binary: &Path, lab: &Lab) -> Result<Self> {
+        Self::start_on(binary, lab, lab.cgroup())
+    }
+
+    /// Like [`Agent::start`], on another cgroup than the lab's.
+    pub fn start_on(binary: &Path, lab: &Lab, cgroup: &Path) -> Result<Self> {
         ensure!(binary.is_file(), "there is no agent at {}", binary.display());
         mount_bpffs()?;
+        let attached_to = cgroup.to_owned();
         let lab = lab.inner().clone();
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let bpffs = Path::new(BPFFS).join(format!("{}{}-{number}", cgroup::PREFIX, process::id()));
@@ -48,7 +55,7 @@ impl Agent {
         let log = lab.new_path("agent", "log");
         let cgroup = lab.leaf_cgroup(&format!("agent-{number}"))?;
         let binary = binary.to_owned();
-        let mut agent = Self { binary, pods, bpffs, log, process: None, cgroup, lab };
+        let mut agent = Self { binary, pods, bpffs, log, process: None, cgroup, attached_to, lab };
         agent.restart()?;
         Ok(agent)
     }
@@ -65,7 +72,7 @@ impl Agent {
             .args(["run", "--pods"])
             .arg(&self.pods)
             .arg("--cgroup")
-            .arg(self.lab.cgroup.dir())
+            .arg(&self.attached_to)
             .arg("--bpffs")
             .arg(&self.bpffs);
         self.process = Some(Process::start("the agent", &mut command, self.log.clone())?);
