@@ -69,7 +69,8 @@ fi
 # Files of tests, and the same as a pattern: a|b|c. Empty: all.
 read -ra files <<<"${TESTS:-}"
 TESTS=$(IFS='|'; echo "${files[*]}")
-[ -z "$update" ] || [ -z "$TESTS" ] || die "--update-budget takes all tests"
+[ -z "$update" ] || [ -z "$TESTS" ] || [[ " ${files[*]} " == *" budget "* ]] ||
+    die "--update-budget takes the tests of the file budget"
 wanted=("$@")
 [ $# -gt 0 ] || mapfile -t wanted < <(kernels | cut -d ' ' -f 1)
 for name in "${wanted[@]}"; do

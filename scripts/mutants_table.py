@@ -443,7 +443,7 @@ of(
     ("IPv6's destination is told at IPv4's level",
      "if (!addr_is4(&dst) || (void *)(sin + 1)", "if ((void *)(sin + 1)", T1),
     ("IPv4's destination is told at IPv6's level",
-     "if (addr_is4(&dst) || (void *)(sin6 + 1)", "if ((void *)(sin6 + 1)", T1),
+     "if (addr_is4(&dst) || (void *)(sin6 + 1)", "if ((void *)(sin6 + 1)", "outbound:counted"),
     ("the kernel's error stays", "\tctx->retval = 0;\n", "", T1),
     ("answers are not counted", "\tcount(pod, ORIGDST_ANSWERED);\n", "", "outbound:counted"),
 )
@@ -479,8 +479,12 @@ of(
      "if (slot < asked->used && addr_eq(&asked->server[slot], server))",
      "if (addr_eq(&asked->server[slot], server))", "dns:t11_an dns:sendmmsg",
      "an unused slot holds ::, which no question goes to"),
+    ("all servers share a slot",
+     "slot = asked->used++ & (DNS_SERVERS - 1);", "slot = asked->used++ & 0;", "dns:t11_an"),
     ("the ninth server is not remembered",
-     "\tif (asked->used < DNS_SERVERS) {", "\tif (true) {", "dns:sendmmsg"),
+     "\tasked->server[slot] = *server;\n\treturn slot;",
+     "\tif (asked->used <= DNS_SERVERS)\n\t\tasked->server[slot] = *server;\n\treturn slot;",
+     "dns:sendmmsg"),
     ("datagrams to any port are captured",
      "if (ctx->user_port != bpf_htons(DNS_PORT))", "if (false)",
      "dns:datagrams dns:t11_an", "saves the rest: policy asks for the port too"),
@@ -558,7 +562,7 @@ of(
      "inbound:only_the_proxys"),
     ("one listener is found",
      "\t\tkey.slot = slot;\n\t\tif (!bpf_map_update_elem", "\t\tkey.slot = slot * 0;\n"
-     "\t\tif (!bpf_map_update_elem", "inbound:older inbound:never_saw"),
+     "\t\tif (!bpf_map_update_elem", "inbound:each_of"),
 )
 
 of(
