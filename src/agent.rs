@@ -19,7 +19,6 @@ use tracing::{info, warn};
 
 use crate::{
     bpf::{self, Dataplane, Pins},
-    bpffs,
     cgroup::Cgroup,
     check,
     cni::{
@@ -45,8 +44,8 @@ pub struct Config {
     pub source: SourceConfig,
     /// Cgroup to attach to; none: the root.
     pub cgroup: Option<PathBuf>,
-    /// Directory for pins.
-    pub bpffs: PathBuf,
+    /// Where maps and links are pinned.
+    pub pins: Pins,
     /// Where health and metrics are served; none: nowhere.
     pub http: Option<SocketAddr>,
 }
@@ -90,7 +89,7 @@ async fn serve(config: &Config) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     check::privileges()?;
     let cgroup = Cgroup::open(config.cgroup.as_deref())?;
-    let pins = bpffs::pins(&config.bpffs)?;
+    let pins = &config.pins;
     let (changed, mut changes) = mpsc::channel(1);
     let mut watchers = Vec::new();
     let (asked, mut requests) = mpsc::channel(REQUESTS);
@@ -109,13 +108,13 @@ async fn serve(config: &Config) -> Result<()> {
         }
     };
     let _lock = pins.lock()?;
-    let mut dataplane = Dataplane::load(&pins)?;
+    let mut dataplane = Dataplane::load(pins)?;
     dataplane.attach(&cgroup)?;
     let events = dataplane.events()?;
-    let metrics = Arc::new(Metrics::new(&pins, cgroup.id()));
-    let mut reconciler = Reconciler::new(source, dataplane, Arc::clone(&metrics))?;
+    let metrics = Arc::new(Metrics::new(pins, cgroup.id()));
+    let mut reconciler = Reconciler::new(source, dataplane, cgroup, Arc::clone(&metrics))?;
     let adopted = reconciler.adopted();
-    info!(cgroup = %cgroup, bpffs = %config.bpffs.display(), adopted, "in force");
+    info!(cgroup = %reconciler.cgroup(), %pins, adopted, "in force");
 
     if let Some(address) = config.http {
         http::serve(address, Arc::clone(&metrics)).await?;
@@ -159,7 +158,7 @@ async fn serve(config: &Config) -> Result<()> {
     {
         info!("{why}: everything is taken away");
         let cni = cni.as_ref();
-        return unload(&pins, cni.map(|cni| (cni.conf_dir.as_path(), cni.bin_dir.as_path())));
+        return unload(pins, cni.map(|cni| (cni.conf_dir.as_path(), cni.bin_dir.as_path())));
     }
     info!("ends; the data plane stays in force (`sidestep unload` takes it away)");
     Ok(())

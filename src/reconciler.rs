@@ -15,6 +15,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     bpf::{self, Dataplane},
+    cgroup::Cgroup,
     cni::Sandbox,
     desired::{Candidate, Desired, NetnsFacts, PodRow, Record, desired},
     facts::{self, FactsError, PodFacts},
@@ -65,6 +66,7 @@ pub enum Look {
 pub struct Reconciler {
     source: Source,
     dataplane: Dataplane,
+    cgroup: Cgroup,
     metrics: Arc<Metrics>,
     host: BTreeSet<u64>,
     /// Which pod has which namespace, as the kernel's records say.
@@ -88,7 +90,12 @@ impl Reconciler {
     ///
     /// # Errors
     /// Where the kernel's records or the node's own namespace can't be read.
-    pub fn new(mut source: Source, dataplane: Dataplane, metrics: Arc<Metrics>) -> Result<Self> {
+    pub fn new(
+        mut source: Source,
+        dataplane: Dataplane,
+        cgroup: Cgroup,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self> {
         let owners = dataplane.records()?;
         if let Source::Kubernetes(_, places) = &mut source {
             for (cookie, record) in &owners {
@@ -99,6 +106,7 @@ impl Reconciler {
         Ok(Self {
             source,
             dataplane,
+            cgroup,
             metrics,
             host: netns::host_cookies()?,
             owners,
@@ -114,6 +122,11 @@ impl Reconciler {
     /// How many pods an earlier agent left.
     pub fn adopted(&self) -> usize {
         self.owners.len()
+    }
+
+    /// What the hooks are attached to.
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
     }
 
     /// The source.
@@ -209,8 +222,10 @@ impl Reconciler {
             }
         }
         self.enrol(candidates, &snapshot, problems)?;
+        self.dataplane.take_over(&self.cgroup)?;
         if look == Look::Everything {
             self.tidy(&snapshot);
+            self.dataplane.retire()?;
         }
         Ok(true)
     }

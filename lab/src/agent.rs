@@ -29,29 +29,42 @@ static COUNTER: AtomicU32 = AtomicU32::new(0);
 pub struct Agent {
     binary: PathBuf,
     source: Vec<OsString>,
+    layout: Option<String>,
     pods: PathBuf,
     bpffs: PathBuf,
     log: PathBuf,
     process: Option<Process>,
     cgroup: LeafCgroup,
+    attached_to: PathBuf,
     lab: Arc<Inner>,
 }
 
 impl Agent {
     /// Starts `<binary> run` with no pods, on the lab's cgroup. It may not be ready yet.
     pub fn start(binary: &Path, lab: &Lab) -> Result<Self> {
-        Self::make(binary, lab, None)
+        Self::make(binary, lab, lab.cgroup(), None)
     }
 
-    /// The same with other pods than those of a directory of manifests: `source` is what `run`
-    /// is told about that, such as `--kubernetes`.
+    /// Like [`Agent::start`], on another cgroup than the lab's.
+    pub fn start_on(binary: &Path, lab: &Lab, cgroup: &Path) -> Result<Self> {
+        Self::make(binary, lab, cgroup, None)
+    }
+
+    /// Like [`Agent::start`] with other pods than those of a directory of manifests: `source` is
+    /// what `run` is told about that, such as `--kubernetes`.
     pub fn start_with(binary: &Path, lab: &Lab, source: Vec<OsString>) -> Result<Self> {
-        Self::make(binary, lab, Some(source))
+        Self::make(binary, lab, lab.cgroup(), Some(source))
     }
 
-    fn make(binary: &Path, lab: &Lab, source: Option<Vec<OsString>>) -> Result<Self> {
+    fn make(
+        binary: &Path,
+        lab: &Lab,
+        cgroup: &Path,
+        source: Option<Vec<OsString>>,
+    ) -> Result<Self> {
         ensure!(binary.is_file(), "there is no agent at {}", binary.display());
         mount_bpffs()?;
+        let attached_to = cgroup.to_owned();
         let lab = lab.inner().clone();
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let bpffs = Path::new(BPFFS).join(format!("{}{}-{number}", cgroup::PREFIX, process::id()));
@@ -61,7 +74,19 @@ impl Agent {
         let cgroup = lab.leaf_cgroup(&format!("agent-{number}"))?;
         let binary = binary.to_owned();
         let source = source.unwrap_or_else(|| vec!["--pods".into(), pods.clone().into()]);
-        let mut agent = Self { binary, source, pods, bpffs, log, process: None, cgroup, lab };
+        let layout = None;
+        let mut agent = Self {
+            binary,
+            source,
+            layout,
+            pods,
+            bpffs,
+            log,
+            process: None,
+            cgroup,
+            attached_to,
+            lab,
+        };
         agent.restart()?;
         Ok(agent)
     }
@@ -78,11 +103,19 @@ impl Agent {
             .arg("run")
             .args(&self.source)
             .arg("--cgroup")
-            .arg(self.lab.cgroup.dir())
+            .arg(&self.attached_to)
             .arg("--bpffs")
-            .arg(&self.bpffs);
+            .arg(&self.bpffs)
+            .args(self.layout.iter().flat_map(|layout| ["--layout", layout]));
         self.process = Some(Process::start("the agent", &mut command, self.log.clone())?);
         Ok(())
+    }
+
+    /// Starts it again as a build whose maps have another layout, such as `v2`.
+    pub fn upgrade_to(&mut self, layout: &str) -> Result<()> {
+        self.terminate()?;
+        self.layout = Some(layout.to_owned());
+        self.restart()
     }
 
     /// Hands the agent the pod's manifest.
@@ -156,6 +189,7 @@ impl Agent {
             .args(args)
             .arg("--bpffs")
             .arg(&self.bpffs)
+            .args(self.layout.iter().flat_map(|layout| ["--layout", layout]))
             .output()
             .with_context(|| format!("running {}", self.binary.display()))?;
         let (stdout, stderr) =
