@@ -373,6 +373,9 @@ of(
 
 of(
     "origdst.h",
+    ("what the kernel or an older layout answered is put aside",
+     "if (!ctx->retval)\n\t\treturn false;", "if (false)\n\t\treturn false;",
+     "edges:beside lifecycle:other_maps"),
     ("an MPTCP subflow is on its own", "\t\tif (msk)\n", "\t\tif (false && msk)\n",
      "sockets:mptcp"),
     ("IPv6's connections are read as IPv4's",
@@ -543,6 +546,14 @@ of(
      "if (false)\n", "dns:t11_an"),
     ("answers of IPv6 stay as they are", "else if (skb->protocol == bpf_htons(ETH_P_IPV6))\n",
      "else if (false)\n", "dns:t11_an"),
+)
+
+of(
+    "layouts.h",
+    ("no socket has state in the old maps", "if (ctx->sk)\n\t\tstorages++;", "if (false)\n\t\tstorages++;",
+     "lifecycle:other_maps"),
+    ("the end of the walk is a socket", "if (ctx->sk)\n\t\tstorages++;", "storages++;",
+     "lifecycle:other_maps"),
 )
 
 of(

@@ -30,6 +30,8 @@ use crate::{
     },
 };
 
+/// How long the pods of an agent with other maps may be missing.
+const TAKE_OVER: Duration = Duration::from_secs(15);
 /// A pod whose proxy does not listen is looked at this often at most.
 const SEARCH: Duration = Duration::from_millis(100);
 
@@ -77,6 +79,8 @@ pub struct Reconciler {
     pods: BTreeMap<u64, Enrolled>,
     /// When a pod's listeners were last looked for.
     searched: BTreeMap<(u64, u16), Instant>,
+    /// Since when an agent with other maps could be taken over from.
+    taking_over: Option<Instant>,
     /// What the namespaces said when they were last visited, by the pod's uid.
     visited: BTreeMap<String, NetnsFacts>,
     /// Pods whose namespace was looked for in vain, by uid; whether that was said.
@@ -113,6 +117,7 @@ impl Reconciler {
             applied: None,
             pods: BTreeMap::new(),
             searched: BTreeMap::new(),
+            taking_over: None,
             visited: BTreeMap::new(),
             missing: BTreeMap::new(),
             problems: BTreeSet::new(),
@@ -222,12 +227,31 @@ impl Reconciler {
             }
         }
         self.enrol(candidates, &snapshot, problems)?;
-        self.dataplane.take_over(&self.cgroup)?;
+        self.take_over(problems)?;
         if look == Look::Everything {
             self.tidy(&snapshot);
             self.dataplane.retire()?;
         }
         Ok(true)
+    }
+
+    /// Takes over from an agent whose maps have another layout once all its pods are enrolled
+    /// here, or after a while: one of them may have left the mesh meanwhile.
+    fn take_over(&mut self, problems: &mut BTreeSet<Problem>) -> Result<()> {
+        if !self.dataplane.is_taking_over() {
+            return Ok(());
+        }
+        let missing = self.dataplane.not_taken_over()?;
+        let since = *self.taking_over.get_or_insert_with(Instant::now);
+        if missing > 0 && since.elapsed() < TAKE_OVER {
+            problems.insert(Problem::node(format!(
+                "{missing} pods of an agent with other maps are not found yet: it decides on"
+            )));
+            return Ok(());
+        }
+        self.dataplane.take_over(&self.cgroup)?;
+        info!(missing, "took over from an agent with other maps");
+        Ok(())
     }
 
     /// A pod's facts, where it is in a mesh; a policy that can't be read is a problem, but no
@@ -400,6 +424,9 @@ impl Reconciler {
         places.remember(&uid, Place { path: sandbox.netns.clone(), cookie, container });
         kubernetes.expect(pod);
         self.sync(Look::Changes, more);
+        if self.dataplane.is_taking_over() {
+            return Err(AddError::NotYet);
+        }
         self.enrolled(&uid, cookie)
     }
 
@@ -603,7 +630,7 @@ impl Reconciler {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum AddError {
     /// The agent has just started.
-    #[error("the API server has not told this node's pods yet")]
+    #[error("the agent has just started: this node's pods are not all known yet")]
     NotYet,
     /// The pod is in a mesh and can't be enrolled.
     #[error("{0}")]

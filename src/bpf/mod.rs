@@ -274,6 +274,26 @@ impl Dataplane {
         Ok(())
     }
 
+    /// Whether an agent with another layout of the maps decides still.
+    pub fn is_taking_over(&self) -> bool {
+        self.to_take_over
+    }
+
+    /// How many pods that an agent with another layout enrolled, and that live, are not enrolled
+    /// in this one's maps.
+    ///
+    /// # Errors
+    /// Where the pins can't be read.
+    pub fn not_taken_over(&self) -> Result<usize> {
+        let mut missing = 0;
+        for other in self.pins.others()? {
+            let cookies = steered(&other)?;
+            let lives = |cookie: &u64| steer_lives(&other, *cookie) && !self.netns_lives(*cookie);
+            missing += cookies.into_iter().filter(lives).count();
+        }
+        Ok(missing)
+    }
+
     /// Takes over from an agent whose maps have another layout, once this one's are filled: what
     /// decides is switched over in one step. What answers about connections that were decided
     /// before stays beside, until [`Dataplane::retire`].
@@ -292,9 +312,8 @@ impl Dataplane {
                 if own.exists() {
                     remove_link(&theirs)?;
                 } else {
-                    fs::rename(&theirs, &own).with_context(|| {
-                        format!("cannot take {} over", theirs.display())
-                    })?;
+                    fs::rename(&theirs, &own)
+                        .with_context(|| format!("cannot take {} over", theirs.display()))?;
                 }
             }
             self.attach_hook(hook, cgroup)
