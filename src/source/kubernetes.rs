@@ -443,3 +443,60 @@ fn keep_container(container: Container) -> Container {
         ..Default::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_is_dropped_changes_no_facts() {
+        let pod = json!({
+            "metadata": {
+                "name": "p", "namespace": "n", "uid": "u", "resourceVersion": "1",
+                "labels": {"sidecar.istio.io/inject": "true"},
+                "annotations": {
+                    "sidecar.istio.io/status": "{}",
+                    "kubectl.kubernetes.io/last-applied-configuration": "x".repeat(4000),
+                    "traffic.sidecar.istio.io/excludeOutboundPorts": "25",
+                },
+                "managedFields": [{"manager": "kubelet", "operation": "Update", "fieldsType": "FieldsV1",
+                                   "fieldsV1": {"f:status": {}}}],
+                "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "r", "uid": "x"}],
+            },
+            "spec": {
+                "hostNetwork": false, "nodeName": "here",
+                "volumes": [{"name": "v", "emptyDir": {}}],
+                "initContainers": [{
+                    "name": "istio-proxy", "image": "i", "restartPolicy": "Always",
+                    "args": ["proxy", "sidecar"],
+                    "env": [{"name": "ISTIO_META_DNS_CAPTURE", "value": "true"},
+                            {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}],
+                    "securityContext": {"runAsUser": 1400},
+                }],
+                "containers": [{"name": "app", "image": "i", "volumeMounts": [{"name": "v", "mountPath": "/v"}]}],
+            },
+            "status": {
+                "phase": "Running", "podIPs": [{"ip": "10.0.0.1"}],
+                "conditions": [{"type": "Ready", "status": "True"}],
+            },
+        });
+        let whole: Pod = serde_json::from_value(pod).expect("a pod");
+        let mut slim = whole.clone();
+        keep_needed(&mut slim);
+        let facts = facts::facts(&whole).expect("facts").expect("in a mesh");
+        assert_eq!(facts.facts.proxy_uid, 1400);
+        assert_eq!(facts.facts.dns_port, Some(15053));
+        assert_eq!(facts::facts(&slim).expect("facts"), Some(facts));
+        let size = |pod: &Pod| serde_json::to_string(pod).expect("JSON").len();
+        assert!(size(&slim) * 4 < size(&whole), "{} of {}", size(&slim), size(&whole));
+    }
+
+    #[test]
+    fn a_note_says_where_the_rest_is() {
+        assert_eq!(note_of("short"), "short");
+        let note = note_of(&"\u{e4}".repeat(NOTE));
+        assert!(note.len() <= NOTE && note.ends_with("log has the rest)"), "{}", note.len());
+    }
+}
