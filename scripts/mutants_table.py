@@ -375,7 +375,7 @@ of(
     "origdst.h",
     ("what the kernel or an older layout answered is put aside",
      "if (!ctx->retval)\n\t\treturn false;", "if (false)\n\t\treturn false;",
-     "edges:beside lifecycle:other_maps"),
+     "edges:beside"),
     ("an MPTCP subflow is on its own", "\t\tif (msk)\n", "\t\tif (false && msk)\n",
      "sockets:mptcp"),
     ("IPv6's connections are read as IPv4's",
