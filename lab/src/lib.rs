@@ -26,7 +26,7 @@ mod wait;
 pub use agent::Agent;
 pub use client::{Answer, ask, connect, http_get};
 pub use envoy::{Envoy, EnvoyOpts};
-pub use lab::Lab;
+pub use lab::{Lab, Service};
 pub use pod::{Pod, PodNet};
 pub use process::Process;
 pub use seen::Seen;

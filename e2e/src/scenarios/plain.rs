@@ -1,0 +1,94 @@
+//! Without the agent: does the node itself work?
+
+use std::fs;
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::{Row, World};
+
+pub const SCENARIOS: &[Row] = &[
+    ("smoke", "pods come up, reach each other, and leave nothing behind", smoke),
+    ("pod-life", "init containers, sidecars, ends, and the host's network", pod_life),
+];
+
+fn smoke(world: &mut World) -> Result<()> {
+    let node = &world.node;
+    let serve = json!({"containers": [{"name": "app", "args": ["serve", "0.0.0.0:80"]}]});
+    node.create_pod("server", Value::Null, serve)?;
+    let ip = node.wait_running("server")?;
+    let target = SocketAddr::new(ip, 80);
+    let once = json!({"containers": [{"name": "app", "args": ["once", target.to_string()]}]});
+    node.create_pod("client", Value::Null, once)?;
+    node.wait_phase("client", "Succeeded")
+        .with_context(|| format!("it said: {}", node.log("client", "app")))?;
+    let said = node.log("client", "app");
+    ensure!(said.starts_with("ok by=app peer=10.88."), "the client said {said:?}");
+    let asked = node.ask("server", 1000, target)?;
+    ensure!(asked.seen.peer.ip() == ip, "its own peer is {}", asked.seen.peer);
+
+    // The agent attaches to the lab's cgroup: all of the pod must be below.
+    let pid = node.pid("server")?;
+    let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).context("its cgroup")?;
+    let lab = node.lab().cgroup().file_name().context("the lab's cgroup has no name")?;
+    let below = format!("0::/{}/", lab.to_string_lossy());
+    ensure!(cgroup.lines().any(|line| line.starts_with(&below)), "its cgroups: {cgroup}");
+
+    let netns = node.netns("server")?;
+    node.delete_pod("server")?;
+    node.delete_pod("client")?;
+    let left = node.containerd().with_cri(async |mut cri| cri.sandboxes(None).await)?;
+    ensure!(left.is_empty(), "sandboxes are left: {left:?}");
+    ensure!(!netns.exists(), "{} is left", netns.display());
+    let ipam = node.containerd().last_ip_file();
+    let addresses = fs::read_dir(ipam.parent().context("it has a directory")?)?
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("10."))
+        .count();
+    ensure!(addresses == 0, "{addresses} addresses are still taken");
+    Ok(())
+}
+
+fn pod_life(world: &mut World) -> Result<()> {
+    let node = &world.node;
+    // The sidecar serves before the next init container asks it, and as long as the app runs.
+    let spec = json!({
+        "initContainers": [
+            {
+                "name": "sidecar",
+                "args": ["serve", "127.0.0.1:81", "--name", "sidecar"],
+                "restartPolicy": "Always",
+            },
+            {"name": "first", "args": ["loop", "127.0.0.1:81", "--seconds", "1"]},
+        ],
+        "containers": [{"name": "app", "args": ["once", "127.0.0.1:81"]}],
+    });
+    node.create_pod("job", Value::Null, spec)?;
+    let pod = node.wait_phase("job", "Succeeded").with_context(|| node.log("job", "first"))?;
+    let states = &pod["status"]["initContainerStatuses"];
+    ensure!(states[1]["state"]["terminated"]["exitCode"] == 0, "init containers: {states:#}");
+    ensure!(node.log("job", "app").starts_with("ok by=sidecar"), "{}", node.log("job", "app"));
+
+    let fails = json!({
+        "initContainers": [{"name": "first", "args": ["once", "127.0.0.1:82"]}],
+        "containers": [{"name": "app", "args": ["pause"]}],
+    });
+    node.create_pod("fails", Value::Null, fails)?;
+    let pod = node.wait_phase("fails", "Failed")?;
+    ensure!(pod["status"]["containerStatuses"] == json!([]), "its app was started: {pod:#}");
+
+    let host = json!({
+        "hostNetwork": true,
+        "containers": [{"name": "app", "args": ["serve", "10.77.0.1:83"]}],
+    });
+    node.create_pod("host", Value::Null, host)?;
+    let ip = node.wait_running("host")?;
+    ensure!(ip.to_string() == "10.77.0.1", "its address is {ip}");
+    let asked = node.lab().on_node(|| sidestep_lab::ask(SocketAddr::new(ip, 83), None))??;
+    ensure!(asked.seen.by.as_deref() == Some("app"), "{} answered", asked.seen);
+    for name in ["job", "fails", "host"] {
+        node.delete_pod(name)?;
+    }
+    Ok(())
+}
