@@ -18,7 +18,7 @@ pub fn write(archive: &Path, name: &str, program: &Path, arguments: &[&str]) -> 
     let layer_file = archive.with_extension("layer");
     layer(&layer_file, program, &entrypoint)
         .with_context(|| format!("writing {}", layer_file.display()))?;
-    let layer = fs::read(&layer_file).context("reading the layer")?;
+    let layer = Blob::new(fs::read(&layer_file).context("reading the layer")?);
     fs::remove_file(&layer_file).context("removing the layer")?;
 
     let architecture = match std::env::consts::ARCH {
@@ -30,17 +30,17 @@ pub fn write(archive: &Path, name: &str, program: &Path, arguments: &[&str]) -> 
         "architecture": architecture,
         "os": "linux",
         "config": {"Entrypoint": [entrypoint], "Cmd": arguments},
-        "rootfs": {"type": "layers", "diff_ids": [digest(&layer)]},
+        "rootfs": {"type": "layers", "diff_ids": [layer.digest]},
     });
-    let config = config.to_string().into_bytes();
+    let config = Blob::new(config.to_string().into_bytes());
     let manifest = json!({
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": descriptor("application/vnd.oci.image.config.v1+json", &config),
-        "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", &layer)],
+        "config": config.descriptor("application/vnd.oci.image.config.v1+json"),
+        "layers": [layer.descriptor("application/vnd.oci.image.layer.v1.tar")],
     });
-    let manifest = manifest.to_string().into_bytes();
-    let mut described = descriptor("application/vnd.oci.image.manifest.v1+json", &manifest);
+    let manifest = Blob::new(manifest.to_string().into_bytes());
+    let mut described = manifest.descriptor("application/vnd.oci.image.manifest.v1+json");
     described["annotations"] = json!({"io.containerd.image.name": name});
     let index = json!({"schemaVersion": 2, "manifests": [described]});
 
@@ -48,8 +48,7 @@ pub fn write(archive: &Path, name: &str, program: &Path, arguments: &[&str]) -> 
     add(&mut tar, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
     add(&mut tar, "index.json", index.to_string().as_bytes())?;
     for blob in [&config, &manifest, &layer] {
-        let hash = digest(blob);
-        add(&mut tar, &format!("blobs/{}", hash.replace(':', "/")), blob)?;
+        add(&mut tar, &format!("blobs/{}", blob.digest.replace(':', "/")), &blob.data)?;
     }
     tar.finish().with_context(|| format!("writing {}", archive.display()))
 }
@@ -97,12 +96,20 @@ fn add(tar: &mut Builder<File>, name: &str, data: &[u8]) -> Result<()> {
     tar.append_data(&mut header, name, data).with_context(|| format!("adding {name}"))
 }
 
-fn descriptor(media_type: &str, data: &[u8]) -> Value {
-    json!({"mediaType": media_type, "digest": digest(data), "size": data.len()})
+/// A part of an image, and what it is called by.
+struct Blob {
+    data: Vec<u8>,
+    digest: String,
 }
 
-fn digest(data: &[u8]) -> String {
-    let hash = Sha256::digest(data);
-    let hex: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("sha256:{hex}")
+impl Blob {
+    fn new(data: Vec<u8>) -> Self {
+        let hash = Sha256::digest(&data);
+        let hex: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+        Self { data, digest: format!("sha256:{hex}") }
+    }
+
+    fn descriptor(&self, media_type: &str) -> Value {
+        json!({"mediaType": media_type, "digest": self.digest, "size": self.data.len()})
+    }
 }

@@ -1,13 +1,17 @@
 //! The scenarios: each on a node of its own.
 
+mod birth;
+mod changes;
+mod faults;
 mod plain;
+mod pods;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use sidestep_e2e::lab::Node;
+use sidestep_e2e::lab::{Agent, AgentOpts, Node};
 use sidestep_lab::{interrupted, stop_on_signals};
 
 /// What a scenario works with.
@@ -16,6 +20,19 @@ pub struct World {
     pub binary: PathBuf,
     /// The node; gone when a scenario took it down itself.
     pub node: Node,
+}
+
+impl World {
+    /// Starts the agent with its CNI plugin and waits until it is ready.
+    pub fn agent(&self) -> Result<Agent> {
+        self.agent_with(&[])
+    }
+
+    /// The same, with more arguments.
+    pub fn agent_with(&self, args: &[&str]) -> Result<Agent> {
+        let args = args.iter().map(|arg| (*arg).to_owned()).collect();
+        Agent::start(&self.binary, &self.node, AgentOpts { cni: true, args })
+    }
 }
 
 /// One scenario.
@@ -29,7 +46,11 @@ pub struct Scenario {
 
 /// All scenarios, in the order of their running.
 pub fn all() -> Vec<Scenario> {
-    plain::SCENARIOS.iter().map(|(name, doc, run)| Scenario { name, doc, run: *run }).collect()
+    [plain::SCENARIOS, birth::SCENARIOS, changes::SCENARIOS, faults::SCENARIOS]
+        .concat()
+        .into_iter()
+        .map(|(name, doc, run)| Scenario { name, doc, run })
+        .collect()
 }
 
 /// What the modules list: name, doc line, function.

@@ -1,15 +1,22 @@
 //! Without the agent: does the node itself work?
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use sidestep_e2e::apiserver::Gone;
+use sidestep_lab::wait_until;
 
+use super::changes::conflist;
 use super::{Row, World};
 
 pub const SCENARIOS: &[Row] = &[
     ("smoke", "pods come up, reach each other, and leave nothing behind", smoke),
+    ("cni-refuses", "a CNI error becomes an event, and the pod is tried again", cni_refuses),
+    ("kubelet-alone", "the kubelet gets over an API server that goes and forgets", kubelet_alone),
     ("pod-life", "init containers, sidecars, ends, and the host's network", pod_life),
 ];
 
@@ -48,6 +55,63 @@ fn smoke(world: &mut World) -> Result<()> {
         .count();
     ensure!(addresses == 0, "{addresses} addresses are still taken");
     Ok(())
+}
+
+fn cni_refuses(world: &mut World) -> Result<()> {
+    let node = &world.node;
+    let plugin = node.containerd().cni_bin_dir().join("moody");
+    let script = "#!/bin/sh\n\
+                  [ \"$CNI_COMMAND\" = DEL ] && exit\n\
+                  echo '{\"cniVersion\": \"1.0.0\", \"code\": 100, \"msg\": \"not today\"}'\n\
+                  exit 1\n";
+    fs::write(&plugin, script).context("writing a plugin")?;
+    fs::set_permissions(&plugin, Permissions::from_mode(0o755)).context("making it executable")?;
+    let (file, before) = conflist(node)?;
+    let mut moody = before.clone();
+    let plugins = moody["plugins"].as_array_mut().context("it has plugins")?;
+    plugins.push(json!({"type": "moody"}));
+    let replace = |value: &Value| {
+        let new = file.with_extension("new");
+        fs::write(&new, value.to_string()).and_then(|()| fs::rename(&new, &file))
+    };
+    replace(&moody)?;
+    // containerd takes it in on its own time: so try with a pod each.
+    let mut number = 0;
+    wait_until("the pod to be refused", Duration::from_secs(20), || {
+        number += 1;
+        let name = format!("pod-{number}");
+        let spec = json!({"containers": [{"name": "app", "args": ["pause"]}]});
+        let made = node.create_pod(&name, Value::Null, spec);
+        let told = || node.wait_running(&name).is_ok() || !node.events(&name).is_empty();
+        made.is_ok()
+            && wait_until("its fate", Duration::from_secs(10), told).is_ok()
+            && node.events(&name).iter().any(|event| event.contains("not today"))
+    })?;
+    let name = format!("pod-{number}");
+    ensure!(node.pod(&name)?["status"]["phase"] == "Pending", "it runs");
+    replace(&before)?;
+    node.wait_running(&name)?;
+    node.delete_pod(&name)
+}
+
+fn kubelet_alone(world: &mut World) -> Result<()> {
+    let node = &world.node;
+    for (name, gone) in [("one", Gone::Event), ("two", Gone::Status)] {
+        node.server().stop()?;
+        let spec = json!({"containers": [{"name": "app", "args": ["pause"]}]});
+        node.create_pod(name, Value::Null, spec)?;
+        node.server().compact(gone);
+        node.server().resume()?;
+        node.wait_running(name).with_context(|| format!("told 410 by {gone:?}"))?;
+    }
+    node.server().stop()?;
+    node.server().delete("pods", "shop", "one")?;
+    node.server().compact(Gone::Event);
+    node.server().resume()?;
+    wait_until("the pod's sandbox to be gone", Duration::from_secs(10), || {
+        let left = node.containerd().with_cri(async |mut cri| cri.sandboxes(None).await);
+        left.is_ok_and(|left| left.len() == 1)
+    })
 }
 
 fn pod_life(world: &mut World) -> Result<()> {
