@@ -1,12 +1,16 @@
 //! The command line.
 
-use std::{io::Write, path::PathBuf, process::ExitCode};
+use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    agent, bpf, bpffs, check, status,
+    agent::{self, SourceConfig},
+    bpf, bpffs, check,
+    cni::{self, OnAgentAway, conflist},
+    source::kubernetes,
+    status,
     telemetry::{self, LogFormat},
 };
 
@@ -32,7 +36,8 @@ enum Command {
     ///
     /// Needs no running agent. The JSON is described in docs/status.md.
     Status(StatusArgs),
-    /// Take every link, program, map and pin away. Refuses while an agent runs.
+    /// Take every link, program, map and pin away, and the CNI plugin out of the node's
+    /// configuration. Refuses while an agent runs.
     Unload(Unload),
 }
 
@@ -56,8 +61,21 @@ struct Run {
     ///
     /// The pods' network namespaces come from the annotation sidestep.io/netns, an absolute path
     /// such as /run/netns/NAME.
-    #[arg(long, value_name = "DIR")]
-    pods: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "kubernetes")]
+    pods: Option<PathBuf>,
+    /// This node's pods come from the API server.
+    ///
+    /// Their network namespaces come from the CNI plugin (--cni), or are found by the pods'
+    /// processes.
+    #[arg(long, conflicts_with = "pods", requires = "node_name")]
+    kubernetes: bool,
+    #[command(flatten)]
+    cluster: Cluster,
+    #[command(flatten)]
+    cni: Cni,
+    /// Serve /healthz, /readyz and /metrics on this address, such as 127.0.0.1:9465.
+    #[arg(long, value_name = "ADDRESS:PORT", env = "SIDESTEP_HTTP")]
+    http: Option<SocketAddr>,
     #[command(flatten)]
     cgroup: CgroupArgs,
     #[command(flatten)]
@@ -65,6 +83,101 @@ struct Run {
     /// How log lines look.
     #[arg(long, value_name = "FORMAT", value_enum, default_value = "human")]
     log_format: LogFormat,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "With --kubernetes")]
+struct Cluster {
+    /// This node's name in the API server (spec.nodeName of its pods).
+    #[arg(long, value_name = "NAME", env = "SIDESTEP_NODE_NAME")]
+    node_name: Option<String>,
+    /// How to reach the API server [default: the service account of the agent's own pod].
+    #[arg(long, value_name = "FILE", env = "SIDESTEP_KUBECONFIG", requires = "kubernetes")]
+    kubeconfig: Option<PathBuf>,
+    /// The node's own procfs.
+    #[arg(long, value_name = "DIR", env = "SIDESTEP_PROC", default_value = "/proc")]
+    proc: PathBuf,
+    /// The agent's own DaemonSet: where that is gone when the agent is told to end, everything
+    /// is taken away.
+    #[arg(
+        long,
+        value_name = "NAMESPACE/NAME",
+        env = "SIDESTEP_DAEMONSET",
+        value_parser = namespaced,
+        requires = "kubernetes"
+    )]
+    daemonset: Option<(String, String)>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "CNI, with --kubernetes")]
+struct Cni {
+    /// Install the CNI plugin, chained behind the node's own, and serve it: a pod of a mesh is
+    /// enrolled before its first process runs, or does not start.
+    #[arg(long, requires = "kubernetes")]
+    cni: bool,
+    #[command(flatten)]
+    dirs: CniDirs,
+    /// Where the plugin reaches the agent.
+    #[arg(long, value_name = "PATH", default_value = cni::SOCKET)]
+    cni_socket: PathBuf,
+    /// What becomes of a new pod while no agent answers.
+    #[arg(long, value_name = "WHAT", value_enum, default_value = "refuse")]
+    cni_on_agent_away: OnAgentAway,
+    /// How long a new pod waits for an agent.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    cni_timeout: u64,
+    /// Namespaces whose pods never wait for the agent.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    cni_exclude_namespaces: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct CniDirs {
+    /// Directory of CNI configurations.
+    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
+    cni_conf_dir: PathBuf,
+    /// Directory of CNI plugins.
+    #[arg(long, value_name = "DIR", default_value = "/opt/cni/bin")]
+    cni_bin_dir: PathBuf,
+}
+
+/// `NAMESPACE/NAME`.
+fn namespaced(text: &str) -> Result<(String, String), String> {
+    match text.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => {
+            Ok((namespace.into(), name.into()))
+        }
+        _ => Err("NAMESPACE/NAME expected".into()),
+    }
+}
+
+impl Run {
+    fn source(self) -> SourceConfig {
+        if let Some(pods) = self.pods {
+            return SourceConfig::Manifests(pods);
+        }
+        let cni = self.cni;
+        SourceConfig::Kubernetes {
+            api: kubernetes::Config {
+                node: self.cluster.node_name.unwrap_or_default(),
+                kubeconfig: self.cluster.kubeconfig,
+            },
+            proc: self.cluster.proc,
+            daemonset: self.cluster.daemonset,
+            cni: cni.cni.then(|| cni::Config {
+                conf_dir: cni.dirs.cni_conf_dir,
+                bin_dir: cni.dirs.cni_bin_dir,
+                socket: cni.cni_socket.clone(),
+                settings: cni::Settings {
+                    socket: cni.cni_socket,
+                    on_agent_away: cni.cni_on_agent_away,
+                    timeout_seconds: cni.cni_timeout,
+                    exclude_namespaces: cni.cni_exclude_namespaces,
+                },
+            }),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -104,6 +217,8 @@ struct StatusArgs {
 struct Unload {
     #[command(flatten)]
     paths: Paths,
+    #[command(flatten)]
+    cni: CniDirs,
 }
 
 impl Cli {
@@ -116,9 +231,10 @@ impl Cli {
             Command::Run(args) => {
                 telemetry::init(args.log_format);
                 agent::run(&agent::Config {
-                    pods: args.pods,
-                    cgroup: args.cgroup.cgroup,
-                    bpffs: args.paths.bpffs,
+                    cgroup: args.cgroup.cgroup.clone(),
+                    bpffs: args.paths.bpffs.clone(),
+                    http: args.http,
+                    source: args.source(),
                 })?;
                 Ok(ExitCode::SUCCESS)
             }
@@ -138,6 +254,11 @@ impl Cli {
                 telemetry::init(LogFormat::Human);
                 let pins = bpffs::pins(&args.paths.bpffs)?;
                 let root = args.paths.bpffs.display();
+                let cni = &args.cni;
+                let changed = conflist::uninstall(&cni.cni_conf_dir, &cni.cni_bin_dir)?;
+                if changed > 0 {
+                    println!("The CNI plugin is removed: {changed} files changed.");
+                }
                 if !args.paths.bpffs.exists() {
                     println!("Nothing to unload: {root} does not exist.");
                     return Ok(ExitCode::SUCCESS);

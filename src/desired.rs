@@ -244,12 +244,12 @@ pub const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
 pub fn desired(
     candidates: &[Candidate],
     host: &BTreeSet<u64>,
-    owners: &BTreeMap<u64, String>,
+    owners: &BTreeMap<u64, Record>,
     limits: &Limits,
 ) -> Desired {
     let mut sorted: Vec<&Candidate> = candidates.iter().collect();
     sorted.sort_by_cached_key(|c| {
-        let owns = owners.get(&c.netns.cookie) == Some(&c.facts.name);
+        let owns = owners.get(&c.netns.cookie).is_some_and(|owner| owner.pod == c.facts.name);
         (!owns, c.facts.name.clone())
     });
     let mut out = Desired::default();
@@ -623,7 +623,8 @@ mod tests {
     fn of_two_pods_in_one_namespace_the_owner_keeps_it() {
         let pods = [candidate("ns/a", 7, "10.0.0.7"), candidate("ns/b", 7, "10.0.0.7")];
         assert_eq!(plain(&pods).pods[&7].1.pod, "ns/a");
-        let owners = BTreeMap::from([(7, "ns/b".to_owned())]);
+        let owner = Record { pod: "ns/b".into(), ..Record::default() };
+        let owners = BTreeMap::from([(7, owner)]);
         let out = desired(&pods, &BTreeSet::new(), &owners, &LIMITS);
         assert_eq!(out.pods[&7].1.pod, "ns/b");
         assert!(

@@ -1,9 +1,12 @@
 //! What a Pod object says about itself, parsed once. Pure.
 
-use std::{collections::BTreeSet, net::IpAddr, str::FromStr};
+use std::{collections::BTreeSet, net::IpAddr, str::FromStr, sync::Arc};
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::{
+    api::core::v1::{Container, Pod},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
 use thiserror::Error;
 
 use crate::mesh::{Kind, MESHES, Mesh};
@@ -192,7 +195,34 @@ pub fn pod_name(pod: &Pod) -> Result<String, FactsError> {
     Ok(format!("{namespace}/{}", name.ok_or(FactsError::Missing("metadata.name"))?))
 }
 
-/// The facts of a pod that is in a mesh; `None` for one that is not.
+/// `sidestep.io/intercept`: `disabled` takes a pod out of Sidestep's hands, `enabled` keeps it
+/// there though its namespace says otherwise. A pod's annotation, a namespace's label.
+pub const INTERCEPT: &str = "sidestep.io/intercept";
+
+/// The pod as its namespace makes it: what the namespace says and the pod itself does not. Of a
+/// mesh's annotations that is what the mesh itself takes from there ([`Keys::of_namespace`]).
+///
+/// [`Keys::of_namespace`]: crate::mesh::Keys::of_namespace
+pub fn inherit(mut pod: Arc<Pod>, namespace: &ObjectMeta) -> Arc<Pod> {
+    let mut add = |key: &str, value: Option<&String>| {
+        if let Some(value) = value
+            && annotation(&pod, key).is_none()
+        {
+            let annotations = &mut Arc::make_mut(&mut pod).metadata.annotations;
+            annotations.get_or_insert_default().insert(key.into(), value.clone());
+        }
+    };
+    add(INTERCEPT, namespace.labels.as_ref().and_then(|labels| labels.get(INTERCEPT)));
+    if let Some(annotations) = &namespace.annotations {
+        for key in MESHES.iter().flat_map(|mesh| mesh.keys.of_namespace) {
+            add(key, annotations.get(*key));
+        }
+    }
+    pod
+}
+
+/// The facts of a pod that is in a mesh; `None` for one that is not, or that was taken out of
+/// Sidestep's hands.
 pub fn facts(pod: &Pod) -> Result<Option<Parsed>, FactsError> {
     let name = pod_name(pod)?;
     if pod.spec.as_ref().is_some_and(|spec| spec.host_network == Some(true)) {
@@ -216,6 +246,10 @@ fn facts_of(
     // policy captures everything.
     let mut error = None;
     let mut read = Reader { error: &mut error };
+    let intercept = annotation(pod, INTERCEPT);
+    if !read.or(intercept.map_or(Ok(true), |text| switch(INTERCEPT, text)), true)? {
+        return Ok(None);
+    }
     if mesh.kind == Kind::Istio && !read.or(istio_mode(pod), true)? {
         return Ok(None);
     }
@@ -360,6 +394,15 @@ fn go_bool(key: &str, text: &str) -> Result<bool, FactsError> {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" | "" => Ok(false),
         _ => Err(invalid(key, text, "true or false expected")),
+    }
+}
+
+/// Sidestep's own switch.
+fn switch(key: &str, text: &str) -> Result<bool, FactsError> {
+    match text {
+        "enabled" => Ok(true),
+        "disabled" => Ok(false),
+        _ => Err(invalid(key, text, "enabled or disabled expected")),
     }
 }
 

@@ -89,6 +89,8 @@ pub struct Keys {
     pub inbound_port: Option<&'static str>,
     /// The sidecar's DNS listener.
     pub dns_port: Option<&'static str>,
+    /// Those that are taken from the pod's namespace where the pod does not have them.
+    pub of_namespace: &'static [&'static str],
     /// Annotations that change what is captured in ways that are not implemented: a pod that
     /// has one is refused.
     pub unsupported: &'static [&'static str],
@@ -134,6 +136,7 @@ pub const ISTIO: Mesh = Mesh {
         outbound_port: None,
         inbound_port: None,
         dns_port: None,
+        of_namespace: &[],
         unsupported: &[
             "traffic.sidecar.istio.io/kubevirtInterfaces",
             "istio.io/reroute-virtual-interfaces",
@@ -180,6 +183,11 @@ pub const LINKERD: Mesh = Mesh {
         outbound_port: Some("config.linkerd.io/outbound-port"),
         inbound_port: Some("config.linkerd.io/inbound-port"),
         dns_port: None,
+        of_namespace: &[
+            "config.linkerd.io/skip-inbound-ports",
+            "config.linkerd.io/skip-outbound-ports",
+            "config.linkerd.io/skip-subnets",
+        ],
         unsupported: &[],
     },
 };
@@ -223,6 +231,7 @@ pub const KUMA: Mesh = Mesh {
         outbound_port: Some("kuma.io/transparent-proxying-outbound-port"),
         inbound_port: Some("kuma.io/transparent-proxying-inbound-port"),
         dns_port: Some("kuma.io/builtin-dns-port"),
+        of_namespace: &[],
         unsupported: &["traffic.kuma.io/transparent-proxy-config"],
     },
 };

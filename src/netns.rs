@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use nix::{
@@ -56,6 +56,26 @@ impl Netns {
         let file = File::open(path)
             .with_context(|| format!("cannot open network namespace {}", path.display()))?;
         Ok(Self { path: path.to_owned(), file })
+    }
+
+    /// The namespace at `path`, if it is the one with this cookie: a process' number may have
+    /// become another's.
+    ///
+    /// # Errors
+    /// Where there is nothing at the path, or another namespace.
+    pub fn open_as(path: &Path, cookie: u64) -> Result<Self> {
+        let netns = Self::open(path)?;
+        let found = netns.cookie()?;
+        ensure!(found == cookie, "{} leads to another network namespace now", path.display());
+        Ok(netns)
+    }
+
+    /// The kernel's identity of the namespace.
+    ///
+    /// # Errors
+    /// Where it is no network namespace, or can't be entered.
+    pub fn cookie(&self) -> Result<u64> {
+        self.inside(current_netns_cookie)?
     }
 
     /// Runs `work` on a thread of its own inside the namespace.

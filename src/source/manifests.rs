@@ -5,6 +5,7 @@ use std::{
     fs,
     io::ErrorKind::NotFound,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use anyhow::{Context, Result};
@@ -12,7 +13,8 @@ use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::facts::pod_name;
+use super::{Snapshot, SourcePod};
+use crate::{facts::pod_name, problem::Problem};
 
 /// The annotation that names a pod's network namespace, as a path. Honoured by this source only.
 pub const NETNS_ANNOTATION: &str = "sidestep.io/netns";
@@ -44,29 +46,11 @@ pub enum ManifestError {
     },
 }
 
-/// A pod and where it was found.
-#[derive(Debug, Clone)]
-pub struct SourcePod {
-    /// The object.
-    pub pod: Pod,
-    /// The file it is in.
-    pub origin: PathBuf,
-}
-
-/// What a directory held when it was read.
-#[derive(Debug, Default)]
-pub struct Snapshot {
-    /// All pods of all readable documents.
-    pub pods: Vec<SourcePod>,
-    /// What could not be read, by file.
-    pub errors: Vec<(PathBuf, ManifestError)>,
-}
-
 /// The directory, and the pods that each file held when it was last read.
 #[derive(Debug)]
 pub struct Manifests {
     dir: PathBuf,
-    last: BTreeMap<PathBuf, Vec<Pod>>,
+    last: BTreeMap<PathBuf, Vec<Arc<Pod>>>,
 }
 
 impl Manifests {
@@ -99,7 +83,7 @@ impl Manifests {
                 Ok(documents) => {
                     for (n, document) in documents.iter().enumerate() {
                         match pod_of(n + 1, document) {
-                            Ok(pod) => pods.extend(pod),
+                            Ok(pod) => pods.extend(pod.map(Arc::new)),
                             Err(error) => errors.push(error),
                         }
                     }
@@ -107,13 +91,15 @@ impl Manifests {
             }
             if !errors.is_empty() {
                 let before = last.remove(&path).unwrap_or_default();
-                let names: Vec<_> = pods.iter().map(|pod: &Pod| pod_name(pod).ok()).collect();
-                let missing = |pod: &Pod| !names.contains(&pod_name(pod).ok());
+                let names: Vec<_> = pods.iter().map(|pod: &Arc<Pod>| pod_name(pod).ok()).collect();
+                let missing = |pod: &Arc<Pod>| !names.contains(&pod_name(pod).ok());
                 pods.extend(before.into_iter().filter(missing));
+                snapshot.incomplete = true;
             }
             let found = pods.iter().cloned();
-            snapshot.pods.extend(found.map(|pod| SourcePod { pod, origin: path.clone() }));
-            snapshot.errors.extend(errors.into_iter().map(|error| (path.clone(), error)));
+            snapshot.pods.extend(found.map(|pod| SourcePod { pod, origin: Some(path.clone()) }));
+            let told = errors.iter().map(|error| format!("{}: {error}", path.display()));
+            snapshot.errors.extend(told.map(Problem::node));
             self.last.insert(path, pods);
         }
         Ok(snapshot)
@@ -196,7 +182,7 @@ mod tests {
         let dir = dir(&[("pods.yaml", &text)]);
         let snapshot = Manifests::new(dir.path()).read().expect("read");
         assert_eq!(names(&snapshot), ["a"]);
-        let told: Vec<String> = snapshot.errors.iter().map(|(_, e)| e.to_string()).collect();
+        let told: Vec<String> = snapshot.errors.iter().map(|e| e.to_string()).collect();
         assert!(told[0].contains("document 1") && told[0].contains("v1 Service"), "{told:?}");
         assert!(told[1].contains("document 2") && told[1].contains("not a valid Pod"), "{told:?}");
         assert!(told[2].contains("document 3") && told[2].contains("without"), "{told:?}");
@@ -210,7 +196,8 @@ mod tests {
         fs::write(dir.path().join("pod.yaml"), "a: [b").expect("written");
         let snapshot = manifests.read().expect("read");
         assert_eq!(names(&snapshot), ["a"]);
-        assert!(matches!(snapshot.errors[..], [(_, ManifestError::NoYaml(_))]));
+        assert!(snapshot.incomplete && snapshot.errors.len() == 1);
+        assert!(snapshot.errors[0].text.contains("no YAML"), "{:?}", snapshot.errors);
         // A document that turns bad beside a good one that is new.
         let text = format!("{}---\nkind: Pod\n", POD.replace("name: a", "name: b"));
         fs::write(dir.path().join("pod.yaml"), text).expect("written");

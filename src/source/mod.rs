@@ -1,3 +1,53 @@
 //! Where pods come from.
 
+pub mod kubernetes;
 pub mod manifests;
+
+use std::{path::PathBuf, sync::Arc};
+
+use k8s_openapi::api::core::v1::Pod;
+
+use crate::{
+    facts::pod_name,
+    problem::{Problem, Reason},
+};
+
+/// A pod and where it was found.
+#[derive(Debug, Clone)]
+pub struct SourcePod {
+    /// The object.
+    pub pod: Arc<Pod>,
+    /// The file it is in; none: the API server has it.
+    pub origin: Option<PathBuf>,
+}
+
+impl SourcePod {
+    /// What is wrong with this pod: names the file, where there is one, and the pod.
+    pub fn problem(&self, reason: Reason, text: &str) -> Problem {
+        let name = pod_name(&self.pod).unwrap_or_else(|_| "?".into());
+        let text = match &self.origin {
+            Some(file) => format!("{}: pod {name}: {text}", file.display()),
+            None => format!("pod {name}: {text}"),
+        };
+        Problem { reason, pod: Some((name, self.uid().to_owned())), text }
+    }
+
+    /// `metadata.uid`, may be empty.
+    pub fn uid(&self) -> &str {
+        self.pod.metadata.uid.as_deref().unwrap_or_default()
+    }
+}
+
+/// What a source knows at one moment.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// All pods that could be read.
+    pub pods: Vec<SourcePod>,
+    /// What is wrong with the source itself.
+    pub errors: Vec<Problem>,
+    /// Some pods may be in what could not be read.
+    pub incomplete: bool,
+    /// A pod that is missing may still run, as one does after `kubectl delete --force`: it leaves
+    /// when its network namespace does.
+    pub missing_may_run: bool,
+}

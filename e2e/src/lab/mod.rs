@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use sidestep_lab::{Answer, Lab, ask, wait_for};
+use sidestep_lab::{Answer, Lab, Seen, ask, wait_for};
 
 use crate::ApiServer;
 use crate::kubelet::{Kubelet, KubeletOpts};
@@ -202,6 +202,15 @@ impl Node {
             let newest = newest.with_context(|| format!("the pod {name} has no sandbox"))?;
             cri.sandbox(&newest.id).await
         })
+    }
+
+    /// Waits until somebody on this address answers the node.
+    pub fn wait_answer(&self, target: SocketAddr) -> Result<Seen> {
+        self.lab.on_node(|| {
+            wait_for(&format!("an answer of {target}"), POD, || {
+                ask(target, None).ok().map(|answer| answer.seen)
+            })
+        })?
     }
 
     /// Connects from inside the pod as `uid` and reads the greeting.

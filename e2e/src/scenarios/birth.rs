@@ -149,6 +149,7 @@ fn host_network(world: &mut World) -> Result<()> {
     spec["hostNetwork"] = json!(true);
     node.create_pod("host", istio(), spec)?;
     let own = SocketAddr::new(node.wait_running("host")?, 83);
+    node.wait_answer(own)?;
     // Another pod is through, so the agent has seen this one.
     mesh_pod(node, "cart")?;
     agent.wait_enrolled("cart", true)?;

@@ -26,6 +26,7 @@ fn smoke(world: &mut World) -> Result<()> {
     node.create_pod("server", Value::Null, serve)?;
     let ip = node.wait_running("server")?;
     let target = SocketAddr::new(ip, 80);
+    node.wait_answer(target)?;
     let once = json!({"containers": [{"name": "app", "args": ["once", target.to_string()]}]});
     node.create_pod("client", Value::Null, once)?;
     node.wait_phase("client", "Succeeded")
@@ -82,7 +83,8 @@ fn cni_refuses(world: &mut World) -> Result<()> {
         let name = format!("pod-{number}");
         let spec = json!({"containers": [{"name": "app", "args": ["pause"]}]});
         let made = node.create_pod(&name, Value::Null, spec);
-        let told = || node.wait_running(&name).is_ok() || !node.events(&name).is_empty();
+        let running = || node.pod(&name).is_ok_and(|pod| pod["status"]["phase"] == "Running");
+        let told = || running() || !node.events(&name).is_empty();
         made.is_ok()
             && wait_until("its fate", Duration::from_secs(10), told).is_ok()
             && node.events(&name).iter().any(|event| event.contains("not today"))
@@ -149,8 +151,8 @@ fn pod_life(world: &mut World) -> Result<()> {
     node.create_pod("host", Value::Null, host)?;
     let ip = node.wait_running("host")?;
     ensure!(ip.to_string() == "10.77.0.1", "its address is {ip}");
-    let asked = node.lab().on_node(|| sidestep_lab::ask(SocketAddr::new(ip, 83), None))??;
-    ensure!(asked.seen.by.as_deref() == Some("app"), "{} answered", asked.seen);
+    let seen = node.wait_answer(SocketAddr::new(ip, 83))?;
+    ensure!(seen.by.as_deref() == Some("app"), "{seen} answered");
     for name in ["job", "fails", "host"] {
         node.delete_pod(name)?;
     }

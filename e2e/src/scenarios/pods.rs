@@ -8,10 +8,13 @@ use serde_json::{Value, json};
 use sidestep_e2e::lab::Node;
 use sidestep_lab::{APP, PROXY, Seen, wait_for};
 
-/// Starts a pod outside any mesh that serves on port 80, and gives its address.
+/// Starts a pod outside any mesh that serves on port 80, waits until it does, and gives its
+/// address.
 pub fn server(node: &Node, name: &str) -> Result<SocketAddr> {
     node.create_pod(name, Value::Null, json!({"containers": [app(&["serve", "0.0.0.0:80"])]}))?;
-    Ok(SocketAddr::new(node.wait_running(name)?, 80))
+    let addr = SocketAddr::new(node.wait_running(name)?, 80);
+    node.wait_answer(addr)?;
+    Ok(addr)
 }
 
 /// An app's container, with these arguments of `e2e-pod`.
@@ -55,10 +58,13 @@ pub fn native(inits: &[Value], app: Value) -> Value {
     json!({"initContainers": all, "containers": [app]})
 }
 
-/// Starts an injected pod whose app serves on port 80, and gives that address.
+/// Starts an injected pod whose app serves on port 80, waits until it or its sidecar does, and
+/// gives that address.
 pub fn mesh_pod(node: &Node, name: &str) -> Result<SocketAddr> {
     node.create_pod(name, istio(), injected(app(&["serve", "0.0.0.0:80"])))?;
-    Ok(SocketAddr::new(node.wait_running(name)?, 80))
+    let addr = SocketAddr::new(node.wait_running(name)?, 80);
+    node.wait_answer(addr)?;
+    Ok(addr)
 }
 
 /// Asks from the pod as its app; fails unless `by` answers at once. A proxy must also know the

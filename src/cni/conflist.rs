@@ -1,0 +1,318 @@
+//! The plugin in the node's CNI configuration: put there, put back, taken away.
+
+use std::{
+    fs,
+    io::{ErrorKind, Write},
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Map, Value};
+use tracing::{info, warn};
+
+use super::{Config, PLUGIN, Settings};
+
+/// The node's CNI directories.
+#[derive(Debug)]
+pub struct Installer {
+    config: Config,
+}
+
+impl Installer {
+    /// For these directories and settings.
+    pub fn new(config: &Config) -> Self {
+        Self { config: config.clone() }
+    }
+
+    /// Copies the running executable to the directory of plugins, where it is another one.
+    ///
+    /// # Errors
+    /// Where it can't be written.
+    pub fn install_plugin(&self) -> Result<()> {
+        let target = self.config.bin_dir.join(PLUGIN);
+        let failed = || format!("cannot install {} (--cni-bin-dir)", target.display());
+        let own = fs::read("/proc/self/exe").with_context(failed)?;
+        if fs::read(&target).is_ok_and(|there| there == own) {
+            return Ok(());
+        }
+        write(&target, &own, 0o755).with_context(failed)
+    }
+
+    /// Sees to it that the configuration that the container runtime uses ends with the plugin:
+    /// another agent may have written it anew.
+    ///
+    /// # Errors
+    /// Where there is no such file, or it can't be read, understood or written: it is left alone.
+    pub fn ensure(&self) -> Result<()> {
+        let dir = &self.config.conf_dir;
+        let path = primary(dir)?.with_context(|| {
+            format!("no CNI configuration in {} yet (--cni-conf-dir)", dir.display())
+        })?;
+        let left = || format!("CNI configuration {} is left alone", path.display());
+        let conflist = path.extension().is_some_and(|extension| extension == "conflist");
+        ensure!(conflist, "{}: it holds a single plugin, a .conflist is needed to add one", left());
+        let text = fs::read_to_string(&path).with_context(left)?;
+        if let Some(text) = chained(&text, &self.config.settings).with_context(left)? {
+            rewrite(&path, &text).with_context(left)?;
+            info!(path = %path.display(), "the plugin is chained");
+        }
+        Ok(())
+    }
+}
+
+/// Takes the plugin out of every configuration in `conf_dir`, and off `bin_dir`. Says how many
+/// files that changed.
+///
+/// # Errors
+/// Where a file can't be written or removed. One that is no JSON is passed over.
+pub fn uninstall(conf_dir: &Path, bin_dir: &Path) -> Result<usize> {
+    let mut changed = 0;
+    for path in configurations(conf_dir)? {
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        match unchained(&text) {
+            Ok(Some(text)) => {
+                rewrite(&path, &text)?;
+                changed += 1;
+            }
+            Ok(None) => {}
+            Err(error) => warn!("CNI configuration {} is left alone: {error:#}", path.display()),
+        }
+    }
+    let plugin = bin_dir.join(PLUGIN);
+    match fs::remove_file(&plugin) {
+        Ok(()) => changed += 1,
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => {
+            return Err(error).with_context(|| format!("cannot remove {}", plugin.display()));
+        }
+    }
+    Ok(changed)
+}
+
+/// The configuration with the plugin at its end; none: it is as it should be.
+fn chained(text: &str, settings: &Settings) -> Result<Option<String>> {
+    let mut entry = Map::new();
+    entry.insert("type".into(), PLUGIN.into());
+    if let Value::Object(settings) = serde_json::to_value(settings)? {
+        entry.extend(settings);
+    }
+    let (mut config, mut plugins) = parse(text)?;
+    ensure!(!plugins.is_empty(), "it has no plugins to be chained to");
+    let entry = Value::Object(entry);
+    if plugins.last() == Some(&entry) && plugins.iter().filter(|p| is_ours(p)).count() == 1 {
+        return Ok(None);
+    }
+    plugins.retain(|plugin| !is_ours(plugin));
+    ensure!(!plugins.is_empty(), "it has no plugins to be chained to");
+    plugins.push(entry);
+    config["plugins"] = plugins.into();
+    Ok(Some(pretty(&config)?))
+}
+
+/// The configuration without the plugin; none: it does not have it.
+fn unchained(text: &str) -> Result<Option<String>> {
+    let (mut config, mut plugins) = parse(text)?;
+    let before = plugins.len();
+    plugins.retain(|plugin| !is_ours(plugin));
+    if plugins.len() == before {
+        return Ok(None);
+    }
+    config["plugins"] = plugins.into();
+    Ok(Some(pretty(&config)?))
+}
+
+fn parse(text: &str) -> Result<(Value, Vec<Value>)> {
+    let config: Value = serde_json::from_str(text).context("it is no JSON")?;
+    let Some(plugins) = config.get("plugins").and_then(Value::as_array) else {
+        bail!("it has no list \"plugins\"");
+    };
+    let plugins = plugins.clone();
+    Ok((config, plugins))
+}
+
+fn is_ours(plugin: &Value) -> bool {
+    plugin["type"] == PLUGIN
+}
+
+fn pretty(config: &Value) -> Result<String> {
+    Ok(serde_json::to_string_pretty(config)? + "\n")
+}
+
+/// The file that the container runtime takes: the first by name.
+fn primary(dir: &Path) -> Result<Option<PathBuf>> {
+    let found = files(dir)?;
+    let taken = |path: &PathBuf| has_extension(path, &["conf", "conflist", "json"]);
+    Ok(found.into_iter().find(taken))
+}
+
+fn configurations(dir: &Path) -> Result<Vec<PathBuf>> {
+    if !dir.exists() {
+        return Ok(Vec::new());
+    }
+    Ok(files(dir)?.into_iter().filter(|path| has_extension(path, &["conflist"])).collect())
+}
+
+fn has_extension(path: &Path, extensions: &[&str]) -> bool {
+    path.extension().is_some_and(|found| extensions.iter().any(|one| found == *one))
+}
+
+fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut found: Vec<PathBuf> = fs::read_dir(dir)
+        .and_then(|entries| entries.map(|entry| entry.map(|e| e.path())).collect())
+        .with_context(|| format!("cannot read directory {} (--cni-conf-dir)", dir.display()))?;
+    found.sort();
+    Ok(found)
+}
+
+/// Replaces a file's text, keeping its mode.
+fn rewrite(path: &Path, text: &str) -> Result<()> {
+    let mode = fs::metadata(path)?.permissions().mode() & 0o777;
+    write(path, text.as_bytes(), mode)
+}
+
+/// Writes a file in one step: whoever reads it sees the old one or the new one, whole.
+fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+    let name = path.file_name().context("no file name")?.to_string_lossy();
+    // Runtimes pass names of other kinds over.
+    let fresh = path.with_file_name(format!(".{name}.{PLUGIN}-new"));
+    match fs::remove_file(&fresh) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    let mut options = fs::OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(mode).open(&fresh)?;
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    drop(file);
+    fs::rename(&fresh, path).inspect_err(|_| {
+        let _ = fs::remove_file(&fresh);
+    })?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{super::OnAgentAway, *};
+
+    const BRIDGE: &str = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge","bridge":"cni0"},{"type":"portmap"}]}"#;
+
+    fn settings() -> Settings {
+        Settings {
+            socket: "/run/sidestep/cni.sock".into(),
+            on_agent_away: OnAgentAway::Refuse,
+            timeout_seconds: 30,
+            exclude_namespaces: vec!["kube-system".into()],
+        }
+    }
+
+    fn installer(dir: &Path) -> Installer {
+        Installer::new(&Config {
+            conf_dir: dir.into(),
+            bin_dir: dir.into(),
+            socket: "/run/sidestep/cni.sock".into(),
+            settings: settings(),
+        })
+    }
+
+    #[test]
+    fn the_plugin_goes_last_and_the_rest_stays() {
+        let text = chained(BRIDGE, &settings()).expect("chained").expect("changed");
+        let config: Value = serde_json::from_str(&text).expect("json");
+        let types: Vec<&str> = config["plugins"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .filter_map(|plugin| plugin["type"].as_str())
+            .collect();
+        assert_eq!(types, ["bridge", "portmap", "sidestep-cni"]);
+        assert_eq!(config["plugins"][2]["onAgentAway"], "refuse");
+        assert_eq!(config["plugins"][2]["timeoutSeconds"], 30);
+        assert_eq!(chained(&text, &settings()).expect("read"), None, "nothing more to do");
+        let back = unchained(&text).expect("read").expect("changed");
+        let (back, before): (Value, Value) = (
+            serde_json::from_str(&back).expect("json"),
+            serde_json::from_str(BRIDGE).expect("json"),
+        );
+        assert_eq!(back, before);
+    }
+
+    #[test]
+    fn other_settings_and_other_plugins_behind_are_put_right() {
+        let text = chained(BRIDGE, &settings()).expect("chained").expect("changed");
+        let other = Settings { timeout_seconds: 5, ..settings() };
+        let text = chained(&text, &other).expect("chained").expect("changed");
+        assert_eq!(text.matches(PLUGIN).count(), 1, "{text}");
+        let mut config: Value = serde_json::from_str(&text).expect("json");
+        config["plugins"].as_array_mut().expect("a list").push(serde_json::json!({"type": "late"}));
+        let text = chained(&config.to_string(), &other).expect("chained").expect("changed");
+        let config: Value = serde_json::from_str(&text).expect("json");
+        assert_eq!(config["plugins"][3]["type"], PLUGIN);
+    }
+
+    #[test]
+    fn the_first_file_by_name_is_the_one() {
+        let dir = tempfile::tempdir().expect("directory");
+        let installer = installer(dir.path());
+        let error = installer.ensure().expect_err("nothing there").to_string();
+        assert!(error.contains("no CNI configuration"), "{error}");
+        for name in ["20-b.conflist", "10-a.conflist", "05-notes.txt"] {
+            fs::write(dir.path().join(name), BRIDGE).expect("written");
+        }
+        installer.ensure().expect("installed");
+        let has =
+            |name: &str| fs::read_to_string(dir.path().join(name)).expect("read").contains(PLUGIN);
+        assert!(has("10-a.conflist") && !has("20-b.conflist") && !has("05-notes.txt"));
+        // Another agent writes it anew.
+        fs::write(dir.path().join("10-a.conflist"), BRIDGE).expect("written");
+        installer.ensure().expect("repaired");
+        assert!(has("10-a.conflist"));
+        installer.install_plugin().expect("copied");
+        assert_eq!(uninstall(dir.path(), dir.path()).expect("removed"), 2);
+        assert!(!has("10-a.conflist"));
+        assert_eq!(uninstall(dir.path(), dir.path()).expect("nothing to do"), 0);
+        let names = files(dir.path()).expect("read");
+        assert_eq!(names.len(), 3, "nothing is left behind: {names:?}");
+    }
+
+    #[test]
+    fn a_files_mode_is_kept() {
+        let dir = tempfile::tempdir().expect("directory");
+        let path = dir.path().join("10-a.conflist");
+        fs::write(&path, BRIDGE).expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("set");
+        installer(dir.path()).ensure().expect("installed");
+        assert_eq!(fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn what_is_not_understood_is_left_alone_and_named() {
+        for (name, text, word) in [
+            ("10-a.conflist", "{ no json", "no JSON"),
+            ("10-a.conflist", r#"{"name":"n"}"#, "plugins"),
+            ("10-a.conflist", r#"{"name":"n","plugins":[]}"#, "chained to"),
+            ("10-a.conf", r#"{"name":"n","type":"bridge"}"#, "single plugin"),
+        ] {
+            let dir = tempfile::tempdir().expect("directory");
+            let path = dir.path().join(name);
+            fs::write(&path, text).expect("written");
+            let error = format!("{:#}", installer(dir.path()).ensure().expect_err("refused"));
+            assert!(error.contains(name) && error.contains(word), "{error}");
+            uninstall(dir.path(), dir.path()).expect("nothing to do");
+            assert_eq!(fs::read_to_string(&path).expect("there"), text);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_chained_once_or_refused(text in "\\PC{0,40}") {
+            if let Ok(Some(new)) = chained(&text, &settings()) {
+                prop_assert_eq!(chained(&new, &settings()).expect("ours"), None);
+            }
+        }
+    }
+}

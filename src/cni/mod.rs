@@ -1,0 +1,121 @@
+//! The chained CNI plugin: a pod of a mesh is enrolled before its first process runs. The plugin
+//! is this same binary, started by the container runtime; it asks the agent over a socket.
+
+pub mod conflist;
+pub mod plugin;
+pub mod server;
+
+use std::{collections::BTreeSet, path::PathBuf};
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// The plugin's name in CNI configurations, and its file's in the directory of plugins.
+pub const PLUGIN: &str = "sidestep-cni";
+/// Where the agent listens unless a flag says otherwise.
+pub const SOCKET: &str = "/run/sidestep/cni.sock";
+
+/// What becomes of a new pod while no agent answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum OnAgentAway {
+    /// It does not start; the kubelet tries again.
+    Refuse,
+    /// It starts, and is not intercepted until the agent finds it.
+    Allow,
+}
+
+/// How the agent installs and serves the plugin.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Directory of CNI configurations.
+    pub conf_dir: PathBuf,
+    /// Directory of CNI plugins.
+    pub bin_dir: PathBuf,
+    /// Where the agent listens.
+    pub socket: PathBuf,
+    /// What the plugin is told.
+    pub settings: Settings,
+}
+
+/// The plugin's own part of its configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Settings {
+    /// Where the agent listens.
+    pub socket: PathBuf,
+    /// What becomes of a pod while no agent answers.
+    #[serde(default = "refuse")]
+    pub on_agent_away: OnAgentAway,
+    /// Seconds that a pod waits for an agent.
+    #[serde(default = "timeout_seconds")]
+    pub timeout_seconds: u64,
+    /// Namespaces whose pods start in any case.
+    #[serde(default)]
+    pub exclude_namespaces: Vec<String>,
+}
+
+fn refuse() -> OnAgentAway {
+    OnAgentAway::Refuse
+}
+
+fn timeout_seconds() -> u64 {
+    30
+}
+
+/// A pod's sandbox, as the container runtime made it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sandbox {
+    /// Its id.
+    pub container: String,
+    /// Its network namespace.
+    pub netns: PathBuf,
+    /// The pod's namespace.
+    pub namespace: String,
+    /// The pod's name.
+    pub pod: String,
+    /// The pod's uid, where the runtime tells it.
+    pub uid: Option<String>,
+}
+
+/// What the plugin asks the agent: one line of JSON, answered by one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verb", rename_all = "lowercase")]
+pub enum Request {
+    /// A sandbox was made: may it start?
+    Add(Sandbox),
+    /// Is it as it was when it was added?
+    Check(Sandbox),
+    /// It is being removed.
+    Del {
+        /// Its id.
+        container: String,
+    },
+    /// These are all that there are.
+    Gc {
+        /// Their ids.
+        containers: BTreeSet<String>,
+    },
+}
+
+impl Request {
+    /// Its name in metrics.
+    pub fn verb(&self) -> &'static str {
+        match self {
+            Self::Add(_) => "add",
+            Self::Check(_) => "check",
+            Self::Del { .. } => "del",
+            Self::Gc { .. } => "gc",
+        }
+    }
+}
+
+/// The agent's answer.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reply {
+    /// What is wrong; none: nothing.
+    pub error: Option<String>,
+    /// It may be right in a moment.
+    #[serde(default)]
+    pub retry: bool,
+}

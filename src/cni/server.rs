@@ -1,0 +1,123 @@
+//! The agent's end of the plugin's socket.
+
+use std::{
+    fs,
+    io::ErrorKind,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use k8s_openapi::api::core::v1::Pod;
+use nix::unistd::geteuid;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+    sync::{mpsc, oneshot},
+    task,
+    time::timeout,
+};
+use tracing::{debug, warn};
+
+use super::{Reply, Request};
+use crate::source::kubernetes::ApiServer;
+
+/// A request is one line, no longer than this.
+const LONGEST: u64 = 64 << 10;
+/// How long the plugin may take to say it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A request with the pod that it is about, where it is about one.
+#[derive(Debug)]
+pub struct Asked {
+    /// The request.
+    pub request: Request,
+    /// The pod, as the API server has it.
+    pub pod: Option<Arc<Pod>>,
+    /// Takes the answer.
+    pub answer: oneshot::Sender<Reply>,
+}
+
+/// Listens on a socket that root alone may use, and hands requests over.
+///
+/// # Errors
+/// Where the socket can't be made.
+pub fn serve(socket: &Path, api: ApiServer, asked: mpsc::Sender<Asked>) -> Result<()> {
+    let listener = listen(socket)
+        .with_context(|| format!("cannot listen on {} (--cni-socket)", socket.display()))?;
+    task::spawn(async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let (api, asked) = (api.clone(), asked.clone());
+                    task::spawn(async move {
+                        if let Err(error) = talk(stream, &api, &asked).await {
+                            warn!("CNI request: {error:#}");
+                        }
+                    });
+                }
+                Err(error) => {
+                    warn!("CNI socket: {error}");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+fn listen(socket: &Path) -> Result<UnixListener> {
+    if let Some(dir) = socket.parent() {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    }
+    // Left by an agent that was killed: there is one agent for each set of pins.
+    match fs::remove_file(socket) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    let listener = UnixListener::bind(socket)?;
+    fs::set_permissions(socket, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+async fn talk(stream: UnixStream, api: &ApiServer, asked: &mpsc::Sender<Asked>) -> Result<()> {
+    let user = stream.peer_cred()?.uid();
+    ensure!(user == 0 || user == geteuid().as_raw(), "uid {user} may not ask");
+    let mut stream = BufReader::new(stream);
+    let mut line = String::new();
+    timeout(PATIENCE, (&mut stream).take(LONGEST).read_line(&mut line))
+        .await
+        .context("nothing was asked in time")??;
+    let reply = match serde_json::from_str(&line) {
+        Ok(request) => ask(request, api, asked).await,
+        Err(error) => Reply { error: Some(format!("no request: {error}")), retry: false },
+    };
+    debug!(request = line.trim(), ?reply, "CNI");
+    let mut text = serde_json::to_vec(&reply)?;
+    text.push(b'\n');
+    stream.get_mut().write_all(&text).await.context("the plugin went away")?;
+    match reply.error {
+        Some(error) => bail!("{}: {error}", line.trim()),
+        None => Ok(()),
+    }
+}
+
+async fn ask(request: Request, api: &ApiServer, asked: &mpsc::Sender<Asked>) -> Reply {
+    let pod = match &request {
+        Request::Add(sandbox) | Request::Check(sandbox) => {
+            match api.pod(&sandbox.namespace, &sandbox.pod, sandbox.uid.as_deref()).await {
+                Ok(pod) => Some(pod),
+                Err(error) => return Reply { error: Some(format!("{error:#}")), retry: true },
+            }
+        }
+        Request::Del { .. } | Request::Gc { .. } => None,
+    };
+    let (answer, answered) = oneshot::channel();
+    let gone = Reply { error: Some("the agent ends".into()), retry: true };
+    if asked.send(Asked { request, pod, answer }).await.is_err() {
+        return gone;
+    }
+    answered.await.unwrap_or(gone)
+}

@@ -1,0 +1,72 @@
+//! What is wrong: said once in the log, counted in the metrics, told to a pod as an Event.
+
+use std::fmt;
+
+/// Why something is not as it should be. The names are those of Events and of the metrics' label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// A field or annotation can't be read: everything is captured.
+    InvalidPolicy,
+    /// What the pod asks for is not implemented: it is left alone.
+    Unsupported,
+    /// The pod's object can't be used at all.
+    InvalidPod,
+    /// The pod's network namespace can't be found, entered or prepared.
+    NetworkNamespace,
+    /// The pod can't be enrolled beside the others, or a map is full.
+    Refused,
+    /// The pod's inbound connections don't go to its sidecar.
+    InboundNotIntercepted,
+    /// A manifest, the API server, the CNI configuration or the kernel's maps.
+    Node,
+}
+
+impl Reason {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::InvalidPolicy,
+        Self::Unsupported,
+        Self::InvalidPod,
+        Self::NetworkNamespace,
+        Self::Refused,
+        Self::InboundNotIntercepted,
+        Self::Node,
+    ];
+
+    /// Its name in Events and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::InvalidPolicy => "InvalidPolicy",
+            Self::Unsupported => "Unsupported",
+            Self::InvalidPod => "InvalidPod",
+            Self::NetworkNamespace => "NetworkNamespace",
+            Self::Refused => "Refused",
+            Self::InboundNotIntercepted => "InboundNotIntercepted",
+            Self::Node => "Node",
+        }
+    }
+}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Problem {
+    /// Of which kind.
+    pub reason: Reason,
+    /// The pod it is about, as `namespace/name`, and its uid.
+    pub pod: Option<(String, String)>,
+    /// For people; names the pod, the key and the offending text.
+    pub text: String,
+}
+
+impl Problem {
+    /// Something that is about no single pod.
+    pub fn node(text: impl Into<String>) -> Self {
+        Self { reason: Reason::Node, pod: None, text: text.into() }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}

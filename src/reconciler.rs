@@ -1,0 +1,629 @@
+//! Brings the kernel in step with what the source knows: facts -> desired -> diff -> maps.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::core::v1::Pod;
+use thiserror::Error;
+use tracing::{debug, error, info, warn};
+
+use crate::{
+    bpf::{self, Dataplane},
+    cni::Sandbox,
+    desired::{Candidate, Desired, NetnsFacts, PodRow, Record, desired},
+    facts::{self, FactsError, PodFacts},
+    metrics::{Fill, Metrics},
+    netns::{self, Netns},
+    places::{Place, Places},
+    problem::{Problem, Reason},
+    source::{
+        Snapshot, SourcePod,
+        kubernetes::Kubernetes,
+        manifests::{Manifests, NETNS_ANNOTATION},
+    },
+};
+
+/// A pod whose proxy does not listen is looked at this often at most.
+const SEARCH: Duration = Duration::from_millis(100);
+
+/// An enrolled pod, as the agent last left it.
+struct Enrolled {
+    netns: NetnsFacts,
+    row: PodRow,
+}
+
+/// The listeners that connections may have to be handed to: inbound, outbound, DNS.
+fn steered_ports(row: &PodRow) -> [Option<u16>; 3] {
+    let dns = Some(row.dns_port).filter(|port| *port != 0);
+    [Some(row.in_port), Some(row.out_port).filter(|_| row.out_loopback), dns]
+}
+
+/// Where pods come from, and what tells their network namespaces.
+pub enum Source {
+    /// A directory; an annotation names the namespace.
+    Manifests(Manifests),
+    /// The API server; the container runtime or the pod's processes show the namespace.
+    Kubernetes(Box<Kubernetes>, Places),
+}
+
+/// What is to be looked at again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// What is new to the agent.
+    Changes,
+    /// Every pod's namespace, which may have changed its addresses or be gone.
+    Everything,
+}
+
+/// The agent's hold on the data plane.
+pub struct Reconciler {
+    source: Source,
+    dataplane: Dataplane,
+    metrics: Arc<Metrics>,
+    host: BTreeSet<u64>,
+    /// Which pod has which namespace, as the kernel's records say.
+    owners: BTreeMap<u64, Record>,
+    /// What the maps hold, once this agent has written them, and whose entries were kept beside.
+    applied: Option<(Desired, BTreeSet<u64>)>,
+    /// By namespace cookie; holds only pods whose enrolment was completed by this agent.
+    pods: BTreeMap<u64, Enrolled>,
+    /// When a pod's listeners were last looked for.
+    searched: BTreeMap<(u64, u16), Instant>,
+    /// What the namespaces said when they were last visited, by the pod's uid.
+    visited: BTreeMap<String, NetnsFacts>,
+    /// Pods whose namespace was looked for in vain, by uid; whether that was said.
+    missing: BTreeMap<String, bool>,
+    /// What was wrong at the last sync: said once, not every time.
+    problems: BTreeSet<Problem>,
+}
+
+impl Reconciler {
+    /// Takes over what the kernel holds.
+    ///
+    /// # Errors
+    /// Where the kernel's records or the node's own namespace can't be read.
+    pub fn new(mut source: Source, dataplane: Dataplane, metrics: Arc<Metrics>) -> Result<Self> {
+        let owners = dataplane.records()?;
+        if let Source::Kubernetes(_, places) = &mut source {
+            for (cookie, record) in &owners {
+                let path = record.netns.clone();
+                places.remember(&record.uid, Place { path, cookie: *cookie, container: None });
+            }
+        }
+        Ok(Self {
+            source,
+            dataplane,
+            metrics,
+            host: netns::host_cookies()?,
+            owners,
+            applied: None,
+            pods: BTreeMap::new(),
+            searched: BTreeMap::new(),
+            visited: BTreeMap::new(),
+            missing: BTreeMap::new(),
+            problems: BTreeSet::new(),
+        })
+    }
+
+    /// How many pods an earlier agent left.
+    pub fn adopted(&self) -> usize {
+        self.owners.len()
+    }
+
+    /// The source.
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
+    /// Brings the kernel in step with the source; `more` is what else is wrong on this node.
+    /// Never fails: what can't be done is logged, and tried again at the next sync.
+    pub fn sync(&mut self, look: Look, more: &BTreeSet<Problem>) {
+        let start = Instant::now();
+        let mut problems = more.clone();
+        match self.try_sync(look, &mut problems) {
+            Ok(true) => self.metrics.synced(start.elapsed()),
+            Ok(false) => {}
+            Err(error) => {
+                problems.insert(Problem::node(format!("{error:#}")));
+            }
+        }
+        for problem in problems.difference(&self.problems) {
+            error!("{problem}");
+            if let Source::Kubernetes(kubernetes, _) = &self.source {
+                kubernetes.event(problem);
+            }
+        }
+        for problem in self.problems.difference(&problems) {
+            info!("solved: {problem}");
+        }
+        self.problems = problems;
+        self.report();
+    }
+
+    /// Says how things stand to whoever asks the metrics.
+    fn report(&self) {
+        let meshes = self.pods.values().map(|pod| pod.row.mesh);
+        let fills = self.applied.as_ref().map(|(goal, _)| {
+            let limits = self.dataplane.limits();
+            Fill::all(goal, &limits)
+        });
+        let api = match &self.source {
+            Source::Kubernetes(kubernetes, _) => kubernetes.errors(),
+            Source::Manifests(_) => BTreeMap::new(),
+        };
+        self.metrics.set(meshes, &self.problems, &fills.unwrap_or_default(), &api);
+    }
+
+    /// Whether the source has spoken.
+    fn try_sync(&mut self, look: Look, problems: &mut BTreeSet<Problem>) -> Result<bool> {
+        let snapshot = match &mut self.source {
+            Source::Manifests(manifests) => Some(manifests.read()?),
+            Source::Kubernetes(kubernetes, _) => {
+                problems.extend(kubernetes.problems());
+                kubernetes.read()
+            }
+        };
+        let Some(snapshot) = snapshot else {
+            return Ok(false);
+        };
+        problems.extend(snapshot.errors.iter().cloned());
+        let mut seen: BTreeMap<String, String> = BTreeMap::new();
+        let mut mesh_pods = Vec::new();
+        for found in &snapshot.pods {
+            let facts = match self.facts(found, problems) {
+                Ok(Some(facts)) => facts,
+                Ok(None) => continue,
+                Err(error) => {
+                    let reason = match error {
+                        FactsError::Unsupported { .. } => Reason::Unsupported,
+                        _ => Reason::InvalidPod,
+                    };
+                    problems.insert(found.problem(reason, &error.to_string()));
+                    continue;
+                }
+            };
+            let origin = found.origin.as_deref().map(Path::display).map(|path| path.to_string());
+            if let Some(first) = seen.get(&facts.name) {
+                problems.insert(found.problem(Reason::InvalidPod, &format!("already in {first}")));
+                continue;
+            }
+            seen.insert(facts.name.clone(), origin.unwrap_or_default());
+            mesh_pods.push((found, facts));
+        }
+        self.search(look, &mesh_pods, problems);
+        let mut candidates = Vec::new();
+        for (found, facts) in mesh_pods {
+            match self.netns(look, found, &facts) {
+                Ok(Some(netns)) => candidates.push(Candidate { facts, netns }),
+                Ok(None) => {}
+                Err(error) => {
+                    let text = format!("{error:#}");
+                    problems.insert(found.problem(Reason::NetworkNamespace, &text));
+                }
+            }
+        }
+        self.enrol(candidates, &snapshot, problems)?;
+        if look == Look::Everything {
+            self.tidy(&snapshot);
+        }
+        Ok(true)
+    }
+
+    /// A pod's facts, where it is in a mesh; a policy that can't be read is a problem, but no
+    /// error.
+    fn facts(
+        &self,
+        found: &SourcePod,
+        problems: &mut BTreeSet<Problem>,
+    ) -> Result<Option<PodFacts>, FactsError> {
+        let Some(parsed) = facts::facts(&found.pod)? else {
+            return Ok(None);
+        };
+        if let Some(error) = parsed.policy_error {
+            problems.insert(Problem {
+                text: format!(
+                    "pod {}: everything is captured until this is mended: {error}",
+                    parsed.facts.name
+                ),
+                ..found.problem(Reason::InvalidPolicy, "")
+            });
+        }
+        Ok(Some(parsed.facts))
+    }
+
+    /// Looks for the namespaces of pods that the container runtime told nothing about, by their
+    /// processes: once when a pod is new, then whenever everything is looked at.
+    fn search(
+        &mut self,
+        look: Look,
+        pods: &[(&SourcePod, PodFacts)],
+        problems: &mut BTreeSet<Problem>,
+    ) {
+        let Source::Kubernetes(_, places) = &mut self.source else {
+            return;
+        };
+        let unknown = pods.iter().filter(|(found, _)| places.get(found.uid()).is_none());
+        let unknown: BTreeSet<String> = unknown.map(|(found, _)| found.uid().to_owned()).collect();
+        let again = look == Look::Everything;
+        let wanted: BTreeSet<String> = unknown
+            .iter()
+            .filter(|uid| again || !self.missing.contains_key(*uid))
+            .cloned()
+            .collect();
+        if let Err(error) = places.search(&wanted, &self.host) {
+            problems.insert(Problem::node(format!("{error:#}")));
+        }
+        self.missing.retain(|uid, _| unknown.contains(uid) && places.get(uid).is_none());
+        for uid in wanted.into_iter().filter(|uid| places.get(uid).is_none()) {
+            // A container that ends may have no process for a moment: said at the second time.
+            let said = self.missing.contains_key(&uid);
+            self.missing.insert(uid, said);
+        }
+    }
+
+    /// A pod's namespace. None: there is none yet, or no more. A path that is gone says nothing
+    /// about the namespace: a terminating pod is intercepted for as long as that lives.
+    fn netns(
+        &mut self,
+        look: Look,
+        found: &SourcePod,
+        facts: &PodFacts,
+    ) -> Result<Option<NetnsFacts>> {
+        let annotations = found.pod.metadata.annotations.as_ref();
+        let (path, cookie, what) = match &self.source {
+            Source::Manifests(_) => {
+                let path = annotations.and_then(|all| all.get(NETNS_ANNOTATION));
+                let path = path.with_context(|| {
+                    format!(
+                        "annotation {NETNS_ANNOTATION} is missing: it names the network namespace"
+                    )
+                })?;
+                (
+                    Some(PathBuf::from(path)),
+                    None,
+                    format!("annotation {NETNS_ANNOTATION}: {path:?}"),
+                )
+            }
+            Source::Kubernetes(_, places) => {
+                let place = places.get(found.uid());
+                let what = "its network namespace".to_owned();
+                (place.map(|place| place.path.clone()), place.map(|place| place.cookie), what)
+            }
+        };
+        if look == Look::Changes
+            && let Some(visited) = self.visited.get(found.uid())
+            && cookie == Some(visited.cookie)
+        {
+            return Ok(Some(visited.clone()));
+        }
+        let visit = path.as_ref().map(|path| visit(path, cookie, facts));
+        if let Some(Ok(netns)) = visit {
+            if cookie.is_some() {
+                self.visited.insert(found.uid().to_owned(), netns.clone());
+            }
+            return Ok(Some(netns));
+        }
+        if let (Source::Kubernetes(_, places), true) = (&mut self.source, path.is_some()) {
+            places.lost(found.uid());
+        }
+        let owned = self
+            .owners
+            .iter()
+            .find(|(_, owner)| owner.pod == facts.name && owner.uid == facts.uid)
+            .filter(|(cookie, _)| self.dataplane.netns_lives(**cookie));
+        if let Some((cookie, owner)) = owned {
+            return Ok(Some(self.pods.get(cookie).map_or_else(
+                || NetnsFacts {
+                    path: path.unwrap_or_else(|| owner.netns.clone()),
+                    cookie: *cookie,
+                    addresses: Vec::new(),
+                    interfaces: BTreeMap::new(),
+                    routes: Vec::new(),
+                },
+                |pod| pod.netns.clone(),
+            )));
+        }
+        match visit {
+            Some(visit) => visit.map(Some).context(what),
+            None if is_running(&found.pod) && self.missing.get(found.uid()) == Some(&true) => {
+                Err(anyhow::anyhow!(
+                    "no process of it is found on this node: its network namespace is not known \
+                     (is --proc the node's own procfs, and is --node-name this node?)"
+                ))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Forgets what is about pods that are gone.
+    fn tidy(&mut self, snapshot: &Snapshot) {
+        let Source::Kubernetes(kubernetes, places) = &mut self.source else {
+            return;
+        };
+        let dataplane = &self.dataplane;
+        kubernetes
+            .forget(|uid| places.get(uid).is_some_and(|place| dataplane.netns_lives(place.cookie)));
+        let uids: BTreeSet<String> =
+            snapshot.pods.iter().map(|found| found.uid().to_owned()).collect();
+        places.retain(&uids);
+        self.visited.retain(|uid, _| uids.contains(uid));
+        self.missing.retain(|uid, _| uids.contains(uid));
+    }
+
+    /// Enrols a pod whose sandbox was just made, before its first process runs; one that is in no
+    /// mesh needs nothing.
+    ///
+    /// # Errors
+    /// Where it is in a mesh and can't be enrolled: it must not run then.
+    pub fn add(
+        &mut self,
+        pod: Arc<Pod>,
+        sandbox: &Sandbox,
+        more: &BTreeSet<Problem>,
+    ) -> Result<(), AddError> {
+        let refused = |error: anyhow::Error| AddError::Refused(format!("{error:#}"));
+        let Source::Kubernetes(kubernetes, places) = &mut self.source else {
+            return Err(AddError::Refused("this agent's pods come from manifests".into()));
+        };
+        if kubernetes.read().is_none() {
+            return Err(AddError::NotYet);
+        }
+        let pod = kubernetes.inherit(pod);
+        // What is wrong with the pod itself, the sync below says.
+        if matches!(facts::facts(&pod), Ok(None)) {
+            return Ok(());
+        }
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        let cookie = Netns::open(&sandbox.netns).and_then(|ns| ns.cookie()).map_err(refused)?;
+        let container = Some(sandbox.container.clone());
+        places.remember(&uid, Place { path: sandbox.netns.clone(), cookie, container });
+        kubernetes.expect(pod);
+        self.sync(Look::Changes, more);
+        self.enrolled(&uid, cookie)
+    }
+
+    /// Whether this pod is enrolled with this namespace.
+    fn enrolled(&self, uid: &str, cookie: u64) -> Result<(), AddError> {
+        let owner = self.owners.get(&cookie);
+        if self.pods.contains_key(&cookie) && owner.is_some_and(|owner| owner.uid == uid) {
+            return Ok(());
+        }
+        let of_pod = |problem: &&Problem| problem.pod.as_ref().is_some_and(|(_, id)| id == uid);
+        let why: Vec<&str> =
+            self.problems.iter().filter(of_pod).map(|problem| problem.text.as_str()).collect();
+        let why = if why.is_empty() { "it is not enrolled".into() } else { why.join("; ") };
+        Err(AddError::Refused(why))
+    }
+
+    /// Whether a pod of a mesh is still enrolled as it was added.
+    ///
+    /// # Errors
+    /// Where it is not.
+    pub fn check(&mut self, pod: &Arc<Pod>, sandbox: &Sandbox) -> Result<(), AddError> {
+        let Source::Kubernetes(kubernetes, _) = &mut self.source else {
+            return Ok(());
+        };
+        if matches!(facts::facts(&kubernetes.inherit(Arc::clone(pod))), Ok(None)) {
+            return Ok(());
+        }
+        let cookie = Netns::open(&sandbox.netns).and_then(|netns| netns.cookie());
+        let cookie = cookie.map_err(|error| AddError::Refused(format!("{error:#}")))?;
+        self.enrolled(pod.metadata.uid.as_deref().unwrap_or_default(), cookie)
+    }
+
+    /// The container runtime removes a sandbox. Its pod stays intercepted until the namespace is
+    /// gone.
+    pub fn delete(&mut self, container: &str) {
+        if let Source::Kubernetes(_, places) = &mut self.source {
+            places.forget(container);
+        }
+    }
+
+    /// The container runtime has these sandboxes and no others.
+    pub fn keep_only(&mut self, containers: &BTreeSet<String>) {
+        if let Source::Kubernetes(_, places) = &mut self.source {
+            places.keep_only(containers);
+        }
+    }
+
+    /// What is wrong now.
+    pub fn problems(&self) -> &BTreeSet<Problem> {
+        &self.problems
+    }
+
+    fn enrol(
+        &mut self,
+        mut candidates: Vec<Candidate>,
+        snapshot: &Snapshot,
+        problems: &mut BTreeSet<Problem>,
+    ) -> Result<()> {
+        let limits = self.dataplane.limits();
+        let mut goal = desired(&candidates, &self.host, &self.owners, &limits);
+        // A pod whose namespace can't be prepared is not enrolled: its connections would get
+        // lost. What it had before stays.
+        let unprepared = self.prepare(&goal, problems);
+        if !unprepared.is_empty() {
+            candidates.retain(|candidate| !unprepared.contains(&candidate.netns.cookie));
+            goal = desired(&candidates, &self.host, &self.owners, &limits);
+        }
+        for (pod, refusal) in &goal.refused {
+            let record = of(&candidates, pod);
+            problems.insert(problem(Reason::Refused, &record, &refusal.to_string()));
+        }
+        // A pod that an earlier agent enrolled, and that may be in what can't be read now.
+        // Or one that runs on though its object is gone.
+        let present: BTreeSet<&str> = snapshot.pods.iter().map(SourcePod::uid).collect();
+        let keep: BTreeSet<u64> = self
+            .owners
+            .iter()
+            .filter(|(cookie, owner)| {
+                let unread = snapshot.incomplete && !self.pods.contains_key(cookie);
+                unread || (snapshot.missing_may_run && !present.contains(owner.uid.as_str()))
+            })
+            .map(|(cookie, _)| *cookie)
+            .filter(|cookie| !goal.pods.contains_key(cookie) && self.dataplane.netns_lives(*cookie))
+            .collect();
+        let state = (goal, keep);
+        if self.applied.as_ref() != Some(&state) {
+            // Whatever fails half-way is compared with the maps themselves next time.
+            self.applied = None;
+            let (written, deleted) = self.dataplane.apply(&state.0, &state.1)?;
+            debug!(written, deleted, "maps");
+            self.applied = Some(state.clone());
+        }
+        let (goal, keep) = state;
+        self.link(&goal, &candidates, problems);
+        for (cookie, owner) in &self.owners {
+            if goal.pods.contains_key(cookie) || keep.contains(cookie) {
+                continue;
+            }
+            info!(pod = %owner.pod, "no longer enrolled");
+            if let Some(pod) = self.pods.get(cookie) {
+                // A namespace that is gone took its filter along.
+                let netns = Netns::open_as(&pod.netns.path, *cookie);
+                let _ = netns.and_then(|netns| bpf::detach_dns(&netns));
+            }
+        }
+        self.owners.retain(|cookie, _| keep.contains(cookie));
+        let enrolled = goal.pods.iter();
+        self.owners.extend(enrolled.map(|(cookie, (_, record))| (*cookie, record.clone())));
+        let stays = |cookie: &u64| goal.pods.contains_key(cookie) || keep.contains(cookie);
+        self.pods.retain(|cookie, _| stays(cookie));
+        self.searched.retain(|(cookie, _), _| stays(cookie));
+        Ok(())
+    }
+
+    /// Prepares the namespaces of pods that are new or whose addresses changed; the cookies of
+    /// those where that failed.
+    fn prepare(&self, goal: &Desired, problems: &mut BTreeSet<Problem>) -> BTreeSet<u64> {
+        let mut failed = BTreeSet::new();
+        for (cookie, (row, record)) in &goal.pods {
+            let addresses =
+                |row: &PodRow| -> (Option<Ipv4Addr>, Option<Ipv6Addr>) { (row.ip4, row.ip6) };
+            if self.pods.get(cookie).is_some_and(|p| addresses(&p.row) == addresses(row)) {
+                continue;
+            }
+            let done = Netns::open_as(&record.netns, *cookie)
+                .and_then(|netns| netns.prepare(row.ip4, row.ip6));
+            if let Err(error) = done
+                && !self.dataplane.netns_lives(*cookie)
+            {
+                let text = format!("{error:#}");
+                problems.insert(problem(Reason::NetworkNamespace, record, &text));
+                failed.insert(*cookie);
+            }
+        }
+        failed
+    }
+
+    /// Links the inbound program of this build to every pod that this agent has not done yet.
+    fn link(&mut self, goal: &Desired, candidates: &[Candidate], problems: &mut BTreeSet<Problem>) {
+        for candidate in candidates {
+            let cookie = candidate.netns.cookie;
+            let Some((row, record)) = goal.pods.get(&cookie) else {
+                continue;
+            };
+            if record.pod != candidate.facts.name {
+                continue;
+            }
+            let enrolled = Enrolled { netns: candidate.netns.clone(), row: row.clone() };
+            let known = self.pods.get(&cookie);
+            if known.is_some_and(|known| steered_ports(&known.row) == steered_ports(row)) {
+                self.pods.insert(cookie, enrolled);
+                continue;
+            }
+            let linked = Netns::open_as(&record.netns, cookie).and_then(|netns| {
+                for port in steered_ports(row).into_iter().flatten() {
+                    self.dataplane.find_listeners(cookie, &netns, port)?;
+                }
+                if row.dns_port == 0 {
+                    bpf::detach_dns(&netns)?;
+                } else {
+                    self.dataplane.attach_dns(&netns)?;
+                }
+                self.dataplane.attach_inbound(cookie, &netns)
+            });
+            match linked {
+                Ok(()) => {
+                    info!(pod = %record.pod, mesh = candidate.facts.mesh.name, netns = %record.netns.display(), "enrolled");
+                    self.pods.insert(cookie, enrolled);
+                }
+                Err(_) if self.dataplane.netns_lives(cookie) && !record.netns.exists() => {}
+                Err(error) => {
+                    let text = format!("INBOUND IS NOT INTERCEPTED: {error:#}");
+                    problems.insert(problem(Reason::InboundNotIntercepted, record, &text));
+                }
+            }
+        }
+    }
+
+    /// Looks for listeners that were missed when a connection came.
+    pub fn find_listeners(&mut self, missed: &BTreeSet<(u64, u16)>) {
+        let now = Instant::now();
+        for missing @ (cookie, port) in missed {
+            let Some(pod) = self.pods.get(cookie) else {
+                continue;
+            };
+            let last = self.searched.get(missing);
+            if last.is_some_and(|last| now.duration_since(*last) < SEARCH) {
+                continue;
+            }
+            self.searched.insert(*missing, now);
+            let found = Netns::open_as(&pod.netns.path, *cookie)
+                .and_then(|ns| self.dataplane.find_listeners(*cookie, &ns, *port));
+            if let Err(error) = found {
+                warn!(netns = %pod.netns.path.display(), "cannot look for the proxy's listeners: {error:#}");
+            }
+        }
+    }
+}
+
+/// Why a sandbox may not start yet.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum AddError {
+    /// The agent has just started.
+    #[error("the API server has not told this node's pods yet")]
+    NotYet,
+    /// The pod is in a mesh and can't be enrolled.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// What the namespace says about itself, if it is the expected one.
+fn visit(path: &Path, cookie: Option<u64>, facts: &PodFacts) -> Result<NetnsFacts> {
+    let netns = Netns::open(path)?;
+    let mut found = netns.facts()?;
+    if cookie.is_some_and(|cookie| cookie != found.cookie) {
+        anyhow::bail!("{} leads to another network namespace now", path.display());
+    }
+    if !facts.policy.exclude_interfaces.is_empty() {
+        found.routes = netns.routes()?;
+    }
+    Ok(found)
+}
+
+/// Whether the pod's object says that its containers run.
+fn is_running(pod: &Pod) -> bool {
+    pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running")
+}
+
+fn problem(reason: Reason, record: &Record, text: &str) -> Problem {
+    Problem {
+        reason,
+        pod: Some((record.pod.clone(), record.uid.clone())),
+        text: format!("pod {}: {text}", record.pod),
+    }
+}
+
+/// The record of the candidate with this name.
+fn of(candidates: &[Candidate], name: &str) -> Record {
+    let found = candidates.iter().find(|candidate| candidate.facts.name == name);
+    let uid = found.map(|candidate| candidate.facts.uid.clone()).unwrap_or_default();
+    Record { pod: name.to_owned(), uid, netns: PathBuf::new() }
+}

@@ -1,0 +1,406 @@
+//! Pods from the API server: this node's alone, and of namespaces their metadata.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use futures_util::{FutureExt, Stream, StreamExt, pin_mut};
+use k8s_openapi::api::{
+    apps::v1::DaemonSet,
+    core::v1::{Container, Namespace, Node, ObjectReference, Pod, PodSpec, PodStatus},
+};
+use kube::{
+    Api, Client,
+    config::{KubeConfigOptions, Kubeconfig},
+    core::PartialObjectMeta,
+    runtime::{
+        WatchStreamExt,
+        events::{Event, EventType, Recorder, Reporter},
+        reflector::{self, ObjectRef, Store},
+        watcher,
+    },
+};
+use tokio::{sync::mpsc, task, time::timeout};
+use tracing::{info, warn};
+
+use super::{Snapshot, SourcePod};
+use crate::{facts, problem::Problem};
+
+/// How long a single question to the API server may take.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Events that wait for the API server; what comes on top is in the log alone.
+const EVENTS: usize = 256;
+/// What an Event's note may hold.
+const NOTE: usize = 1000;
+
+/// How to reach the API server, and which node this is.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `spec.nodeName` of the pods to look after.
+    pub node: String,
+    /// A kubeconfig; none: the service account of the agent's own pod.
+    pub kubeconfig: Option<PathBuf>,
+}
+
+/// What goes wrong with the API server now, by what was asked of it, and how often it did.
+#[derive(Debug, Default)]
+struct Failing {
+    now: BTreeMap<&'static str, String>,
+    counts: BTreeMap<&'static str, u64>,
+}
+
+/// This node's part of the API server's state.
+pub struct Kubernetes {
+    api: ApiServer,
+    namespaces: Store<PartialObjectMeta<Namespace>>,
+    events: mpsc::Sender<(Problem, ObjectReference)>,
+    /// Pods that a CNI request was about and that the watch has not told of yet, by uid.
+    ahead: BTreeMap<String, Arc<Pod>>,
+}
+
+/// Answers about single objects; cheap to clone.
+#[derive(Clone)]
+pub struct ApiServer {
+    client: Client,
+    pods: Store<Pod>,
+    failing: Arc<Mutex<Failing>>,
+}
+
+impl Kubernetes {
+    /// Starts watching; `changed` is told of every change, and of the first complete state.
+    ///
+    /// # Errors
+    /// Where the configuration can't be read, or the API server says that there is no such node.
+    /// An API server that can't be reached is no error: it is tried again for ever.
+    pub async fn start(config: &Config, changed: mpsc::Sender<()>) -> Result<Self> {
+        let client = client(config).await?;
+        find_node(&client, &config.node).await?;
+        let failing = Arc::new(Mutex::new(Failing::default()));
+
+        let (pods, writer) = reflector::store();
+        let only = watcher::Config::default().fields(&format!("spec.nodeName={}", config.node));
+        let watch = watcher(Api::<Pod>::all(client.clone()), only).modify(keep_needed);
+        follow("pods", watch.reflect(writer), &failing, &changed);
+
+        let (namespaces, writer) = reflector::store();
+        let all = Api::<PartialObjectMeta<Namespace>>::all(client.clone());
+        let watch = watcher(all, watcher::Config::default()).modify(|namespace| {
+            namespace.metadata.managed_fields = None;
+        });
+        follow("namespaces", watch.reflect(writer), &failing, &changed);
+
+        let (events, queue) = mpsc::channel(EVENTS);
+        let recorder = Recorder::new(
+            client.clone(),
+            Reporter { controller: "sidestep".into(), instance: Some(config.node.clone()) },
+        );
+        task::spawn(publish(recorder, queue, Arc::clone(&failing)));
+        let api = ApiServer { client, pods, failing };
+        Ok(Self { api, namespaces, events, ahead: BTreeMap::new() })
+    }
+
+    /// Asks about single objects.
+    pub fn api(&self) -> &ApiServer {
+        &self.api
+    }
+
+    /// What is known; none before every store had its first complete list.
+    pub fn read(&mut self) -> Option<Snapshot> {
+        self.api.pods.wait_until_ready().now_or_never()?.ok()?;
+        self.namespaces.wait_until_ready().now_or_never()?.ok()?;
+        let mut pods: BTreeMap<String, Arc<Pod>> = BTreeMap::new();
+        for pod in self.api.pods.state() {
+            let uid = pod.metadata.uid.clone().unwrap_or_default();
+            self.ahead.remove(&uid);
+            pods.insert(uid, pod);
+        }
+        pods.extend(self.ahead.iter().map(|(uid, pod)| (uid.clone(), Arc::clone(pod))));
+        let pods = pods.into_values().map(|pod| SourcePod { pod: self.inherit(pod), origin: None });
+        Some(Snapshot {
+            pods: pods.collect(),
+            errors: Vec::new(),
+            incomplete: false,
+            missing_may_run: true,
+        })
+    }
+
+    /// What goes wrong with the API server now.
+    pub fn problems(&self) -> Vec<Problem> {
+        self.api.failing().now.values().map(Problem::node).collect()
+    }
+
+    /// The pod with what it takes from its namespace.
+    pub fn inherit(&self, pod: Arc<Pod>) -> Arc<Pod> {
+        let name = pod.metadata.namespace.as_deref().unwrap_or("default");
+        match self.namespaces.get(&ObjectRef::new(name)) {
+            Some(namespace) => facts::inherit(pod, &namespace.metadata),
+            None => pod,
+        }
+    }
+
+    /// Takes a pod in that the watch may not have told of yet.
+    pub fn expect(&mut self, pod: Arc<Pod>) {
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        self.ahead.insert(uid, pod);
+    }
+
+    /// Forgets the pods that the watch never told of, but for those of which `alive` says so.
+    pub fn forget(&mut self, alive: impl Fn(&str) -> bool) {
+        self.ahead.retain(|uid, _| alive(uid));
+    }
+
+    /// Tells a pod what is wrong with it.
+    pub fn event(&self, problem: &Problem) {
+        let Some((name, uid)) = &problem.pod else {
+            return;
+        };
+        let (namespace, name) = name.split_once('/').unwrap_or(("default", name));
+        let object = ObjectReference {
+            api_version: Some("v1".into()),
+            kind: Some("Pod".into()),
+            name: Some(name.into()),
+            namespace: Some(namespace.into()),
+            uid: Some(uid.clone()),
+            ..ObjectReference::default()
+        };
+        if self.events.try_send((problem.clone(), object)).is_err() {
+            warn!(pod = name, "too many Events wait for the API server: this one is not sent");
+        }
+    }
+
+    /// How often the API server did not do what was asked, by what that was.
+    pub fn errors(&self) -> BTreeMap<&'static str, u64> {
+        self.api.failing().counts.clone()
+    }
+}
+
+impl ApiServer {
+    fn failing(&self) -> std::sync::MutexGuard<'_, Failing> {
+        lock(&self.failing)
+    }
+
+    /// The pod of that name, with that uid where one is given: what the watch told, or else what
+    /// the API server says now.
+    ///
+    /// # Errors
+    /// Where the API server doesn't know it, or doesn't answer in time.
+    pub async fn pod(&self, namespace: &str, name: &str, uid: Option<&str>) -> Result<Arc<Pod>> {
+        let same = |pod: &Pod| uid.is_some() && pod.metadata.uid.as_deref() == uid;
+        let known = self.pods.get(&ObjectRef::new(name).within(namespace));
+        if let Some(pod) = known.filter(|pod| same(pod)) {
+            return Ok(pod);
+        }
+        let api = Api::<Pod>::namespaced(self.client.clone(), namespace);
+        let answer = timeout(ANSWER, api.get_opt(name)).await;
+        let found = answer
+            .context("the API server does not answer")
+            .and_then(|answer| answer.map_err(|error| explained("get", "pods", &error)));
+        note(&self.failing, "get pods", found.as_ref().err().map(|error| format!("{error:#}")));
+        let mut pod =
+            found?.with_context(|| format!("the API server has no pod {namespace}/{name}"))?;
+        if uid.is_some() && !same(&pod) {
+            let other = pod.metadata.uid.unwrap_or_default();
+            let uid = uid.unwrap_or_default();
+            bail!("the API server's pod {namespace}/{name} has uid {other}, not {uid}");
+        }
+        keep_needed(&mut pod);
+        Ok(Arc::new(pod))
+    }
+
+    /// Whether this DaemonSet is gone or being deleted: Sidestep is being uninstalled. A server
+    /// that forbids the question or does not know the agent any more has lost the rights that
+    /// came with the DaemonSet. No answer: no.
+    pub async fn uninstalled(&self, namespace: &str, name: &str) -> bool {
+        let api = Api::<DaemonSet>::namespaced(self.client.clone(), namespace);
+        match timeout(ANSWER, api.get_metadata_opt(name)).await {
+            Ok(Ok(Some(found))) => found.metadata.deletion_timestamp.is_some(),
+            Ok(Ok(None)) => true,
+            Ok(Err(kube::Error::Api(status))) => matches!(status.code, 401 | 403),
+            Ok(Err(_)) | Err(_) => false,
+        }
+    }
+}
+
+fn lock(failing: &Mutex<Failing>) -> std::sync::MutexGuard<'_, Failing> {
+    failing.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Notes that something failed, or that it works.
+fn note(failing: &Mutex<Failing>, what: &'static str, error: Option<String>) {
+    let mut failing = lock(failing);
+    match error {
+        Some(error) => {
+            *failing.counts.entry(what).or_default() += 1;
+            failing.now.insert(what, error);
+        }
+        None => {
+            failing.now.remove(what);
+        }
+    }
+}
+
+/// Follows a watch for ever, and tells of each change. Fails never: errors are noted.
+fn follow<K: 'static>(
+    what: &'static str,
+    watch: impl Stream<Item = watcher::Result<watcher::Event<K>>> + 'static + Send,
+    failing: &Arc<Mutex<Failing>>,
+    changed: &mpsc::Sender<()>,
+) {
+    let (failing, changed) = (Arc::clone(failing), changed.clone());
+    task::spawn(async move {
+        let watch = watch.default_backoff();
+        pin_mut!(watch);
+        while let Some(event) = watch.next().await {
+            match event {
+                // A relist is nothing until it is complete.
+                Ok(watcher::Event::Init | watcher::Event::InitApply(_)) => continue,
+                Ok(_) => note(&failing, what, None),
+                Err(error) => note(&failing, what, Some(watch_error(what, &error))),
+            }
+            // One that is not read yet is enough.
+            let _ = changed.try_send(());
+        }
+    });
+}
+
+fn watch_error(what: &str, error: &watcher::Error) -> String {
+    match error {
+        watcher::Error::InitialListFailed(error) => format!("{:#}", explained("list", what, error)),
+        watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => {
+            format!("{:#}", explained("watch", what, error))
+        }
+        watcher::Error::WatchError(status) => {
+            format!("cannot watch {what}: the API server says {} ({})", status.message, status.code)
+        }
+        watcher::Error::NoResourceVersion => {
+            format!("cannot watch {what}: the API server's answer has no resourceVersion")
+        }
+    }
+}
+
+/// An error in words that help: which verb of which resource is not allowed, say.
+fn explained(verb: &str, resource: &str, error: &kube::Error) -> anyhow::Error {
+    match error {
+        kube::Error::Api(status) if status.code == 403 => anyhow::anyhow!(
+            "the API server forbids to {verb} {resource}: the agent's ClusterRole needs the verb \
+             {verb:?} on {resource:?} ({})",
+            status.message
+        ),
+        kube::Error::Api(status) => {
+            anyhow::anyhow!("cannot {verb} {resource}: {} ({})", status.message, status.code)
+        }
+        // The innermost cause is the one that says something.
+        other => {
+            let error: &dyn std::error::Error = other;
+            let cause = std::iter::successors(Some(error), |error| error.source()).last();
+            let cause = cause.map(ToString::to_string).unwrap_or_default();
+            anyhow::anyhow!("cannot {verb} {resource}: the API server can't be reached: {cause}")
+        }
+    }
+}
+
+async fn client(config: &Config) -> Result<Client> {
+    let config = match &config.kubeconfig {
+        Some(path) => {
+            let invalid = || format!("kubeconfig {}", path.display());
+            let file = Kubeconfig::read_from(path).with_context(invalid)?;
+            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
+                .await
+                .with_context(invalid)?
+        }
+        None => kube::Config::incluster().context(
+            "no --kubeconfig is given, and this is no pod with a service account \
+             (/var/run/secrets/kubernetes.io/serviceaccount)",
+        )?,
+    };
+    Client::try_from(config).context("cannot make a client of the API server")
+}
+
+/// A node of another name than the API server's has no pods: better said at once.
+async fn find_node(client: &Client, name: &str) -> Result<()> {
+    let api = Api::<Node>::all(client.clone());
+    match timeout(ANSWER, api.get_metadata_opt(name)).await {
+        Ok(Ok(None)) => bail!("the API server has no node {name:?} (--node-name)"),
+        Ok(Ok(Some(_))) => info!(node = name, "known to the API server"),
+        Ok(Err(error)) => warn!("{:#}", explained("get", "nodes", &error)),
+        Err(_) => warn!("the API server does not answer; it is tried again"),
+    }
+    Ok(())
+}
+
+async fn publish(
+    recorder: Recorder,
+    mut queue: mpsc::Receiver<(Problem, ObjectReference)>,
+    failing: Arc<Mutex<Failing>>,
+) {
+    while let Some((problem, object)) = queue.recv().await {
+        let event = Event {
+            type_: EventType::Warning,
+            reason: problem.reason.name().into(),
+            note: Some(note_of(&problem.text)),
+            action: "Intercept".into(),
+            secondary: None,
+        };
+        let sent = timeout(ANSWER, recorder.publish(&event, &object)).await;
+        let error = match sent {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(format!("{:#}", explained("create", "events", &error))),
+            Err(_) => Some("cannot create events: the API server does not answer".into()),
+        };
+        note(&failing, "events", error);
+    }
+}
+
+/// What an Event has room for; the log has it all.
+fn note_of(text: &str) -> String {
+    if text.len() <= NOTE {
+        return text.into();
+    }
+    let more = " ... (the agent's log has the rest)";
+    let mut end = NOTE - more.len();
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}{more}", &text[..end])
+}
+
+/// Drops what [`facts::facts`] and the search for namespaces don't look at: a Pod object is some
+/// 10 KB, most of it volumes, probes and conditions.
+fn keep_needed(pod: &mut Pod) {
+    let meta = &mut pod.metadata;
+    meta.managed_fields = None;
+    meta.owner_references = None;
+    meta.finalizers = None;
+    if let Some(annotations) = &mut meta.annotations {
+        annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
+    }
+    if let Some(spec) = pod.spec.take() {
+        let slim =
+            |containers: Vec<Container>| containers.into_iter().map(keep_container).collect();
+        pod.spec = Some(PodSpec {
+            host_network: spec.host_network,
+            init_containers: spec.init_containers.map(slim),
+            containers: slim(spec.containers),
+            ..PodSpec::default()
+        });
+    }
+    if let Some(status) = pod.status.take() {
+        pod.status =
+            Some(PodStatus { phase: status.phase, pod_ips: status.pod_ips, ..Default::default() });
+    }
+}
+
+fn keep_container(container: Container) -> Container {
+    Container {
+        name: container.name,
+        args: container.args,
+        env: container.env.map(|env| env.into_iter().filter(|var| var.value.is_some()).collect()),
+        restart_policy: container.restart_policy,
+        security_context: container.security_context,
+        ..Default::default()
+    }
+}
