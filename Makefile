@@ -26,14 +26,14 @@ TEST_KERNELS = 6.1
 SECONDS      = 60
 FUZZ_TARGETS = lists annotations manifests
 
-.PHONY: build help deps demo conformance test kernels check fuzz mutants fmt clean
+.PHONY: build help deps demo conformance e2e test kernels check fuzz mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
 	@echo "built $(BIN)"
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 13
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 13
 
 deps: ## install what is missing to build, test and demo (root)
 	@scripts/deps.sh
@@ -45,6 +45,11 @@ demo: deps build ## run the demo in namespaces of its own (root); KEEP=1 leaves 
 conformance: deps ## compare with the meshes' own iptables rules, row by row (root); ARGS="--help"
 	cargo build -q --workspace
 	$(DEBUG)/conformance --json $(DEBUG)/../conformance.json $(ARGS)
+
+e2e: ## whole-node scenarios of Kubernetes mode, with containerd and CNI (root); ONLY=agent
+	@scripts/deps.sh --e2e
+	cargo build -q -p sidestep -p sidestep-e2e
+	$(DEBUG)/e2e run --binary $(DEBUG)/sidestep $(if $(ONLY),--only '$(ONLY)')
 
 test: ## deps, check, then all tests, including those against the real kernel (root)
 	@[ "$$(id -u)" = 0 ] || { \
