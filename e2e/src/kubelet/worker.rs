@@ -258,7 +258,8 @@ impl Worker {
 
     /// Records what went wrong. If that fails too, it stays unsaid: the next try has its own.
     async fn event(&self, reason: &str, note: &str) {
-        let cut = note.char_indices().map(|(at, _)| at).take_while(|at| *at <= 1000).last();
+        // A note has 1024 bytes.
+        let short: String = note.chars().take(1000).collect();
         let event = json!({
             "metadata": {"generateName": format!("{}.", self.pod.name)},
             "eventTime": Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S%.6fZ").to_string(),
@@ -267,7 +268,7 @@ impl Worker {
             "action": "Run",
             "reason": reason,
             "type": "Warning",
-            "note": &note[..cut.unwrap_or(0)],
+            "note": short,
             "regarding": {
                 "apiVersion": "v1",
                 "kind": "Pod",

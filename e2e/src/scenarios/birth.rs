@@ -9,7 +9,8 @@ use sidestep_e2e::lab::Node;
 use sidestep_lab::APP;
 
 use super::pods::{
-    answered, app, container, injected, intercepted, istio, mesh_pod, native, server, soon_answered,
+    PORT, answered, app, container, injected, intercepted, istio, mesh_pod, native, server,
+    soon_answered,
 };
 use super::{Row, World};
 
@@ -31,13 +32,13 @@ fn fresh_pod(world: &mut World) -> Result<()> {
     let (node, mut agent) = (&world.node, world.agent()?);
     let target = server(node, "server")?;
     // No sidecar runs yet: so nobody answers, the server least of all.
-    let mut spec = injected(app(&["serve", "0.0.0.0:80"]));
+    let mut spec = injected(app(&["serve", "0.0.0.0:8080"]));
     let address = target.to_string();
     spec["initContainers"] = json!([container("validation", &["avoid", &address, "app"])]);
     node.create_pod("cart", istio(), spec)?;
     let own = SocketAddr::new(
         node.wait_running("cart").with_context(|| node.log("cart", "validation"))?,
-        80,
+        PORT,
     );
     let said = node.log("cart", "validation");
     ensure!(said.contains("refused"), "the validation said {said:?}");
@@ -172,9 +173,9 @@ fn two_meshes(world: &mut World) -> Result<()> {
         "args": ["proxy", "linkerd"],
         "securityContext": {"runAsUser": 2102, "runAsGroup": 2102},
     });
-    let spec = json!({"containers": [app(&["serve", "0.0.0.0:80"]), linkerd]});
+    let spec = json!({"containers": [app(&["serve", "0.0.0.0:8080"]), linkerd]});
     node.create_pod("web", Value::Null, spec)?;
-    let web = SocketAddr::new(node.wait_running("web")?, 80);
+    let web = SocketAddr::new(node.wait_running("web")?, PORT);
     for name in ["cart", "web"] {
         agent.wait_enrolled(name, true)?;
         soon_answered(node, name, target, "outbound")?;

@@ -24,7 +24,8 @@ fn live_annotation(world: &mut World) -> Result<()> {
     let target = server(node, "server")?;
     mesh_pod(node, "cart")?;
     soon_answered(node, "cart", target, "outbound")?;
-    for (ports, by) in [(json!("80"), "app"), (json!("81"), "outbound"), (json!("80"), "app")] {
+    for (ports, by) in [(json!("8080"), "app"), (json!("8081"), "outbound"), (json!("8080"), "app")]
+    {
         annotate(node, "traffic.sidecar.istio.io/excludeOutboundPorts", &ports)?;
         soon_answered(node, "cart", target, by).with_context(|| format!("excluding {ports}"))?;
     }

@@ -1,6 +1,7 @@
 //! What breaks: the API server, the agent, CNI's configuration.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -11,7 +12,8 @@ use sidestep_lab::{wait_for, wait_until};
 
 use super::changes::{conflist, is_chained};
 use super::pods::{
-    answered, app, injected, intercepted, istio, istio_proxy, mesh_pod, server, soon_answered,
+    PORT, answered, app, container, injected, intercepted, istio, istio_proxy, mesh_pod, server,
+    soon_answered,
 };
 use super::{Row, World};
 
@@ -35,7 +37,7 @@ fn api_away(world: &mut World) -> Result<()> {
     for gone in [Gone::Event, Gone::Status] {
         node.server().stop()?;
         intercepted(node, "cart", own, target).context("without an API server")?;
-        exclude(node, "80")?;
+        exclude(node, "8080")?;
         node.server().compact(gone);
         node.server().resume()?;
         soon_answered(node, "cart", target, "app")
@@ -142,8 +144,8 @@ fn agent_away(world: &mut World) -> Result<()> {
     let target = server(node, "server")?;
     agent.kill9();
     let spec = json!({
-        "initContainers": [super::pods::container("validation", &["avoid", &target.to_string(), "app"])],
-        "containers": [app(&["serve", "0.0.0.0:80"]), istio_proxy()],
+        "initContainers": [container("validation", &["avoid", &target.to_string(), "app"])],
+        "containers": [app(&["serve", "0.0.0.0:8080"]), istio_proxy()],
     });
     node.create_pod("cart", istio(), spec)?;
     // It is told why, and tried again.
@@ -162,6 +164,6 @@ fn agent_away(world: &mut World) -> Result<()> {
     let target = server(node, "server-2")?;
     let ip = node.wait_running("cart").with_context(|| agent.log_tail())?;
     soon_answered(node, "cart", target, "outbound")?;
-    intercepted(node, "cart", std::net::SocketAddr::new(ip, 80), target)?;
+    intercepted(node, "cart", SocketAddr::new(ip, PORT), target)?;
     answered(node, "server-2", target, "app").map(drop)
 }

@@ -8,11 +8,14 @@ use serde_json::{Value, json};
 use sidestep_e2e::lab::Node;
 use sidestep_lab::{APP, PROXY, Seen, wait_for};
 
-/// Starts a pod outside any mesh that serves on port 80, waits until it does, and gives its
+/// Where the apps serve: their user may have no lower port.
+pub const PORT: u16 = 8080;
+
+/// Starts a pod outside any mesh that serves on [`PORT`], waits until it does, and gives its
 /// address.
 pub fn server(node: &Node, name: &str) -> Result<SocketAddr> {
-    node.create_pod(name, Value::Null, json!({"containers": [app(&["serve", "0.0.0.0:80"])]}))?;
-    let addr = SocketAddr::new(node.wait_running(name)?, 80);
+    node.create_pod(name, Value::Null, json!({"containers": [app(&["serve", "0.0.0.0:8080"])]}))?;
+    let addr = SocketAddr::new(node.wait_running(name)?, PORT);
     node.wait_answer(addr)?;
     Ok(addr)
 }
@@ -58,11 +61,11 @@ pub fn native(inits: &[Value], app: Value) -> Value {
     json!({"initContainers": all, "containers": [app]})
 }
 
-/// Starts an injected pod whose app serves on port 80, waits until it or its sidecar does, and
+/// Starts an injected pod whose app serves on [`PORT`], waits until it or its sidecar does, and
 /// gives that address.
 pub fn mesh_pod(node: &Node, name: &str) -> Result<SocketAddr> {
-    node.create_pod(name, istio(), injected(app(&["serve", "0.0.0.0:80"])))?;
-    let addr = SocketAddr::new(node.wait_running(name)?, 80);
+    node.create_pod(name, istio(), injected(app(&["serve", "0.0.0.0:8080"])))?;
+    let addr = SocketAddr::new(node.wait_running(name)?, PORT);
     node.wait_answer(addr)?;
     Ok(addr)
 }
