@@ -1,12 +1,13 @@
 //! Pods that come: each is taken over before its first process, or as soon as it is seen.
 
 use std::fs;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use sidestep_e2e::lab::Node;
-use sidestep_lab::APP;
+use sidestep_lab::{APP, Lab};
 
 use super::pods::{
     PORT, answered, app, container, injected, intercepted, istio, mesh_pod, native, server,
@@ -138,18 +139,29 @@ fn ip_reuse(world: &mut World) -> Result<()> {
 /// Makes the next pod get this address.
 fn give_next(node: &Node, ip: IpAddr) -> Result<()> {
     let IpAddr::V4(ip) = ip else { bail!("{ip} is no IPv4 address") };
-    let before = std::net::Ipv4Addr::from(u32::from(ip) - 1);
+    let before = Ipv4Addr::from(u32::from(ip) - 1);
     let file = node.containerd().last_ip_file();
-    fs::write(&file, before.to_string()).with_context(|| format!("writing {}", file.display()))
+    fs::write(&file, before.to_string()).with_context(|| format!("writing {}", file.display()))?;
+    // So soon, the neighbours would still send to the interface that had the address.
+    node.lab().on_node(forget_neighbours)??;
+    Lab::in_netns(&node.netns("server")?, 0, 0, forget_neighbours)?
+}
+
+/// Of the network namespace of this thread.
+fn forget_neighbours() -> Result<()> {
+    let status = Command::new("ip").args(["neighbour", "flush", "all"]).status();
+    let status = status.context("running ip neighbour flush")?;
+    ensure!(status.success(), "ip neighbour flush all: {status}");
+    Ok(())
 }
 
 fn host_network(world: &mut World) -> Result<()> {
     let (node, mut agent) = (&world.node, world.agent()?);
     let target = server(node, "server")?;
-    let mut spec = injected(app(&["serve", "10.77.0.1:83"]));
+    let mut spec = injected(app(&["serve", "10.77.0.1:8083"]));
     spec["hostNetwork"] = json!(true);
     node.create_pod("host", istio(), spec)?;
-    let own = SocketAddr::new(node.wait_running("host")?, 83);
+    let own = SocketAddr::new(node.wait_running("host")?, 8083);
     node.wait_answer(own)?;
     // Another pod is through, so the agent has seen this one.
     mesh_pod(node, "cart")?;
