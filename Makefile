@@ -21,12 +21,17 @@ DEBUG = $${CARGO_TARGET_DIR:-target}/debug
 
 # What `make test` runs in virtual machines; TEST_KERNELS= leaves them out.
 TEST_KERNELS = 6.1
+# Which files of tests it runs there: the data path. `make kernels` runs all.
+VM_TESTS     = budget inbound outbound unload sockets
 
 # Of `make fuzz`, in all. Each target has its seeds in fuzz/seeds and what it found in fuzz/corpus.
 SECONDS      = 60
 FUZZ_TARGETS = lists annotations manifests
 
-.PHONY: build help deps demo conformance e2e test kernels check fuzz mutants fmt clean
+# Of `make e2e`: kind, or lab: a node without a cluster, made of this machine's own parts.
+CLUSTER = kind
+
+.PHONY: build help deps demo conformance test kernels check chart image e2e fuzz mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
@@ -46,11 +51,6 @@ conformance: deps ## compare with the meshes' own iptables rules, row by row (ro
 	cargo build -q --workspace
 	$(DEBUG)/conformance --json $(DEBUG)/../conformance.json $(ARGS)
 
-e2e: ## whole-node scenarios of Kubernetes mode, with containerd and CNI (root); ONLY=agent
-	@scripts/deps.sh --e2e
-	cargo build -q -p sidestep -p sidestep-e2e
-	$(DEBUG)/e2e run --binary $(DEBUG)/sidestep $(if $(ONLY),--only '$(ONLY)')
-
 test: ## deps, check, then all tests, including those against the real kernel (root)
 	@[ "$$(id -u)" = 0 ] || { \
 		echo "make test: needs root: the tests load eBPF programs and make network namespaces" >&2; \
@@ -59,7 +59,7 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	@$(MAKE) --no-print-directory check
 	cargo test --workspace --no-fail-fast
 	@$(MAKE) --no-print-directory conformance ARGS=--quiet
-	$(if $(TEST_KERNELS),scripts/kernels.sh $(TEST_KERNELS))
+	$(if $(TEST_KERNELS),TESTS='$(VM_TESTS)' scripts/kernels.sh $(TEST_KERNELS))
 
 kernels: ## the binary and its tests in VMs under other kernels; KERNELS="6.1" runs one
 	@scripts/kernels.sh $(if $(UPDATE_BUDGET),--update-budget) $(KERNELS)
@@ -68,10 +68,26 @@ check: ## formatting, lints, licences and the quick unit tests (no root)
 	cargo fmt --all --check
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	$(if $(C_FILES),$(CLANG_FORMAT) --dry-run -Werror $(C_FILES))
-	shellcheck scripts/*.sh .ci/run
+	shellcheck scripts/*.sh e2e/kind/*.sh .ci/run
 	cargo deny --log-level error check bans licenses sources
 	cargo clippy -q --workspace --all-targets -- -D warnings
 	cargo test -q --workspace --lib --bins
+
+chart: ## lint, render, validate and pack the Helm chart: target/chart
+	@scripts/chart.sh
+
+image: build ## a container image as an OCI archive: target/image; takes no docker
+	@scripts/image.py $(BIN) $${CARGO_TARGET_DIR:-target}/image
+
+e2e: ## in a kind cluster under a real mesh, MESH=istio; CLUSTER=lab: without a cluster (root)
+ifeq ($(CLUSTER),lab)
+	@scripts/deps.sh --e2e
+	$(MAKE) --no-print-directory build
+	cargo build -q -p sidestep-e2e
+	$(DEBUG)/e2e run --binary $(abspath $(BIN)) $(ARGS)
+else
+	@e2e/kind/run.sh $(MESH)
+endif
 
 # Without a sanitizer, which a stable compiler doesn't have: what is fuzzed is safe Rust.
 fuzz: ## fuzz the parsers of what people write; SECONDS=300 for longer

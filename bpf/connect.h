@@ -16,7 +16,7 @@ static __always_inline struct addr via_for(struct bpf_sock_addr *ctx, const stru
 	if (addr_is_loopback(&c->dst))
 		return localhost_for(&c->dst);
 	/* Bound to a device, the kernel finds only that device's own addresses. */
-	if (c->ifindex && !addr_is_any(own))
+	if (c->ifindex)
 		return *own;
 	return is4 ? addr4(bpf_htonl(VIA4_NET | ((__u32)cookie & ~VIA4_MASK))) : via;
 }

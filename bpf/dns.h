@@ -60,13 +60,7 @@ static __always_inline __u32 slot_for(struct dns_servers *asked, const struct ad
 	for (slot = 0; slot < DNS_SERVERS; slot++)
 		if (slot < asked->used && addr_eq(&asked->server[slot], server))
 			return slot;
-	if (asked->used < DNS_SERVERS) {
-		slot = asked->used;
-		asked->used = slot + 1;
-	} else {
-		slot = asked->last + 1;
-	}
-	slot &= DNS_SERVERS - 1;
+	slot = asked->used++ & (DNS_SERVERS - 1);
 	asked->server[slot] = *server;
 	return slot;
 }

@@ -73,14 +73,9 @@ static __always_inline void origdst_offer(struct bpf_sock_ops *ctx)
 /* The client's socket closes: if the proxy never took the offer, nobody will. */
 static __always_inline void origdst_withdraw(struct bpf_sock_ops *ctx)
 {
-	struct bpf_sock *sk = ctx->sk;
-	struct origdst *od;
 	struct conn c;
 
-	if (ctx->args[1] != BPF_TCP_CLOSE || !sk)
-		return;
-	od = origdst_of(sk, 0);
-	if (!od || od->role != ROLE_CLIENT)
+	if (ctx->args[1] != BPF_TCP_CLOSE)
 		return;
 	c = sockops_conn(ctx, true);
 	bpf_map_delete_elem(&handovers, &c);
@@ -128,6 +123,12 @@ static __always_inline bool origdst_answer(struct bpf_sockopt *ctx, struct addr 
 		*port = od->orig_port;
 		return true;
 	}
+	/*
+	 * The kernel knows it, or another program did: where the mesh's own rules are there as
+	 * well, or for connections from before the layout of the maps moved.
+	 */
+	if (!ctx->retval)
+		return false;
 	/*
 	 * Any other connected socket: what it was dialled to is its own address, which is how
 	 * iptables answers for a tracked connection that it did not translate.

@@ -14,6 +14,7 @@
 #include "sockaddr.h"
 #include "dns.h"
 #include "connect.h"
+#include "layouts.h"
 #include "listeners.h"
 
 SEC("sockops")

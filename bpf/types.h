@@ -111,7 +111,7 @@ _Static_assert(sizeof(struct uid_rule_key) == 16, "uid_rule_key");
 struct dns_servers {
 	struct addr server[DNS_SERVERS];
 	__u32 last; /* slot of the last question */
-	__u32 used; /* slots in use */
+	__u32 used; /* servers that got a slot, each taking that of the eighth before it */
 };
 _Static_assert(sizeof(struct dns_servers) == 136, "dns_servers");
 

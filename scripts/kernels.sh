@@ -12,7 +12,8 @@
 # kernel and an initramfs. Its processor is emulated, because /dev/kvm is not to
 # be had everywhere: the tests get more time and less bulk (SLOWDOWN).
 #
-# Environment: SIDESTEP_LAB_DIR (default /var/lib/sidestep-lab) gets the kernels;
+# Environment: TESTS="inbound outbound" runs these files of tests alone;
+#              SIDESTEP_LAB_DIR (default /var/lib/sidestep-lab) gets the kernels;
 #              logs go to target/kernels.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,7 +31,7 @@ END
 # What does not run in the machines, and why: a file of tests, or one test of
 # it. An entry that skips nothing is an error.
 skipped() {
-    cat <<'END'
+    grep -E "^(${TESTS:-.*})[: ]" <<'END' || [ $? = 1 ]
 envoy: Envoy and its libraries are ten times as large as everything else
 bad_input a_missing_clang_is_explained_by_the_build: it is about the build, not about kernels
 edges hundreds_of_pods_and_ten_thousand_connections: it is about bulk, which takes too long when emulated
@@ -65,6 +66,11 @@ if [ "${1:-}" = --update-budget ]; then
     update=1
     shift
 fi
+# Files of tests, and the same as a pattern: a|b|c. Empty: all.
+read -ra files <<<"${TESTS:-}"
+TESTS=$(IFS='|'; echo "${files[*]}")
+[ -z "$update" ] || [ -z "$TESTS" ] || [[ " ${files[*]} " == *" budget "* ]] ||
+    die "--update-budget takes the tests of the file budget"
 wanted=("$@")
 [ $# -gt 0 ] || mapfile -t wanted < <(kernels | cut -d ' ' -f 1)
 for name in "${wanted[@]}"; do
@@ -79,10 +85,11 @@ archive() { (cd "$1" && find . | cpio --quiet -o -H newc -R 0:0 >"$2"); }
 
 # Static test binaries, named after their sources, as $1/NAME.
 build_tests() {
-    local flags name path
+    local flags name path chosen=(--test '*')
+    [ -z "$TESTS" ] || chosen=("${files[@]/#/--test=}")
     read -ra flags < <(scripts/libelf.sh; echo)
     RUSTFLAGS='-C target-feature=+crt-static' cargo test --release --no-run --target "$TARGET" \
-        -p sidestep --test '*' "${flags[@]}" 2>&1 | tee "$OUT/build.log" | sed -u '/Executable/d' >&2
+        -p sidestep "${chosen[@]}" "${flags[@]}" 2>&1 | tee "$OUT/build.log" | sed -u '/Executable/d' >&2
     sed -n 's/^ *Executable tests\/\(.*\)\.rs (\(.*\))$/\1 \2/p' "$OUT/build.log" |
         while read -r name path; do cp "$path" "$1/$name"; done
 }

@@ -327,13 +327,10 @@ of(
 of(
     "connect.h",
     ("sockets bound to a device are sent elsewhere",
-     "if (c->ifindex && !addr_is_any(own))", "if (false && !addr_is_any(own))",
+     "if (c->ifindex)\n\t\treturn *own", "if (false)\n\t\treturn *own",
      "sockets:device"),
     ("every captured connection is sent to the pod's own address",
-     "if (c->ifindex && !addr_is_any(own))", "if (!addr_is_any(own))", "sockets:a_hundred"),
-    ("a pod without an address of the family has one",
-     "if (c->ifindex && !addr_is_any(own))", "if (c->ifindex)", "sockets:device",
-     "a family is captured only where the pod has an address of it"),
+     "if (c->ifindex)\n\t\treturn *own", "if (true)\n\t\treturn *own", "sockets:a_hundred"),
     ("IPv4 has one address for all",
      "addr4(bpf_htonl(VIA4_NET | ((__u32)cookie & ~VIA4_MASK)))", "addr4(bpf_htonl(VIA4_NET | 1))",
      "sockets:a_hundred"),
@@ -376,14 +373,17 @@ of(
 
 of(
     "origdst.h",
+    ("what the kernel or an older layout answered is put aside",
+     "if (!ctx->retval)\n\t\treturn false;", "if (false)\n\t\treturn false;",
+     "edges:beside lifecycle:other_maps"),
     ("an MPTCP subflow is on its own", "\t\tif (msk)\n", "\t\tif (false && msk)\n",
      "sockets:mptcp"),
     ("IPv6's connections are read as IPv4's",
      "if (ctx->family == AF_INET6) {", "if (false) {", T1),
     ("client and server are mixed up", "c.src = client ? local : remote;",
-     "c.src = client ? remote : local;", T1),
+     "c.src = client ? remote : local;", "dns:t11_tcp"),
     ("ports are mixed up", "c.sport = client ? lport : rport;",
-     "c.sport = client ? rport : lport;", T1),
+     "c.sport = client ? rport : lport;", "dns:t11_tcp"),
     ("any socket with a destination offers it",
      "if (!od || od->role != ROLE_CLIENT)\n\t\treturn;\n\tc = sockops_conn(ctx, true);\n\t/* A",
      "if (!od)\n\t\treturn;\n\tc = sockops_conn(ctx, true);\n\t/* A",
@@ -402,11 +402,7 @@ of(
      "\tbpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);\n",
      "", "sockets:handovers"),
     ("offers are withdrawn when the socket's state changes",
-     "if (ctx->args[1] != BPF_TCP_CLOSE || !sk)", "if (!sk)", T1),
-    ("any socket withdraws its offer",
-     "if (!od || od->role != ROLE_CLIENT)\n\t\treturn;\n\tc = sockops_conn(ctx, true);\n\tbpf_map",
-     "if (!od)\n\t\treturn;\n\tc = sockops_conn(ctx, true);\n\tbpf_map", "sockets:handovers " + T1,
-     "only a socket that made an offer has this callback"),
+     "if (ctx->args[1] != BPF_TCP_CLOSE)", "if (false)", T1),
     ("a socket on any port takes an offer",
      "if (ctx->local_port != pod->out_port && !is_steered_port(pod, ctx->local_port))",
      "if (false && !is_steered_port(pod, ctx->local_port))", "outbound:t1_ sockets:what_a_failed",
@@ -446,11 +442,12 @@ of(
      "if (ctx->optname != SO_ORIGINAL_DST) {", "untouched:in_a_mesh"),
     ("answers of more than a page are cut",
      "if (ctx->optlen > ctx->optval_end - ctx->optval)\n\t\t\tctx->optlen = 0;\n", "",
-     "untouched:outside"),
+     "untouched:outside", "a kernel from 6.5 on, or an older one with that fix, keeps its own "
+     "answer by itself; the others fail the call"),
     ("IPv6's destination is told at IPv4's level",
      "if (!addr_is4(&dst) || (void *)(sin + 1)", "if ((void *)(sin + 1)", T1),
     ("IPv4's destination is told at IPv6's level",
-     "if (addr_is4(&dst) || (void *)(sin6 + 1)", "if ((void *)(sin6 + 1)", T1),
+     "if (addr_is4(&dst) || (void *)(sin6 + 1)", "if ((void *)(sin6 + 1)", "outbound:counted"),
     ("the kernel's error stays", "\tctx->retval = 0;\n", "", T1),
     ("answers are not counted", "\tcount(pod, ORIGDST_ANSWERED);\n", "", "outbound:counted"),
 )
@@ -486,8 +483,12 @@ of(
      "if (slot < asked->used && addr_eq(&asked->server[slot], server))",
      "if (addr_eq(&asked->server[slot], server))", "dns:t11_an dns:sendmmsg",
      "an unused slot holds ::, which no question goes to"),
+    ("all servers share a slot",
+     "slot = asked->used++ & (DNS_SERVERS - 1);", "slot = asked->used++ & 0;", "dns:t11_an"),
     ("the ninth server is not remembered",
-     "\tif (asked->used < DNS_SERVERS) {", "\tif (true) {", "dns:sendmmsg"),
+     "\tasked->server[slot] = *server;\n\treturn slot;",
+     "\tif (asked->used <= DNS_SERVERS)\n\t\tasked->server[slot] = *server;\n\treturn slot;",
+     "dns:sendmmsg"),
     ("datagrams to any port are captured",
      "if (ctx->user_port != bpf_htons(DNS_PORT))", "if (false)",
      "dns:datagrams dns:t11_an", "saves the rest: policy asks for the port too"),
@@ -548,6 +549,14 @@ of(
 )
 
 of(
+    "layouts.h",
+    ("no socket has state in the old maps", "if (ctx->sk)\n\t\tstorages++;", "if (false)\n\t\tstorages++;",
+     "lifecycle:other_maps"),
+    ("the end of the walk is a socket", "if (ctx->sk)\n\t\tstorages++;", "storages++;",
+     "lifecycle:other_maps"),
+)
+
+of(
     "listeners.h",
     ("every listener of a pod is remembered",
      "if (!pod || !is_steered_port(pod, ctx->local_port))", "if (!pod)",
@@ -565,7 +574,7 @@ of(
      "inbound:only_the_proxys"),
     ("one listener is found",
      "\t\tkey.slot = slot;\n\t\tif (!bpf_map_update_elem", "\t\tkey.slot = slot * 0;\n"
-     "\t\tif (!bpf_map_update_elem", "inbound:older inbound:never_saw"),
+     "\t\tif (!bpf_map_update_elem", "inbound:each_of"),
 )
 
 of(

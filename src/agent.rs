@@ -19,7 +19,6 @@ use tracing::{info, warn};
 
 use crate::{
     bpf::{self, Dataplane, Pins},
-    bpffs,
     cgroup::Cgroup,
     check,
     cni::{
@@ -45,8 +44,8 @@ pub struct Config {
     pub source: SourceConfig,
     /// Cgroup to attach to; none: the root.
     pub cgroup: Option<PathBuf>,
-    /// Directory for pins.
-    pub bpffs: PathBuf,
+    /// Where maps and links are pinned.
+    pub pins: Pins,
     /// Where health and metrics are served; none: nowhere.
     pub http: Option<SocketAddr>,
 }
@@ -62,8 +61,6 @@ pub enum SourceConfig {
         api: kubernetes::Config,
         /// The node's procfs.
         proc: PathBuf,
-        /// The agent's own DaemonSet, namespace and name.
-        daemonset: Option<(String, String)>,
         /// The CNI plugin; none: it is not installed.
         cni: Option<cni::Config>,
     },
@@ -92,7 +89,7 @@ async fn serve(config: &Config) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     check::privileges()?;
     let cgroup = Cgroup::open(config.cgroup.as_deref())?;
-    let pins = bpffs::pins(&config.bpffs)?;
+    let pins = &config.pins;
     let (changed, mut changes) = mpsc::channel(1);
     let mut watchers = Vec::new();
     let (asked, mut requests) = mpsc::channel(REQUESTS);
@@ -111,13 +108,13 @@ async fn serve(config: &Config) -> Result<()> {
         }
     };
     let _lock = pins.lock()?;
-    let mut dataplane = Dataplane::load(&pins)?;
+    let mut dataplane = Dataplane::load(pins)?;
     dataplane.attach(&cgroup)?;
     let events = dataplane.events()?;
-    let metrics = Arc::new(Metrics::new(&pins, cgroup.id()));
-    let mut reconciler = Reconciler::new(source, dataplane, Arc::clone(&metrics))?;
+    let metrics = Arc::new(Metrics::new(pins, cgroup.id()));
+    let mut reconciler = Reconciler::new(source, dataplane, cgroup, Arc::clone(&metrics))?;
     let adopted = reconciler.adopted();
-    info!(cgroup = %cgroup, bpffs = %config.bpffs.display(), adopted, "in force");
+    info!(cgroup = %reconciler.cgroup(), %pins, adopted, "in force");
 
     if let Some(address) = config.http {
         http::serve(address, Arc::clone(&metrics)).await?;
@@ -155,13 +152,13 @@ async fn serve(config: &Config) -> Result<()> {
             }
         }
     }
-    if let SourceConfig::Kubernetes { daemonset: Some((namespace, name)), cni, .. } = &config.source
+    if let SourceConfig::Kubernetes { cni, .. } = &config.source
         && let Source::Kubernetes(kubernetes, _) = reconciler.source()
-        && kubernetes.api().uninstalled(namespace, name).await
+        && let Some(why) = kubernetes.api().removed().await
     {
-        info!("DaemonSet {namespace}/{name} is gone: everything is taken away");
+        info!("{why}: everything is taken away");
         let cni = cni.as_ref();
-        return unload(&pins, cni.map(|cni| (cni.conf_dir.as_path(), cni.bin_dir.as_path())));
+        return unload(pins, cni.map(|cni| (cni.conf_dir.as_path(), cni.bin_dir.as_path())));
     }
     info!("ends; the data plane stays in force (`sidestep unload` takes it away)");
     Ok(())

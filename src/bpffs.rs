@@ -10,11 +10,12 @@ use crate::bpf::Pins;
 /// Where pins go unless a flag says otherwise.
 pub const DEFAULT_ROOT: &str = "/sys/fs/bpf/sidestep";
 
-/// The pins below `root`, which has to be on a bpffs; it need not exist yet.
+/// The pins below `root`, which has to be on a bpffs; it need not exist yet. `layout` names the
+/// maps' layout.
 ///
 /// # Errors
 /// Where `root` is on another file system.
-pub fn pins(root: &Path) -> Result<Pins> {
+pub fn pins(root: &Path, layout: &str) -> Result<Pins> {
     let existing: PathBuf = root
         .ancestors()
         .find(|path| path.exists())
@@ -29,7 +30,7 @@ pub fn pins(root: &Path) -> Result<Pins> {
          directory on one by --bpffs",
         root.display()
     );
-    Ok(Pins::new(root))
+    Ok(Pins::new(root, layout))
 }
 
 #[cfg(test)]
@@ -38,7 +39,7 @@ mod tests {
 
     #[test]
     fn another_file_system_is_refused_by_name() {
-        let error = pins(Path::new("/proc/none/sidestep")).expect_err("no bpffs").to_string();
+        let error = pins(Path::new("/proc/none/sidestep"), "v1").expect_err("no bpffs").to_string();
         assert!(error.contains("/proc/none/sidestep") && error.contains("--bpffs"), "{error}");
     }
 }

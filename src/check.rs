@@ -51,7 +51,7 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
     add("privileges", privileges());
     add("kernel types (BTF)", btf());
     add("cgroup v2", Cgroup::open(cgroup).map(|found| found.to_string()));
-    add("bpffs", bpffs::pins(bpffs).map(|_| bpffs.display().to_string()));
+    add("bpffs", bpffs::pins(bpffs, bpf::LAYOUT).map(|_| bpffs.display().to_string()));
     for (name, there) in bpf::probe() {
         let missing = || Err(anyhow::anyhow!("this kernel does not have it, or forbids it"));
         add(&name, if there { Ok(String::new()) } else { missing() });

@@ -46,6 +46,21 @@ struct Paths {
     /// Directory for pins, on a bpffs.
     #[arg(long, value_name = "DIR", default_value = bpffs::DEFAULT_ROOT, env = "SIDESTEP_BPFFS")]
     bpffs: PathBuf,
+    /// Name of the maps' layout: for tests of upgrades to a build with another one.
+    #[arg(long, hide = true, default_value = bpf::LAYOUT, value_parser = layout)]
+    layout: String,
+}
+
+impl Paths {
+    fn pins(&self) -> Result<bpf::Pins> {
+        bpffs::pins(&self.bpffs, &self.layout)
+    }
+}
+
+/// A `v` and a number.
+fn layout(text: &str) -> Result<String, String> {
+    let number = text.strip_prefix('v').and_then(|number| number.parse::<u16>().ok());
+    number.map(|_| text.to_owned()).ok_or_else(|| "a v and a number expected".into())
 }
 
 #[derive(Debug, Args)]
@@ -162,9 +177,9 @@ impl Run {
             api: kubernetes::Config {
                 node: self.cluster.node_name.unwrap_or_default(),
                 kubeconfig: self.cluster.kubeconfig,
+                daemonset: self.cluster.daemonset,
             },
             proc: self.cluster.proc,
-            daemonset: self.cluster.daemonset,
             cni: cni.cni.then(|| cni::Config {
                 conf_dir: cni.dirs.cni_conf_dir,
                 bin_dir: cni.dirs.cni_bin_dir,
@@ -232,7 +247,7 @@ impl Cli {
                 telemetry::init(args.log_format);
                 agent::run(&agent::Config {
                     cgroup: args.cgroup.cgroup.clone(),
-                    bpffs: args.paths.bpffs.clone(),
+                    pins: args.paths.pins()?,
                     http: args.http,
                     source: args.source(),
                 })?;
@@ -246,13 +261,13 @@ impl Cli {
             }
             Command::Status(args) => {
                 telemetry::init(LogFormat::Human);
-                let status = status::status(&bpffs::pins(&args.paths.bpffs)?)?;
+                let status = status::status(&args.paths.pins()?)?;
                 print(&args.output, &status)?;
                 Ok(ExitCode::SUCCESS)
             }
             Command::Unload(args) => {
                 telemetry::init(LogFormat::Human);
-                let pins = bpffs::pins(&args.paths.bpffs)?;
+                let pins = args.paths.pins()?;
                 let root = args.paths.bpffs.display();
                 let cni = &args.cni;
                 let changed = conflist::uninstall(&cni.cni_conf_dir, &cni.cni_bin_dir)?;

@@ -921,4 +921,53 @@ mod tests {
             }
         }
     }
+
+    fn namespace(value: serde_json::Value) -> ObjectMeta {
+        serde_json::from_value(value).expect("metadata")
+    }
+
+    #[test]
+    fn a_namespace_says_what_its_pods_leave_open() {
+        let linkerd = json!({
+            "metadata": {"name": "p", "annotations": {"config.linkerd.io/skip-outbound-ports": "25"}},
+            "spec": {"containers": [{"name": "linkerd-proxy"}]},
+        });
+        let pod = Arc::new(serde_json::from_value::<Pod>(linkerd).expect("a pod"));
+        let of = namespace(json!({"annotations": {
+            "config.linkerd.io/skip-outbound-ports": "3306",
+            "config.linkerd.io/skip-inbound-ports": "9000",
+            "config.linkerd.io/proxy-uid": "7",
+            "traffic.sidecar.istio.io/excludeOutboundPorts": "1",
+        }}));
+        let inherited = inherit(Arc::clone(&pod), &of);
+        let policy = facts(&inherited).expect("facts").expect("in a mesh").facts.policy;
+        assert_eq!(policy.exclude_outbound_ports, [PortRange::one(25)].into(), "the pod's own");
+        assert!(policy.exclude_inbound_ports.contains(&PortRange::one(9000)), "the namespace's");
+        let keys = inherited.metadata.annotations.as_ref().expect("annotations");
+        assert_eq!(keys.len(), 2, "nothing else is taken: {keys:?}");
+        assert_eq!(*inherit(Arc::clone(&pod), &namespace(json!({}))), *pod);
+    }
+
+    #[test]
+    fn a_pod_or_a_namespace_can_be_taken_out_of_our_hands() {
+        let with = |annotation: Option<&str>, label: Option<&str>| {
+            let mut pod = json!({
+                "metadata": {"name": "p", "annotations": {"sidecar.istio.io/status": "{}"}},
+                "spec": {"containers": [{"name": "istio-proxy", "args": ["proxy", "sidecar"]}]},
+            });
+            if let Some(text) = annotation {
+                pod["metadata"]["annotations"][INTERCEPT] = text.into();
+            }
+            let pod = Arc::new(serde_json::from_value::<Pod>(pod).expect("a pod"));
+            let of = label.map_or(json!({}), |text| json!({"labels": {INTERCEPT: text}}));
+            facts(&inherit(pod, &namespace(of))).expect("facts")
+        };
+        assert!(with(None, None).is_some());
+        assert!(with(Some("disabled"), None).is_none());
+        assert!(with(None, Some("disabled")).is_none());
+        assert!(with(Some("enabled"), Some("disabled")).is_some(), "the pod has the last word");
+        // A slip of the pen opens nothing.
+        let error = with(Some("off"), None).expect("captured").policy_error.expect("an error");
+        assert!(error.to_string().contains(INTERCEPT) && error.to_string().contains("off"));
+    }
 }

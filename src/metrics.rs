@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn nothing_is_ready_that_is_not_attached() {
-        let metrics = Metrics::new(&Pins::new(Path::new("/nonexistent")), 1);
+        let metrics = Metrics::new(&Pins::new(Path::new("/nonexistent"), bpf::LAYOUT), 1);
         let error = metrics.ready().expect_err("nothing is attached").to_string();
         assert!(error.contains("sock_ops"), "{error}");
         metrics.health().expect("it has just started");
@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn the_text_has_what_was_set() {
-        let metrics = Metrics::new(&Pins::new(Path::new("/nonexistent")), 1);
+        let metrics = Metrics::new(&Pins::new(Path::new("/nonexistent"), bpf::LAYOUT), 1);
         let problem = Problem::node("x");
         let fill = Fill { map: "pods", entries: 2, capacity: 4 };
         let api = BTreeMap::from([("pods", 3)]);

@@ -15,6 +15,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     bpf::{self, Dataplane},
+    cgroup::Cgroup,
     cni::Sandbox,
     desired::{Candidate, Desired, NetnsFacts, PodRow, Record, desired},
     facts::{self, FactsError, PodFacts},
@@ -29,6 +30,8 @@ use crate::{
     },
 };
 
+/// How long the pods of an agent with other maps may be missing.
+const TAKE_OVER: Duration = Duration::from_secs(15);
 /// A pod whose proxy does not listen is looked at this often at most.
 const SEARCH: Duration = Duration::from_millis(100);
 
@@ -65,6 +68,7 @@ pub enum Look {
 pub struct Reconciler {
     source: Source,
     dataplane: Dataplane,
+    cgroup: Cgroup,
     metrics: Arc<Metrics>,
     host: BTreeSet<u64>,
     /// Which pod has which namespace, as the kernel's records say.
@@ -75,6 +79,8 @@ pub struct Reconciler {
     pods: BTreeMap<u64, Enrolled>,
     /// When a pod's listeners were last looked for.
     searched: BTreeMap<(u64, u16), Instant>,
+    /// Since when an agent with other maps could be taken over from.
+    taking_over: Option<Instant>,
     /// What the namespaces said when they were last visited, by the pod's uid.
     visited: BTreeMap<String, NetnsFacts>,
     /// Pods whose namespace was looked for in vain, by uid; whether that was said.
@@ -88,7 +94,12 @@ impl Reconciler {
     ///
     /// # Errors
     /// Where the kernel's records or the node's own namespace can't be read.
-    pub fn new(mut source: Source, dataplane: Dataplane, metrics: Arc<Metrics>) -> Result<Self> {
+    pub fn new(
+        mut source: Source,
+        dataplane: Dataplane,
+        cgroup: Cgroup,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self> {
         let owners = dataplane.records()?;
         if let Source::Kubernetes(_, places) = &mut source {
             for (cookie, record) in &owners {
@@ -99,12 +110,14 @@ impl Reconciler {
         Ok(Self {
             source,
             dataplane,
+            cgroup,
             metrics,
             host: netns::host_cookies()?,
             owners,
             applied: None,
             pods: BTreeMap::new(),
             searched: BTreeMap::new(),
+            taking_over: None,
             visited: BTreeMap::new(),
             missing: BTreeMap::new(),
             problems: BTreeSet::new(),
@@ -114,6 +127,11 @@ impl Reconciler {
     /// How many pods an earlier agent left.
     pub fn adopted(&self) -> usize {
         self.owners.len()
+    }
+
+    /// What the hooks are attached to.
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
     }
 
     /// The source.
@@ -209,10 +227,31 @@ impl Reconciler {
             }
         }
         self.enrol(candidates, &snapshot, problems)?;
+        self.take_over(problems)?;
         if look == Look::Everything {
             self.tidy(&snapshot);
+            self.dataplane.retire()?;
         }
         Ok(true)
+    }
+
+    /// Takes over from an agent whose maps have another layout once all its pods are enrolled
+    /// here, or after a while: one of them may have left the mesh meanwhile.
+    fn take_over(&mut self, problems: &mut BTreeSet<Problem>) -> Result<()> {
+        if !self.dataplane.is_taking_over() {
+            return Ok(());
+        }
+        let missing = self.dataplane.not_taken_over()?;
+        let since = *self.taking_over.get_or_insert_with(Instant::now);
+        if missing > 0 && since.elapsed() < TAKE_OVER {
+            problems.insert(Problem::node(format!(
+                "{missing} pods of an agent with other maps are not found yet: it decides on"
+            )));
+            return Ok(());
+        }
+        self.dataplane.take_over(&self.cgroup)?;
+        info!(missing, "took over from an agent with other maps");
+        Ok(())
     }
 
     /// A pod's facts, where it is in a mesh; a policy that can't be read is a problem, but no
@@ -385,6 +424,9 @@ impl Reconciler {
         places.remember(&uid, Place { path: sandbox.netns.clone(), cookie, container });
         kubernetes.expect(pod);
         self.sync(Look::Changes, more);
+        if self.dataplane.is_taking_over() {
+            return Err(AddError::NotYet);
+        }
         self.enrolled(&uid, cookie)
     }
 
@@ -588,7 +630,7 @@ impl Reconciler {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum AddError {
     /// The agent has just started.
-    #[error("the API server has not told this node's pods yet")]
+    #[error("the agent has just started: this node's pods are not all known yet")]
     NotYet,
     /// The pod is in a mesh and can't be enrolled.
     #[error("{0}")]

@@ -456,18 +456,33 @@ fn answers_that_wait_are_told_apart_however_many_questions_there_were() {
 fn datagrams_that_are_no_answers_keep_their_source() {
     let node = with_dns("source");
     let _resolver = Resolver::start(&node);
-    for (server, localhosts, tokens) in [
+    let (own4, own6) = (node.a.ipv4().to_string(), node.a.ipv6().to_string());
+    // Of each family: a server, other sources than the listener's address, and the addresses
+    // that answers come to: of the server that was asked, and of some that never were.
+    for (server, localhost, sources, asked, never) in [
         (
-            addr(ip("10.96.53.1"), 53),
-            ["127.0.0.1", "127.0.0.2"],
-            ["127.0.0.1", "127.128.255.5", "127.128.255.200"],
+            "10.96.53.1",
+            "127.0.0.1",
+            ["127.0.0.2", &own4],
+            "127.128.255.1",
+            ["127.128.255.5", "127.128.255.200"],
         ),
         (
-            addr(ip("fd96::53:1"), 53),
-            ["::1", "::1"],
-            ["::1", "fd53:6964:6573:7465::5", "fd53:6964:6573:7465::c8"],
+            "fd96::53:1",
+            "::1",
+            [&own6; 2],
+            "fd53:6964:6573:7465::1",
+            ["fd53:6964:6573:7465::5", "fd53:6964:6573:7465::c8"],
         ),
     ] {
+        let from_localhost =
+            [localhost, never[0], never[1]].map(|to| (addr(ip(localhost), 0), ip(to)));
+        // From the listener's port as well.
+        let from_others = sources
+            .into_iter()
+            .flat_map(|from| [0, 15053].map(|port| addr(ip(from), port)))
+            .flat_map(|from| [(from, ip(localhost)), (from, ip(asked))]);
+        let server = addr(ip(server), 53);
         node.a
             .run(APP, APP, || {
                 let socket = unconnected(server);
@@ -475,14 +490,12 @@ fn datagrams_that_are_no_answers_keep_their_source() {
                 let (_, from) = socket.recv_from(&mut [0; 64]).expect("answered");
                 assert_eq!(from, server);
                 let port = socket.local_addr().expect("an address").port();
-                for (localhost, token) in localhosts
-                    .into_iter()
-                    .flat_map(|localhost| tokens.map(|token| (localhost, token)))
-                {
-                    let other = UdpSocket::bind(addr(ip(localhost), 0)).expect("a socket");
-                    other.send_to(b"hello", addr(ip(token), port)).expect("sent");
-                    let (_, from) = socket.recv_from(&mut [0; 64]).expect("received");
-                    assert_eq!(from, other.local_addr().expect("an address"), "to {token}");
+                for (from, to) in from_localhost.into_iter().chain(from_others) {
+                    let other = UdpSocket::bind(from).expect("a socket");
+                    other.send_to(b"hello", addr(to, port)).expect("sent");
+                    let told = socket.recv_from(&mut [0; 64]).map(|(_, from)| from);
+                    let told = told.unwrap_or_else(|error| panic!("{from} to {to}: {error}"));
+                    assert_eq!(told, other.local_addr().expect("an address"), "to {to}");
                 }
             })
             .expect("runs");

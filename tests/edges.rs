@@ -8,6 +8,7 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd,
+    path::Path,
     process::Command,
     time::Duration,
 };
@@ -59,6 +60,26 @@ fn a_reused_pod_ip_survives_the_late_delete_of_its_old_pod() {
     node.agent.remove_pod(&node.a).expect("the late delete");
     node.agent.wait_gone(&node.a).expect("gone");
     works();
+}
+
+/// A pod whose namespace has the mesh's own rules too: those of another CNI plugin, or of a time
+/// before Sidestep.
+#[test]
+fn beside_the_meshs_own_rules() {
+    let mut node = Node::new("beside");
+    sidestep_lab::iptables::install_istio(&node.a).expect("rules");
+    node.agent.add_pod(&node.a).expect("manifest a");
+    node.agent.wait_enrolled(&node.a).expect("enrolled");
+    let _sidecar = Sidecar::start(&node.a);
+    for (target, source) in remotes(&node.a, 80) {
+        let answer = node.a.ask(APP, APP, target).expect("captured");
+        assert_original(&answer, target);
+        assert_eq!(answer.seen.peer.ip().to_canonical(), source);
+    }
+    for target in addresses(&node.a, 8080) {
+        let answer = node.b.ask(APP, APP, target).expect("redirected by the rules");
+        assert_original(&answer, target);
+    }
 }
 
 #[test]
@@ -292,12 +313,11 @@ fn a_pod_with_a_user_namespace_of_its_own() {
     sleeper.wait().expect("ended");
 }
 
-#[test]
-fn other_programs_at_the_same_hooks_go_on_working() {
-    // A second data plane, with pods of its own: before, after, in a child cgroup, gone again.
-    let mut node = Node::enrolled("others");
+/// A second data plane with a pod of its own at `cgroup`: before ours, after it, and gone again.
+fn others_go_on_working(node: &mut Node, cgroup: &Path) {
     let _sidecar = Sidecar::start(&node.a);
     let target = addr(ip(REMOTE4), 80);
+    node.lab.add_node_address(target.ip()).expect("an address that refuses");
     let other_pod = node.lab.pod("other", PodNet { v4: true, v6: true }).expect("a pod");
     let _other_sidecar = Sidecar::start(&other_pod);
     let works = |who: &sidestep_lab::Pod| {
@@ -307,7 +327,7 @@ fn other_programs_at_the_same_hooks_go_on_working() {
         assert_original(&probe.expect("steered"), inbound);
     };
     for _ in 0..2 {
-        let mut other = Agent::start(binary(), &node.lab).expect("another agent");
+        let mut other = Agent::start_on(binary(), &node.lab, cgroup).expect("another agent");
         other.add_pod(&other_pod).expect("a manifest");
         other.wait_enrolled(&other_pod).expect("enrolled");
         works(&node.a);
@@ -316,14 +336,29 @@ fn other_programs_at_the_same_hooks_go_on_working() {
         node.agent.terminate().expect("ends");
         node.agent.unload().expect("unloaded");
         works(&other_pod);
-        node.a.ask(APP, APP, target).expect_err("direct, and nobody is there");
+        node.a.ask(APP, APP, target).expect_err("direct, and refused");
         node.agent.restart().expect("starts");
         node.agent.wait_enrolled(&node.a).expect("enrolled");
         works(&node.a);
         works(&other_pod);
         drop(other);
         works(&node.a);
+        other_pod.ask(APP, APP, target).expect_err("direct, and refused");
     }
+}
+
+#[test]
+fn other_programs_at_the_same_cgroup_go_on_working() {
+    let mut node = Node::enrolled("others");
+    let cgroup = node.lab.cgroup().to_owned();
+    others_go_on_working(&mut node, &cgroup);
+}
+
+#[test]
+fn other_programs_at_a_child_cgroup_go_on_working() {
+    let mut node = Node::enrolled("child");
+    let child = node.lab.enter_child_cgroup().expect("a child cgroup");
+    others_go_on_working(&mut node, child.dir());
 }
 
 #[test]

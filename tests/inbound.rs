@@ -124,6 +124,26 @@ fn a_listener_older_than_the_agent_is_found() {
 }
 
 #[test]
+fn each_of_a_group_older_than_the_agent_is_found() {
+    let mut node = Node::new("group");
+    let mut workers: Vec<Server> = ["0.0.0.0:15006", "[::]:15006"]
+        .into_iter()
+        .flat_map(|any| [any; 3])
+        .map(|any| listener(&node, any, true, true))
+        .collect();
+    node.agent.add_pod(&node.a).expect("manifest a");
+    node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+    wait_listeners(&node, 6);
+    // Whichever of a family goes, the others are known: nobody has to be refused first.
+    for left in [5, 4] {
+        drop(workers.remove(0));
+        wait_listeners(&node, left);
+        assert_steered(&node, addr(node.a.ipv4(), 8080));
+    }
+    assert_steered(&node, addr(node.a.ipv6(), 8080));
+}
+
+#[test]
 fn a_proxy_that_restarts_is_found_at_once() {
     let node = one_enrolled("restart");
     for _ in 0..5 {

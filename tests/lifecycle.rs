@@ -49,6 +49,64 @@ impl<'a> Load<'a> {
     }
 }
 
+/// To a build whose maps have another layout, and back, and forth again.
+#[test]
+fn traffic_does_not_notice_other_maps() {
+    let mut node = Node::new("layout");
+    node.agent.add_pod(&node.a).expect("manifest a");
+    node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+    let _sidecar = Sidecar::start(&node.a);
+    let _app = node.a.serve(addr(ip("0.0.0.0"), 8080), APP, APP).expect("app");
+    // Open from before, and asked about at the end.
+    let target = addr(ip(REMOTE4), 443);
+    let old = node.a.run(APP, APP, || std::net::TcpStream::connect(target)).expect("runs");
+    let old = old.expect("connected");
+    let stop = AtomicBool::new(false);
+    let loads = ["outbound", "outbound v6", "inbound", "inbound v6"].map(|n| Load::new(n, &stop));
+    let paths = [
+        (&node.a, addr(ip(REMOTE4), 80)),
+        (&node.a, addr(ip(REMOTE6), 80)),
+        (&node.b, addr(node.a.ipv4(), 8080)),
+        (&node.b, addr(node.a.ipv6(), 8080)),
+    ];
+    let layouts = |agent: &Agent| {
+        let dirs = std::fs::read_dir(agent.bpffs()).expect("pins");
+        let name = |dir: std::io::Result<std::fs::DirEntry>| dir.expect("entry").file_name();
+        let mut names: Vec<_> = dirs.map(name).collect();
+        names.sort();
+        names
+    };
+    thread::scope(|scope| {
+        for (load, (from, target)) in loads.iter().zip(paths) {
+            scope.spawn(move || load.run(from, target));
+        }
+        let finish = Finish(&stop);
+        for layout in ["v2", "v1", "v2"] {
+            let before = node.agent.log().matches("took over").count();
+            node.agent.upgrade_to(layout).expect("starts");
+            wait_until("the new agent", Duration::from_secs(30), || {
+                node.agent.log().matches("took over").count() > before
+            })
+            .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
+            loads.iter().for_each(|load| load.wait_more(bulk(50)));
+            let status = node.agent.status().expect("status");
+            let pods = status["pods"].as_array().expect("pods");
+            assert!(pods.len() == 1 && pods.iter().all(|pod| pod["inbound"] == true), "{status}");
+        }
+        drop(finish);
+    });
+    // The old connection's answer is that of the maps it was made with: they are still there.
+    assert_eq!(layouts(&node.agent), ["v1", "v2"]);
+    assert_eq!(old.peer_addr().expect("a peer"), target);
+    drop(old);
+    wait_until("the old maps to go", Duration::from_secs(20), || layouts(&node.agent) == ["v2"])
+        .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
+    node.agent.unload().expect_err("an agent runs");
+    node.agent.terminate().expect("ends");
+    node.agent.unload().expect("unloads");
+    assert!(!node.agent.bpffs().exists());
+}
+
 #[test]
 fn traffic_does_not_notice_a_killed_or_restarted_agent() {
     let mut node = Node::new("killed");

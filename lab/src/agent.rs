@@ -1,5 +1,6 @@
 //! The agent under test: the `sidestep` binary.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{self, Command};
@@ -28,19 +29,43 @@ static COUNTER: AtomicU32 = AtomicU32::new(0);
 /// terminated, unloaded, and its directories are removed.
 pub struct Agent {
     binary: PathBuf,
+    source: Vec<OsString>,
+    layout: Option<String>,
     pods: PathBuf,
     bpffs: PathBuf,
     log: PathBuf,
     process: Option<Process>,
     cgroup: LeafCgroup,
+    attached_to: PathBuf,
     lab: Arc<Inner>,
 }
 
 impl Agent {
     /// Starts `<binary> run` with no pods, on the lab's cgroup. It may not be ready yet.
     pub fn start(binary: &Path, lab: &Lab) -> Result<Self> {
+        Self::make(binary, lab, lab.cgroup(), None)
+    }
+
+    /// Like [`Agent::start`], on another cgroup than the lab's.
+    pub fn start_on(binary: &Path, lab: &Lab, cgroup: &Path) -> Result<Self> {
+        Self::make(binary, lab, cgroup, None)
+    }
+
+    /// Like [`Agent::start`] with other pods than those of a directory of manifests: `source` is
+    /// what `run` is told about that, such as `--kubernetes`.
+    pub fn start_with(binary: &Path, lab: &Lab, source: Vec<OsString>) -> Result<Self> {
+        Self::make(binary, lab, lab.cgroup(), Some(source))
+    }
+
+    fn make(
+        binary: &Path,
+        lab: &Lab,
+        cgroup: &Path,
+        source: Option<Vec<OsString>>,
+    ) -> Result<Self> {
         ensure!(binary.is_file(), "there is no agent at {}", binary.display());
         mount_bpffs()?;
+        let attached_to = cgroup.to_owned();
         let lab = lab.inner().clone();
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let bpffs = Path::new(BPFFS).join(format!("{}{}-{number}", cgroup::PREFIX, process::id()));
@@ -49,7 +74,20 @@ impl Agent {
         let log = lab.new_path("agent", "log");
         let cgroup = lab.leaf_cgroup(&format!("agent-{number}"))?;
         let binary = binary.to_owned();
-        let mut agent = Self { binary, pods, bpffs, log, process: None, cgroup, lab };
+        let source = source.unwrap_or_else(|| vec!["--pods".into(), pods.clone().into()]);
+        let layout = None;
+        let mut agent = Self {
+            binary,
+            source,
+            layout,
+            pods,
+            bpffs,
+            log,
+            process: None,
+            cgroup,
+            attached_to,
+            lab,
+        };
         agent.restart()?;
         Ok(agent)
     }
@@ -63,14 +101,22 @@ impl Agent {
             .args(["-c", script, "sh"])
             .arg(&self.cgroup.0)
             .arg(&self.binary)
-            .args(["run", "--pods"])
-            .arg(&self.pods)
+            .arg("run")
+            .args(&self.source)
             .arg("--cgroup")
-            .arg(self.lab.cgroup.dir())
+            .arg(&self.attached_to)
             .arg("--bpffs")
-            .arg(&self.bpffs);
+            .arg(&self.bpffs)
+            .args(self.layout.iter().flat_map(|layout| ["--layout", layout]));
         self.process = Some(Process::start("the agent", &mut command, self.log.clone())?);
         Ok(())
+    }
+
+    /// Starts it again as a build whose maps have another layout, such as `v2`.
+    pub fn upgrade_to(&mut self, layout: &str) -> Result<()> {
+        self.terminate()?;
+        self.layout = Some(layout.to_owned());
+        self.restart()
     }
 
     /// Hands the agent the pod's manifest.
@@ -109,6 +155,12 @@ impl Agent {
 
     fn wait_pod(&mut self, pod: &Pod, wanted: bool) -> Result<()> {
         let key = format!("lab/{}", pod.name());
+        self.wait_named(&key, wanted)
+    }
+
+    /// Waits, up to ten seconds, until the agent's status has the pod `NAMESPACE/NAME`, or has it
+    /// no more.
+    pub fn wait_named(&mut self, key: &str, wanted: bool) -> Result<()> {
         let what = format!("{key} to be {}", if wanted { "enrolled" } else { "gone" });
         let mut ended = false;
         let mut last = Ok(Value::Null);
@@ -118,7 +170,7 @@ impl Agent {
             let Ok(status) = &last else { return ended };
             let pods = status["pods"].as_array();
             // The hooks in its namespace come last, and go first.
-            let there = |pod: &Value| pod["pod"] == *key && (pod["inbound"] == true || !wanted);
+            let there = |pod: &Value| pod["pod"] == key && (pod["inbound"] == true || !wanted);
             ended || pods.is_some_and(|pods| pods.iter().any(there) == wanted)
         });
         waited
@@ -138,6 +190,7 @@ impl Agent {
             .args(args)
             .arg("--bpffs")
             .arg(&self.bpffs)
+            .args(self.layout.iter().flat_map(|layout| ["--layout", layout]))
             .output()
             .with_context(|| format!("running {}", self.binary.display()))?;
         let (stdout, stderr) =

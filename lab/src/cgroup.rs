@@ -109,6 +109,46 @@ impl Drop for LabCgroup {
     }
 }
 
+/// A cgroup below the lab's, as a node's pods are below its root, that this whole process is in
+/// until it is dropped: what runs beside is in the lab's cgroup all the while.
+pub struct ChildCgroup {
+    dir: PathBuf,
+    parent: PathBuf,
+}
+
+impl ChildCgroup {
+    pub(crate) fn enter(parent: &Path, name: &str) -> Result<Self> {
+        let dir = parent.join(name);
+        fs::create_dir(&dir).with_context(|| format!("making {}", dir.display()))?;
+        let child = Self { dir, parent: parent.to_owned() };
+        enter(&child.dir)?;
+        Ok(child)
+    }
+
+    /// What the `--cgroup` of an agent should be that is to see this cgroup alone.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+}
+
+impl Drop for ChildCgroup {
+    fn drop(&mut self) {
+        let left = enter(&self.parent).and_then(|()| {
+            let what = format!("the processes of {} to leave", self.dir.display());
+            wait_stubbornly(&what, Duration::from_secs(5), || {
+                // Forked by another test's thread, on their way to a pod's cgroup.
+                for pid in pids(&self.dir) {
+                    let _ = fs::write(self.parent.join("cgroup.procs"), pid.to_string());
+                }
+                fs::remove_dir(&self.dir).ok()
+            })
+        });
+        if let Err(err) = left {
+            eprintln!("lab: {err:#}");
+        }
+    }
+}
+
 /// Moves this process into the cgroup `dir`.
 fn enter(dir: &Path) -> Result<()> {
     fs::write(dir.join("cgroup.procs"), process::id().to_string())

@@ -15,7 +15,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::geteuid;
 
-use crate::cgroup::{self, LabCgroup};
+use crate::cgroup::{self, ChildCgroup, LabCgroup};
 use crate::netns::{self, Netns};
 use crate::pod::{Pod, PodNet};
 use crate::process::Process;
@@ -118,6 +118,11 @@ impl Lab {
     /// `--cgroup` should be. All labs of a process share it.
     pub fn cgroup(&self) -> &Path {
         self.inner.cgroup.dir()
+    }
+
+    /// Moves this process to a cgroup below [`Lab::cgroup`], until that is dropped.
+    pub fn enter_child_cgroup(&self) -> Result<ChildCgroup> {
+        ChildCgroup::enter(self.cgroup(), &format!("{}-child", self.inner.number))
     }
 
     /// The lab's directory: logs, configurations, sockets. Removed with the lab.

@@ -24,6 +24,7 @@ pub mod teardown;
 mod wait;
 
 pub use agent::Agent;
+pub use cgroup::ChildCgroup;
 pub use client::{Answer, ask, connect, http_get};
 pub use envoy::{Envoy, EnvoyOpts};
 pub use lab::{Lab, Service};

@@ -11,7 +11,7 @@ pub(crate) enum Attach {
     Netns,
     /// The way out of lo in a pod's network namespace, where the pod's DNS is captured.
     Lo,
-    /// Nothing: the agent runs it inside a pod's network namespace.
+    /// Nothing: the agent runs it when it wants to know something.
     Iterator,
 }
 
@@ -24,6 +24,9 @@ pub(crate) struct Hook {
     pub attach: Attach,
     /// Its type, for the probes.
     pub kind: ProgramType,
+    /// It decides about new connections, and others answer about those: where the maps' layout
+    /// moves, it is switched over once the new maps are filled, and the others stay beside.
+    pub decides: bool,
     /// Helpers that it can't do without, by the kernel's number and name.
     pub helpers: &'static [(libbpf_sys::bpf_func_id, &'static str)],
 }
@@ -39,7 +42,18 @@ const fn sock_addr(
     program: &'static str,
     helpers: &'static [(libbpf_sys::bpf_func_id, &'static str)],
 ) -> Hook {
-    Hook { program, attach: Attach::Cgroup, kind: ProgramType::CgroupSockAddr, helpers }
+    Hook {
+        program,
+        attach: Attach::Cgroup,
+        kind: ProgramType::CgroupSockAddr,
+        decides: false,
+        helpers,
+    }
+}
+
+/// The programs that decide where a connection or a datagram goes.
+const fn decides(program: &'static str) -> Hook {
+    Hook { decides: true, ..sock_addr(program, &[NETNS_COOKIE, STORAGE, READ_KERNEL]) }
 }
 
 /// All programs. The order is that of attaching: first what answers about a captured
@@ -49,6 +63,7 @@ pub(crate) const HOOKS: &[Hook] = &[
         program: "sock_ops",
         attach: Attach::Cgroup,
         kind: ProgramType::SockOps,
+        decides: false,
         helpers: &[
             NETNS_COOKIE,
             STORAGE,
@@ -59,6 +74,7 @@ pub(crate) const HOOKS: &[Hook] = &[
         program: "getsockopt",
         attach: Attach::Cgroup,
         kind: ProgramType::CgroupSockopt,
+        decides: false,
         helpers: &[NETNS_COOKIE, STORAGE],
     },
     sock_addr("getpeername4", &[STORAGE]),
@@ -67,26 +83,36 @@ pub(crate) const HOOKS: &[Hook] = &[
     sock_addr("getsockname6", &[STORAGE]),
     sock_addr("recvmsg4", &[STORAGE]),
     sock_addr("recvmsg6", &[STORAGE]),
-    sock_addr("sendmsg4", &[NETNS_COOKIE, STORAGE, READ_KERNEL]),
-    sock_addr("sendmsg6", &[NETNS_COOKIE, STORAGE, READ_KERNEL]),
-    sock_addr("connect4", &[NETNS_COOKIE, STORAGE, READ_KERNEL]),
-    sock_addr("connect6", &[NETNS_COOKIE, STORAGE, READ_KERNEL]),
+    decides("sendmsg4"),
+    decides("sendmsg6"),
+    decides("connect4"),
+    decides("connect6"),
+    Hook {
+        program: "count_storages",
+        attach: Attach::Iterator,
+        kind: ProgramType::Tracing,
+        decides: false,
+        helpers: &[],
+    },
     Hook {
         program: "find_listeners",
         attach: Attach::Iterator,
         kind: ProgramType::Tracing,
+        decides: false,
         helpers: &[],
     },
     Hook {
         program: "dns_reply",
         attach: Attach::Lo,
         kind: ProgramType::SchedCls,
+        decides: false,
         helpers: &[STORAGE, (libbpf_sys::BPF_FUNC_sk_lookup_udp, "bpf_sk_lookup_udp")],
     },
     Hook {
         program: "steer",
         attach: Attach::Netns,
         kind: ProgramType::SkLookup,
+        decides: false,
         helpers: &[(libbpf_sys::BPF_FUNC_sk_assign, "bpf_sk_assign")],
     },
 ];

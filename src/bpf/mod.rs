@@ -23,6 +23,7 @@ mod skel_inbound {
 use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
+    fmt,
     fs::{self, File},
     io::Read,
     mem::MaybeUninit,
@@ -64,8 +65,8 @@ use crate::{
     netns::Netns,
 };
 
-/// Moves when the layout of a pinned map moves.
-const LAYOUT: &str = "v1";
+/// Moves when the layout of a pinned map moves: a `v` and a number.
+pub const LAYOUT: &str = "v1";
 
 /// The names of the kernel's counters, in the order of `enum counter`.
 const COUNTERS: [&str; 11] = [
@@ -84,8 +85,11 @@ const COUNTERS: [&str; 11] = [
 
 /// The index of lo, in every network namespace.
 const LO: i32 = 1;
-/// Handle and priority of the DNS filter on lo: behind what others put first.
+/// Handle and priority of the DNS filter on lo, plus the layout's number: behind what others put
+/// first.
 const DNS_FILTER: u32 = 0x5353;
+/// Layouts that have a filter of their own.
+const LAYOUTS: u32 = 64;
 
 /// Slots for a pod's listeners; `LISTENER_SLOTS` of bpf/maps.h.
 const LISTENER_SLOTS: u32 = 16;
@@ -103,16 +107,31 @@ pub fn log_libbpf() {
 #[derive(Debug, Clone)]
 pub struct Pins {
     root: PathBuf,
+    layout: String,
 }
 
 impl Pins {
-    /// Below this directory of a bpffs.
-    pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned() }
+    /// Below this directory of a bpffs, with maps of this layout.
+    pub fn new(root: &Path, layout: &str) -> Self {
+        Self { root: root.to_owned(), layout: layout.to_owned() }
     }
 
     fn layout(&self) -> PathBuf {
-        self.root.join(LAYOUT)
+        self.root.join(&self.layout)
+    }
+
+    /// What agents of other builds left there, whose maps this build can't read.
+    fn others(&self) -> Result<Vec<Self>> {
+        let layouts = children(&self.root)?;
+        let names = layouts.iter().filter_map(|path| path.file_name()?.to_str());
+        let others = names.filter(|name| *name != self.layout);
+        Ok(others.map(|name| Self::new(&self.root, name)).collect())
+    }
+
+    /// Where this layout's DNS filters are among the others.
+    fn dns_filter(&self) -> u32 {
+        let number = self.layout.strip_prefix('v').and_then(|number| number.parse().ok());
+        DNS_FILTER + number.unwrap_or(0) % LAYOUTS
     }
 
     fn maps(&self) -> PathBuf {
@@ -164,6 +183,12 @@ impl Pins {
     }
 }
 
+impl fmt::Display for Pins {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.layout().display())
+    }
+}
+
 /// What the kernel's maps say about an enrolled pod.
 #[derive(Debug, Clone)]
 pub struct Enrolled {
@@ -198,6 +223,8 @@ pub struct HookState {
 pub struct Dataplane {
     skel: skel::SidestepSkel<'static>,
     pins: Pins,
+    /// An agent with another layout decides still.
+    to_take_over: bool,
 }
 
 impl Dataplane {
@@ -224,20 +251,125 @@ impl Dataplane {
             }
             refusal()
         })?;
-        Ok(Self { skel, pins: pins.clone() })
+        Ok(Self { skel, pins: pins.clone(), to_take_over: false })
     }
 
     /// Puts the loaded programs in force on the cgroup: a hook that is there already is switched
-    /// over in one step, so that no connection finds it missing.
+    /// over in one step, so that no connection finds it missing. What decides in an agent's place
+    /// whose maps have another layout goes on until [`Dataplane::take_over`].
     ///
     /// # Errors
     /// Where the kernel refuses to attach.
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<()> {
+        let others = self.pins.others()?;
         for hook in HOOKS.iter().filter(|hook| hook.attach == Attach::Cgroup) {
+            let theirs = |other: &Pins| hook.decides && other.link(hook.program).exists();
+            if !self.pins.link(hook.program).exists() && others.iter().any(theirs) {
+                self.to_take_over = true;
+                continue;
+            }
             self.attach_hook(hook, cgroup)
                 .with_context(|| format!("cannot attach {} to {cgroup}", hook.program))?;
         }
         Ok(())
+    }
+
+    /// Whether an agent with another layout of the maps decides still.
+    pub fn is_taking_over(&self) -> bool {
+        self.to_take_over
+    }
+
+    /// How many pods that an agent with another layout enrolled, and that live, are not enrolled
+    /// in this one's maps.
+    ///
+    /// # Errors
+    /// Where the pins can't be read.
+    pub fn not_taken_over(&self) -> Result<usize> {
+        let mut missing = 0;
+        for other in self.pins.others()? {
+            let cookies = steered(&other)?;
+            let lives = |cookie: &u64| steer_lives(&other, *cookie) && !self.netns_lives(*cookie);
+            missing += cookies.into_iter().filter(lives).count();
+        }
+        Ok(missing)
+    }
+
+    /// Takes over from an agent whose maps have another layout, once this one's are filled: what
+    /// decides is switched over in one step. What answers about connections that were decided
+    /// before stays beside, until [`Dataplane::retire`].
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn take_over(&mut self, cgroup: &Cgroup) -> Result<()> {
+        if !self.to_take_over {
+            return Ok(());
+        }
+        let others = self.pins.others()?;
+        for hook in HOOKS.iter().filter(|hook| hook.decides) {
+            let own = self.pins.link(hook.program);
+            let theirs = others.iter().map(|other| other.link(hook.program));
+            for theirs in theirs.filter(|pin| pin.exists()).collect::<Vec<_>>() {
+                if own.exists() {
+                    remove_link(&theirs)?;
+                } else {
+                    fs::rename(&theirs, &own)
+                        .with_context(|| format!("cannot take {} over", theirs.display()))?;
+                }
+            }
+            self.attach_hook(hook, cgroup)
+                .with_context(|| format!("cannot take {} over on {cgroup}", hook.program))?;
+        }
+        for other in &others {
+            for cookie in steered(other)? {
+                remove_link(&other.steer(cookie))?;
+            }
+        }
+        self.to_take_over = false;
+        Ok(())
+    }
+
+    /// Takes away what agents with other layouts left and no socket needs any more. Says whether
+    /// some is left.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn retire(&mut self) -> Result<bool> {
+        if self.to_take_over {
+            return Ok(true);
+        }
+        let mut left = false;
+        for other in self.pins.others()? {
+            if self.is_needed(&other)? {
+                left = true;
+            } else {
+                remove_layout(&other.layout())?;
+            }
+        }
+        Ok(left)
+    }
+
+    /// Whether a socket has state of that layout, or is about to.
+    fn is_needed(&mut self, other: &Pins) -> Result<bool> {
+        let Ok(handovers) = MapHandle::from_pinned_path(other.map("handovers")) else {
+            return Ok(false);
+        };
+        if handovers.keys().next().is_some() {
+            return Ok(true);
+        }
+        for name in ["origdsts", "dns_asked"] {
+            let Ok(map) = MapHandle::from_pinned_path(other.map(name)) else {
+                continue;
+            };
+            self.skel.maps.bss_data.as_mut().context("the object has no variables")?.storages = 0;
+            let link = self.skel.progs.count_storages.attach_iter(map.as_fd())?;
+            // Reading it to the end is what runs the program.
+            Iter::new(&link)?.read_to_end(&mut Vec::new())?;
+            let found = self.skel.maps.bss_data.as_ref().map_or(0, |variables| variables.storages);
+            if found > 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn attach_hook(&mut self, hook: &Hook, cgroup: &Cgroup) -> Result<()> {
@@ -411,8 +543,9 @@ impl Dataplane {
     /// Where the namespace can't be entered, or the kernel refuses.
     pub fn attach_dns(&self, netns: &Netns) -> Result<()> {
         let program = self.skel.progs.dns_reply.as_fd();
+        let place = self.pins.dns_filter();
         netns.inside(|| -> Result<()> {
-            let mut hook = lo_filter(program);
+            let mut hook = lo_filter(program, place);
             hook.create().context("cannot add a clsact qdisc to lo")?;
             hook.attach().context("cannot attach the DNS filter to lo")?;
             Ok(())
@@ -468,9 +601,9 @@ impl Events {
 }
 
 /// The agent's place among the filters on the way out of lo.
-fn lo_filter(program: BorrowedFd<'_>) -> TcHook {
+fn lo_filter(program: BorrowedFd<'_>, place: u32) -> TcHook {
     let mut builder = TcHookBuilder::new(program);
-    builder.ifindex(LO).replace(true).handle(DNS_FILTER).priority(DNS_FILTER);
+    builder.ifindex(LO).replace(true).handle(place).priority(place);
     builder.hook(TC_EGRESS)
 }
 
@@ -480,10 +613,12 @@ fn lo_filter(program: BorrowedFd<'_>) -> TcHook {
 /// Where the namespace can't be entered.
 pub fn detach_dns(netns: &Netns) -> Result<()> {
     netns.inside(|| {
-        // The kernel finds the filter by its place; the descriptor is not looked at.
-        let mut hook = lo_filter(std::io::stderr().as_fd());
-        // There may be none.
-        let _ = hook.detach();
+        for number in 0..LAYOUTS {
+            // The kernel finds the filter by its place; the descriptor is not looked at.
+            let mut hook = lo_filter(std::io::stderr().as_fd(), DNS_FILTER + number);
+            // There may be none.
+            let _ = hook.detach();
+        }
     })
 }
 
@@ -518,7 +653,7 @@ pub fn try_filter() -> Result<()> {
     let program = node.progs.dns_reply.as_fd();
     let attach = || -> Result<()> {
         unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
-        let mut hook = lo_filter(program);
+        let mut hook = lo_filter(program, DNS_FILTER);
         hook.create().context("clsact qdisc (module sch_ingress)")?;
         hook.attach().context("eBPF filter (module cls_bpf)")?;
         Ok(())
@@ -643,24 +778,31 @@ pub fn unload(pins: &Pins) -> Result<usize> {
         }
     }
     for layout in children(&pins.root)? {
-        // Links first: a program without its map's contents would decide wrongly.
-        for link in children(&layout.join("links"))? {
-            remove_link(&link)?;
-            removed += 1;
-        }
-        for map in children(&layout.join("maps"))? {
-            fs::remove_file(&map).with_context(|| format!("cannot remove {}", map.display()))?;
-            removed += 1;
-        }
-        for dir in [layout.join("links"), layout.join("maps"), layout] {
-            if dir.exists() {
-                fs::remove_dir(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
-            }
-        }
+        removed += remove_layout(&layout)?;
     }
     if pins.root.exists() {
         fs::remove_dir(&pins.root)
             .with_context(|| format!("cannot remove {}", pins.root.display()))?;
+    }
+    Ok(removed)
+}
+
+/// Takes a layout's links and maps away. Says how many pins there were.
+fn remove_layout(layout: &Path) -> Result<usize> {
+    let mut removed = 0;
+    // Links first: a program without its map's contents would decide wrongly.
+    for link in children(&layout.join("links"))? {
+        remove_link(&link)?;
+        removed += 1;
+    }
+    for map in children(&layout.join("maps"))? {
+        fs::remove_file(&map).with_context(|| format!("cannot remove {}", map.display()))?;
+        removed += 1;
+    }
+    for dir in [layout.join("links"), layout.join("maps"), layout.to_owned()] {
+        if dir.exists() {
+            fs::remove_dir(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+        }
     }
     Ok(removed)
 }

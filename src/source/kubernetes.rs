@@ -44,6 +44,8 @@ pub struct Config {
     pub node: String,
     /// A kubeconfig; none: the service account of the agent's own pod.
     pub kubeconfig: Option<PathBuf>,
+    /// The agent's own DaemonSet, namespace and name.
+    pub daemonset: Option<(String, String)>,
 }
 
 /// What goes wrong with the API server now, by what was asked of it, and how often it did.
@@ -66,6 +68,9 @@ pub struct Kubernetes {
 #[derive(Clone)]
 pub struct ApiServer {
     client: Client,
+    node: String,
+    daemonset: Option<(String, String)>,
+    had_rights: bool,
     pods: Store<Pod>,
     failing: Arc<Mutex<Failing>>,
 }
@@ -99,7 +104,9 @@ impl Kubernetes {
             Reporter { controller: "sidestep".into(), instance: Some(config.node.clone()) },
         );
         task::spawn(publish(recorder, queue, Arc::clone(&failing)));
-        let api = ApiServer { client, pods, failing };
+        let (node, daemonset) = (config.node.clone(), config.daemonset.clone());
+        let mut api = ApiServer { client, node, daemonset, had_rights: false, pods, failing };
+        api.learn_rights().await;
         Ok(Self { api, namespaces, events, ahead: BTreeMap::new() })
     }
 
@@ -211,16 +218,48 @@ impl ApiServer {
         Ok(Arc::new(pod))
     }
 
-    /// Whether this DaemonSet is gone or being deleted: Sidestep is being uninstalled. A server
-    /// that forbids the question or does not know the agent any more has lost the rights that
-    /// came with the DaemonSet. No answer: no.
-    pub async fn uninstalled(&self, namespace: &str, name: &str) -> bool {
+    /// Why nothing of Sidestep is to stay on this node, if so: its DaemonSet is gone or being
+    /// deleted, or the node's label keeps it away. No answer: all of it stays.
+    pub async fn removed(&self) -> Option<String> {
+        let node = Api::<Node>::all(self.client.clone());
+        if let Ok(Ok(Some(node))) = timeout(ANSWER, node.get_metadata_opt(&self.node)).await
+            && let Some(labels) = node.metadata.labels
+            && labels.get(facts::INTERCEPT).is_some_and(|text| text == "disabled")
+        {
+            return Some(format!("node {} has the label {}=disabled", self.node, facts::INTERCEPT));
+        }
+        let (namespace, name) = self.daemonset.as_ref()?;
+        let gone = match self.find_daemonset(namespace, name).await? {
+            Ok(found) => found.is_none_or(|found| found.metadata.deletion_timestamp.is_some()),
+            // The rights that came with the DaemonSet went with it.
+            Err(kube::Error::Api(status)) => self.had_rights && matches!(status.code, 401 | 403),
+            Err(_) => false,
+        };
+        gone.then(|| format!("DaemonSet {namespace}/{name} is gone"))
+    }
+
+    /// The answer about a DaemonSet; none where none comes in time.
+    async fn find_daemonset(
+        &self,
+        namespace: &str,
+        name: &str,
+    ) -> Option<kube::Result<Option<PartialObjectMeta<DaemonSet>>>> {
         let api = Api::<DaemonSet>::namespaced(self.client.clone(), namespace);
-        match timeout(ANSWER, api.get_metadata_opt(name)).await {
-            Ok(Ok(Some(found))) => found.metadata.deletion_timestamp.is_some(),
-            Ok(Ok(None)) => true,
-            Ok(Err(kube::Error::Api(status))) => matches!(status.code, 401 | 403),
-            Ok(Err(_)) | Err(_) => false,
+        timeout(ANSWER, api.get_metadata_opt(name)).await.ok()
+    }
+
+    /// Finds out whether the agent may ask about its own DaemonSet.
+    async fn learn_rights(&mut self) {
+        let Some((namespace, name)) = self.daemonset.clone() else {
+            return;
+        };
+        match self.find_daemonset(&namespace, &name).await {
+            Some(Ok(Some(_))) => self.had_rights = true,
+            Some(Ok(None)) => {
+                warn!("the API server has no DaemonSet {namespace}/{name} (--daemonset)")
+            }
+            Some(Err(error)) => warn!("{:#}", explained("get", "daemonsets", &error)),
+            None => {}
         }
     }
 }
@@ -402,5 +441,62 @@ fn keep_container(container: Container) -> Container {
         restart_policy: container.restart_policy,
         security_context: container.security_context,
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_is_dropped_changes_no_facts() {
+        let pod = json!({
+            "metadata": {
+                "name": "p", "namespace": "n", "uid": "u", "resourceVersion": "1",
+                "labels": {"sidecar.istio.io/inject": "true"},
+                "annotations": {
+                    "sidecar.istio.io/status": "{}",
+                    "kubectl.kubernetes.io/last-applied-configuration": "x".repeat(4000),
+                    "traffic.sidecar.istio.io/excludeOutboundPorts": "25",
+                },
+                "managedFields": [{"manager": "kubelet", "operation": "Update", "fieldsType": "FieldsV1",
+                                   "fieldsV1": {"f:status": {}}}],
+                "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "r", "uid": "x"}],
+            },
+            "spec": {
+                "hostNetwork": false, "nodeName": "here",
+                "volumes": [{"name": "v", "emptyDir": {}}],
+                "initContainers": [{
+                    "name": "istio-proxy", "image": "i", "restartPolicy": "Always",
+                    "args": ["proxy", "sidecar"],
+                    "env": [{"name": "ISTIO_META_DNS_CAPTURE", "value": "true"},
+                            {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}],
+                    "securityContext": {"runAsUser": 1400},
+                }],
+                "containers": [{"name": "app", "image": "i", "volumeMounts": [{"name": "v", "mountPath": "/v"}]}],
+            },
+            "status": {
+                "phase": "Running", "podIPs": [{"ip": "10.0.0.1"}],
+                "conditions": [{"type": "Ready", "status": "True"}],
+            },
+        });
+        let whole: Pod = serde_json::from_value(pod).expect("a pod");
+        let mut slim = whole.clone();
+        keep_needed(&mut slim);
+        let facts = facts::facts(&whole).expect("facts").expect("in a mesh");
+        assert_eq!(facts.facts.proxy_uid, 1400);
+        assert_eq!(facts.facts.dns_port, Some(15053));
+        assert_eq!(facts::facts(&slim).expect("facts"), Some(facts));
+        let size = |pod: &Pod| serde_json::to_string(pod).expect("JSON").len();
+        assert!(size(&slim) * 4 < size(&whole), "{} of {}", size(&slim), size(&whole));
+    }
+
+    #[test]
+    fn a_note_says_where_the_rest_is() {
+        assert_eq!(note_of("short"), "short");
+        let note = note_of(&"\u{e4}".repeat(NOTE));
+        assert!(note.len() <= NOTE && note.ends_with("log has the rest)"), "{}", note.len());
     }
 }

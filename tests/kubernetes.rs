@@ -1,0 +1,574 @@
+//! The agent against an API server: pods are found, enrolled before they run, told what is wrong
+//! with them; the server may go away.
+
+mod common;
+
+use std::{
+    ffi::OsString,
+    fs,
+    io::Write,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::PathBuf,
+    process::{Command, Output, Stdio},
+    time::Duration,
+};
+
+use common::*;
+use serde_json::{Value, json};
+use sidestep_e2e::{ApiServer, apiserver::Gone};
+use sidestep_lab::{Agent, Lab, Pod, PodNet, Process, slowdown, wait_until};
+
+const NODE: &str = "lab";
+const BRIDGE: &str =
+    r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"},{"type":"portmap"}]}"#;
+
+/// A node of a cluster: an API server, CNI directories, two pods that nobody told of yet.
+struct Cluster {
+    agent: Agent,
+    // Kept for its processes, which show where a pod's namespace is.
+    processes: Vec<(Process, PathBuf)>,
+    a: Pod,
+    b: Pod,
+    lab: Lab,
+    dir: tempfile::TempDir,
+    api: ApiServer,
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for (process, cgroup) in self.processes.drain(..) {
+            drop(process);
+            let removed = || fs::remove_dir(&cgroup).is_ok() || !cgroup.exists();
+            let _ = wait_until("its cgroup to be empty", Duration::from_secs(5), removed);
+        }
+    }
+}
+
+impl Cluster {
+    fn new(tag: &str) -> Self {
+        Self::with(tag, &[], |_| {})
+    }
+
+    /// With more flags, and with what `prepare` does to the API server.
+    fn with(tag: &str, flags: &[&str], prepare: impl FnOnce(&ApiServer)) -> Self {
+        let api = ApiServer::start(addr([127, 0, 0, 1], 0)).expect("an API server");
+        api.put(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}))
+            .expect("a node");
+        api.put(json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "lab"}}))
+            .expect("a namespace");
+        prepare(&api);
+        let dir = tempfile::tempdir().expect("a directory");
+        api.write_kubeconfig(&dir.path().join("kubeconfig")).expect("written");
+        for name in ["net.d", "bin"] {
+            fs::create_dir(dir.path().join(name)).expect("made");
+        }
+        fs::write(dir.path().join("net.d/10-net.conflist"), BRIDGE).expect("written");
+        let lab = Lab::new(tag).expect("a lab");
+        let (a, b) = (lab.pod("a", PodNet::DUAL), lab.pod("b", PodNet::DUAL));
+        let agent = Agent::start_with(binary(), &lab, Self::flags(&dir, flags)).expect("an agent");
+        let (a, b) = (a.expect("pod a"), b.expect("pod b"));
+        Self { agent, processes: Vec::new(), a, b, lab, dir, api }
+    }
+
+    fn flags(dir: &tempfile::TempDir, more: &[&str]) -> Vec<OsString> {
+        let at = |name: &str| dir.path().join(name).into_os_string();
+        let mut flags: Vec<OsString> = vec!["--kubernetes".into(), "--node-name".into()];
+        flags.extend([NODE.into(), "--kubeconfig".into(), at("kubeconfig"), "--cni".into()]);
+        flags.extend(["--cni-conf-dir".into(), at("net.d"), "--cni-bin-dir".into(), at("bin")]);
+        flags.extend(["--cni-socket".into(), at("cni.sock"), "--cni-timeout".into(), "2".into()]);
+        flags.extend(more.iter().map(Into::into));
+        flags
+    }
+
+    fn conflist(&self) -> Value {
+        let text = fs::read_to_string(self.dir.path().join("net.d/10-net.conflist"));
+        serde_json::from_str(&text.expect("a conflist")).expect("JSON")
+    }
+
+    fn is_chained(&self) -> bool {
+        self.conflist()["plugins"][2]["type"] == "sidestep-cni"
+    }
+
+    /// The plugin as the runtime starts it, by the node's configuration.
+    fn plugin(&self, command: &str, pod: &Pod, object: &Value) -> Output {
+        let mut config = self.conflist()["plugins"][2].clone();
+        config["cniVersion"] = "1.0.0".into();
+        config["name"] = "net".into();
+        config["prevResult"] = json!({"cniVersion": "1.0.0", "ips": []});
+        self.plugin_with(command, pod, object, &config.to_string())
+    }
+
+    fn plugin_with(&self, command: &str, pod: &Pod, object: &Value, input: &str) -> Output {
+        let meta = &object["metadata"];
+        let text = |key: &str| meta[key].as_str().unwrap_or_default();
+        let (namespace, name, uid) = (text("namespace"), text("name"), text("uid"));
+        let args = format!(
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name};K8S_POD_UID={uid}"
+        );
+        let mut child = Command::new(self.dir.path().join("bin/sidestep-cni"))
+            .env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", format!("sandbox-{name}"))
+            .env("CNI_NETNS", pod.netns())
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", self.dir.path().join("bin"))
+            .env("CNI_ARGS", args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the plugin starts");
+        child.stdin.take().expect("a pipe").write_all(input.as_bytes()).expect("written");
+        child.wait_with_output().expect("it ends")
+    }
+
+    /// A process of the pod, in a cgroup as the kubelet names them.
+    fn runs(&mut self, on: impl Fn(&Self) -> &Pod, object: &Value) {
+        let uid = object["metadata"]["uid"].as_str().expect("a uid");
+        let pod = on(self);
+        let cgroup = pod.cgroup().join(format!("pod{uid}"));
+        fs::create_dir(&cgroup).expect("a cgroup");
+        let script = format!("echo $$ >{}/cgroup.procs && exec sleep 1000", cgroup.display());
+        let process = pod.spawn(0, 0, ["sh", "-c", &script]).expect("a process");
+        self.processes.push((process, cgroup));
+    }
+
+    fn becomes(&self, what: &str, condition: impl FnMut() -> bool) {
+        wait_until(what, Duration::from_secs(15) * slowdown(), condition)
+            .unwrap_or_else(|error| panic!("{error:#}; {}", self.agent.log_tail()));
+    }
+
+    fn in_force(&self) {
+        self.becomes("the plugin to be chained", || self.is_chained());
+    }
+
+    fn names(&self) -> Vec<String> {
+        let status = self.agent.status().unwrap_or_default();
+        let pods = status["pods"].as_array().cloned().unwrap_or_default();
+        pods.iter().filter_map(|pod| Some(pod["pod"].as_str()?.to_owned())).collect()
+    }
+}
+
+/// The pod as the API server has it, not yet started.
+fn pending(pod: &Pod) -> Value {
+    let mut object = pod.manifest();
+    object["status"] = json!({"phase": "Pending"});
+    object["metadata"]["annotations"]["sidestep.io/netns"] = Value::Null;
+    object["metadata"]["annotations"]
+        .as_object_mut()
+        .expect("a map")
+        .shift_remove("sidestep.io/netns");
+    object
+}
+
+fn running(pod: &Pod) -> Value {
+    let mut object = pending(pod);
+    object["status"] = pod.manifest()["status"].clone();
+    object
+}
+
+#[track_caller]
+fn succeeds(output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{text} {}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+/// Code and message of the plugin's refusal.
+#[track_caller]
+fn refused(output: &Output) -> (u64, String) {
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(!output.status.success(), "{text}");
+    let error: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}"));
+    (error["code"].as_u64().expect("a code"), error["msg"].as_str().expect("a text").to_owned())
+}
+
+#[test]
+fn a_fresh_pod_is_intercepted_before_its_first_process() {
+    let cluster = Cluster::new("k8s-fresh");
+    cluster.in_force();
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let result = succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    assert_eq!(serde_json::from_str::<Value>(&result).expect("JSON")["cniVersion"], "1.0.0");
+    // Nothing of the pod ran until now, and its object names no address.
+    let proxy = cluster.a.fake_proxy(15001).expect("a proxy");
+    for target in [addr(ip(REMOTE4), 80), addr(ip(REMOTE6), 80)] {
+        let answer = cluster.a.ask(APP, APP, target).expect("reaches the proxy");
+        assert_original(&answer, target);
+    }
+    succeeds(&cluster.plugin("CHECK", &cluster.a, &object));
+    drop(proxy);
+    // Its inbound too: there is no listener, so it is refused, and never the app's.
+    let _app = cluster.a.serve(addr([0, 0, 0, 0], 8080), APP, APP).expect("an app");
+    cluster.b.ask(APP, APP, addr(cluster.a.ipv4(), 8080)).expect_err("no sidecar listens");
+    succeeds(&cluster.plugin("DEL", &cluster.a, &object));
+    assert_eq!(cluster.names(), ["lab/a"], "it is intercepted until its namespace is gone");
+}
+
+#[test]
+fn a_pod_that_is_in_no_mesh_starts_untouched() {
+    let cluster = Cluster::new("k8s-plain");
+    cluster.in_force();
+    let mut object = pending(&cluster.a);
+    object["metadata"]["annotations"] = json!({});
+    let object = cluster.api.put(object).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    assert!(cluster.names().is_empty());
+}
+
+#[test]
+fn pods_that_ran_before_the_agent_are_found_by_their_processes() {
+    let mut cluster = Cluster::new("k8s-before");
+    cluster.agent.terminate().expect("ends");
+    let object = cluster.api.put(running(&cluster.a)).expect("created");
+    cluster.runs(|cluster| &cluster.a, &object);
+    cluster.agent.restart().expect("starts");
+    cluster.agent.wait_enrolled(&cluster.a).expect("enrolled");
+    let status = cluster.agent.status().expect("status");
+    assert!(status["pods"][0]["netns"].as_str().is_some_and(|path| path.starts_with("/proc/")));
+    // A restart of the agent finds it again, whatever the API server does meanwhile.
+    cluster.api.stop().expect("stopped");
+    cluster.agent.kill9();
+    cluster.agent.restart().expect("starts");
+    let _proxy = cluster.a.fake_proxy(15001).expect("a proxy");
+    let target = addr(ip(REMOTE4), 80);
+    assert_original(&cluster.a.ask(APP, APP, target).expect("reaches the proxy"), target);
+    cluster.agent.wait_log("can't be reached").expect("said");
+    assert_eq!(cluster.names(), ["lab/a"]);
+    cluster.api.resume().expect("resumed");
+    cluster.agent.wait_enrolled(&cluster.a).expect("still enrolled");
+}
+
+#[test]
+fn the_api_server_may_go_away_and_forget() {
+    let cluster = Cluster::new("k8s-away");
+    cluster.in_force();
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    let _proxy = cluster.a.fake_proxy(15001).expect("a proxy");
+    let target = addr(ip(REMOTE4), 80);
+    let works = || assert_original(&cluster.a.ask(APP, APP, target).expect("reached"), target);
+    cluster.api.stop().expect("stopped");
+    cluster.agent.wait_log("can't be reached").expect("said");
+    works();
+    cluster.api.compact(Gone::Event);
+    cluster.api.resume().expect("resumed");
+    cluster.agent.wait_log("solved: ").expect("solved");
+    works();
+    // What comes after that is seen: it follows the server again.
+    let off = json!({"metadata": {"annotations": {"sidestep.io/intercept": "disabled"}}});
+    cluster.api.patch("pods", "lab", "a", &off).expect("patched");
+    cluster.becomes("the pod to leave", || cluster.names().is_empty());
+    cluster.api.compact(Gone::Status);
+    let on = json!({"metadata": {"annotations": {"sidestep.io/intercept": "enabled"}}});
+    cluster.api.patch("pods", "lab", "a", &on).expect("patched");
+    cluster.becomes("the pod to be back", || cluster.names() == ["lab/a"]);
+    works();
+}
+
+#[test]
+fn annotations_and_the_namespaces_label_change_live() {
+    let cluster = Cluster::new("k8s-live");
+    cluster.in_force();
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    let _proxy = cluster.a.fake_proxy(15001).expect("a proxy");
+    let remote = addr(ip("10.77.255.1"), 8099);
+    cluster.lab.add_node_address(remote.ip()).expect("an address");
+    let _direct = cluster
+        .lab
+        .on_node(|| sidestep_lab::Server::start_here(sidestep_lab::ServeOpts::on([remote])))
+        .expect("runs")
+        .expect("a remote server");
+    let captured = || {
+        let answer = cluster.a.ask(APP, APP, remote).expect("an answer");
+        answer.seen.original() == Some(remote)
+    };
+    assert!(captured());
+    let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
+    let annotate = |value: Value| {
+        let patch = json!({"metadata": {"annotations": {key: value}}});
+        cluster.api.patch("pods", "lab", "a", &patch).expect("patched");
+    };
+    annotate("8099".into());
+    cluster.becomes("the port to be excluded", || !captured());
+    annotate(Value::Null);
+    cluster.becomes("the port to be captured", captured);
+    let label = |value: Value| {
+        let patch = json!({"metadata": {"labels": {"sidestep.io/intercept": value}}});
+        cluster.api.patch("namespaces", "", "lab", &patch).expect("patched");
+    };
+    label("disabled".into());
+    cluster.becomes("the namespace to be left alone", || cluster.names().is_empty());
+    assert!(!captured());
+    label(Value::Null);
+    cluster.becomes("the namespace to be back", captured);
+}
+
+#[test]
+fn a_force_deleted_pod_is_intercepted_until_its_namespace_is_gone() {
+    let mut cluster = Cluster::new("k8s-force");
+    cluster.in_force();
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    cluster.api.delete("pods", "lab", "a").expect("deleted");
+    // Its successor has the same name, and another namespace and uid.
+    let mut successor = pending(&cluster.b);
+    successor["metadata"]["name"] = "a".into();
+    let successor = cluster.api.put(successor).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.b, &successor));
+    assert_eq!(cluster.names(), ["lab/a", "lab/a"]);
+    let _proxies = [&cluster.a, &cluster.b].map(|pod| pod.fake_proxy(15001).expect("a proxy"));
+    let target = addr(ip(REMOTE4), 80);
+    for pod in [&cluster.a, &cluster.b] {
+        assert_original(&pod.ask(APP, APP, target).expect("reached"), target);
+    }
+    // A late DEL of the first changes nothing for the second.
+    succeeds(&cluster.plugin("DEL", &cluster.a, &object));
+    assert_original(&cluster.b.ask(APP, APP, target).expect("reached"), target);
+    drop(_proxies);
+    let gone = std::mem::replace(&mut cluster.a, cluster.lab.pod("c", PodNet::V4).expect("c"));
+    drop(gone);
+    cluster.becomes("the namespace's state to go", || cluster.names() == ["lab/a"]);
+}
+
+#[test]
+fn a_pod_that_cannot_be_enrolled_does_not_start_and_is_told() {
+    let cluster = Cluster::new("k8s-refuse");
+    cluster.in_force();
+    let tproxy = annotated(pending(&cluster.a), "sidecar.istio.io/interceptionMode", "TPROXY");
+    let object = cluster.api.put(tproxy).expect("created");
+    let (code, text) = refused(&cluster.plugin("ADD", &cluster.a, &object));
+    assert_eq!(code, 100);
+    assert!(text.contains("lab/a") && text.contains("TPROXY"), "{text}");
+    let events = || cluster.api.list("events.events.k8s.io").expect("events");
+    cluster.becomes("an Event", || {
+        events().iter().any(|event| {
+            event["regarding"]["name"] == "a"
+                && event["reason"] == "Unsupported"
+                && event["note"].as_str().is_some_and(|note| note.contains("TPROXY"))
+        })
+    });
+    // Annotations that can't be read capture everything, and say so.
+    let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
+    let object = cluster.api.put(annotated(pending(&cluster.b), key, "80,http")).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.b, &object));
+    cluster.becomes("an Event for b", || {
+        events().iter().any(|event| {
+            let note = event["note"].as_str().unwrap_or_default();
+            event["regarding"]["name"] == "b" && note.contains(key) && note.contains("80,http")
+        })
+    });
+    assert_eq!(cluster.names(), ["lab/b"]);
+}
+
+#[test]
+fn no_agent_no_pod() {
+    let mut cluster = Cluster::new("k8s-no-agent");
+    cluster.in_force();
+    cluster.agent.kill9();
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let (code, text) = refused(&cluster.plugin("ADD", &cluster.a, &object));
+    assert_eq!(code, 11, "to be tried again: {text}");
+    assert!(text.contains("no agent answers"), "{text}");
+    succeeds(&cluster.plugin("DEL", &cluster.a, &object));
+    // It waits for one that is on its way.
+    cluster.agent.restart().expect("starts");
+    cluster.becomes("the pod to be let in", || {
+        cluster.plugin("ADD", &cluster.a, &object).status.success()
+    });
+    assert_eq!(cluster.names(), ["lab/a"]);
+}
+
+#[test]
+fn a_configuration_that_others_write_is_repaired() {
+    let cluster = Cluster::new("k8s-conflist");
+    cluster.in_force();
+    let file = cluster.dir.path().join("net.d/10-net.conflist");
+    let socket = fs::metadata(cluster.dir.path().join("cni.sock")).expect("a socket");
+    assert_eq!(socket.permissions().mode() & 0o777, 0o600);
+    fs::write(&file, BRIDGE).expect("written");
+    cluster.becomes("the repair", || cluster.is_chained());
+    // Garbage is left alone, and reported.
+    fs::write(&file, "{ no json").expect("written");
+    cluster.agent.wait_log("10-net.conflist is left alone").expect("said");
+    assert_eq!(fs::read_to_string(&file).expect("there"), "{ no json");
+    fs::write(&file, BRIDGE).expect("written");
+    cluster.becomes("the repair", || cluster.is_chained());
+}
+
+#[test]
+fn bad_requests_of_the_plugin_are_named() {
+    let cluster = Cluster::new("k8s-requests");
+    cluster.in_force();
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let (code, text) = refused(&cluster.plugin_with("ADD", &cluster.a, &object, "{ no json"));
+    assert_eq!((code, text.contains("no JSON")), (6, true), "{text}");
+    let mut unknown = object.clone();
+    unknown["metadata"]["name"] = "nobody".into();
+    let (code, text) = refused(&cluster.plugin("ADD", &cluster.a, &unknown));
+    assert_eq!((code, text.contains("lab/nobody")), (11, true), "{text}");
+    // Somebody who says nothing sensible to the socket itself.
+    let mut stream = std::os::unix::net::UnixStream::connect(cluster.dir.path().join("cni.sock"))
+        .expect("connected");
+    stream.write_all(b"GET / HTTP/1.1\r\n").expect("written");
+    let mut answer = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(stream), &mut answer).expect("read");
+    assert!(answer.contains("no request"), "{answer}");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+}
+
+#[test]
+fn a_forbidden_verb_is_named() {
+    let cluster = Cluster::with("k8s-rbac", &[], |api| api.forbid("watch", "namespaces"));
+    let api = &cluster.api;
+    api.forbid("list", "pods");
+    let agent = &cluster.agent;
+    cluster.becomes("the complaint", || {
+        let log = agent.log();
+        log.contains("verb \"list\" on \"pods\"")
+            || log.contains("verb \"watch\" on \"namespaces\"")
+    });
+    api.allow("list", "pods");
+    api.allow("watch", "namespaces");
+    let object = api.put(pending(&cluster.a)).expect("created");
+    cluster.becomes("the pod to be let in", || {
+        cluster.is_chained() && cluster.plugin("ADD", &cluster.a, &object).status.success()
+    });
+}
+
+#[test]
+fn a_node_or_kubeconfig_that_cannot_be_right_ends_the_agent() {
+    let mut cluster = Cluster::new("k8s-config");
+    cluster.in_force();
+    cluster.api.delete("nodes", "", NODE).expect("deleted");
+    cluster.agent.restart().expect("starts");
+    cluster.agent.wait_log("no node \"lab\" (--node-name)").expect("said");
+    let agent = &mut cluster.agent;
+    wait_until("its end", Duration::from_secs(5), || !agent.is_running()).expect("ended");
+    fs::write(cluster.dir.path().join("kubeconfig"), "clusters: [").expect("written");
+    cluster.agent.restart().expect("starts");
+    cluster.agent.wait_log("kubeconfig").expect("said");
+    let agent = &mut cluster.agent;
+    wait_until("its end", Duration::from_secs(5), || !agent.is_running()).expect("ended");
+}
+
+#[test]
+fn an_uninstalled_daemonset_leaves_nothing() {
+    let daemonset = json!({
+        "apiVersion": "apps/v1", "kind": "DaemonSet",
+        "metadata": {"name": "sidestep", "namespace": "kube-system"},
+    });
+    let prepare = |api: &ApiServer| drop(api.put(daemonset).expect("created"));
+    let flags = ["--daemonset", "kube-system/sidestep"];
+    let mut cluster = Cluster::with("k8s-uninstall", &flags, prepare);
+    cluster.in_force();
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    cluster.agent.terminate().expect("ends");
+    assert!(cluster.is_chained() && cluster.agent.bpffs().exists(), "a restart takes nothing away");
+    let before = cluster.agent.log().matches("adopted=1").count();
+    cluster.agent.restart().expect("starts");
+    cluster.becomes("the new agent", || cluster.agent.log().matches("adopted=1").count() > before);
+    cluster.api.delete("daemonsets.apps", "kube-system", "sidestep").expect("deleted");
+    cluster.agent.terminate().expect("ends");
+    assert_eq!(cluster.conflist(), serde_json::from_str::<Value>(BRIDGE).expect("JSON"));
+    assert!(!cluster.dir.path().join("bin/sidestep-cni").exists());
+    assert!(!cluster.agent.bpffs().exists());
+    let remote = cluster.a.ask(APP, APP, addr(ip(REMOTE4), 80));
+    assert!(remote.is_err(), "nothing is intercepted any more: {remote:?}");
+}
+
+#[test]
+fn rights_that_were_never_there_take_nothing_away() {
+    let flags = ["--daemonset", "kube-system/sidestep"];
+    let mut cluster = Cluster::with("k8s-rights", &flags, |api| api.forbid("get", "daemonsets"));
+    cluster.in_force();
+    cluster.agent.terminate().expect("ends");
+    assert!(cluster.is_chained() && cluster.agent.bpffs().exists(), "it may be an upgrade");
+    assert!(cluster.agent.log().contains("verb \"get\" on \"daemonsets\""), "it says so");
+}
+
+#[test]
+fn a_node_that_is_taken_out_keeps_nothing() {
+    let mut cluster = Cluster::new("k8s-node");
+    cluster.in_force();
+    let patch = json!({"metadata": {"labels": {"sidestep.io/intercept": "disabled"}}});
+    cluster.api.patch("nodes", "", NODE, &patch).expect("patched");
+    cluster.agent.terminate().expect("ends");
+    assert!(!cluster.is_chained() && !cluster.agent.bpffs().exists());
+}
+
+/// What an HTTP server answers to a GET: status and body.
+fn get(at: std::net::SocketAddr, path: &str) -> (u16, String) {
+    use std::io::Read;
+    let Ok(mut stream) = std::net::TcpStream::connect(at) else {
+        return (0, String::new());
+    };
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).expect("written");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("read");
+    let status = text.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
+    (status, text.split_once("\r\n\r\n").map_or(String::new(), |(_, body)| body.to_owned()))
+}
+
+#[test]
+fn health_and_metrics() {
+    let http = addr([127, 0, 0, 1], 19465);
+    let flags = ["--http", "127.0.0.1:19465"];
+    let cluster = Cluster::with("k8s-http", &flags, |api| api.forbid("list", "pods"));
+    cluster.becomes("health", || get(http, "/healthz").0 == 200);
+    let (status, text) = get(http, "/readyz");
+    assert_eq!(status, 503, "the first list has not come: {text}");
+    assert!(text.contains("not told"), "{text}");
+    cluster.api.allow("list", "pods");
+    cluster.becomes("readiness", || get(http, "/readyz").0 == 200);
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    let _proxy = cluster.a.fake_proxy(15001).expect("a proxy");
+    cluster.a.ask(APP, APP, addr(ip(REMOTE4), 80)).expect("reached");
+    let (status, text) = get(http, "/metrics");
+    assert_eq!(status, 200);
+    for line in [
+        "sidestep_pods_enrolled{mesh=\"istio\"} 1",
+        "sidestep_events_total{mesh=\"istio\",event=\"captured_outbound\"} 1",
+        "sidestep_cni_requests_total{verb=\"add\",result=\"ok\"} 1",
+        "sidestep_hook_attached{hook=\"connect4\"} 1",
+        "sidestep_map_entries{map=\"pods\"} 1",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+    }
+    assert!(text.contains("sidestep_api_errors_total{request=\"pods\"}"), "{text}");
+    // A hook that somebody took away.
+    fs::remove_file(cluster.agent.bpffs().join("v1/links/connect4")).expect("removed");
+    let (status, text) = get(http, "/readyz");
+    assert_eq!((status, text.contains("connect4")), (503, true), "{text}");
+    assert_eq!(get(http, "/nothing").0, 404);
+}
+
+#[test]
+fn other_nodes_pods_are_never_sent() {
+    let cluster = Cluster::new("k8s-others");
+    cluster.in_force();
+    let mut other = running(&cluster.b);
+    other["spec"]["nodeName"] = "another".into();
+    cluster.api.put(other).expect("created");
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    assert_eq!(cluster.names(), ["lab/a"]);
+    let of_pods = |path: &str| path.ends_with("/pods");
+    for request in cluster.api.requests().iter().filter(|request| of_pods(&request.path)) {
+        assert!(request.query.contains("spec.nodeName%3Dlab"), "{request:?}");
+    }
+}
+
+/// A runtime may reach the plugin by a link.
+#[test]
+fn the_plugin_goes_by_its_files_name() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let link = dir.path().join("sidestep-cni");
+    symlink(binary(), &link).expect("linked");
+    let output = Command::new(&link).env("CNI_COMMAND", "VERSION").stdin(Stdio::null()).output();
+    let text = succeeds(&output.expect("runs"));
+    assert!(text.contains("supportedVersions"), "{text}");
+}
