@@ -34,12 +34,12 @@ pub(crate) fn v2_root() -> Result<PathBuf> {
 /// cgroup v1, on machines that have both.
 pub(crate) fn remove_v1(name: &OsStr) -> Result<()> {
     let mounts = fs::read_to_string("/proc/mounts").context("reading /proc/mounts")?;
-    let v1 = mounts.lines().filter_map(|line| {
+    let mut v1 = mounts.lines().filter_map(|line| {
         let mut fields = line.split(' ').skip(1);
         let dir = fields.next()?;
         (fields.next()? == "cgroup").then(|| Path::new(dir).join(name))
     });
-    v1.map(|dir| remove(&dir)).collect()
+    v1.try_for_each(|dir| remove(&dir))
 }
 
 struct Shared {
