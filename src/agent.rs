@@ -56,14 +56,18 @@ pub enum SourceConfig {
     /// A directory of manifests.
     Manifests(PathBuf),
     /// The API server.
-    Kubernetes {
-        /// How to reach it.
-        api: kubernetes::Config,
-        /// The node's procfs.
-        proc: PathBuf,
-        /// The CNI plugin; none: it is not installed.
-        cni: Option<cni::Config>,
-    },
+    Kubernetes(Box<Cluster>),
+}
+
+/// A node of a cluster.
+#[derive(Debug)]
+pub struct Cluster {
+    /// How to reach the API server.
+    pub api: kubernetes::Config,
+    /// The node's procfs.
+    pub proc: PathBuf,
+    /// The CNI plugin; none: it is not installed.
+    pub cni: Option<cni::Config>,
 }
 
 /// A namespace can appear, go or change its addresses with no change in the source.
@@ -102,9 +106,9 @@ async fn serve(config: &Config) -> Result<()> {
             watchers.push(watch(dir, &changed)?);
             Source::Manifests(manifests)
         }
-        SourceConfig::Kubernetes { api, proc, .. } => {
-            let kubernetes = Kubernetes::start(api, changed.clone()).await?;
-            Source::Kubernetes(Box::new(kubernetes), Places::new(proc))
+        SourceConfig::Kubernetes(cluster) => {
+            let kubernetes = Kubernetes::start(&cluster.api, changed.clone()).await?;
+            Source::Kubernetes(Box::new(kubernetes), Places::new(&cluster.proc))
         }
     };
     let _lock = pins.lock()?;
@@ -120,9 +124,11 @@ async fn serve(config: &Config) -> Result<()> {
         http::serve(address, Arc::clone(&metrics)).await?;
         info!(%address, "health and metrics");
     }
-    if let (SourceConfig::Kubernetes { cni: Some(cni), .. }, Source::Kubernetes(kubernetes, _)) =
-        (&config.source, reconciler.source())
-    {
+    let cni = match &config.source {
+        SourceConfig::Kubernetes(cluster) => cluster.cni.as_ref(),
+        SourceConfig::Manifests(_) => None,
+    };
+    if let (Some(cni), Source::Kubernetes(kubernetes, _)) = (cni, reconciler.source()) {
         let found = Installer::new(cni);
         found.install_plugin()?;
         cni::server::serve(&cni.socket, kubernetes.api().clone(), asked.clone())?;
@@ -152,12 +158,10 @@ async fn serve(config: &Config) -> Result<()> {
             }
         }
     }
-    if let SourceConfig::Kubernetes { cni, .. } = &config.source
-        && let Source::Kubernetes(kubernetes, _) = reconciler.source()
+    if let Source::Kubernetes(kubernetes, _) = reconciler.source()
         && let Some(why) = kubernetes.api().removed().await
     {
         info!("{why}: everything is taken away");
-        let cni = cni.as_ref();
         return unload(pins, cni.map(|cni| (cni.conf_dir.as_path(), cni.bin_dir.as_path())));
     }
     info!("ends; the data plane stays in force (`sidestep unload` takes it away)");

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    agent::{self, SourceConfig},
+    agent::{self, Cluster, SourceConfig},
     bpf, bpffs, check,
     cni::{self, OnAgentAway, conflist},
     source::kubernetes,
@@ -29,7 +29,7 @@ enum Command {
     ///
     /// Ends on SIGTERM or SIGINT and leaves the data plane in force; `sidestep unload` takes it
     /// away. A new agent adopts what an earlier one left.
-    Run(Run),
+    Run(Box<Run>),
     /// Say what this kernel and machine offer and what is missing; exits with 1 if anything is.
     Check(CheckArgs),
     /// Show the enrolled pods, the hooks and the counters, from the kernel alone.
@@ -85,7 +85,7 @@ struct Run {
     #[arg(long, conflicts_with = "pods", requires = "node_name")]
     kubernetes: bool,
     #[command(flatten)]
-    cluster: Cluster,
+    cluster: ClusterArgs,
     #[command(flatten)]
     cni: Cni,
     /// Serve /healthz, /readyz and /metrics on this address, such as 127.0.0.1:9465.
@@ -102,7 +102,7 @@ struct Run {
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "With --kubernetes")]
-struct Cluster {
+struct ClusterArgs {
     /// This node's name in the API server (spec.nodeName of its pods).
     #[arg(long, value_name = "NAME", env = "SIDESTEP_NODE_NAME")]
     node_name: Option<String>,
@@ -173,7 +173,7 @@ impl Run {
             return SourceConfig::Manifests(pods);
         }
         let cni = self.cni;
-        SourceConfig::Kubernetes {
+        SourceConfig::Kubernetes(Box::new(Cluster {
             api: kubernetes::Config {
                 node: self.cluster.node_name.unwrap_or_default(),
                 kubeconfig: self.cluster.kubeconfig,
@@ -191,7 +191,7 @@ impl Run {
                     exclude_namespaces: cni.cni_exclude_namespaces,
                 },
             }),
-        }
+        }))
     }
 }
 

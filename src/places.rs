@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -73,8 +73,8 @@ impl Places {
     /// namespaces in `host` are nobody's.
     ///
     /// # Errors
-    /// Where the processes can't be listed. One that can't be looked at is passed over: they
-    /// come and go.
+    /// Where the processes can't be listed, or those of a pod may not be looked at. One that is
+    /// gone is passed over: they come and go.
     pub fn search(&mut self, uids: &BTreeSet<String>, host: &BTreeSet<u64>) -> Result<()> {
         if uids.is_empty() {
             return Ok(());
@@ -82,6 +82,7 @@ impl Places {
         let processes = fs::read_dir(&self.proc)
             .with_context(|| format!("cannot list processes in {}", self.proc.display()))?;
         let mut wanted = uids.clone();
+        let mut forbidden = None;
         for process in processes.flatten() {
             let name = process.file_name();
             if !name.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
@@ -92,8 +93,14 @@ impl Places {
                 continue;
             };
             let path = dir.join("ns/net");
-            let Ok(cookie) = Netns::open(&path).and_then(|netns| netns.cookie()) else {
-                continue;
+            let cookie = match Netns::open(&path).and_then(|netns| netns.cookie()) {
+                Ok(cookie) => cookie,
+                Err(error) => {
+                    if is_forbidden(&error) {
+                        forbidden = Some(error);
+                    }
+                    continue;
+                }
             };
             // The number may have become another process' meanwhile.
             if host.contains(&cookie) || pod_of(&dir).as_ref() != Some(&uid) {
@@ -105,8 +112,17 @@ impl Places {
                 break;
             }
         }
-        Ok(())
+        match forbidden.filter(|_| !wanted.is_empty()) {
+            Some(error) => Err(error
+                .context("the processes of pods may not be looked at (CAP_SYS_PTRACE, AppArmor)")),
+            None => Ok(()),
+        }
     }
+}
+
+fn is_forbidden(error: &anyhow::Error) -> bool {
+    let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+    kind == Some(io::ErrorKind::PermissionDenied)
 }
 
 /// The pod that a process belongs to, by its `metadata.uid`.

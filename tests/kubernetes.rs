@@ -51,6 +51,20 @@ impl Cluster {
 
     /// With more flags, and with what `prepare` does to the API server.
     fn with(tag: &str, flags: &[&str], prepare: impl FnOnce(&ApiServer)) -> Self {
+        Self::made(tag, flags, None, prepare)
+    }
+
+    /// With an agent that has these capabilities alone.
+    fn with_capabilities(tag: &str, capabilities: &str) -> Self {
+        Self::made(tag, &[], Some(capabilities), |_| {})
+    }
+
+    fn made(
+        tag: &str,
+        flags: &[&str],
+        capabilities: Option<&str>,
+        prepare: impl FnOnce(&ApiServer),
+    ) -> Self {
         let api = ApiServer::start(addr([127, 0, 0, 1], 0)).expect("an API server");
         api.put(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}))
             .expect("a node");
@@ -65,7 +79,17 @@ impl Cluster {
         fs::write(dir.path().join("net.d/10-net.conflist"), BRIDGE).expect("written");
         let lab = Lab::new(tag).expect("a lab");
         let (a, b) = (lab.pod("a", PodNet::DUAL), lab.pod("b", PodNet::DUAL));
-        let agent = Agent::start_with(binary(), &lab, Self::flags(&dir, flags)).expect("an agent");
+        let mut agent = binary().to_owned();
+        if let Some(capabilities) = capabilities {
+            let script = format!(
+                "#!/bin/sh\nexec setpriv --no-new-privs --bounding-set=-all,{capabilities} {} \"$@\"\n",
+                agent.display()
+            );
+            agent = dir.path().join("limited");
+            fs::write(&agent, script).expect("written");
+            fs::set_permissions(&agent, fs::Permissions::from_mode(0o755)).expect("executable");
+        }
+        let agent = Agent::start_with(&agent, &lab, Self::flags(&dir, flags)).expect("an agent");
         let (a, b) = (a.expect("pod a"), b.expect("pod b"));
         Self { agent, processes: Vec::new(), a, b, lab, dir, api }
     }
@@ -236,6 +260,41 @@ fn pods_that_ran_before_the_agent_are_found_by_their_processes() {
     assert_eq!(cluster.names(), ["lab/a"]);
     cluster.api.resume().expect("resumed");
     cluster.agent.wait_enrolled(&cluster.a).expect("still enrolled");
+}
+
+/// Those that charts/sidestep names, one by one.
+#[test]
+fn the_charts_capabilities_are_enough() {
+    let chart = include_str!("../charts/sidestep/templates/daemonset.yaml");
+    let added =
+        chart.split("drop: [ALL]").nth(1).and_then(|text| text.split("volumeMounts:").next());
+    let names = added.expect("a list").lines().filter_map(|line| line.trim().strip_prefix("- "));
+    let names: Vec<String> = names.map(|name| format!("+{}", name.to_lowercase())).collect();
+    assert_eq!(names.len(), 6, "{names:?}");
+    let mut cluster = Cluster::with_capabilities("k8s-caps", &names.join(","));
+    cluster.in_force();
+    let fresh = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &fresh));
+    let object = running(&cluster.b);
+    cluster.runs(|cluster| &cluster.b, &object);
+    cluster.api.put(object).expect("created");
+    cluster.agent.wait_enrolled(&cluster.b).expect("found by its process");
+    let target = addr(ip(REMOTE4), 80);
+    for pod in [&cluster.a, &cluster.b] {
+        let _proxy = pod.fake_proxy(15001).expect("a proxy");
+        assert_original(&pod.ask(APP, APP, target).expect("reached"), target);
+    }
+}
+
+#[test]
+fn a_missing_capability_is_named() {
+    let few = "+bpf,+perfmon,+net_admin,+sys_admin,+dac_read_search";
+    let mut cluster = Cluster::with_capabilities("k8s-ptrace", few);
+    cluster.in_force();
+    let object = running(&cluster.a);
+    cluster.runs(|cluster| &cluster.a, &object);
+    cluster.api.put(object).expect("created");
+    cluster.agent.wait_log("CAP_SYS_PTRACE").expect("said");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use sidestep_e2e::apiserver::Gone;
-use sidestep_e2e::lab::Node;
+use sidestep_e2e::lab::{IMAGE, NODE, Node};
 use sidestep_lab::{wait_for, wait_until};
 
 use super::changes::{conflist, is_chained};
@@ -153,7 +153,8 @@ fn overwritten(world: &mut World) -> Result<()> {
 }
 
 fn agent_away(world: &mut World) -> Result<()> {
-    let (node, mut agent) = (&world.node, world.agent_with(&["--cni-timeout", "1"])?);
+    const ARGS: [&str; 4] = ["--cni-timeout", "1", "--cni-exclude-namespaces", "kube-system"];
+    let (node, mut agent) = (&world.node, world.agent_with(&ARGS)?);
     let target = server(node, "server")?;
     agent.kill9();
     let spec = json!({
@@ -169,6 +170,20 @@ fn agent_away(world: &mut World) -> Result<()> {
     })?;
     ensure!(refused.iter().all(|event| event.contains("sidestep")), "events: {refused:#?}");
     ensure!(node.pod("cart")?["status"]["phase"] == "Pending", "the pod has started");
+    // What the agent itself may need is not held up.
+    node.server().put(json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "dns", "namespace": "kube-system"},
+        "spec": {
+            "nodeName": NODE,
+            "containers": [{"name": "app", "image": IMAGE, "args": ["pause"]}],
+        },
+    }))?;
+    wait_until("a pod in kube-system to run", Duration::from_secs(20), || {
+        let pod = node.server().get("pods", "kube-system", "dns");
+        pod.is_ok_and(|pod| pod.is_some_and(|pod| pod["status"]["phase"] == "Running"))
+    })?;
     // One that leaves meanwhile must be able to.
     node.delete_pod("server")?;
 
