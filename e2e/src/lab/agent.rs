@@ -33,6 +33,8 @@ pub struct Agent {
     binary: PathBuf,
     opts: AgentOpts,
     bpffs: PathBuf,
+    /// As arguments. Also those that don't need them must not find the machine's own.
+    cni_dirs: [OsString; 4],
     service: Option<Service>,
 }
 
@@ -43,7 +45,14 @@ impl Agent {
         mount_bpffs()?;
         let name = node.lab().cgroup().file_name().context("the lab's cgroup has no name")?;
         let bpffs = Path::new(BPFFS).join(format!("{}-e2e", name.to_string_lossy()));
-        let mut agent = Self { binary: binary.to_owned(), opts, bpffs, service: None };
+        let cni_dirs = [
+            "--cni-conf-dir".into(),
+            node.containerd().cni_conf_dir().into(),
+            "--cni-bin-dir".into(),
+            node.containerd().cni_bin_dir().into(),
+        ];
+        let binary = binary.to_owned();
+        let mut agent = Self { binary, opts, bpffs, cni_dirs, service: None };
         agent.launch(node)?;
         agent.wait_ready(node)?;
         Ok(agent)
@@ -59,21 +68,12 @@ impl Agent {
         argv.extend(["--bpffs".into(), self.bpffs.clone().into()]);
         if self.opts.cni {
             argv.push("--cni".into());
-            argv.extend(self.cni_dirs(node));
+            argv.extend(self.cni_dirs.clone());
             argv.extend(["--cni-socket".into(), node.lab().dir().join("cni.sock").into()]);
         }
         argv.extend(self.opts.args.iter().map(OsString::from));
         self.service = Some(node.lab().spawn_on_node("agent", argv)?);
         Ok(())
-    }
-
-    fn cni_dirs(&self, node: &Node) -> [OsString; 4] {
-        [
-            "--cni-conf-dir".into(),
-            node.containerd().cni_conf_dir().into(),
-            "--cni-bin-dir".into(),
-            node.containerd().cni_bin_dir().into(),
-        ]
     }
 
     /// Waits until `/readyz` says so. Fails with its last words when it ends.
@@ -125,12 +125,14 @@ impl Agent {
     }
 
     /// Ends it and takes everything away, with `sidestep unload`.
-    pub fn unload(&mut self, node: &Node) -> Result<()> {
+    pub fn unload(&mut self) -> Result<()> {
         self.terminate()?;
+        self.command_unload()
+    }
+
+    fn command_unload(&self) -> Result<()> {
         let mut args = vec!["unload".into()];
-        if self.opts.cni {
-            args.extend(self.cni_dirs(node));
-        }
+        args.extend(self.cni_dirs.clone());
         self.command(&args).map(drop)
     }
 
@@ -185,7 +187,7 @@ impl Drop for Agent {
             eprintln!("e2e: {err:#}");
         }
         if self.bpffs.exists() {
-            if let Err(err) = self.command(&["unload".into()]) {
+            if let Err(err) = self.command_unload() {
                 eprintln!("e2e: {err:#}");
             }
             // Removing pins detaches what they hold, should unload have left any.

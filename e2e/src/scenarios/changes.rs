@@ -80,7 +80,7 @@ fn uninstall(world: &mut World) -> Result<()> {
     soon_answered(node, "cart", target, "outbound")?;
     intercepted(node, "cart", own, target)?;
     ensure!(is_chained(&conflist(node)?.1), "the plugin is not in the configuration");
-    agent.unload(node)?;
+    agent.unload()?;
     clean(node, &before)?;
     ensure!(!agent.bpffs().join("v1").exists(), "pins are left");
     plain(node)
