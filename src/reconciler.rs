@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
     net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -369,6 +370,8 @@ impl Reconciler {
             )));
         }
         match visit {
+            // Its processes are gone, or it has another namespace by now: it is looked for again.
+            Some(Err(error)) if cookie.is_some() && is_gone(&error) => Ok(None),
             Some(visit) => visit.map(Some).context(what),
             None if is_running(&found.pod) && self.missing.get(found.uid()) == Some(&true) => {
                 Err(anyhow::anyhow!(
@@ -499,14 +502,17 @@ impl Reconciler {
             problems.insert(problem(Reason::Refused, &record, &refusal.to_string()));
         }
         // A pod that an earlier agent enrolled, and that may be in what can't be read now.
-        // Or one that runs on though its object is gone.
+        // Or one that runs on though its object is gone, or that nothing is known of for now.
+        let refused: BTreeSet<&str> = goal.refused.iter().map(|(pod, _)| pod.as_str()).collect();
         let present: BTreeSet<&str> = snapshot.pods.iter().map(SourcePod::uid).collect();
         let keep: BTreeSet<u64> = self
             .owners
             .iter()
             .filter(|(cookie, owner)| {
                 let unread = snapshot.incomplete && !self.pods.contains_key(cookie);
-                unread || (snapshot.missing_may_run && !present.contains(owner.uid.as_str()))
+                unread
+                    || refused.contains(owner.pod.as_str())
+                    || (snapshot.missing_may_run && !present.contains(owner.uid.as_str()))
             })
             .map(|(cookie, _)| *cookie)
             .filter(|cookie| !goal.pods.contains_key(cookie) && self.dataplane.netns_lives(*cookie))
@@ -642,12 +648,19 @@ fn visit(path: &Path, cookie: Option<u64>, facts: &PodFacts) -> Result<NetnsFact
     let netns = Netns::open(path)?;
     let mut found = netns.facts()?;
     if cookie.is_some_and(|cookie| cookie != found.cookie) {
-        anyhow::bail!("{} leads to another network namespace now", path.display());
+        let moved = io::Error::from(io::ErrorKind::NotFound);
+        return Err(moved)
+            .with_context(|| format!("{} leads to another network namespace now", path.display()));
     }
     if !facts.policy.exclude_interfaces.is_empty() {
         found.routes = netns.routes()?;
     }
     Ok(found)
+}
+
+/// Whether there is nothing any more where a namespace was.
+fn is_gone(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().map(io::Error::kind) == Some(io::ErrorKind::NotFound)
 }
 
 /// Whether the pod's object says that its containers run.

@@ -390,6 +390,20 @@ fn a_force_deleted_pod_is_intercepted_until_its_namespace_is_gone() {
     cluster.becomes("the namespace's state to go", || cluster.names() == ["lab/a"]);
 }
 
+/// A Job's pod: its object stays, its namespace goes.
+#[test]
+fn a_pod_that_is_done_is_no_problem() {
+    let mut cluster = Cluster::new("k8s-done");
+    cluster.in_force();
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    let done = json!({"status": {"phase": "Succeeded"}});
+    cluster.api.patch("pods", "lab", "a", &done).expect("patched");
+    drop(std::mem::replace(&mut cluster.a, cluster.lab.pod("c", PodNet::V4).expect("c")));
+    cluster.becomes("the namespace's state to go", || cluster.names().is_empty());
+    assert!(!cluster.agent.log().contains("ERROR"), "{}", cluster.agent.log_tail());
+}
+
 #[test]
 fn a_pod_that_cannot_be_enrolled_does_not_start_and_is_told() {
     let cluster = Cluster::new("k8s-refuse");
