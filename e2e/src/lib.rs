@@ -1,6 +1,10 @@
-//! Parts for whole-node scenarios of Sidestep's Kubernetes mode: a small API server.
+//! A whole node for scenarios of Sidestep's Kubernetes mode: a small API server, a small kubelet,
+//! real containerd, runc and CNI.
 #![forbid(unsafe_code)]
 
 pub mod apiserver;
+pub mod cri;
+pub mod kubelet;
+pub mod lab;
 
 pub use apiserver::ApiServer;

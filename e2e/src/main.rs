@@ -2,9 +2,11 @@
 #![forbid(unsafe_code)]
 
 mod by_hand;
+mod scenarios;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -18,6 +20,20 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run the scenarios, as root
+    Run {
+        /// Only those whose names contain this
+        #[arg(long, value_name = "NAME", default_value = "")]
+        only: String,
+        /// The agent
+        #[arg(long, value_name = "PATH", default_value = "target/debug/sidestep")]
+        binary: PathBuf,
+        /// Where the logs of failed scenarios are kept
+        #[arg(long, value_name = "DIR", default_value = "target/e2e-logs")]
+        logs: PathBuf,
+    },
+    /// Say what each scenario shows
+    List,
     /// Run the API server alone, until Ctrl-C
     Apiserver {
         /// Where to listen; a port 0 means any
@@ -32,8 +48,25 @@ enum Command {
     },
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(err) => {
+            eprintln!("{err:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     match Cli::parse().command {
+        Command::Run { only, binary, logs } => scenarios::run(&binary, &only, &logs),
+        Command::List => {
+            for scenario in scenarios::all() {
+                println!("{:<24} {}", scenario.name, scenario.doc);
+            }
+            Ok(())
+        }
         Command::Apiserver { listen, kubeconfig, load } => {
             by_hand::apiserver(listen, &kubeconfig, load.as_deref())
         }

@@ -20,7 +20,8 @@ use crate::pod::Pod;
 use crate::process::Process;
 use crate::wait::{wait_for, wait_until};
 
-pub(crate) const BPFFS: &str = "/sys/fs/bpf";
+/// Where nodes have the bpf file system.
+pub const BPFFS: &str = "/sys/fs/bpf";
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
@@ -277,7 +278,8 @@ impl Drop for Agent {
     }
 }
 
-fn mount_bpffs() -> Result<()> {
+/// Mounts the bpf file system where nodes have it, if it is not there yet.
+pub fn mount_bpffs() -> Result<()> {
     if statfs(BPFFS).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC) {
         return Ok(());
     }

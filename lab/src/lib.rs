@@ -27,7 +27,7 @@ pub use agent::Agent;
 pub use cgroup::ChildCgroup;
 pub use client::{Answer, ask, connect, http_get};
 pub use envoy::{Envoy, EnvoyOpts};
-pub use lab::Lab;
+pub use lab::{Lab, Service};
 pub use pod::{Pod, PodNet};
 pub use process::Process;
 pub use seen::Seen;

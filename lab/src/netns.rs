@@ -61,13 +61,7 @@ impl Netns {
         gid: u32,
         work: impl FnOnce() -> T + Send,
     ) -> Result<T> {
-        thread::scope(|scope| {
-            let thread = thread::Builder::new()
-                .name(self.name.clone())
-                .spawn_scoped(scope, || enter(&self.path(), uid, gid).map(|()| work()))
-                .context("starting a thread")?;
-            thread.join().unwrap_or_else(|panic| resume_unwind(panic))
-        })
+        run(&self.path(), uid, gid, work)
     }
 }
 
@@ -77,6 +71,24 @@ impl Drop for Netns {
             eprintln!("lab: {err:#}");
         }
     }
+}
+
+/// Runs `work` in a thread of its own inside the namespace at `path`. A panic in it goes on in
+/// the caller.
+pub(crate) fn run<T: Send>(
+    path: &Path,
+    uid: u32,
+    gid: u32,
+    work: impl FnOnce() -> T + Send,
+) -> Result<T> {
+    thread::scope(|scope| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let thread = thread::Builder::new()
+            .name(name.into_owned())
+            .spawn_scoped(scope, || enter(path, uid, gid).map(|()| work()))
+            .context("starting a thread")?;
+        thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })
 }
 
 /// Moves the calling thread into a network namespace and gives its new sockets an owner.

@@ -79,7 +79,7 @@ impl Process {
     }
 
     /// The end of [`Process::log`], for error messages.
-    pub(crate) fn log_tail(&self) -> String {
+    pub fn log_tail(&self) -> String {
         let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
         let tail = &lines[lines.len().saturating_sub(15)..];

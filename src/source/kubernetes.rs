@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use futures_util::{FutureExt, Stream, StreamExt, pin_mut};
+use futures_util::{FutureExt, Stream, StreamExt, pin_mut, stream};
 use k8s_openapi::api::{
     apps::v1::DaemonSet,
     core::v1::{Container, Namespace, Node, ObjectReference, Pod, PodSpec, PodStatus},
@@ -88,14 +88,14 @@ impl Kubernetes {
 
         let (pods, writer) = reflector::store();
         let only = watcher::Config::default().fields(&format!("spec.nodeName={}", config.node));
-        let watch = watcher(Api::<Pod>::all(client.clone()), only).modify(keep_needed);
+        let api = Api::<Pod>::all(client.clone());
+        let watch = relisting(move || watcher(api.clone(), only.clone())).modify(keep_needed);
         follow("pods", watch.reflect(writer), &failing, &changed);
 
         let (namespaces, writer) = reflector::store();
         let all = Api::<PartialObjectMeta<Namespace>>::all(client.clone());
-        let watch = watcher(all, watcher::Config::default()).modify(|namespace| {
-            namespace.metadata.managed_fields = None;
-        });
+        let watch = relisting(move || watcher(all.clone(), watcher::Config::default()));
+        let watch = watch.modify(|namespace| namespace.metadata.managed_fields = None);
         follow("namespaces", watch.reflect(writer), &failing, &changed);
 
         let (events, queue) = mpsc::channel(EVENTS);
@@ -304,6 +304,23 @@ fn follow<K: 'static>(
             let _ = changed.try_send(());
         }
     });
+}
+
+/// A watch that begins anew where the API server answers its start with 410: a watcher would ask
+/// for the same version for ever. Told so by an event, it lists again by itself.
+fn relisting<K, W>(make: impl Fn() -> W) -> impl Stream<Item = watcher::Result<watcher::Event<K>>>
+where
+    W: Stream<Item = watcher::Result<watcher::Event<K>>>,
+{
+    stream::unfold((Box::pin(make()), make), async |(mut watch, make)| {
+        let event = watch.next().await?;
+        if let Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) = &event
+            && status.code == 410
+        {
+            watch = Box::pin(make());
+        }
+        Some((event, (watch, make)))
+    })
 }
 
 fn watch_error(what: &str, error: &watcher::Error) -> String {
