@@ -59,6 +59,8 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	@$(MAKE) --no-print-directory check
 	cargo test --workspace --no-fail-fast
 	@$(MAKE) --no-print-directory conformance ARGS=--quiet
+	@$(MAKE) --no-print-directory e2e CLUSTER=lab ARGS=
+	@$(MAKE) --no-print-directory chart
 	$(if $(TEST_KERNELS),TESTS='$(VM_TESTS)' scripts/kernels.sh $(TEST_KERNELS))
 
 kernels: ## the binary and its tests in VMs under other kernels; KERNELS="6.1" runs one
