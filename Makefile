@@ -29,7 +29,7 @@ FUZZ_TARGETS = lists annotations manifests
 # Of `make e2e`: kind, or lab: a node without a cluster, made of this machine's own parts.
 CLUSTER = kind
 
-.PHONY: build help deps demo conformance test kernels check chart image e2e fuzz mutants fmt clean
+.PHONY: build help deps demo conformance test bench-control kernels check chart image e2e fuzz mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
@@ -58,6 +58,11 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	cargo test --workspace --no-fail-fast
 	@$(MAKE) --no-print-directory conformance ARGS=--quiet
 	$(if $(TEST_KERNELS),scripts/kernels.sh $(TEST_KERNELS))
+
+bench-control: build ## the scale of Kubernetes mode (root): docs/scale.md; QUICK=1, ARGS="--help"
+	cargo build --release -q -p sidestep-e2e --bin bench-control
+	$(DEBUG)/../release/bench-control --sidestep $(abspath $(BIN)) \
+		$(if $(filter-out 0,$(QUICK)),--pods 60 --others 1000 --seconds 15 --rest 5) $(ARGS)
 
 kernels: ## the binary and its tests in VMs under other kernels; KERNELS="6.1" runs one
 	@scripts/kernels.sh $(if $(UPDATE_BUDGET),--update-budget) $(KERNELS)

@@ -468,9 +468,7 @@ fn an_uninstalled_daemonset_leaves_nothing() {
     assert!(cluster.is_chained() && cluster.agent.bpffs().exists(), "a restart takes nothing away");
     let before = cluster.agent.log().matches("adopted=1").count();
     cluster.agent.restart().expect("starts");
-    cluster.becomes("the new agent", || {
-        cluster.agent.log().matches("adopted=1").count() > before
-    });
+    cluster.becomes("the new agent", || cluster.agent.log().matches("adopted=1").count() > before);
     cluster.api.delete("daemonsets.apps", "kube-system", "sidestep").expect("deleted");
     cluster.agent.terminate().expect("ends");
     assert_eq!(cluster.conflist(), serde_json::from_str::<Value>(BRIDGE).expect("JSON"));

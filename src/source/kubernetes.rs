@@ -255,7 +255,9 @@ impl ApiServer {
         };
         match self.find_daemonset(&namespace, &name).await {
             Some(Ok(Some(_))) => self.had_rights = true,
-            Some(Ok(None)) => warn!("the API server has no DaemonSet {namespace}/{name} (--daemonset)"),
+            Some(Ok(None)) => {
+                warn!("the API server has no DaemonSet {namespace}/{name} (--daemonset)")
+            }
             Some(Err(error)) => warn!("{:#}", explained("get", "daemonsets", &error)),
             None => {}
         }
