@@ -60,8 +60,8 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	$(if $(TEST_KERNELS),scripts/kernels.sh $(TEST_KERNELS))
 
 bench-control: build ## the scale of Kubernetes mode (root): docs/scale.md; QUICK=1, ARGS="--help"
-	cargo build --release -q -p sidestep-e2e --bin bench-control
-	$(DEBUG)/../release/bench-control --sidestep $(abspath $(BIN)) \
+	cargo build -q -p sidestep-e2e --bin bench-control
+	$(DEBUG)/bench-control --sidestep $(abspath $(BIN)) \
 		$(if $(filter-out 0,$(QUICK)),--pods 60 --others 1000 --seconds 15 --rest 5) $(ARGS)
 
 kernels: ## the binary and its tests in VMs under other kernels; KERNELS="6.1" runs one

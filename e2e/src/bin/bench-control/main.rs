@@ -9,6 +9,7 @@ mod report;
 mod usage;
 
 use std::{
+    collections::BTreeSet,
     fs,
     num::NonZeroU32,
     path::{Path, PathBuf},
@@ -38,7 +39,7 @@ struct Args {
     /// Pods of this node
     #[arg(long, default_value_t = 250)]
     pods: usize,
-    /// Pods of other nodes, in the second run
+    /// Pods of other nodes, in the second run; 0: there is none
     #[arg(long, default_value_t = 5000)]
     others: usize,
     /// Pods replaced in a second
@@ -75,7 +76,7 @@ fn bench(args: &Args) -> Result<()> {
         rest_seconds: args.rest,
     };
     let mut report = Report { environment: Environment::read()?, settings, runs: Vec::new() };
-    for others in [0, args.others] {
+    for others in BTreeSet::from([0, args.others]) {
         let run = measure(&args.sidestep, others, &report.settings);
         report.runs.push(run.with_context(|| format!("with {others} pods of other nodes"))?);
     }
