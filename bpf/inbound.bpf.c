@@ -4,6 +4,11 @@
  * program can't ask in which namespace it runs, and an address is no identity, so each instance
  * is told its namespace's cookie when it is loaded. It shares the node's maps.
  */
+/*
+ * What it reads of the kernel is its stable interface. Anything to relocate would have libbpf
+ * parse the whole kernel's types for each pod: most of what enrolling one took.
+ */
+#define BPF_NO_PRESERVE_ACCESS_INDEX
 #include "vmlinux.h"
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>

@@ -13,7 +13,7 @@ use notify::Watcher;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
-    time::{MissedTickBehavior, interval},
+    time::{Instant, MissedTickBehavior, interval, sleep},
 };
 use tracing::{info, warn};
 
@@ -139,6 +139,9 @@ async fn serve(config: &Config) -> Result<()> {
     let mut resync = interval(RESYNC);
     resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut more = BTreeSet::new();
+    let settle = sleep(Duration::ZERO);
+    tokio::pin!(settle);
+    let mut settling = false;
     loop {
         metrics.turned();
         tokio::select! {
@@ -146,8 +149,13 @@ async fn serve(config: &Config) -> Result<()> {
             _ = interrupt.recv() => break,
             refused = events.next() => reconciler.find_listeners(&refused?),
             Some(asked) = requests.recv() => answer(&mut reconciler, asked, &metrics, &more),
-            Some(()) = changes.recv() => {
-                tokio::time::sleep(SETTLE).await;
+            // A sandbox does not wait for it.
+            Some(()) = changes.recv(), if !settling => {
+                settle.as_mut().reset(Instant::now() + SETTLE);
+                settling = true;
+            }
+            () = &mut settle, if settling => {
+                settling = false;
                 while changes.try_recv().is_ok() {}
                 more = chain(installer.as_ref());
                 reconciler.sync(Look::Changes, &more);

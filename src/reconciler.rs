@@ -663,9 +663,11 @@ fn is_gone(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().map(io::Error::kind) == Some(io::ErrorKind::NotFound)
 }
 
-/// Whether the pod's object says that its containers run.
+/// Whether the pod's object says that its containers run and shall go on: one that is being
+/// deleted has none soon, and its object may stay for a while.
 fn is_running(pod: &Pod) -> bool {
-    pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running")
+    let deleted = pod.metadata.deletion_timestamp.is_some();
+    !deleted && pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running")
 }
 
 fn problem(reason: Reason, record: &Record, text: &str) -> Problem {

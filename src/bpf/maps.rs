@@ -17,6 +17,16 @@ pub(crate) struct Diff {
     pub deletes: Vec<Vec<u8>>,
 }
 
+impl Diff {
+    /// Does to a copy of the map's contents what is to be done to the map.
+    pub fn apply(&self, to: &mut Entries) {
+        to.extend(self.upserts.iter().map(|(key, value)| (key.clone(), value.clone())));
+        for key in &self.deletes {
+            to.remove(key);
+        }
+    }
+}
+
 pub(crate) fn entry<K: Wire, V: Wire>(key: &K, value: &V) -> (Vec<u8>, Vec<u8>) {
     (as_bytes(key).to_vec(), as_bytes(value).to_vec())
 }
@@ -75,13 +85,14 @@ mod tests {
                 map.iter().map(|(key, value)| entry(key, value)).collect()
             };
             let (mut now, goal) = (entries(&actual), entries(&desired));
-            let Diff { upserts, deletes } = diff(&now, goal.clone());
-            for (key, value) in upserts {
-                prop_assert_ne!(now.insert(key, value.clone()), Some(value), "a needless write");
+            let diff_of = diff(&now, goal.clone());
+            for (key, value) in &diff_of.upserts {
+                prop_assert_ne!(now.get(key), Some(value), "a needless write");
             }
-            for key in deletes {
-                prop_assert!(now.remove(&key).is_some());
+            for key in &diff_of.deletes {
+                prop_assert!(now.contains_key(key));
             }
+            diff_of.apply(&mut now);
             prop_assert_eq!(&now, &goal);
             prop_assert_eq!(diff(&now, goal), Diff::default());
         }

@@ -225,6 +225,8 @@ pub struct Dataplane {
     pins: Pins,
     /// An agent with another layout decides still.
     to_take_over: bool,
+    /// What the maps hold, in the order of [`Dataplane::apply`], once that is known for sure.
+    known: Option<Vec<Entries>>,
 }
 
 impl Dataplane {
@@ -251,7 +253,7 @@ impl Dataplane {
             }
             refusal()
         })?;
-        Ok(Self { skel, pins: pins.clone(), to_take_over: false })
+        Ok(Self { skel, pins: pins.clone(), to_take_over: false, known: None })
     }
 
     /// Puts the loaded programs in force on the cgroup: a hook that is there already is switched
@@ -452,13 +454,21 @@ impl Dataplane {
             (&kernel.pod_records, 0, records),
             (&kernel.pods, 0, pods),
         ];
-        let mut plan = Vec::new();
+        // Whatever fails half-way is compared with the maps themselves next time.
+        let mut known = self.known.take().unwrap_or_default().into_iter();
+        let (mut plan, mut holds) = (Vec::new(), Vec::new());
         for (map, at, goal) in contents {
-            let mut diff = maps::diff(&maps::read(map)?, goal);
+            let mut holding = match known.next() {
+                Some(entries) => entries,
+                None => maps::read(map)?,
+            };
+            let mut diff = maps::diff(&holding, goal);
             let kept = |key: &[u8]| {
                 wire::from_bytes(&key[at..at + 8]).is_ok_and(|cookie: u64| keep.contains(&cookie))
             };
             diff.deletes.retain(|key| !kept(key));
+            diff.apply(&mut holding);
+            holds.push(holding);
             plan.push((map, diff));
         }
         for (map, diff) in &plan {
@@ -473,6 +483,7 @@ impl Dataplane {
         for (map, diff) in plan.iter().rev() {
             maps::delete(*map, diff)?;
         }
+        self.known = Some(holds);
         Ok(plan.iter().fold((0, 0), |(written, deleted), (_, diff)| {
             (written + diff.upserts.len(), deleted + diff.deletes.len())
         }))
