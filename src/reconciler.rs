@@ -29,6 +29,9 @@ use crate::{
     },
 };
 
+/// A pod that starts or ends may have no process for a moment, or its object may lag behind: that
+/// none is found is said at this look at everything.
+const MISSES: u32 = 2;
 /// A pod whose proxy does not listen is looked at this often at most.
 const SEARCH: Duration = Duration::from_millis(100);
 
@@ -77,8 +80,8 @@ pub struct Reconciler {
     searched: BTreeMap<(u64, u16), Instant>,
     /// What the namespaces said when they were last visited, by the pod's uid.
     visited: BTreeMap<String, NetnsFacts>,
-    /// Pods whose namespace was looked for in vain, by uid; whether that was said.
-    missing: BTreeMap<String, bool>,
+    /// Pods whose namespace was looked for in vain, by uid; at how many looks at everything.
+    missing: BTreeMap<String, u32>,
     /// What was wrong at the last sync: said once, not every time.
     problems: BTreeSet<Problem>,
 }
@@ -261,9 +264,7 @@ impl Reconciler {
         }
         self.missing.retain(|uid, _| unknown.contains(uid) && places.get(uid).is_none());
         for uid in wanted.into_iter().filter(|uid| places.get(uid).is_none()) {
-            // A container that ends may have no process for a moment: said at the second time.
-            let said = self.missing.contains_key(&uid);
-            self.missing.insert(uid, said);
+            *self.missing.entry(uid).or_default() += u32::from(again);
         }
     }
 
@@ -331,7 +332,7 @@ impl Reconciler {
         }
         match visit {
             Some(visit) => visit.map(Some).context(what),
-            None if is_running(&found.pod) && self.missing.get(found.uid()) == Some(&true) => {
+            None if is_running(&found.pod) && self.missing.get(found.uid()) >= Some(&MISSES) => {
                 Err(anyhow::anyhow!(
                     "no process of it is found on this node: its network namespace is not known \
                      (is --proc the node's own procfs, and is --node-name this node?)"
