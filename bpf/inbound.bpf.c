@@ -3,8 +3,7 @@
  * Inbound: one instance for each pod, linked to the pod's network namespace. An sk_lookup
  * program can't ask in which namespace it runs, and an address is no identity, so each instance
  * is told its namespace's cookie when it is loaded. It shares the node's maps.
- */
-/*
+ *
  * What it reads of the kernel is its stable interface. Anything to relocate would have libbpf
  * parse the whole kernel's types for each pod: most of what enrolling one took.
  */

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use notify::Watcher;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::mpsc,
+    sync::{mpsc, oneshot},
     time::{Instant, MissedTickBehavior, interval, sleep},
 };
 use tracing::{info, warn};
@@ -148,7 +148,16 @@ async fn serve(config: &Config) -> Result<()> {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             refused = events.next() => reconciler.find_listeners(&refused?),
-            Some(asked) = requests.recv() => answer(&mut reconciler, asked, &metrics, &more),
+            Some(first) = requests.recv() => {
+                // Whatever waits meanwhile shares a sync with it.
+                let mut batch = vec![first];
+                while let Ok(asked) = requests.try_recv() {
+                    batch.push(asked);
+                }
+                answer(&mut reconciler, batch, &metrics, &more);
+                // Those who wrote to the socket, and the watches, have their turn.
+                tokio::task::yield_now().await;
+            }
             // A sandbox does not wait for it.
             Some(()) = changes.recv(), if !settling => {
                 settle.as_mut().reset(Instant::now() + SETTLE);
@@ -194,28 +203,51 @@ fn chain(installer: Option<&Installer>) -> BTreeSet<Problem> {
 }
 
 /// Answers the CNI plugin.
-fn answer(reconciler: &mut Reconciler, asked: Asked, metrics: &Metrics, more: &BTreeSet<Problem>) {
-    let verb = asked.request.verb();
-    let result = match (asked.request, asked.pod) {
-        (Request::Add(sandbox), Some(pod)) => reconciler.add(pod, &sandbox, more),
-        (Request::Check(sandbox), Some(pod)) => reconciler.check(&pod, &sandbox),
-        (Request::Add(_) | Request::Check(_), None) => Err(AddError::NotYet),
-        (Request::Del { container }, _) => {
-            reconciler.delete(&container);
-            Ok(())
-        }
-        (Request::Gc { containers }, _) => {
-            reconciler.keep_only(&containers);
-            Ok(())
+fn answer(
+    reconciler: &mut Reconciler,
+    batch: Vec<Asked>,
+    metrics: &Metrics,
+    more: &BTreeSet<Problem>,
+) {
+    let reply = |verb, answer: oneshot::Sender<Reply>, result: Result<(), AddError>| {
+        metrics.cni(verb, result.is_ok());
+        let retry = result == Err(AddError::NotYet);
+        let error = result.err().map(|error| error.to_string());
+        if answer.send(Reply { error, retry }).is_err() {
+            warn!("the CNI plugin did not wait for its answer");
         }
     };
-    metrics.cni(verb, result.is_ok());
-    let reply = match result {
-        Ok(()) => Reply::default(),
-        Err(error) => Reply { error: Some(error.to_string()), retry: error == AddError::NotYet },
-    };
-    if asked.answer.send(reply).is_err() {
-        warn!("the CNI plugin did not wait for its answer");
+    let mut announced = Vec::new();
+    for Asked { request, pod, answer } in batch {
+        let verb = request.verb();
+        let result = match (request, pod) {
+            (Request::Add(sandbox), Some(pod)) => match reconciler.announce(pod, &sandbox) {
+                Ok(Some(pod)) => {
+                    announced.push((pod, verb, answer));
+                    continue;
+                }
+                Ok(None) => Ok(()),
+                Err(error) => Err(error),
+            },
+            (Request::Check(sandbox), Some(pod)) => reconciler.check(&pod, &sandbox),
+            (Request::Add(_) | Request::Check(_), None) => Err(AddError::NotYet),
+            (Request::Del { container }, _) => {
+                reconciler.delete(&container);
+                Ok(())
+            }
+            (Request::Gc { containers }, _) => {
+                reconciler.keep_only(&containers);
+                Ok(())
+            }
+        };
+        reply(verb, answer, result);
+    }
+    if announced.is_empty() {
+        return;
+    }
+    reconciler.sync(Look::Changes, more);
+    for (pod, verb, answer) in announced {
+        reply(verb, answer, reconciler.admitted(&pod));
     }
 }
 

@@ -33,6 +33,9 @@ use crate::{
 
 /// How long the pods of an agent with other maps may be missing.
 const TAKE_OVER: Duration = Duration::from_secs(15);
+/// A pod that starts or ends may have no process for a moment, or its object may lag behind: that
+/// none is found is said at this look at everything.
+const MISSES: u32 = 2;
 /// A pod whose proxy does not listen is looked at this often at most.
 const SEARCH: Duration = Duration::from_millis(100);
 
@@ -84,8 +87,8 @@ pub struct Reconciler {
     taking_over: Option<Instant>,
     /// What the namespaces said when they were last visited, by the pod's uid.
     visited: BTreeMap<String, NetnsFacts>,
-    /// Pods whose namespace was looked for in vain, by uid; whether that was said.
-    missing: BTreeMap<String, bool>,
+    /// Pods whose namespace was looked for in vain, by uid; at how many looks at everything.
+    missing: BTreeMap<String, u32>,
     /// What was wrong at the last sync: said once, not every time.
     problems: BTreeSet<Problem>,
 }
@@ -192,7 +195,7 @@ impl Reconciler {
             return Ok(false);
         };
         problems.extend(snapshot.errors.iter().cloned());
-        let mut seen: BTreeMap<String, String> = BTreeMap::new();
+        let mut seen: BTreeMap<String, &Path> = BTreeMap::new();
         let mut mesh_pods = Vec::new();
         for found in &snapshot.pods {
             let facts = match self.facts(found, problems) {
@@ -207,12 +210,15 @@ impl Reconciler {
                     continue;
                 }
             };
-            let origin = found.origin.as_deref().map(Path::display).map(|path| path.to_string());
-            if let Some(first) = seen.get(&facts.name) {
-                problems.insert(found.problem(Reason::InvalidPod, &format!("already in {first}")));
-                continue;
+            // Of the API server's pods, one that ends and its successor have the same name.
+            if let Some(file) = &found.origin {
+                if let Some(first) = seen.get(&facts.name) {
+                    let text = format!("already in {}", first.display());
+                    problems.insert(found.problem(Reason::InvalidPod, &text));
+                    continue;
+                }
+                seen.insert(facts.name.clone(), file);
             }
-            seen.insert(facts.name.clone(), origin.unwrap_or_default());
             mesh_pods.push((found, facts));
         }
         self.search(look, &mesh_pods, problems);
@@ -301,9 +307,7 @@ impl Reconciler {
         }
         self.missing.retain(|uid, _| unknown.contains(uid) && places.get(uid).is_none());
         for uid in wanted.into_iter().filter(|uid| places.get(uid).is_none()) {
-            // A container that ends may have no process for a moment: said at the second time.
-            let said = self.missing.contains_key(&uid);
-            self.missing.insert(uid, said);
+            *self.missing.entry(uid).or_default() += u32::from(again);
         }
     }
 
@@ -373,7 +377,7 @@ impl Reconciler {
             // Its processes are gone, or it has another namespace by now: it is looked for again.
             Some(Err(error)) if cookie.is_some() && is_gone(&error) => Ok(None),
             Some(visit) => visit.map(Some).context(what),
-            None if is_running(&found.pod) && self.missing.get(found.uid()) == Some(&true) => {
+            None if is_running(&found.pod) && self.missing.get(found.uid()) >= Some(&MISSES) => {
                 Err(anyhow::anyhow!(
                     "no process of it is found on this node: its network namespace is not known \
                      (is --proc the node's own procfs, and is --node-name this node?)"
@@ -398,17 +402,16 @@ impl Reconciler {
         self.missing.retain(|uid, _| uids.contains(uid));
     }
 
-    /// Enrols a pod whose sandbox was just made, before its first process runs; one that is in no
-    /// mesh needs nothing.
+    /// Takes in a pod whose sandbox was just made, for the next sync; none where it is in no mesh
+    /// and needs nothing.
     ///
     /// # Errors
-    /// Where it is in a mesh and can't be enrolled: it must not run then.
-    pub fn add(
+    /// Where its namespace can't be entered, or the source has not spoken yet.
+    pub fn announce(
         &mut self,
         pod: Arc<Pod>,
         sandbox: &Sandbox,
-        more: &BTreeSet<Problem>,
-    ) -> Result<(), AddError> {
+    ) -> Result<Option<Announced>, AddError> {
         let refused = |error: anyhow::Error| AddError::Refused(format!("{error:#}"));
         let Source::Kubernetes(kubernetes, places) = &mut self.source else {
             return Err(AddError::Refused("this agent's pods come from manifests".into()));
@@ -417,20 +420,27 @@ impl Reconciler {
             return Err(AddError::NotYet);
         }
         let pod = kubernetes.inherit(pod);
-        // What is wrong with the pod itself, the sync below says.
+        // What is wrong with the pod itself, the sync says.
         if matches!(facts::facts(&pod), Ok(None)) {
-            return Ok(());
+            return Ok(None);
         }
         let uid = pod.metadata.uid.clone().unwrap_or_default();
         let cookie = Netns::open(&sandbox.netns).and_then(|ns| ns.cookie()).map_err(refused)?;
         let container = Some(sandbox.container.clone());
         places.remember(&uid, Place { path: sandbox.netns.clone(), cookie, container });
         kubernetes.expect(pod);
-        self.sync(Look::Changes, more);
+        Ok(Some(Announced { uid, cookie }))
+    }
+
+    /// Whether an announced pod is enrolled, after a sync.
+    ///
+    /// # Errors
+    /// Where it is in a mesh and can't be enrolled: it must not run then.
+    pub fn admitted(&self, Announced { uid, cookie }: &Announced) -> Result<(), AddError> {
         if self.dataplane.is_taking_over() {
             return Err(AddError::NotYet);
         }
-        self.enrolled(&uid, cookie)
+        self.enrolled(uid, *cookie)
     }
 
     /// Whether this pod is enrolled with this namespace.
@@ -630,6 +640,13 @@ impl Reconciler {
             }
         }
     }
+}
+
+/// A pod whose sandbox was just made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Announced {
+    uid: String,
+    cookie: u64,
 }
 
 /// Why a sandbox may not start yet.
