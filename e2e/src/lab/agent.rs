@@ -35,6 +35,8 @@ pub struct Agent {
     bpffs: PathBuf,
     /// As arguments. Also those that don't need them must not find the machine's own.
     cni_dirs: [OsString; 4],
+    /// Name of its maps' layout, where it is not its own.
+    layout: Option<String>,
     service: Option<Service>,
 }
 
@@ -52,7 +54,7 @@ impl Agent {
             node.containerd().cni_bin_dir().into(),
         ];
         let binary = binary.to_owned();
-        let mut agent = Self { binary, opts, bpffs, cni_dirs, service: None };
+        let mut agent = Self { binary, opts, bpffs, cni_dirs, layout: None, service: None };
         agent.launch(node)?;
         agent.wait_ready(node)?;
         Ok(agent)
@@ -65,7 +67,7 @@ impl Agent {
         argv.push(HTTP.to_string().into());
         argv.extend(["--kubeconfig".into(), node.kubeconfig().into()]);
         argv.extend(["--cgroup".into(), node.lab().cgroup().into()]);
-        argv.extend(["--bpffs".into(), self.bpffs.clone().into()]);
+        argv.extend(self.pins());
         if self.opts.cni {
             argv.push("--cni".into());
             argv.extend(self.cni_dirs.clone());
@@ -74,6 +76,19 @@ impl Agent {
         argv.extend(self.opts.args.iter().map(OsString::from));
         self.service = Some(node.lab().spawn_on_node("agent", argv)?);
         Ok(())
+    }
+
+    /// Replaces it by a build whose maps have another layout, such as `v2`.
+    pub fn upgrade_to(&mut self, node: &Node, layout: &str) -> Result<()> {
+        self.terminate()?;
+        self.layout = Some(layout.to_owned());
+        self.launch(node)
+    }
+
+    fn pins(&self) -> Vec<OsString> {
+        let mut args = vec!["--bpffs".into(), self.bpffs.clone().into()];
+        args.extend(self.layout.iter().flat_map(|layout| ["--layout".into(), layout.into()]));
+        args
     }
 
     /// Waits until `/readyz` says so. Fails with its last words when it ends.
@@ -139,8 +154,7 @@ impl Agent {
     fn command(&self, args: &[OsString]) -> Result<String> {
         let out = Command::new(&self.binary)
             .args(args)
-            .arg("--bpffs")
-            .arg(&self.bpffs)
+            .args(self.pins())
             .output()
             .with_context(|| format!("running {}", self.binary.display()))?;
         let said = String::from_utf8_lossy(&out.stderr);

@@ -27,6 +27,11 @@ pub const SCENARIOS: &[Row] = &[
     ("api-refuses", "without the right to list pods nothing that works breaks", api_refuses),
     ("agent-killed", "kill -9 and a new start under load: no connection fails or escapes", killed),
     (
+        "agent-upgraded",
+        "builds with other maps take over under load, forth and back: no connection notices",
+        upgraded,
+    ),
+    (
         "conflist-overwritten",
         "CNI's configuration is mended when somebody overwrites it",
         overwritten,
@@ -110,13 +115,36 @@ fn killed(world: &mut World) -> Result<()> {
         agent.wait_ready(node)?;
         more_load(node, "cart").with_context(|| format!("round {round}, with a new agent"))?;
     }
-    let log = node.log("cart", "app");
+    undisturbed(node, "cart")
+}
+
+/// All of the pod's connections went to its sidecar.
+fn undisturbed(node: &Node, pod: &str) -> Result<()> {
+    let log = node.log(pod, "app");
     // Before the sidecar listens all are refused; after that none.
     let begun = log.lines().skip_while(|line| line.contains("refused"));
     for line in begun {
         ensure!(line.starts_with("ok by=outbound "), "under load: {line}");
     }
     Ok(())
+}
+
+fn upgraded(world: &mut World) -> Result<()> {
+    let (node, mut agent) = (&world.node, world.agent()?);
+    let target = server(node, "server")?;
+    node.create_pod("cart", istio(), injected(app(&["loop", &target.to_string()])))?;
+    node.wait_running("cart")?;
+    for layout in ["v2", "v1", "v2"] {
+        more_load(node, "cart")?;
+        agent.upgrade_to(node, layout)?;
+        agent.wait_ready(node)?;
+        more_load(node, "cart").with_context(|| format!("with maps of {layout}"))?;
+        agent.wait_enrolled("cart", true)?;
+    }
+    undisturbed(node, "cart")?;
+    // A pod that starts now is intercepted by the new maps.
+    let own = mesh_pod(node, "late")?;
+    intercepted(node, "late", own, target)
 }
 
 /// Waits for some more connections of the pod's app.
