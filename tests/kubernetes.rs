@@ -435,6 +435,32 @@ fn a_pod_that_cannot_be_enrolled_does_not_start_and_is_told() {
 }
 
 #[test]
+fn a_full_map_refuses_a_pod_and_wedges_nothing() {
+    let cluster = Cluster::new("k8s-full");
+    cluster.in_force();
+    // Every other port is a rule of its own: half of what there is room for.
+    let ports: Vec<String> = (1..=u16::MAX).step_by(2).map(|port| port.to_string()).collect();
+    let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
+    let greedy = |pod: &Pod| annotated(pending(pod), key, &ports.join(","));
+    let first = cluster.api.put(greedy(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &first));
+    let second = cluster.api.put(greedy(&cluster.b)).expect("created");
+    let (code, text) = refused(&cluster.plugin("ADD", &cluster.b, &second));
+    assert_eq!(code, 100);
+    assert!(text.contains("lab/b") && text.contains("port_rules map is full"), "{text}");
+    assert_eq!(cluster.names(), ["lab/a"]);
+    // With less, it is let in, and the first one still works as it should.
+    let modest = json!({"metadata": {"annotations": {key: "81"}}});
+    cluster.api.patch("pods", "lab", "b", &modest).expect("patched");
+    cluster.becomes("the second pod to be let in", || cluster.names() == ["lab/a", "lab/b"]);
+    let _proxies = [&cluster.a, &cluster.b].map(|pod| pod.fake_proxy(15001).expect("a proxy"));
+    let target = addr(ip(REMOTE4), 80);
+    for pod in [&cluster.a, &cluster.b] {
+        assert_original(&pod.ask(APP, APP, target).expect("reached"), target);
+    }
+}
+
+#[test]
 fn no_agent_no_pod() {
     let mut cluster = Cluster::new("k8s-no-agent");
     cluster.in_force();
