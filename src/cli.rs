@@ -84,10 +84,6 @@ struct Run {
     /// processes.
     #[arg(long, conflicts_with = "pods", requires = "node_name")]
     kubernetes: bool,
-    #[command(flatten)]
-    cluster: ClusterArgs,
-    #[command(flatten)]
-    cni: Cni,
     /// Serve /healthz, /readyz and /metrics on this address, such as 127.0.0.1:9465.
     #[arg(long, value_name = "ADDRESS:PORT", env = "SIDESTEP_HTTP")]
     http: Option<SocketAddr>,
@@ -98,6 +94,10 @@ struct Run {
     /// How log lines look.
     #[arg(long, value_name = "FORMAT", value_enum, default_value = "human")]
     log_format: LogFormat,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    #[command(flatten)]
+    cni: Cni,
 }
 
 #[derive(Debug, Args)]
@@ -150,10 +150,15 @@ struct Cni {
 #[derive(Debug, Args)]
 struct CniDirs {
     /// Directory of CNI configurations.
-    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "SIDESTEP_CNI_CONF_DIR",
+        default_value = "/etc/cni/net.d"
+    )]
     cni_conf_dir: PathBuf,
     /// Directory of CNI plugins.
-    #[arg(long, value_name = "DIR", default_value = "/opt/cni/bin")]
+    #[arg(long, value_name = "DIR", env = "SIDESTEP_CNI_BIN_DIR", default_value = "/opt/cni/bin")]
     cni_bin_dir: PathBuf,
 }
 
@@ -269,16 +274,18 @@ impl Cli {
                 telemetry::init(LogFormat::Human);
                 let pins = args.paths.pins()?;
                 let root = args.paths.bpffs.display();
+                let installed = args.paths.bpffs.exists();
+                // Before anything is touched: an agent that runs would put it back.
+                let _lock = installed.then(|| pins.lock()).transpose()?;
                 let cni = &args.cni;
                 let changed = conflist::uninstall(&cni.cni_conf_dir, &cni.cni_bin_dir)?;
                 if changed > 0 {
                     println!("The CNI plugin is removed: {changed} files changed.");
                 }
-                if !args.paths.bpffs.exists() {
+                if !installed {
                     println!("Nothing to unload: {root} does not exist.");
                     return Ok(ExitCode::SUCCESS);
                 }
-                let _lock = pins.lock()?;
                 let removed = bpf::unload(&pins)?;
                 println!("Unloaded: {removed} pins removed from {root}.");
                 Ok(ExitCode::SUCCESS)

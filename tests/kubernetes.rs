@@ -479,6 +479,22 @@ fn no_agent_no_pod() {
 }
 
 #[test]
+fn unload_takes_nothing_from_a_running_agent() {
+    let mut cluster = Cluster::new("k8s-unload");
+    cluster.in_force();
+    let at = |name: &str| cluster.dir.path().join(name).to_string_lossy().into_owned();
+    let (conf, bin) = (at("net.d"), at("bin"));
+    let unload = ["unload", "--cni-conf-dir", &conf, "--cni-bin-dir", &bin];
+    let error = cluster.agent.command(&unload).expect_err("an agent runs").to_string();
+    assert!(error.contains("stop it first"), "{error}");
+    assert!(cluster.is_chained() && cluster.dir.path().join("bin/sidestep-cni").exists());
+    cluster.agent.terminate().expect("ends");
+    cluster.agent.command(&unload).expect("unloaded");
+    assert!(!cluster.is_chained() && !cluster.dir.path().join("bin/sidestep-cni").exists());
+    assert!(!cluster.agent.bpffs().exists());
+}
+
+#[test]
 fn a_configuration_that_others_write_is_repaired() {
     let cluster = Cluster::new("k8s-conflist");
     cluster.in_force();

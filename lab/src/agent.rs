@@ -187,6 +187,9 @@ impl Agent {
     /// Runs another command of the agent's binary on the same pins and gives its stdout.
     pub fn command(&self, args: &[&str]) -> Result<String> {
         let out = Command::new(&self.binary)
+            // This machine's own CNI configuration is none of the lab's business.
+            .env("SIDESTEP_CNI_CONF_DIR", &self.pods)
+            .env("SIDESTEP_CNI_BIN_DIR", &self.pods)
             .args(args)
             .arg("--bpffs")
             .arg(&self.bpffs)

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use futures_util::{FutureExt, Stream, StreamExt, pin_mut, stream};
 use k8s_openapi::api::{
     apps::v1::DaemonSet,
@@ -15,7 +15,7 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client,
-    config::{KubeConfigOptions, Kubeconfig},
+    config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
     core::PartialObjectMeta,
     runtime::{
         WatchStreamExt,
@@ -341,20 +341,20 @@ fn watch_error(what: &str, error: &watcher::Error) -> String {
 /// An error in words that help: which verb of which resource is not allowed, say.
 fn explained(verb: &str, resource: &str, error: &kube::Error) -> anyhow::Error {
     match error {
-        kube::Error::Api(status) if status.code == 403 => anyhow::anyhow!(
+        kube::Error::Api(status) if status.code == 403 => anyhow!(
             "the API server forbids to {verb} {resource}: the agent's ClusterRole needs the verb \
              {verb:?} on {resource:?} ({})",
             status.message
         ),
         kube::Error::Api(status) => {
-            anyhow::anyhow!("cannot {verb} {resource}: {} ({})", status.message, status.code)
+            anyhow!("cannot {verb} {resource}: {} ({})", status.message, status.code)
         }
         // The innermost cause is the one that says something.
         other => {
             let error: &dyn std::error::Error = other;
             let cause = std::iter::successors(Some(error), |error| error.source()).last();
             let cause = cause.map(ToString::to_string).unwrap_or_default();
-            anyhow::anyhow!("cannot {verb} {resource}: the API server can't be reached: {cause}")
+            anyhow!("cannot {verb} {resource}: the API server can't be reached: {cause}")
         }
     }
 }
@@ -362,11 +362,12 @@ fn explained(verb: &str, resource: &str, error: &kube::Error) -> anyhow::Error {
 async fn client(config: &Config) -> Result<Client> {
     let config = match &config.kubeconfig {
         Some(path) => {
-            let invalid = || format!("kubeconfig {}", path.display());
-            let file = Kubeconfig::read_from(path).with_context(invalid)?;
-            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
-                .await
-                .with_context(invalid)?
+            // Their texts have their causes in them.
+            let invalid =
+                |error: KubeconfigError| anyhow!("kubeconfig {}: {error}", path.display());
+            let file = Kubeconfig::read_from(path).map_err(invalid)?;
+            let options = KubeConfigOptions::default();
+            kube::Config::from_custom_kubeconfig(file, &options).await.map_err(invalid)?
         }
         None => kube::Config::incluster().context(
             "no --kubeconfig is given, and this is no pod with a service account \
