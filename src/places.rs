@@ -69,8 +69,9 @@ impl Places {
         self.known.retain(|uid, _| uids.contains(uid));
     }
 
-    /// Looks for processes of these pods, by their cgroups, and remembers where they are. The
-    /// namespaces in `host` are nobody's.
+    /// Looks for processes of these pods, by their cgroups, and remembers where the oldest of each
+    /// is: the sandbox's own comes first, and what a pod's processes do to themselves later counts
+    /// for nothing. The namespaces in `host` are nobody's.
     ///
     /// # Errors
     /// Where the processes can't be listed, or those of a pod may not be looked at. One that is
@@ -81,17 +82,23 @@ impl Places {
         }
         let processes = fs::read_dir(&self.proc)
             .with_context(|| format!("cannot list processes in {}", self.proc.display()))?;
-        let mut wanted = uids.clone();
         let mut forbidden = None;
+        let mut found: BTreeMap<String, (Age, Place)> = BTreeMap::new();
         for process in processes.flatten() {
             let name = process.file_name();
-            if !name.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
-                continue;
-            }
-            let dir = process.path();
-            let Some(uid) = pod_of(&dir).filter(|uid| wanted.contains(uid)) else {
+            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
+            let dir = process.path();
+            let Some(uid) = pod_of(&dir).filter(|uid| uids.contains(uid)) else {
+                continue;
+            };
+            let Some(age) = started(&dir).map(|start| (start, pid)) else {
+                continue;
+            };
+            if found.get(&uid).is_some_and(|(oldest, _)| *oldest < age) {
+                continue;
+            }
             let path = dir.join("ns/net");
             let cookie = match Netns::open(&path).and_then(|netns| netns.cookie()) {
                 Ok(cookie) => cookie,
@@ -106,18 +113,25 @@ impl Places {
             if host.contains(&cookie) || pod_of(&dir).as_ref() != Some(&uid) {
                 continue;
             }
-            wanted.remove(&uid);
-            self.known.insert(uid, Place { path, cookie, container: None });
-            if wanted.is_empty() {
-                break;
-            }
+            found.insert(uid, (age, Place { path, cookie, container: None }));
         }
-        match forbidden.filter(|_| !wanted.is_empty()) {
+        let all = found.len() == uids.len();
+        self.known.extend(found.into_iter().map(|(uid, (_, place))| (uid, place)));
+        match forbidden.filter(|_| !all) {
             Some(error) => Err(error
                 .context("the processes of pods may not be looked at (CAP_SYS_PTRACE, AppArmor)")),
             None => Ok(()),
         }
     }
+}
+
+/// When a process started, in ticks since the machine did, and its number.
+type Age = (u64, u32);
+
+/// When a process started: field 22 of its stat, behind the name, which may hold anything.
+fn started(process: &Path) -> Option<u64> {
+    let stat = fs::read_to_string(process.join("stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
 fn is_forbidden(error: &anyhow::Error) -> bool {

@@ -1,0 +1,43 @@
+//! Which network namespace is a pod's, by its processes.
+
+use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path};
+
+use sidestep::{netns::Netns, places::Places};
+use sidestep_lab::{Lab, Pod, PodNet};
+
+const UID: &str = "7e3c1a52-0d6f-4c3b-9a71-5c2b7f7d9e10";
+
+/// A process as procfs shows it, with a name that is made to mislead.
+fn process(proc: &Path, pid: u32, started: u64, netns: &Path) {
+    let dir = proc.join(pid.to_string());
+    fs::create_dir_all(dir.join("ns")).expect("made");
+    fs::write(dir.join("cgroup"), format!("0::/kubepods/pod{UID}/abc\n")).expect("written");
+    let zeros = "0 ".repeat(17);
+    let stat = format!("{pid} (a) S 1 (b) S 1 {zeros}{started} 0 0\n");
+    fs::write(dir.join("stat"), stat).expect("written");
+    symlink(netns, dir.join("ns/net")).expect("linked");
+}
+
+fn cookie(pod: &Pod) -> u64 {
+    Netns::open(&pod.netns()).and_then(|netns| netns.cookie()).expect("a cookie")
+}
+
+#[test]
+fn a_pod_is_where_its_oldest_process_is() {
+    let lab = Lab::new("places").expect("a lab");
+    let [own, made] = ["own", "made"].map(|name| lab.pod(name, PodNet::V4).expect("a pod"));
+    let proc = tempfile::tempdir().expect("a directory");
+    // One of the pod's processes has made a namespace for itself. Numbers start again.
+    process(proc.path(), 300, 50, &own.netns());
+    process(proc.path(), 20, 900, &made.netns());
+    process(proc.path(), 4000, 51, &made.netns());
+    let uids = BTreeSet::from([UID.to_owned()]);
+    let mut places = Places::new(proc.path());
+    places.search(&uids, &BTreeSet::new()).expect("searched");
+    assert_eq!(places.get(UID).map(|place| place.cookie), Some(cookie(&own)));
+    // The host's namespace is nobody's, whoever says so.
+    let mut places = Places::new(proc.path());
+    let host = BTreeSet::from([cookie(&own), cookie(&made)]);
+    places.search(&uids, &host).expect("searched");
+    assert_eq!(places.get(UID), None);
+}
