@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod calls;
 mod cgroup;
 mod client;
 mod cmd;
@@ -16,6 +17,7 @@ pub mod iptables;
 mod lab;
 pub mod load;
 mod netns;
+pub mod pattern;
 mod pod;
 mod process;
 mod seen;
