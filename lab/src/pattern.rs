@@ -191,9 +191,9 @@ mod tests {
     #[test]
     fn any_part_of_the_stream_is_the_same() {
         let all = PATTERN().bytes(0, 100);
-        for from in 0..40 {
+        for from in 0..40_usize {
             for len in 0..40 {
-                assert_eq!(PATTERN().bytes(from, len as usize), all[from as usize..][..len]);
+                assert_eq!(PATTERN().bytes(from as u64, len), all[from..][..len]);
             }
         }
         assert_ne!(Pattern::new(8).bytes(0, 16), all[..16]);

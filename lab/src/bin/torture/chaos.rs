@@ -28,7 +28,18 @@ pub enum Event {
 }
 
 impl Event {
-    const ALL: [Self; 4] = [Self::Killed, Self::PodLeft, Self::OptedOut, Self::Restarted];
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Killed, Self::PodLeft, Self::OptedOut, Self::Restarted];
+
+    /// What happened.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Killed => "the agent was killed",
+            Self::Restarted => "the agent was restarted",
+            Self::PodLeft => "a pod left and came back",
+            Self::OptedOut => "a pod opted out and in",
+        }
+    }
 
     /// What happens in turn: all of it, from anywhere on.
     pub fn turns(rng: &mut Rng) -> impl Iterator<Item = Self> {

@@ -30,6 +30,10 @@ use crate::traffic::{Tally, Traffic};
 /// Failures that are shown in full.
 const SHOWN: usize = 20;
 const MIB: u64 = 1 << 20;
+/// Memory that each connection may take at most, on average, whether it is spliced or not.
+const EACH: u64 = 256 << 10;
+/// Memory that may be left when all is over: other programs have sockets, too.
+const LEFT: u64 = 4 * MIB;
 
 /// Tortures spliced connections, and the same ones over plain TCP.
 #[derive(Parser)]
@@ -97,7 +101,10 @@ fn torture(args: &Args) -> Result<bool> {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         now.as_micros() as u64 % 1_000_000
     });
-    println!("seed {seed}: repeat it with `make torture SEED={seed}`");
+    println!(
+        "{} connections at a time, {} s, seed {seed}: repeat it with SEED={seed}",
+        args.clients, args.seconds
+    );
     let each = Duration::from_secs(args.seconds) / u32::try_from(args.modes.len())?;
     let mut runs = Vec::new();
     for &mode in &args.modes {
@@ -106,10 +113,9 @@ fn torture(args: &Args) -> Result<bool> {
         if interrupted() {
             bail!("interrupted");
         }
-        println!("{}", run.line());
         runs.push(run);
     }
-    print!("{}", endings(&runs));
+    print!("{}", report(&runs));
     let mut failures = 0;
     for run in &runs {
         let name = run.mode.name();
@@ -129,6 +135,7 @@ fn torture(args: &Args) -> Result<bool> {
 /// One mode's run.
 struct Run {
     mode: Mode,
+    clients: u64,
     took: Duration,
     tally: Tally,
     counters: BTreeMap<&'static str, u64>,
@@ -221,8 +228,16 @@ impl Run {
             agent.status()
         })?;
         let took = begin.elapsed();
-        // What is in TIME_WAIT holds nothing.
-        let freed = || memory::tcp().is_ok_and(|now| now <= before + MIB);
+        let mut left = 0;
+        let closed = wait_until("all sockets to be closed", Duration::from_secs(10), || {
+            let sockets = |pod: &Pod| pod.run(0, 0, memory::sockets)?;
+            left = pods.iter().filter_map(|pod| sockets(pod).ok()).sum();
+            left == 0
+        });
+        if closed.is_err() {
+            traffic.problem(format!("{left} sockets are still there after all were closed"));
+        }
+        let freed = || memory::tcp().is_ok_and(|now| now <= before + LEFT);
         let _ = wait_until("the memory to be freed", Duration::from_secs(5), freed);
         memory.after = memory::tcp()?;
         let tally =
@@ -230,7 +245,8 @@ impl Run {
         let counters = COUNTERS.into_iter().map(|name| (name, counter(&status, name))).collect();
         let legs = status["splice"]["legs"].as_object();
         let spliced = legs.is_some_and(|legs| legs.values().any(|leg| leg["on"] == true));
-        Ok(Self { mode, took, tally, counters, events, memory, spliced })
+        let clients = args.clients as u64;
+        Ok(Self { mode, clients, took, tally, counters, events, memory, spliced })
     }
 
     /// What is wrong.
@@ -239,32 +255,18 @@ impl Run {
         if self.mode != Mode::Off && !self.spliced {
             failures.push("no leg is on: nothing was tested".to_owned());
         }
-        if self.spliced && self.counters["splice_redirected"] == 0 {
-            failures.push("nothing was redirected".to_owned());
+        let redirected = self.counters["splice_redirected"];
+        if self.spliced == (redirected == 0) {
+            failures.push(format!("{redirected} messages were redirected"));
+        }
+        let Memory { before, most, after } = self.memory;
+        if most > before + EACH * self.clients {
+            failures.push(format!("TCP held {} KiB at a time", most >> 10));
+        }
+        if after > before + LEFT {
+            failures.push(format!("TCP held {} KiB, and in the end {}", before >> 10, after >> 10));
         }
         failures
-    }
-
-    fn line(&self) -> String {
-        let Memory { before, most, after } = self.memory;
-        let counters: Vec<String> =
-            self.counters.iter().map(|(name, value)| format!("{name} {value}")).collect();
-        let events: Vec<String> =
-            self.events.iter().map(|(event, n)| format!("{event:?} {n}")).collect();
-        format!(
-            "--splice {}: {} connections, {} MiB in {:.0} s; {}; TCP memory {} KiB, at most {} \
-             KiB, {} KiB after; {}; {} failures",
-            self.mode.name(),
-            self.tally.connections,
-            self.tally.bytes / MIB,
-            self.took.as_secs_f64(),
-            counters.join(", "),
-            before / 1024,
-            most / 1024,
-            after / 1024,
-            events.join(", "),
-            self.failures().len(),
-        )
     }
 }
 
@@ -284,21 +286,36 @@ fn counter(status: &Value, name: &str) -> u64 {
     meshes.into_iter().flatten().filter_map(|(_, counters)| counters[name].as_u64()).sum()
 }
 
-/// How many connections ended how, in each mode.
-fn endings(runs: &[Run]) -> String {
-    let keys: BTreeSet<(Ending, &str)> =
+/// A table with a column for each mode.
+fn report(runs: &[Run]) -> String {
+    let mut rows: Vec<(String, Vec<u64>)> = Vec::new();
+    let mut row = |name: &str, value: &dyn Fn(&Run) -> u64| {
+        rows.push((name.to_owned(), runs.iter().map(value).collect()));
+    };
+    row("seconds", &|run| run.took.as_secs());
+    row("connections", &|run| run.tally.connections);
+    row("MiB that were checked", &|run| run.tally.bytes / MIB);
+    row("messages redirected", &|run| run.counters["splice_redirected"]);
+    row("MiB redirected", &|run| run.counters["splice_redirected_bytes"] / MIB);
+    row("messages spilled", &|run| run.counters["splice_spilled"]);
+    row("KiB of TCP's memory before", &|run| run.memory.before >> 10);
+    row("KiB of TCP's memory at most", &|run| run.memory.most >> 10);
+    row("KiB of TCP's memory after", &|run| run.memory.after >> 10);
+    for event in Event::ALL {
+        row(event.name(), &|run| run.events.get(&event).copied().unwrap_or(0));
+    }
+    let endings: BTreeSet<(Ending, &str)> =
         runs.iter().flat_map(|run| run.tally.endings.keys().copied()).collect();
-    let mut text = format!("{:34}", "ending, and what came of it");
-    for run in runs {
-        text += &format!("{:>9}", run.mode.name());
+    for (ending, kind) in endings {
+        let count = |run: &Run| run.tally.endings.get(&(ending, kind)).copied().unwrap_or(0);
+        row(&format!("ending {ending:?}: {kind}"), &count);
     }
-    text += "\n";
-    for (ending, kind) in keys {
-        text += &format!("  {:32}", format!("{ending:?}: {kind}"));
-        for run in runs {
-            text += &format!("{:>9}", run.tally.endings.get(&(ending, kind)).unwrap_or(&0));
-        }
-        text += "\n";
+    row("failures", &|run| run.failures().len() as u64);
+    let mut text = format!("{:38}", "--splice");
+    runs.iter().for_each(|run| text += &format!("{:>10}", run.mode.name()));
+    for (name, values) in rows {
+        text += &format!("\n{name:38}");
+        values.iter().for_each(|value| text += &format!("{value:>10}"));
     }
-    text
+    text + "\n"
 }

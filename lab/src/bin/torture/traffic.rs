@@ -86,9 +86,7 @@ impl Traffic {
 
     /// Something is wrong that is no connection's.
     pub fn problem(&self, text: String) {
-        if !self.is_over() {
-            self.tally().failures.push(text);
-        }
+        self.tally().failures.push(text);
     }
 
     fn tally(&self) -> std::sync::MutexGuard<'_, Tally> {
