@@ -351,14 +351,7 @@ fn http_to(cluster: &str, access_log: &Value) -> Value {
     }])
 }
 
-fn listener(
-    dir: &Path,
-    v6: bool,
-    opts: EnvoyOpts,
-    name: &str,
-    port: u16,
-    cluster: &str,
-) -> Value {
+fn listener(dir: &Path, v6: bool, opts: EnvoyOpts, name: &str, port: u16, cluster: &str) -> Value {
     let log = access_log(dir, opts, name);
     let mut chains = vec![
         // Not intercepted but dialled: passing it on would come back here for ever.
