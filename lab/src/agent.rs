@@ -30,6 +30,7 @@ static COUNTER: AtomicU32 = AtomicU32::new(0);
 pub struct Agent {
     binary: PathBuf,
     source: Vec<OsString>,
+    flags: Vec<OsString>,
     layout: Option<String>,
     pods: PathBuf,
     bpffs: PathBuf,
@@ -43,18 +44,24 @@ pub struct Agent {
 impl Agent {
     /// Starts `<binary> run` with no pods, on the lab's cgroup. It may not be ready yet.
     pub fn start(binary: &Path, lab: &Lab) -> Result<Self> {
-        Self::make(binary, lab, lab.cgroup(), None)
+        Self::make(binary, lab, lab.cgroup(), None, Vec::new())
     }
 
     /// Like [`Agent::start`], on another cgroup than the lab's.
     pub fn start_on(binary: &Path, lab: &Lab, cgroup: &Path) -> Result<Self> {
-        Self::make(binary, lab, cgroup, None)
+        Self::make(binary, lab, cgroup, None, Vec::new())
     }
 
     /// Like [`Agent::start`] with other pods than those of a directory of manifests: `source` is
     /// what `run` is told about that, such as `--kubernetes`.
     pub fn start_with(binary: &Path, lab: &Lab, source: Vec<OsString>) -> Result<Self> {
-        Self::make(binary, lab, lab.cgroup(), Some(source))
+        Self::make(binary, lab, lab.cgroup(), Some(source), Vec::new())
+    }
+
+    /// Like [`Agent::start`], with more flags for `run`.
+    pub fn start_flags(binary: &Path, lab: &Lab, flags: &[&str]) -> Result<Self> {
+        let flags = flags.iter().map(Into::into).collect();
+        Self::make(binary, lab, lab.cgroup(), None, flags)
     }
 
     fn make(
@@ -62,6 +69,7 @@ impl Agent {
         lab: &Lab,
         cgroup: &Path,
         source: Option<Vec<OsString>>,
+        flags: Vec<OsString>,
     ) -> Result<Self> {
         ensure!(binary.is_file(), "there is no agent at {}", binary.display());
         mount_bpffs()?;
@@ -79,6 +87,7 @@ impl Agent {
         let mut agent = Self {
             binary,
             source,
+            flags,
             layout,
             pods,
             bpffs,
@@ -103,6 +112,7 @@ impl Agent {
             .arg(&self.binary)
             .arg("run")
             .args(&self.source)
+            .args(&self.flags)
             .arg("--cgroup")
             .arg(&self.attached_to)
             .arg("--bpffs")
