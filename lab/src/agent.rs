@@ -44,22 +44,23 @@ pub struct Agent {
 impl Agent {
     /// Starts `<binary> run` with no pods, on the lab's cgroup. It may not be ready yet.
     pub fn start(binary: &Path, lab: &Lab) -> Result<Self> {
-        Self::make(binary, lab, lab.cgroup(), None, &[])
+        Self::make(binary, lab, lab.cgroup(), None, Vec::new())
     }
 
     /// Like [`Agent::start`], on another cgroup than the lab's.
     pub fn start_on(binary: &Path, lab: &Lab, cgroup: &Path) -> Result<Self> {
-        Self::make(binary, lab, cgroup, None, &[])
+        Self::make(binary, lab, cgroup, None, Vec::new())
     }
 
     /// Like [`Agent::start`] with other pods than those of a directory of manifests: `source` is
     /// what `run` is told about that, such as `--kubernetes`.
     pub fn start_with(binary: &Path, lab: &Lab, source: Vec<OsString>) -> Result<Self> {
-        Self::make(binary, lab, lab.cgroup(), Some(source), &[])
+        Self::make(binary, lab, lab.cgroup(), Some(source), Vec::new())
     }
 
-    /// Like [`Agent::start`], with more flags for `run`, now and at each restart.
+    /// Like [`Agent::start`], with more flags for `run`.
     pub fn start_flags(binary: &Path, lab: &Lab, flags: &[&str]) -> Result<Self> {
+        let flags = flags.iter().map(Into::into).collect();
         Self::make(binary, lab, lab.cgroup(), None, flags)
     }
 
@@ -68,7 +69,7 @@ impl Agent {
         lab: &Lab,
         cgroup: &Path,
         source: Option<Vec<OsString>>,
-        flags: &[&str],
+        flags: Vec<OsString>,
     ) -> Result<Self> {
         ensure!(binary.is_file(), "there is no agent at {}", binary.display());
         mount_bpffs()?;
@@ -82,7 +83,6 @@ impl Agent {
         let cgroup = lab.leaf_cgroup(&format!("agent-{number}"))?;
         let binary = binary.to_owned();
         let source = source.unwrap_or_else(|| vec!["--pods".into(), pods.clone().into()]);
-        let flags = flags.iter().map(OsString::from).collect();
         let layout = None;
         let mut agent = Self {
             binary,
