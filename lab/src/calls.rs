@@ -254,7 +254,8 @@ pub fn write(mut stream: &TcpStream, call: WriteCall, bytes: &[u8]) -> io::Resul
             }
             match send(fd, last, MsgFlags::MSG_NOSIGNAL) {
                 Ok(m) => Ok(n + m),
-                Err(Errno::EAGAIN) if n > 0 => Ok(n),
+                // The next call says what is wrong.
+                Err(_) if n > 0 => Ok(n),
                 Err(err) => Err(err.into()),
             }
         }

@@ -12,12 +12,16 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use serde_json::Value;
+use socket2::SockRef;
 use sidestep_lab::{Agent, Lab, Pod, PodNet, wait_until};
 
 use super::{APP, PROXY, REMOTE4, addr, annotated, binary, ip, patience};
 
-/// Bytes of a message that goes by TCP, and of what may be unread in the queue at most.
+/// Bytes of a message that goes by TCP where the queue is empty.
 pub const LARGE: usize = 40 << 10;
+
+/// Messages of which, unread, the first ones are in the queue and the last one is in TCP.
+pub const SEAM: [usize; 3] = [6, 60_000, 20_000];
 
 /// Keeps a pod's connections on TCP.
 pub const OPT_OUT: &str = "sidestep.io/splice";
@@ -30,7 +34,15 @@ pub enum Leg {
     /// From the app of pod a to its sidecar.
     App,
     /// As `Sidecar`, to a pod that has opted out: plain TCP.
-    Plain,
+    PlainSidecar,
+    /// As `App`, of a pod that has opted out: plain TCP.
+    PlainApp,
+}
+
+impl Leg {
+    pub fn is_plain(self) -> bool {
+        matches!(self, Self::PlainSidecar | Self::PlainApp)
+    }
 }
 
 /// A connection's two ends, non-blocking.
@@ -46,7 +58,7 @@ pub struct Splicing {
     pub a: Pod,
     pub b: Pod,
     pub c: Pod,
-    outbound: TcpListener,
+    outbound: [TcpListener; 2],
     inbound: [TcpListener; 2],
     pub lab: Lab,
 }
@@ -59,23 +71,24 @@ impl Splicing {
         let mut agent = Agent::start_flags(binary(), &lab, &["--splice", mode]).expect("the agent");
         agent.add_pod(&a).expect("manifest a");
         agent.add_pod(&b).expect("manifest b");
-        agent.add_manifest("c", &annotated(c.manifest(), OPT_OUT, "off")).expect("manifest c");
+        agent.add_manifest("c", &annotated(c.manifest(), OPT_OUT, "disabled")).expect("manifest c");
         for pod in [&a, &b, &c] {
             agent.wait_enrolled(pod).expect("enrolled");
         }
-        let outbound = listen(&a, addr([0, 0, 0, 0], 15001));
+        let outbound = [&a, &c].map(|pod| listen(pod, addr([0, 0, 0, 0], 15001)));
         let inbound = [&b, &c].map(|pod| listen(pod, addr([0, 0, 0, 0], 15006)));
         Self { agent, a, b, c, outbound, inbound, lab }
     }
 
-    /// Who dials what, and who accepts at which listener.
-    fn ends(&self, leg: Leg) -> (u32, SocketAddr, &Pod, &TcpListener) {
-        let to = |pod: &Pod| addr(pod.ipv4(), 9000);
-        let [at_b, at_c] = &self.inbound;
+    /// Who dials what as whom, and who accepts at which listener.
+    fn ends(&self, leg: Leg) -> (&Pod, u32, SocketAddr, &Pod, &TcpListener) {
+        let (a, b, c) = (&self.a, &self.b, &self.c);
+        let remote = addr(ip(REMOTE4), 80);
         match leg {
-            Leg::Sidecar => (PROXY, to(&self.b), &self.b, at_b),
-            Leg::Plain => (PROXY, to(&self.c), &self.c, at_c),
-            Leg::App => (APP, addr(ip(REMOTE4), 80), &self.a, &self.outbound),
+            Leg::Sidecar => (a, PROXY, addr(b.ipv4(), 9000), b, &self.inbound[0]),
+            Leg::PlainSidecar => (a, PROXY, addr(c.ipv4(), 9000), c, &self.inbound[1]),
+            Leg::App => (a, APP, remote, a, &self.outbound[0]),
+            Leg::PlainApp => (c, APP, remote, c, &self.outbound[1]),
         }
     }
 
@@ -99,8 +112,8 @@ impl Splicing {
         leg: Leg,
         by: impl FnOnce(SocketAddr) -> TcpStream + Send,
     ) -> Pair {
-        let (uid, target, pod, listener) = self.ends(leg);
-        let client = self.a.run(uid, uid, || by(target)).expect("runs");
+        let (from, uid, target, pod, listener) = self.ends(leg);
+        let client = from.run(uid, uid, || by(target)).expect("runs");
         let accept = || listener.accept().expect("accepted").0;
         let server = pod.run(PROXY, PROXY, accept).expect("runs");
         for end in [&client, &server] {
@@ -112,15 +125,15 @@ impl Splicing {
     /// So many connections, which are spliced when this returns, unless they are plain.
     pub fn pairs(&self, leg: Leg, count: usize) -> Vec<Pair> {
         let connect = || (0..count).map(|_| self.connect(leg)).collect();
-        if leg == Leg::Plain {
+        if leg.is_plain() {
             return connect();
         }
         let before = self.sockets();
         let pairs: Vec<Pair> = connect();
         self.wait_sockets(before + 2 * count);
-        let redirected = self.counter("splice_redirected");
+        let redirected = self.counter("splice_messages");
         pairs.iter().for_each(Pair::prime);
-        let more = self.counter("splice_redirected") - redirected;
+        let more = self.counter("splice_messages") - redirected;
         assert_eq!(more, 2 * count as u64, "redirected messages: {}", self.status());
         pairs
     }
@@ -169,9 +182,13 @@ impl Pair {
         }
     }
 
-    /// One end, and then the other.
-    pub fn ends(self) -> [TcpStream; 2] {
-        [self.client, self.server]
+    /// Makes room for what a row writes while nobody reads.
+    pub fn roomy(self) -> Self {
+        for end in [&self.client, &self.server] {
+            SockRef::from(end).set_recv_buffer_size(400_000).expect("SO_RCVBUF");
+            SockRef::from(end).set_send_buffer_size(400_000).expect("SO_SNDBUF");
+        }
+        self
     }
 }
 

@@ -74,7 +74,7 @@ impl Event {
             Self::OptedOut => {
                 let pod = &pods[0];
                 let mut manifest = pod.manifest();
-                manifest["metadata"]["annotations"][OPT_OUT] = Value::from("off");
+                manifest["metadata"]["annotations"][OPT_OUT] = Value::from("disabled");
                 agent.add_manifest(pod.name(), &manifest)?;
                 std::thread::sleep(Duration::from_secs(1) + pause);
                 agent.add_pod(pod)

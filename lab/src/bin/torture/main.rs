@@ -31,7 +31,7 @@ use crate::traffic::{Tally, Traffic};
 const SHOWN: usize = 20;
 const MIB: u64 = 1 << 20;
 /// Memory that each connection may take at most, on average, whether it is spliced or not.
-const EACH: u64 = 256 << 10;
+const EACH: u64 = MIB;
 /// Memory that may be left when all is over: other programs have sockets, too.
 const LEFT: u64 = 4 * MIB;
 
@@ -152,7 +152,7 @@ struct Memory {
     after: u64,
 }
 
-const COUNTERS: [&str; 3] = ["splice_redirected", "splice_redirected_bytes", "splice_spilled"];
+const COUNTERS: [&str; 3] = ["splice_messages", "splice_bytes", "splice_spilled"];
 
 impl Run {
     fn new(args: &Args, mode: Mode, seed: u64, binary: &Path, time: Duration) -> Result<Self> {
@@ -255,7 +255,7 @@ impl Run {
         if self.mode != Mode::Off && !self.spliced {
             failures.push("no leg is on: nothing was tested".to_owned());
         }
-        let redirected = self.counters["splice_redirected"];
+        let redirected = self.counters["splice_messages"];
         if self.spliced == (redirected == 0) {
             failures.push(format!("{redirected} messages were redirected"));
         }
@@ -295,8 +295,8 @@ fn report(runs: &[Run]) -> String {
     row("seconds", &|run| run.took.as_secs());
     row("connections", &|run| run.tally.connections);
     row("MiB that were checked", &|run| run.tally.bytes / MIB);
-    row("messages redirected", &|run| run.counters["splice_redirected"]);
-    row("MiB redirected", &|run| run.counters["splice_redirected_bytes"] / MIB);
+    row("messages redirected", &|run| run.counters["splice_messages"]);
+    row("MiB redirected", &|run| run.counters["splice_bytes"] / MIB);
     row("messages spilled", &|run| run.counters["splice_spilled"]);
     row("KiB of TCP's memory before", &|run| run.memory.before >> 10);
     row("KiB of TCP's memory at most", &|run| run.memory.most >> 10);
