@@ -214,8 +214,7 @@ fn unload(pins: &Pins, cni: Option<(&Path, &Path)>) -> Result<()> {
     if let Some((conf_dir, bin_dir)) = cni {
         conflist::uninstall(conf_dir, bin_dir)?;
     }
-    let removed = bpf::unload(pins)?;
-    info!(removed, "unloaded");
+    info!("unloaded: {}", bpf::unload(pins)?);
     Ok(())
 }
 

@@ -293,8 +293,8 @@ impl Cli {
                     println!("Nothing to unload: {root} does not exist.");
                     return Ok(ExitCode::SUCCESS);
                 }
-                let removed = bpf::unload(&pins)?;
-                println!("Unloaded: {removed} pins removed from {root}.");
+                let unloaded = bpf::unload(&pins)?;
+                println!("Unloaded from {root}: {unloaded}.");
                 Ok(ExitCode::SUCCESS)
             }
         }
