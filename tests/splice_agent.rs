@@ -255,7 +255,8 @@ fn pods_opt_out_and_in_while_they_talk() {
 fn a_mode_is_what_it_says() {
     for (mode, sidecar, app) in [("off", 0, 0), ("sidecar", 2, 0), ("all", 2, 2)] {
         let node = Splicing::start(mode, mode);
-        let pairs = [node.connect(Leg::Sidecar), node.connect(Leg::App), node.connect(Leg::PlainSidecar)];
+        let pairs =
+            [node.connect(Leg::Sidecar), node.connect(Leg::App), node.connect(Leg::PlainSidecar)];
         node.wait_sockets(sidecar + app);
         // No more come, for as long as they may take.
         let more = wait_until("more", Duration::from_secs(2), || node.sockets() > sidecar + app);

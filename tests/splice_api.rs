@@ -16,7 +16,8 @@ use std::{
 use common::{
     patience,
     splicing::{
-        LARGE, Leg, Pair, Splicing, events, get, get_up_to, put, ready, say, say_rest, settled,
+        LARGE, Leg, Pair, SEAM, Splicing, events, get, get_up_to, put, ready, say, say_rest,
+        settled,
     },
 };
 use nix::{
@@ -74,11 +75,10 @@ const ROWS: &[Row] = &[
         "a short read while more is there",
         "a short read taken for the end",
         |writer, reader| {
-            put(writer, b"queue");
-            put(writer, &[7; LARGE]);
+            SEAM.iter().for_each(|size| put(writer, &vec![7; *size]));
             assert_eq!(settled(0, || unsent(writer)), 0, "all of it has arrived");
             assert!(ready(reader, PollFlags::POLLIN, patience()));
-            let mut buffer = [0; 2 * LARGE];
+            let mut buffer = [0; 100_000];
             let first = calls::read(reader, ReadCall::Read, &mut buffer).expect("bytes");
             format!("{first} bytes at once")
         },
@@ -176,14 +176,17 @@ const ROWS: &[Row] = &[
         format!("{sent} {seen} {:?}", get(reader, 4))
     }),
     hazard("FIONREAD", "FIONREAD", |writer, reader| {
-        put(writer, b"0123456789");
-        let first = settled(10, || pending(reader));
-        put(writer, &[7; LARGE]);
-        let with_bulk = settled(10 + LARGE, || pending(reader));
+        let (mut sent, mut seen) = (0, Vec::new());
+        for size in SEAM {
+            put(writer, &vec![7; size]);
+            sent += size;
+            seen.push(settled(sent, || pending(reader)));
+        }
         get(reader, 5);
-        let later = settled(5 + LARGE, || pending(reader));
-        get(reader, 5 + LARGE);
-        format!("{first} {with_bulk} {later} {}", settled(0, || pending(reader)))
+        seen.push(settled(sent - 5, || pending(reader)));
+        get(reader, sent - 5);
+        seen.push(settled(0, || pending(reader)));
+        format!("{seen:?}")
     }),
     row("SIOCOUTQ is none when all is read", |writer, reader| {
         put(writer, &[1; 3000]);
@@ -199,6 +202,17 @@ const ROWS: &[Row] = &[
         let mut buffer = [0; 16];
         let read = nix::unistd::read(&from, &mut buffer);
         format!("{spliced:?} {read:?}")
+    }),
+    row("MSG_PEEK over the seam", |writer, reader| {
+        SEAM.iter().for_each(|size| put(writer, &vec![7; *size]));
+        assert_eq!(settled(0, || unsent(writer)), 0, "all of it has arrived");
+        let mut buffer = vec![0; 100_000];
+        let peek = |buffer: &mut [u8]| recv(reader.as_raw_fd(), buffer, MsgFlags::MSG_PEEK);
+        let first = peek(&mut buffer[..6]);
+        // How much a peek shows is not promised; that it is what comes, is.
+        let most = peek(&mut buffer).expect("bytes");
+        let read = get(reader, SEAM.iter().sum());
+        format!("{first:?} {}", most > 6 && read[..most] == buffer[..most])
     }),
     row("MSG_WAITALL without waiting", |writer, reader| {
         put(writer, b"half");
@@ -486,7 +500,7 @@ fn recvmmsg(stream: &TcpStream) -> Vec<u8> {
 
 /// Runs all rows on connections of this leg.
 fn observe(node: &Splicing, leg: Leg) -> Vec<String> {
-    let pairs = node.pairs(leg, ROWS.len());
+    let pairs = node.pairs(leg, ROWS.len()).into_iter().map(Pair::roomy);
     let observed = ROWS.iter().zip(pairs).map(|(row, Pair { client, server })| {
         let redirected = (!leg.is_plain()).then(|| node.counter("splice_messages"));
         let seen = (row.act)(&client, &server);

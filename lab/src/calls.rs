@@ -37,8 +37,8 @@ pub enum Wait {
 }
 
 impl Wait {
-    /// All of them.
-    pub const ALL: [Self; 5] = [Self::Poll, Self::Select, Self::Level, Self::Edge, Self::EdgeShort];
+    /// All but the last, which takes for granted what the kernel does not promise.
+    pub const ALL: [Self; 4] = [Self::Poll, Self::Select, Self::Level, Self::Edge];
 }
 
 /// How to read.

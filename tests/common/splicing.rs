@@ -12,8 +12,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use serde_json::Value;
-use socket2::SockRef;
 use sidestep_lab::{Agent, Lab, Pod, PodNet, wait_until};
+use socket2::SockRef;
 
 use super::{APP, PROXY, REMOTE4, addr, annotated, binary, ip, patience};
 

@@ -25,7 +25,7 @@ use sidestep_lab::{APP, Agent, Lab, PROXY, Pod, PodNet, interrupted, stop_on_sig
 
 use crate::chaos::Event;
 use crate::plan::{Ending, PODS};
-use crate::traffic::{Tally, Traffic};
+use crate::traffic::{Opts, Tally, Traffic};
 
 /// Failures that are shown in full.
 const SHOWN: usize = 20;
@@ -56,6 +56,10 @@ struct Args {
     /// What the agent is told to splice, one after the other
     #[arg(long, value_enum, value_delimiter = ',', default_value = "off,sidecar,all")]
     modes: Vec<Mode>,
+    /// All read as Tokio does: an edge-triggered epoll, and fewer bytes than asked for are taken
+    /// for the last ones. Spliced connections stall then, on kernels where the self-test says so
+    #[arg(long)]
+    short_reads: bool,
     /// Leave the agent and the pods alone
     #[arg(long)]
     calm: bool,
@@ -171,7 +175,9 @@ impl Run {
             agent.wait_enrolled(pod)?;
         }
         let mut rng = Rng::with_seed(seed);
-        let traffic = Traffic::new(seed, args.only, &pods);
+        let spliced = mode != Mode::Off;
+        let opts = Opts { seed, only: args.only, short_reads: args.short_reads, spliced };
+        let traffic = Traffic::new(opts, &pods);
         let before = memory::tcp()?;
         let mut memory = Memory { before, most: before, after: before };
         let mut events = BTreeMap::new();

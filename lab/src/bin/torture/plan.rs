@@ -136,6 +136,12 @@ impl Plan {
         Self { number, from, to, v6: rng.bool(), path, ending, client, server, key }
     }
 
+    /// The same, and both ends read as Tokio does.
+    pub fn with_short_reads(mut self) -> Self {
+        (self.client.wait, self.server.wait) = (Wait::EdgeShort, Wait::EdgeShort);
+        self
+    }
+
     /// What the client sends.
     pub fn request(&self) -> Pattern {
         Pattern::new(self.key)
@@ -169,7 +175,7 @@ fn body(rng: &mut Rng, ends: &mut [Part; 2]) {
         ends[rng.usize(..2)].steps.push(Step::Pause(wait));
     }
     for _ in 0..rng.usize(2..8) {
-        match rng.u8(..6) {
+        match rng.u8(..7) {
             0 | 1 => {
                 let rounds = rng.usize(1..40);
                 exchange(rng, ends, rounds);
@@ -187,6 +193,15 @@ fn body(rng: &mut Rng, ends: &mut [Part; 2]) {
                 one_way(ends, sender, bytes);
             }
             4 => {
+                // More than a queue takes, while nobody reads.
+                let sender = rng.usize(..2);
+                let pause = Duration::from_millis(rng.u64(20..200));
+                ends[1 - sender].steps.push(Step::Pause(pause));
+                let small = ends[sender].write_size.min(ends[1 - sender].read_size) < 1 << 10;
+                let bytes = if small { size(rng, ends) } else { rng.u64(70 << 10..400 << 10) };
+                one_way(ends, sender, bytes);
+            }
+            5 => {
                 let sender = rng.usize(..2);
                 for _ in 0..rng.usize(1..10) {
                     let bytes = rng.u64(1..4096);
