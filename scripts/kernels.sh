@@ -14,6 +14,7 @@
 #
 # Environment: TESTS="inbound outbound" runs these files of tests alone;
 #              SIDESTEP_LAB_DIR (default /var/lib/sidestep-lab) gets the kernels;
+#              LIMIT=3600 lets a machine take that many seconds;
 #              logs go to target/kernels.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -44,7 +45,7 @@ SLOWDOWN=10
 # What kernels that are too old lack first.
 LACKS='helper bpf_get_netns_cookie in SockOps programs'
 # Seconds that a machine may take.
-LIMIT=1800
+LIMIT=${LIMIT:-1800}
 # What the lab and the tests call: busybox has the rest. Its own sh would take
 # its own setpriv, whatever the PATH says.
 TOOLS=(bash ip nsenter setpriv sh unshare)

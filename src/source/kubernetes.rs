@@ -405,10 +405,18 @@ async fn publish(
         let sent = timeout(ANSWER, recorder.publish(&event, &object)).await;
         let error = match sent {
             Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(format!("{:#}", explained("create", "events", &error))),
+            Ok(Err(error)) => Some(format!("{:#}", explained(verb_of(&error), "events", &error))),
             Err(_) => Some("cannot create events: the API server does not answer".into()),
         };
         note(&failing, "events", error);
+    }
+}
+
+/// What publishing did: one more Event, or the same once more.
+fn verb_of(error: &kube::Error) -> &'static str {
+    match error {
+        kube::Error::Api(status) if status.message.contains("cannot patch") => "patch",
+        _ => "create",
     }
 }
 
