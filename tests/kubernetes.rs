@@ -309,6 +309,8 @@ fn the_api_server_may_go_away_and_forget() {
     cluster.api.stop().expect("stopped");
     cluster.agent.wait_log("can't be reached").expect("said");
     works();
+    let log = cluster.agent.log();
+    assert!(!log.contains("failed with error"), "in the agent's own words: {log}");
     cluster.api.compact(Gone::Event);
     cluster.api.resume().expect("resumed");
     cluster.agent.wait_log("solved: ").expect("solved");

@@ -369,12 +369,15 @@ async fn client(config: &Config) -> Result<Client> {
             let options = KubeConfigOptions::default();
             kube::Config::from_custom_kubeconfig(file, &options).await.map_err(invalid)?
         }
-        None => kube::Config::incluster().context(
-            "no --kubeconfig is given, and this is no pod with a service account \
-             (/var/run/secrets/kubernetes.io/serviceaccount)",
-        )?,
+        None => kube::Config::incluster().map_err(|_| {
+            anyhow!(
+                "no --kubeconfig is given, and this is no pod with a service account \
+                 (KUBERNETES_SERVICE_HOST and /var/run/secrets/kubernetes.io/serviceaccount)"
+            )
+        })?,
     };
-    Client::try_from(config).context("cannot make a client of the API server")
+    Client::try_from(config)
+        .map_err(|error| anyhow!("cannot make a client of the API server: {error}"))
 }
 
 /// A node of another name than the API server's has no pods: better said at once.
