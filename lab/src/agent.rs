@@ -112,10 +112,10 @@ impl Agent {
         Ok(())
     }
 
-    /// Starts it again as a build whose maps have another layout, such as `v2`.
-    pub fn upgrade_to(&mut self, layout: &str) -> Result<()> {
+    /// Starts it again as a build whose maps have another layout than its own, or as itself.
+    pub fn upgrade_to(&mut self, layout: Option<&str>) -> Result<()> {
         self.terminate()?;
-        self.layout = Some(layout.to_owned());
+        self.layout = layout.map(str::to_owned);
         self.restart()
     }
 
