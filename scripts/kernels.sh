@@ -35,6 +35,7 @@ skipped() {
     grep -E "^(${TESTS:-.*})[: ]" <<'END' || [ $? = 1 ]
 envoy: Envoy and its libraries are ten times as large as everything else
 bad_input a_missing_clang_is_explained_by_the_build: it is about the build, not about kernels
+edges beside_the_meshs_own_rules: iptables and the many modules that it takes are not in the machine
 edges hundreds_of_pods_and_ten_thousand_connections: it is about bulk, which takes too long when emulated
 END
 }

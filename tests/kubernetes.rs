@@ -614,12 +614,12 @@ fn a_node_or_kubeconfig_that_cannot_be_right_ends_the_agent() {
     cluster.agent.restart().expect("starts");
     cluster.agent.wait_log("no node \"lab\" (--node-name)").expect("said");
     let agent = &mut cluster.agent;
-    wait_until("its end", Duration::from_secs(5), || !agent.is_running()).expect("ended");
+    wait_until("its end", SOON, || !agent.is_running()).expect("ended");
     fs::write(cluster.dir.path().join("kubeconfig"), "clusters: [").expect("written");
     cluster.agent.restart().expect("starts");
     cluster.agent.wait_log("kubeconfig").expect("said");
     let agent = &mut cluster.agent;
-    wait_until("its end", Duration::from_secs(5), || !agent.is_running()).expect("ended");
+    wait_until("its end", SOON, || !agent.is_running()).expect("ended");
 }
 
 #[test]
