@@ -134,6 +134,9 @@ make_base() {
             cp -L "$lib" "$root$lib"
         done < <(echo "$tool"; ldd "$tool" | grep -o '/[^ ]*')
     done
+    # A client of an API server wants some, also where it is spoken to in plain text.
+    mkdir -p "$root/etc/ssl/certs"
+    cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
     install -m 755 scripts/kernels-init.sh "$root/init"
     archive "$root" "$OUT/base.cpio"
 }

@@ -17,7 +17,7 @@ use common::*;
 use serde_json::{Value, json};
 use sidestep::bpf::LAYOUT;
 use sidestep_e2e::{ApiServer, apiserver::Gone};
-use sidestep_lab::{Agent, Lab, Pod, PodNet, Process, slowdown, wait_until};
+use sidestep_lab::{Agent, Lab, Pod, PodNet, Process, wait_until};
 
 const NODE: &str = "lab";
 const BRIDGE: &str =
@@ -158,7 +158,7 @@ impl Cluster {
     }
 
     fn becomes(&self, what: &str, condition: impl FnMut() -> bool) {
-        wait_until(what, Duration::from_secs(15) * slowdown(), condition)
+        wait_until(what, Duration::from_secs(15), condition)
             .unwrap_or_else(|error| panic!("{error:#}; {}", self.agent.log_tail()));
     }
 
