@@ -134,6 +134,8 @@ make_base() {
             cp -L "$lib" "$root$lib"
         done < <(echo "$tool"; ldd "$tool" | grep -o '/[^ ]*')
     done
+    # What scripts name in their first line.
+    [ -e "$root/bin/sh" ] || ln -s "$(command -v sh)" "$root/bin/sh"
     # A client of an API server wants some, also where it is spoken to in plain text.
     mkdir -p "$root/etc/ssl/certs"
     cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
