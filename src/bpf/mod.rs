@@ -285,6 +285,19 @@ impl Dataplane {
             self.attach_hook(hook, cgroup)
                 .with_context(|| format!("cannot attach {} to {cgroup}", hook.program))?;
         }
+        self.remove_strangers()
+    }
+
+    /// Takes away what a build with more programs attached: nobody looks after it any more.
+    fn remove_strangers(&self) -> Result<()> {
+        for pin in children(&self.pins.links())? {
+            let name = pin.file_name().unwrap_or_default().to_string_lossy();
+            let known = HOOKS.iter().any(|hook| hook.program == name);
+            if !known && !name.starts_with("steer-") {
+                tracing::info!(hook = %name, "is no program of this build: taken away");
+                remove_link(&pin)?;
+            }
+        }
         Ok(())
     }
 
