@@ -155,15 +155,15 @@ fn settings(args: &Args) -> Result<Settings> {
             connections: vec![1, 4],
             clients: vec![2],
             idle: 20,
-            open: vec![10, 20],
-            pods: vec![2, 3],
+            open: vec![20],
+            pods: vec![3],
             stuck: 0.1,
             few_rounds: 1,
         }
     } else if args.quick {
         Settings {
             rounds: 3,
-            seconds: 0.5,
+            seconds: 0.4,
             groups: vec![Group::Keepalive, Group::Connect, Group::Bulk, Group::Stopped],
             modes: Mode::EVERY.to_vec(),
             proxies: vec![Proxy::Relay, Proxy::Envoy],
@@ -173,13 +173,13 @@ fn settings(args: &Args) -> Result<Settings> {
             idle: 200,
             open: vec![10, 1000],
             pods: vec![2, 30],
-            stuck: 1.0,
+            stuck: 0.5,
             few_rounds: 1,
         }
     } else {
         Settings {
             rounds: 5,
-            seconds: 1.0,
+            seconds: 0.8,
             groups: Group::EVERY.to_vec(),
             modes: Mode::EVERY.to_vec(),
             proxies: vec![Proxy::Relay, Proxy::Envoy, Proxy::Http],

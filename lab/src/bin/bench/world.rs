@@ -72,10 +72,12 @@ impl World {
         Ok(Self { sidecars: None, app, client, server, others, lab, sidestep, splice_flag })
     }
 
-    /// Starts the sidecars, instead of the others if there are some.
+    /// Starts the sidecars, instead of the others if there are some. Those that speak HTTP keep
+    /// connections to each other, which were made in another mode and are of no use in the next:
+    /// they start anew.
     pub fn use_proxy(&mut self, proxy: Proxy) -> Result<()> {
-        let same = |running: Proxy| (running == Proxy::Relay) == (proxy == Proxy::Relay);
-        if self.sidecars.as_ref().is_some_and(|(running, _)| same(*running)) {
+        let running = self.sidecars.as_ref().map(|(running, _)| *running);
+        if running == Some(proxy) && proxy != Proxy::Http {
             return Ok(());
         }
         self.sidecars = None;
@@ -147,8 +149,8 @@ impl World {
         [&self.client, &self.server].into_iter().chain(&self.others)
     }
 
-    /// What sidecars and application have written last: what went wrong there.
-    pub fn logs(&self) -> String {
+    /// What the application and the sidecars have written so far.
+    pub fn logs(&self) -> Vec<String> {
         let mut all = vec![self.app.log()];
         if let Some((_, sidecars)) = &self.sidecars {
             all.extend(sidecars.iter().map(|sidecar| match sidecar {
@@ -156,8 +158,14 @@ impl World {
                 Sidecar::Envoy(envoy) => envoy.log(),
             }));
         }
-        let last = all.iter().filter_map(|log| log.lines().last());
-        last.collect::<Vec<_>>().join("; ")
+        all
+    }
+
+    /// The last line of each of them since `before`: what went wrong there.
+    pub fn said_since(&self, before: &[String]) -> String {
+        let logs = self.logs();
+        let new = logs.iter().zip(before).filter_map(|(log, before)| log.get(before.len()..));
+        new.filter_map(|log| log.lines().last()).collect::<Vec<_>>().join("; ")
     }
 }
 
@@ -229,7 +237,7 @@ impl InForce {
             stream.read_exact(&mut [0])?;
             Ok(stream)
         })?;
-        let _open = call.with_context(|| format!("the first call: {}", world.logs()))?;
+        let _open = call.context("the first call")?;
         let port = Service::Echo.port();
         let onward = if self.mode == Mode::Explicit { port + FAR_TWIN } else { port };
         let wanted = usize::from(self.mode != Mode::Direct);
