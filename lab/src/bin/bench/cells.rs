@@ -201,9 +201,14 @@ fn take(settings: &Settings, world: &mut World, step: &Step, samples: &mut Sampl
     for group in &step.groups {
         turn.measure(*group);
     }
-    let ended = in_force.end(world).with_context(|| format!("leaving the mode {}", step.mode));
+    let drained = world.wait_drained();
+    in_force.end(world).with_context(|| format!("leaving the mode {}", step.mode))?;
     ensure!(!interrupted(), "interrupted");
-    ended
+    if let Err(err) = drained {
+        samples.0.push(sample(step, "closing".to_owned(), 0, Err(err)));
+        world.stop_sidecars();
+    }
+    Ok(())
 }
 
 fn sample(step: &Step, cell: String, spliced: usize, values: Result<Values>) -> Sample {
@@ -211,7 +216,8 @@ fn sample(step: &Step, cell: String, spliced: usize, values: Result<Values>) -> 
     let spliced = (mode.spliced() > 0).then_some(spliced);
     let (values, error) = match values {
         Ok(values) => (values, None),
-        Err(err) => (Values::new(), Some(format!("{err:#}"))),
+        // The agent's status may be in it, and be long.
+        Err(err) => (Values::new(), Some(format!("{err:#}").chars().take(600).collect())),
     };
     Sample { round, turn, proxy, cell, mode, spliced, values, error }
 }
@@ -391,9 +397,10 @@ impl Turn<'_> {
 
     fn memory(&self) -> Result<(Values, usize)> {
         let count = self.settings.idle;
-        let before = settled_slab()?;
+        let patience = Duration::from_secs_f64(2.0 * self.settings.stuck);
+        let before = settled_slab(patience)?;
         let (client, spliced) = self.open(count)?;
-        let after = settled_slab()?;
+        let after = settled_slab(patience)?;
         let tracked = |pod| usage::tracked(pod).map(|number| number / count as f64);
         let values = [
             ("kernel_bytes", (after - before) / count as f64),
@@ -432,9 +439,9 @@ impl Turn<'_> {
 }
 
 /// The kernel frees what was closed a little later.
-fn settled_slab() -> Result<f64> {
+fn settled_slab(patience: Duration) -> Result<f64> {
     let mut last = usage::slab_bytes()?;
-    let settled = wait_for("the kernel's memory to settle", Duration::from_secs(2), || {
+    let settled = wait_for("the kernel's memory to settle", patience, || {
         std::thread::sleep(Duration::from_millis(100));
         let now = usage::slab_bytes().ok()?;
         let still = (now - last).abs() < 32_768.0;

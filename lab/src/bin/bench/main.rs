@@ -23,6 +23,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::geteuid;
 use sidestep_lab::{interrupted, stop_on_signals};
 
@@ -143,6 +144,12 @@ fn bench(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// 10,000, or as many as a relay may have open, which takes two files for each.
+fn most_connections() -> Result<usize> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("the limit of open files")?;
+    Ok(usize::try_from(hard.saturating_sub(200) / 2)?.min(10_000))
+}
+
 fn settings(args: &Args) -> Result<Settings> {
     let mut settings = if args.smoke {
         Settings {
@@ -187,7 +194,7 @@ fn settings(args: &Args) -> Result<Settings> {
             connections: vec![1, 16, 64],
             clients: vec![1, 8],
             idle: 1000,
-            open: vec![10, 100, 1000, 10_000],
+            open: vec![10, 100, 1000, most_connections()?],
             pods: vec![2, 50, 250],
             stuck: 1.0,
             few_rounds: 2,

@@ -118,16 +118,19 @@ pub fn all(samples: &Samples, settings: &Settings, dir: &Path) -> Result<()> {
     for (name, levels, what) in
         [("connections", open, "open connections"), ("pods", pods, "enrolled pods")]
     {
-        for (way, title) in [("keepalive", "Keep-alive, 64 B, 10 active"), ("connect", "Connect")] {
+        for (way, value, title) in [
+            ("keepalive", "p50_us", "Keep-alive, 64 B, 10 at work: p50, us"),
+            ("connect", "rate", "Connections per second, 8 clients"),
+        ] {
             let line = |mode: Mode| -> Line {
                 let at = |level: &usize| {
                     let cell = format!("{name}/{level}/{way}");
-                    Some((*level as f64, samples.spread(*first, &cell, mode, "rate")?))
+                    Some((*level as f64, samples.spread(*first, &cell, mode, value)?))
                 };
                 (mode, levels.iter().filter_map(at).collect())
             };
             let all: Vec<_> = samples.modes().into_iter().map(line).collect();
-            let title = format!("{title}: rate beside more {what} ({first})");
+            let title = format!("{title}, beside more {what} ({first})");
             lines(dir, &format!("{name}-{way}"), &title, what, &all)?;
         }
     }
@@ -295,7 +298,6 @@ fn draw_lines<B: DrawingBackend>(
         .x_desc(across)
         .x_label_formatter(&|x| format!("{x:.0}"))
         .y_label_formatter(&|y| format!("{y:.0}"))
-        .y_desc("per second")
         .label_style(("sans-serif", 14))
         .light_line_style(WHITE)
         .draw()

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use sidestep_lab::{
     APP, Agent, Envoy, EnvoyOpts, Lab, PROXY, Pod, PodNet, Process, Twin, connect, interrupted,
-    iptables, nftables, wait_until,
+    iptables, nftables, wait_for, wait_until,
 };
 
 use crate::app::Service;
@@ -23,6 +23,9 @@ use crate::relay::TwinArg;
 /// client's.
 const FAR_TWIN: u16 = 2000;
 const NEAR_TWIN: u16 = 1000;
+
+/// How long thousands of connections may take to be closed.
+const DRAINING: Duration = Duration::from_secs(30);
 
 /// How long connections may take to be spliced.
 const SPLICING: Duration = Duration::from_secs(10);
@@ -87,6 +90,11 @@ impl World {
         Ok(())
     }
 
+    /// Kills them.
+    pub fn stop_sidecars(&mut self) {
+        self.sidecars = None;
+    }
+
     fn sidecar(&self, proxy: Proxy, pod: &Pod, twins: &[Twin]) -> Result<Sidecar> {
         if proxy == Proxy::Relay {
             let args = twins.iter().flat_map(|twin| ["--twin".to_owned(), TwinArg::text(twin)]);
@@ -141,6 +149,28 @@ impl World {
             ensure!(!interrupted(), "interrupted");
             let name = format!("other-{}", self.others.len());
             self.others.push(pod(&self.lab, &name)?);
+        }
+        Ok(())
+    }
+
+    /// Waits until the sidecars have closed all their connections to the application, but those
+    /// that HTTP keeps.
+    pub fn wait_drained(&self) -> Result<()> {
+        if matches!(self.sidecars, Some((Proxy::Http, _)) | None) {
+            return Ok(());
+        }
+        let ip = self.server.ipv4();
+        for (pod, twin) in [(&self.client, FAR_TWIN), (&self.server, 0)] {
+            let mut peers = Vec::new();
+            for service in Service::EVERY {
+                peers.extend([0, twin].map(|more| SocketAddr::from((ip, service.port() + more))));
+            }
+            let what = format!("the connections of {} to be closed", pod.name());
+            wait_for(&what, DRAINING, || match made_by_sidecar(pod, &peers) {
+                Ok(0) => Some(Ok(())),
+                Ok(_) => None,
+                Err(err) => Some(Err(err)),
+            })??;
         }
         Ok(())
     }
@@ -214,9 +244,7 @@ impl InForce {
                 };
                 let mut agent = Agent::start_flags(&world.sidestep, &world.lab, flags)?;
                 world.all_pods().try_for_each(|pod| agent.add_pod(pod))?;
-                for pod in world.all_pods() {
-                    agent.wait_enrolled(pod)?;
-                }
+                agent.wait_all_enrolled(world.all_pods())?;
                 in_force.agent = Some(agent);
             }
         }
@@ -245,7 +273,7 @@ impl InForce {
             let mut found = Ok(0);
             let what = format!("a call through {wanted} sidecar ({proxy}) of {}", pod.name());
             let waited = wait_until(&what, Duration::from_secs(3), || {
-                found = made_by_sidecar(pod, (world.server.ipv4(), port).into());
+                found = made_by_sidecar(pod, &[(world.server.ipv4(), port).into()]);
                 !matches!(found, Ok(number) if number != wanted)
             });
             let found = found?;
@@ -297,7 +325,8 @@ impl InForce {
         Ok((opened, spliced))
     }
 
-    /// Takes it away.
+    /// Takes it away. Connections that were made in it had better be closed: without its rules
+    /// they never end.
     pub fn end(mut self, world: &World) -> Result<()> {
         match self.mode {
             Mode::Direct | Mode::Explicit => Ok(()),
@@ -312,21 +341,27 @@ impl InForce {
     }
 }
 
-/// How many established connections to `peer` the sidecar of the pod has made.
-fn made_by_sidecar(pod: &Pod, peer: SocketAddr) -> Result<usize> {
+/// How many established connections to any of `peers` the sidecar of the pod has made.
+fn made_by_sidecar(pod: &Pod, peers: &[SocketAddr]) -> Result<usize> {
     let text = pod.run(0, 0, || fs::read_to_string("/proc/thread-self/net/tcp"))?;
     let text = text.context("reading /proc/net/tcp")?;
-    Ok(text.lines().skip(1).filter(|line| is_sidecars(line, peer)).count())
+    let peers: Vec<String> = peers.iter().filter_map(as_proc_has_it).collect();
+    Ok(text.lines().skip(1).filter(|line| is_sidecars(line, &peers)).count())
 }
 
-/// Whether a line of /proc/net/tcp is an established connection of the sidecar's user to `peer`.
-fn is_sidecars(line: &str, peer: SocketAddr) -> bool {
-    let IpAddr::V4(ip) = peer.ip() else { return false };
-    let remote = format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), peer.port());
+/// An address in /proc/net/tcp.
+fn as_proc_has_it(addr: &SocketAddr) -> Option<String> {
+    let IpAddr::V4(ip) = addr.ip() else { return None };
+    Some(format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), addr.port()))
+}
+
+/// Whether a line of /proc/net/tcp is an established connection of the sidecar's user to one of
+/// `peers`.
+fn is_sidecars(line: &str, peers: &[String]) -> bool {
     // "sl local remote state queues timer retransmits uid ..."
     let fields: Vec<&str> = line.split_whitespace().collect();
     let [_, _, to, state, _, _, _, uid, ..] = fields[..] else { return false };
-    to == remote && state == "01" && uid == PROXY.to_string()
+    state == "01" && uid == PROXY.to_string() && peers.iter().any(|peer| peer == to)
 }
 
 #[cfg(test)]
@@ -336,13 +371,15 @@ mod tests {
     #[test]
     fn the_sidecars_connections_are_told_from_others() {
         let peer = "10.77.0.11:8080".parse().expect("an address");
+        let peers = [as_proc_has_it(&peer).expect("IPv4")];
         let line = "   3: 0A004D0A:9C40 0B004D0A:1F90 01 00000000:00000000 00:00000000 00000000  \
                     1337        0 1234 1 0000000000000000 20 4 30 10 -1";
         if cfg!(target_endian = "little") {
-            assert!(is_sidecars(line, peer));
-            assert!(!is_sidecars(&line.replace("1337", "1000"), peer));
-            assert!(!is_sidecars(&line.replace(" 01 ", " 06 "), peer));
+            assert!(is_sidecars(line, &peers));
+            assert!(!is_sidecars(&line.replace("1337", "1000"), &peers));
+            assert!(!is_sidecars(&line.replace(" 01 ", " 06 "), &peers));
+            assert!(!is_sidecars(&line.replace(":1F90", ":1F91"), &peers));
         }
-        assert!(!is_sidecars("nonsense", peer));
+        assert!(!is_sidecars("nonsense", &peers));
     }
 }
