@@ -65,8 +65,8 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	$(if $(TEST_KERNELS),TESTS='$(VM_TESTS)' scripts/kernels.sh $(TEST_KERNELS))
 
 bench: deps build ## interception and splicing against iptables (root): docs/performance.md; QUICK=1, ARGS="--help"
-	cargo build --release -q -p sidestep-lab --bin bench
-	target/release/bench --sidestep $(abspath $(BIN)) $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+	cargo run --release -q -p sidestep-lab --bin bench -- \
+		--sidestep $(abspath $(BIN)) $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 bench-control: build ## the scale of Kubernetes mode (root): docs/scale.md; QUICK=1, ARGS="--help"
 	cargo build -q -p sidestep-e2e --bin bench-control
