@@ -15,6 +15,7 @@ use std::{
 
 use common::*;
 use libbpf_rs::{MapCore, MapHandle};
+use sidestep::bpf::LAYOUT;
 use sidestep_lab::{ServeOpts, Server, Talk, wait_for, wait_until};
 
 /// The sidecar's DNS listener: on localhost alone, as Istio's agent has it. Echoes.
@@ -544,7 +545,8 @@ fn nothing_is_left_behind_when_sockets_close() {
             }
         })
         .expect("runs");
-    let handovers = MapHandle::from_pinned_path(node.agent.bpffs().join("v1/maps/handovers"));
+    let handovers =
+        MapHandle::from_pinned_path(node.agent.bpffs().join(LAYOUT).join("maps/handovers"));
     let handovers = handovers.expect("a pinned map");
     wait_until("no handover to be left", Duration::from_secs(3), || {
         handovers.keys().next().is_none()

@@ -15,6 +15,7 @@ use std::{
 
 use common::*;
 use serde_json::{Value, json};
+use sidestep::bpf::LAYOUT;
 use sidestep_e2e::{ApiServer, apiserver::Gone};
 use sidestep_lab::{Agent, Lab, Pod, PodNet, Process, slowdown, wait_until};
 
@@ -655,7 +656,7 @@ fn health_and_metrics() {
     }
     assert!(text.contains("sidestep_api_errors_total{request=\"pods\"}"), "{text}");
     // A hook that somebody took away.
-    fs::remove_file(cluster.agent.bpffs().join("v1/links/connect4")).expect("removed");
+    fs::remove_file(cluster.agent.bpffs().join(LAYOUT).join("links/connect4")).expect("removed");
     let (status, text) = get(http, "/readyz");
     assert_eq!((status, text.contains("connect4")), (503, true), "{text}");
     assert_eq!(get(http, "/nothing").0, 404);

@@ -81,7 +81,7 @@ fn traffic_does_not_notice_other_maps() {
             scope.spawn(move || load.run(from, target));
         }
         let finish = Finish(&stop);
-        for layout in ["v2", "v1", "v2"] {
+        for layout in ["v3", "v2", "v3"] {
             let before = node.agent.log().matches("took over").count();
             node.agent.upgrade_to(layout).expect("starts");
             wait_until("the new agent", Duration::from_secs(30), || {
@@ -96,10 +96,10 @@ fn traffic_does_not_notice_other_maps() {
         drop(finish);
     });
     // The old connection's answer is that of the maps it was made with: they are still there.
-    assert_eq!(layouts(&node.agent), ["v1", "v2"]);
+    assert_eq!(layouts(&node.agent), ["v2", "v3"]);
     assert_eq!(old.peer_addr().expect("a peer"), target);
     drop(old);
-    wait_until("the old maps to go", Duration::from_secs(20), || layouts(&node.agent) == ["v2"])
+    wait_until("the old maps to go", Duration::from_secs(20), || layouts(&node.agent) == ["v3"])
         .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
     node.agent.unload().expect_err("an agent runs");
     node.agent.terminate().expect("ends");

@@ -11,6 +11,7 @@ use std::{
 
 use libbpf_rs::MapHandle;
 use serde_json::{Value, json};
+use sidestep::bpf::LAYOUT;
 use sidestep_lab::{Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, slowdown, wait_until};
 
 /// An app's user.
@@ -88,7 +89,7 @@ impl Node {
 
     /// A map of the agent's.
     pub fn map(&self, name: &str) -> MapHandle {
-        MapHandle::from_pinned_path(self.agent.bpffs().join("v1/maps").join(name))
+        MapHandle::from_pinned_path(self.agent.bpffs().join(LAYOUT).join("maps").join(name))
             .expect("a pinned map")
     }
 

@@ -82,7 +82,7 @@ fn uninstall(world: &mut World) -> Result<()> {
     ensure!(is_chained(&conflist(node)?.1), "the plugin is not in the configuration");
     agent.unload()?;
     clean(node, &before)?;
-    ensure!(!agent.bpffs().join("v1").exists(), "pins are left");
+    ensure!(!agent.bpffs().exists(), "pins are left");
     plain(node)
 }
 
@@ -109,7 +109,7 @@ fn daemonset_gone(world: &mut World) -> Result<()> {
     node.server().delete("daemonsets.apps", "kube-system", "sidestep")?;
     agent.terminate()?;
     clean(node, &before)?;
-    ensure!(!agent.bpffs().join("v1").exists(), "pins are left");
+    ensure!(!agent.bpffs().exists(), "pins are left");
     plain(node)
 }
 

@@ -134,7 +134,7 @@ fn upgraded(world: &mut World) -> Result<()> {
     let target = server(node, "server")?;
     node.create_pod("cart", istio(), injected(app(&["loop", &target.to_string()])))?;
     node.wait_running("cart")?;
-    for layout in ["v2", "v1", "v2"] {
+    for layout in ["v3", "v2", "v3"] {
         more_load(node, "cart")?;
         agent.upgrade_to(node, layout)?;
         agent.wait_ready(node)?;

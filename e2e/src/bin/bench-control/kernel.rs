@@ -28,6 +28,8 @@ const OF_PODS: [&str; 8] = [
     "listeners",
 ];
 
+/// The layout of the agent's maps; `LAYOUT` of src/bpf/mod.rs.
+const LAYOUT: &str = "v2";
 /// `struct pod_record` of bpf/types.h: where the uid is.
 const UID: std::ops::Range<usize> = 320..384;
 
@@ -40,7 +42,7 @@ pub struct Kernel {
 impl Kernel {
     /// Below the agent's directory of a bpffs.
     pub fn open(bpffs: &Path) -> Result<Self> {
-        let layout = bpffs.join("v1");
+        let layout = bpffs.join(LAYOUT);
         let open = |name| {
             let path = layout.join("maps").join(name);
             let map = MapHandle::from_pinned_path(&path);
