@@ -154,7 +154,7 @@ impl Settings {
 const BUNDLES: &[&[Group]] = &[
     &[Group::Keepalive],
     &[Group::Connect, Group::Bulk],
-    &[Group::Stopped, Group::Memory],
+    &[Group::Memory, Group::Stopped],
     &[Group::Connections],
 ];
 
@@ -200,6 +200,9 @@ fn take(settings: &Settings, world: &mut World, step: &Step, samples: &mut Sampl
     let mut turn = Turn { settings, world, in_force: &in_force, step, cpu, logs, samples };
     for group in &step.groups {
         turn.measure(*group);
+    }
+    if step.groups.contains(&Group::Stopped) {
+        world.restart_app()?;
     }
     let drained = world.wait_drained();
     in_force.end(world).with_context(|| format!("leaving the mode {}", step.mode))?;

@@ -64,9 +64,7 @@ impl World {
         let server = pod(&lab, "server")?;
         // The application's user may not be allowed to read where this binary is.
         fs::copy("/proc/self/exe", lab.dir().join("bench")).context("copying this binary")?;
-        let ip = server.ipv4();
-        let app = server.spawn(APP, APP, part(&lab, ["app".to_owned(), ip.to_string()]))?;
-        wait_for_port(&server, ip, Service::Stopped.port()).with_context(|| app.log_tail())?;
+        let app = start_app(&lab, &server)?;
         let help = Command::new(sidestep).args(["run", "--help"]).output();
         let help = help.with_context(|| format!("running {}", sidestep.display()))?;
         let splice_flag = String::from_utf8_lossy(&help.stdout).contains("--splice");
@@ -87,6 +85,13 @@ impl World {
         let client = self.sidecar(proxy, &self.client, &self.near_twins())?;
         let server = self.sidecar(proxy, &self.server, &self.far_twins())?;
         self.sidecars = Some((proxy, [client, server]));
+        Ok(())
+    }
+
+    /// Ends the application and starts it again: writers that wait for it are told.
+    pub fn restart_app(&mut self) -> Result<()> {
+        self.app.kill();
+        self.app = start_app(&self.lab, &self.server)?;
         Ok(())
     }
 
@@ -207,6 +212,13 @@ fn pod(lab: &Lab, name: &str) -> Result<Pod> {
     Ok(pod)
 }
 
+fn start_app(lab: &Lab, pod: &Pod) -> Result<Process> {
+    let ip = pod.ipv4();
+    let app = pod.spawn(APP, APP, part(lab, ["app".to_owned(), ip.to_string()]))?;
+    wait_for_port(pod, ip, Service::Stopped.port()).with_context(|| app.log_tail())?;
+    Ok(app)
+}
+
 /// The command line of this binary as one of the parts in the pods.
 fn part(lab: &Lab, args: impl IntoIterator<Item = String>) -> Vec<String> {
     let binary = lab.dir().join("bench").display().to_string();
@@ -302,7 +314,14 @@ impl InForce {
         if self.mode.spliced() == 0 {
             return Ok((open()?, 0));
         }
-        let before = self.spliced()?;
+        // Those of an earlier cell are being closed, but for what HTTP keeps.
+        let mut before = self.spliced()?;
+        if proxy != Proxy::Http && before > 0 {
+            wait_until("earlier connections to be closed", DRAINING, || {
+                before = self.spliced().unwrap_or(before);
+                before == 0
+            })?;
+        }
         let opened = open()?;
         let wanted = match (proxy, self.mode) {
             // Envoy shares its connections onward between requests.
