@@ -1,5 +1,6 @@
 //! The agent under test: the `sidestep` binary.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -156,6 +157,28 @@ impl Agent {
     /// Waits, up to ten seconds, until the agent's status has the pod.
     pub fn wait_enrolled(&mut self, pod: &Pod) -> Result<()> {
         self.wait_pod(pod, true)
+    }
+
+    /// Waits until the agent's status has all of these pods: up to ten seconds, and a tenth more
+    /// for each.
+    pub fn wait_all_enrolled<'a>(&mut self, pods: impl IntoIterator<Item = &'a Pod>) -> Result<()> {
+        let mut missing: BTreeSet<String> =
+            pods.into_iter().map(|pod| format!("lab/{}", pod.name())).collect();
+        let timeout = Duration::from_secs(10) + missing.len() as u32 * Duration::from_millis(100);
+        let waited = wait_until("all pods to be enrolled", timeout, || {
+            let Ok(status) = self.status() else { return !self.is_running() };
+            for pod in status["pods"].as_array().into_iter().flatten() {
+                if let (Some(name), Some(true)) = (pod["pod"].as_str(), pod["inbound"].as_bool()) {
+                    missing.remove(name);
+                }
+            }
+            missing.is_empty() || !self.is_running()
+        });
+        let enrolled = waited.and_then(|()| {
+            ensure!(missing.is_empty(), "the agent has ended");
+            Ok(())
+        });
+        enrolled.with_context(|| format!("without {} pods; {}", missing.len(), self.log_tail()))
     }
 
     /// Waits, up to ten seconds, until the agent's status has the pod no more.
