@@ -225,6 +225,7 @@ enum counter {
 	SPLICE_SOCKETS, /* sockets that were spliced */
 	SPLICE_NOT_SAFE, /* not eligible: blocking, or with an option that splicing breaks */
 	SPLICE_NOT_PROXY, /* not eligible: between pods, but not between their proxies */
+	SPLICE_MAP_FULL, /* eligible, but there is no room in the map */
 	SPLICE_MESSAGES, /* messages that skipped the TCP/IP stack */
 	SPLICE_BYTES, /* their bytes */
 	SPLICE_SPILLED, /* by TCP: too much is unread at the other end */

@@ -71,7 +71,7 @@ use crate::{
 pub const LAYOUT: &str = "v2";
 
 /// The names of the kernel's counters, in the order of `enum counter`.
-const COUNTERS: [&str; 20] = [
+const COUNTERS: [&str; 21] = [
     "captured_outbound",
     "captured_self",
     "captured_dns",
@@ -86,6 +86,7 @@ const COUNTERS: [&str; 20] = [
     "splice_sockets",
     "splice_not_safe",
     "splice_not_proxy",
+    "splice_map_full",
     "splice_messages",
     "splice_bytes",
     "splice_spilled",
