@@ -169,9 +169,9 @@ enum splice_leg {
 /* Agent's word on a leg, for the programs and for `status`. */
 struct leg {
 	__u32 on;
-	__u8 why[508]; /* why it is off, NUL-padded */
+	__u8 why[2044]; /* why it is off, NUL-padded */
 };
-_Static_assert(sizeof(struct leg) == 512, "leg");
+_Static_assert(sizeof(struct leg) == 2048, "leg");
 
 /*
  * One end of a connection. The initial sequence numbers make it the connection's own: two pods
