@@ -127,7 +127,7 @@ async fn serve(config: &Config) -> Result<()> {
     info!(cgroup = %reconciler.cgroup(), %pins, adopted, "in force");
 
     if let Some(address) = config.http {
-        http::serve(address, Arc::clone(&metrics)).await?;
+        let address = http::serve(address, Arc::clone(&metrics)).await?;
         info!(%address, "health and metrics");
     }
     let cni = match &config.source {

@@ -1,5 +1,6 @@
 //! The agent under test: the `sidestep` binary.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -122,10 +123,10 @@ impl Agent {
         Ok(())
     }
 
-    /// Starts it again as a build whose maps have another layout, such as `v2`.
-    pub fn upgrade_to(&mut self, layout: &str) -> Result<()> {
+    /// Starts it again as a build whose maps have another layout than its own, or as itself.
+    pub fn upgrade_to(&mut self, layout: Option<&str>) -> Result<()> {
         self.terminate()?;
-        self.layout = Some(layout.to_owned());
+        self.layout = layout.map(str::to_owned);
         self.restart()
     }
 
@@ -156,6 +157,28 @@ impl Agent {
     /// Waits, up to ten seconds, until the agent's status has the pod.
     pub fn wait_enrolled(&mut self, pod: &Pod) -> Result<()> {
         self.wait_pod(pod, true)
+    }
+
+    /// Waits until the agent's status has all of these pods: up to ten seconds, and a tenth more
+    /// for each.
+    pub fn wait_all_enrolled<'a>(&mut self, pods: impl IntoIterator<Item = &'a Pod>) -> Result<()> {
+        let mut missing: BTreeSet<String> =
+            pods.into_iter().map(|pod| format!("lab/{}", pod.name())).collect();
+        let timeout = Duration::from_secs(10) + missing.len() as u32 * Duration::from_millis(100);
+        let waited = wait_until("all pods to be enrolled", timeout, || {
+            let Ok(status) = self.status() else { return !self.is_running() };
+            for pod in status["pods"].as_array().into_iter().flatten() {
+                if let (Some(name), Some(true)) = (pod["pod"].as_str(), pod["inbound"].as_bool()) {
+                    missing.remove(name);
+                }
+            }
+            missing.is_empty() || !self.is_running()
+        });
+        let enrolled = waited.and_then(|()| {
+            ensure!(missing.is_empty(), "the agent has ended");
+            Ok(())
+        });
+        enrolled.with_context(|| format!("without {} pods; {}", missing.len(), self.log_tail()))
     }
 
     /// Waits, up to ten seconds, until the agent's status has the pod no more.
@@ -244,10 +267,10 @@ impl Agent {
         process.wait(Duration::from_secs(10)).map(drop).with_context(|| process.log_tail())
     }
 
-    /// Waits, up to five seconds, until the agent's log has `text`.
+    /// Waits, up to fifteen seconds, until the agent's log has `text`.
     pub fn wait_log(&self, text: &str) -> Result<()> {
         let what = format!("{text:?} in the agent's log");
-        wait_for(&what, Duration::from_secs(5), || self.log().contains(text).then_some(()))
+        wait_for(&what, Duration::from_secs(15), || self.log().contains(text).then_some(()))
             .with_context(|| self.log_tail())
     }
 

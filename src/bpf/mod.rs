@@ -71,7 +71,7 @@ use crate::{
 pub const LAYOUT: &str = "v2";
 
 /// The names of the kernel's counters, in the order of `enum counter`.
-const COUNTERS: [&str; 20] = [
+const COUNTERS: [&str; 21] = [
     "captured_outbound",
     "captured_self",
     "captured_dns",
@@ -86,6 +86,7 @@ const COUNTERS: [&str; 20] = [
     "splice_sockets",
     "splice_not_safe",
     "splice_not_proxy",
+    "splice_map_full",
     "splice_messages",
     "splice_bytes",
     "splice_spilled",
@@ -284,6 +285,19 @@ impl Dataplane {
             }
             self.attach_hook(hook, cgroup)
                 .with_context(|| format!("cannot attach {} to {cgroup}", hook.program))?;
+        }
+        self.remove_strangers()
+    }
+
+    /// Takes away what a build with more programs attached: nobody looks after it any more.
+    fn remove_strangers(&self) -> Result<()> {
+        for pin in children(&self.pins.links())? {
+            let name = pin.file_name().unwrap_or_default().to_string_lossy();
+            let known = HOOKS.iter().any(|hook| hook.program == name);
+            if !known && !name.starts_with("steer-") {
+                tracing::info!(hook = %name, "is no program of this build: taken away");
+                remove_link(&pin)?;
+            }
         }
         Ok(())
     }

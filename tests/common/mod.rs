@@ -34,6 +34,9 @@ pub fn binary() -> &'static Path {
     &BINARY
 }
 
+/// What may take a moment, on a machine that is busy as well.
+pub const SOON: Duration = Duration::from_secs(10);
+
 /// How long a socket may be silent.
 pub fn patience() -> Duration {
     Duration::from_secs(3) * slowdown()

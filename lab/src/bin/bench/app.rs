@@ -19,7 +19,7 @@ pub enum Service {
     Http,
     /// Takes all that comes, and says how much it was when that ends.
     Sink,
-    /// Sends without end.
+    /// Sends without end, once something has come.
     Source,
     /// Never reads.
     Stopped,
@@ -125,7 +125,7 @@ impl Conn {
     /// connection is over.
     fn go_on(&mut self, event: &Event, buffer: &mut [u8]) -> io::Result<()> {
         match self.service {
-            Service::Source => return self.send_without_end(buffer),
+            Service::Source if self.state.received > 0 => return self.send_without_end(buffer),
             Service::Stopped if event.is_read_closed() || event.is_error() => {
                 return Err(ErrorKind::UnexpectedEof.into());
             }
@@ -159,7 +159,8 @@ impl Conn {
                     match self.service {
                         Service::Echo => state.out.extend_from_slice(&buffer[..n]),
                         Service::Http => state.answer(&buffer[..n])?,
-                        _ => {}
+                        Service::Source => return self.send_without_end(buffer),
+                        Service::Sink | Service::Stopped => {}
                     }
                 }
             }

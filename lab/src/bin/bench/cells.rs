@@ -1,6 +1,7 @@
 //! The measurements, and the order that they are made in.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
 use anyhow::{Context, Error, Result, ensure};
@@ -34,6 +35,12 @@ pub enum Group {
     Connections,
     /// The same beside more and more enrolled pods
     Pods,
+}
+
+impl fmt::Display for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!("{self:?}").to_lowercase())
+    }
 }
 
 impl Group {
@@ -95,7 +102,8 @@ impl Settings {
         let (proxy, rounds) = match group {
             Group::Keepalive | Group::Connect => (true, self.rounds),
             Group::Bulk => (proxy != Proxy::Http, self.rounds),
-            Group::Stopped | Group::Memory => (proxy != Proxy::Http, self.few_rounds),
+            Group::Stopped => (proxy != Proxy::Http, 3),
+            Group::Memory => (proxy != Proxy::Http, self.few_rounds),
             // One proxy of those that there are: it is about the kernel.
             Group::Connections | Group::Pods => {
                 (self.proxies.first() == Some(&proxy), self.few_rounds)
@@ -104,41 +112,36 @@ impl Settings {
         proxy && round < rounds.min(self.rounds)
     }
 
-    /// All measurements, as groups in a mode, in their order.
+    /// All measurements, in their order.
     pub fn plan(&self) -> Vec<Step> {
         let mut steps = Vec::new();
-        let rotated = |round: usize| {
-            let count = self.modes.len();
-            (0..count).map(move |turn| (turn, self.modes[(round + turn) % count]))
-        };
-        let mut add = |group, round, proxy, pods| {
-            steps.extend(rotated(round).map(|(turn, mode)| Step {
+        let mut add = |round: usize, proxy, groups: Vec<Group>, pods| {
+            let count = if groups.is_empty() { 0 } else { self.modes.len() };
+            steps.extend((0..count).map(|turn| Step {
                 round,
                 turn,
                 proxy,
-                group,
-                mode,
+                groups: groups.clone(),
+                mode: self.modes[(round + turn) % count],
                 pods,
             }));
         };
+        let due = |bundle: &[Group], proxy, round| -> Vec<Group> {
+            let groups = bundle.iter().filter(|group| self.groups.contains(group));
+            groups.copied().filter(|group| self.takes(*group, proxy, round)).collect()
+        };
         for round in 0..self.rounds {
             for proxy in &self.proxies {
-                for group in self.groups.iter().filter(|group| **group != Group::Pods) {
-                    if self.takes(*group, *proxy, round) {
-                        add(*group, round, *proxy, 2);
-                    }
+                for bundle in BUNDLES {
+                    add(round, *proxy, due(bundle, *proxy, round), 2);
                 }
             }
         }
         // Last: pods that are there stay, and would be in the way of the others.
-        if self.groups.contains(&Group::Pods) {
-            for pods in &self.pods {
-                for round in 0..self.rounds {
-                    for proxy in &self.proxies {
-                        if self.takes(Group::Pods, *proxy, round) {
-                            add(Group::Pods, round, *proxy, *pods);
-                        }
-                    }
+        for pods in &self.pods {
+            for round in 0..self.rounds {
+                for proxy in &self.proxies {
+                    add(round, *proxy, due(&[Group::Pods], *proxy, round), *pods);
                 }
             }
         }
@@ -146,13 +149,22 @@ impl Settings {
     }
 }
 
-/// One group of measurements in one mode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What is measured without leaving the mode in between: little enough for the modes to follow
+/// each other within seconds.
+const BUNDLES: &[&[Group]] = &[
+    &[Group::Keepalive],
+    &[Group::Connect, Group::Bulk],
+    &[Group::Memory, Group::Stopped],
+    &[Group::Connections],
+];
+
+/// Some groups of measurements in one mode.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
     pub round: usize,
     pub turn: usize,
     pub proxy: Proxy,
-    pub group: Group,
+    pub groups: Vec<Group>,
     pub mode: Mode,
     pub pods: usize,
 }
@@ -163,13 +175,13 @@ pub fn run(settings: &Settings, world: &mut World, progress: &Progress) -> (Samp
     let mut samples = Samples::default();
     let result = settings.plan().into_iter().try_for_each(|step| {
         progress.step(&step);
-        take(settings, world, step, &mut samples)
+        take(settings, world, &step, &mut samples)
     });
     progress.finish();
     (samples, result)
 }
 
-fn take(settings: &Settings, world: &mut World, step: Step, samples: &mut Samples) -> Result<()> {
+fn take(settings: &Settings, world: &mut World, step: &Step, samples: &mut Samples) -> Result<()> {
     ensure!(!interrupted(), "interrupted");
     world.pods(step.pods)?;
     world.use_proxy(step.proxy)?;
@@ -178,28 +190,37 @@ fn take(settings: &Settings, world: &mut World, step: Step, samples: &mut Sample
         Err(err) => {
             ensure!(!interrupted(), "interrupted");
             let err = err.context("the mode could not be put in force");
-            samples.0.push(sample(step, group_name(step.group), 0, Err(err)));
+            let groups: Vec<String> = step.groups.iter().map(Group::to_string).collect();
+            samples.0.push(sample(step, groups.join("+"), 0, Err(err)));
             return Ok(());
         }
     };
     let cpu = Cpu::new(world.lab.cgroup())?;
-    let mut turn = Turn { settings, world, in_force: &in_force, step, cpu, samples };
-    turn.measure();
-    let ended = in_force.end(world).with_context(|| format!("leaving the mode {}", step.mode));
+    let logs = world.logs();
+    let mut turn = Turn { settings, world, in_force: &in_force, step, cpu, logs, samples };
+    for group in &step.groups {
+        turn.measure(*group);
+    }
+    if step.groups.contains(&Group::Stopped) {
+        world.restart_app()?;
+    }
+    let drained = world.wait_drained();
+    in_force.end(world).with_context(|| format!("leaving the mode {}", step.mode))?;
     ensure!(!interrupted(), "interrupted");
-    ended
+    if let Err(err) = drained {
+        samples.0.push(sample(step, "closing".to_owned(), 0, Err(err)));
+        world.stop_sidecars();
+    }
+    Ok(())
 }
 
-fn group_name(group: Group) -> String {
-    group.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
-}
-
-fn sample(step: Step, cell: String, spliced: usize, values: Result<Values>) -> Sample {
-    let Step { round, turn, proxy, mode, .. } = step;
+fn sample(step: &Step, cell: String, spliced: usize, values: Result<Values>) -> Sample {
+    let Step { round, turn, proxy, mode, .. } = *step;
     let spliced = (mode.spliced() > 0).then_some(spliced);
     let (values, error) = match values {
         Ok(values) => (values, None),
-        Err(err) => (Values::new(), Some(format!("{err:#}"))),
+        // The agent's status may be in it, and be long.
+        Err(err) => (Values::new(), Some(format!("{err:#}").chars().take(600).collect())),
     };
     Sample { round, turn, proxy, cell, mode, spliced, values, error }
 }
@@ -211,14 +232,16 @@ struct Turn<'a> {
     settings: &'a Settings,
     world: &'a World,
     in_force: &'a InForce,
-    step: Step,
+    step: &'a Step,
     cpu: Cpu,
+    /// What was written before it began.
+    logs: Vec<String>,
     samples: &'a mut Samples,
 }
 
 impl Turn<'_> {
-    fn measure(&mut self) {
-        match self.step.group {
+    fn measure(&mut self, group: Group) {
+        match group {
             Group::Keepalive => self.keepalive(),
             Group::Connect => {
                 for clients in &self.settings.clients {
@@ -227,18 +250,13 @@ impl Turn<'_> {
                 }
             }
             Group::Bulk => {
-                for (name, service) in [("up", Service::Sink), ("down", Service::Source)] {
-                    self.with_bulk(&format!("bulk/{name}"), service, Self::transfer);
-                }
+                let cells = [("bulk/up", Service::Sink), ("bulk/down", Service::Source)];
+                self.with_bulk(cells, Self::transfer);
             }
             Group::Stopped => {
-                for size in [64 << 10, 1 << 10] {
-                    let cell = format!("stopped/{}", size_name(size));
-                    self.with_bulk(&cell, Service::Stopped, |turn, bulk, _| {
-                        let stuck = Duration::from_secs_f64(turn.settings.stuck);
-                        Ok([("bytes", bulk.stuff(size, stuck)? as f64)].into())
-                    });
-                }
+                let stopped = Service::Stopped;
+                let cells = [("stopped/64K", stopped), ("stopped/1K", stopped)];
+                self.with_bulk(cells, Self::stuff);
             }
             Group::Memory => {
                 let (spliced, values) = split(self.memory());
@@ -264,8 +282,8 @@ impl Turn<'_> {
             return; // it failed for no other reason
         }
         let values = values.map_err(|err| {
-            let logs = self.world.logs();
-            if logs.is_empty() { err } else { Error::msg(format!("{err:#} (in the pods: {logs})")) }
+            let said = self.world.said_since(&self.logs);
+            if said.is_empty() { err } else { Error::msg(format!("{err:#} (in the pods: {said})")) }
         });
         self.samples.0.push(sample(self.step, cell, spliced, values));
     }
@@ -335,28 +353,42 @@ impl Turn<'_> {
         })
     }
 
+    /// Opens a connection for each cell, and then works on one after the other.
     fn with_bulk(
         &mut self,
-        cell: &str,
-        service: Service,
-        work: impl FnOnce(&Self, Bulk, Service) -> Result<Values>,
+        cells: [(&str, Service); 2],
+        work: impl Fn(&Self, Bulk, &str) -> Result<Values>,
     ) {
-        let target = self.world.target(self.step.mode, service);
-        let opened = self
-            .in_force
-            .open(self.step.proxy, 1, || self.world.client.run(APP, APP, || Bulk::open(target))?);
+        let opened = self.in_force.open(self.step.proxy, cells.len(), || {
+            self.world.client.run(APP, APP, || -> Result<Vec<Bulk>> {
+                let targets = cells.iter().map(|(_, s)| self.world.target(self.step.mode, *s));
+                targets.map(Bulk::open).collect()
+            })?
+        });
         let (spliced, opened) = split(opened);
-        let values = opened.and_then(|bulk| work(self, bulk, service));
-        self.put(cell.to_owned(), spliced, values);
+        let mut opened = opened.map(Vec::into_iter);
+        for (cell, _) in cells {
+            let values = match &mut opened {
+                Ok(bulks) => {
+                    bulks.next().context("no connection").and_then(|bulk| work(self, bulk, cell))
+                }
+                Err(err) => Err(Error::msg(format!("{err:#}"))),
+            };
+            self.put(cell.to_owned(), spliced, values);
+        }
     }
 
-    fn transfer(&self, bulk: Bulk, service: Service) -> Result<Values> {
+    fn stuff(&self, bulk: Bulk, cell: &str) -> Result<Values> {
+        let size = if cell.ends_with("/1K") { 1 << 10 } else { 64 << 10 };
+        let stuck = Duration::from_secs_f64(self.settings.stuck);
+        Ok([("bytes", bulk.stuff(size, stuck)? as f64)].into())
+    }
+
+    fn transfer(&self, bulk: Bulk, cell: &str) -> Result<Values> {
         let slice = self.settings.slice();
         let before = self.cpu.micros()?;
-        let moved = match service {
-            Service::Source => bulk.receive(slice)?,
-            _ => bulk.send(slice)?,
-        };
+        let down = cell.ends_with("/down");
+        let moved = if down { bulk.receive(slice)? } else { bulk.send(slice)? };
         let cpu = self.cpu.micros()? - before;
         let bytes = moved.bytes as f64;
         Ok([
@@ -368,9 +400,10 @@ impl Turn<'_> {
 
     fn memory(&self) -> Result<(Values, usize)> {
         let count = self.settings.idle;
-        let before = settled_slab()?;
+        let patience = Duration::from_secs_f64(2.0 * self.settings.stuck);
+        let before = settled_slab(patience)?;
         let (client, spliced) = self.open(count)?;
-        let after = settled_slab()?;
+        let after = settled_slab(patience)?;
         let tracked = |pod| usage::tracked(pod).map(|number| number / count as f64);
         let values = [
             ("kernel_bytes", (after - before) / count as f64),
@@ -409,9 +442,9 @@ impl Turn<'_> {
 }
 
 /// The kernel frees what was closed a little later.
-fn settled_slab() -> Result<f64> {
+fn settled_slab(patience: Duration) -> Result<f64> {
     let mut last = usage::slab_bytes()?;
-    let settled = wait_for("the kernel's memory to settle", Duration::from_secs(2), || {
+    let settled = wait_for("the kernel's memory to settle", patience, || {
         std::thread::sleep(Duration::from_millis(100));
         let now = usage::slab_bytes().ok()?;
         let still = (now - last).abs() < 32_768.0;
@@ -463,7 +496,9 @@ mod tests {
         for mode in settings().modes {
             let mut turns: Vec<_> = plan
                 .iter()
-                .filter(|s| s.mode == mode && s.group == Group::Keepalive && s.proxy == Proxy::Http)
+                .filter(|s| {
+                    s.mode == mode && s.groups == [Group::Keepalive] && s.proxy == Proxy::Http
+                })
                 .map(|s| s.turn)
                 .collect();
             turns.sort_unstable();
@@ -474,12 +509,12 @@ mod tests {
     #[test]
     fn what_takes_long_has_fewer_rounds_and_pods_come_last() {
         let plan = settings().plan();
-        let count = |group| plan.iter().filter(|step| step.group == group).count();
+        let count = |group| plan.iter().filter(|step| step.groups == [group]).count();
         assert_eq!(count(Group::Keepalive), 3 * 3 * 2);
         assert_eq!(count(Group::Memory), 2 * 3);
         assert_eq!(count(Group::Pods), 2 * 2 * 3);
-        let first = plan.iter().position(|step| step.group == Group::Pods).expect("pods");
-        assert!(plan[first..].iter().all(|step| step.group == Group::Pods));
+        let first = plan.iter().position(|step| step.groups == [Group::Pods]).expect("pods");
+        assert!(plan[first..].iter().all(|step| step.groups == [Group::Pods]));
         assert!(plan[first..].is_sorted_by_key(|step| step.pods));
     }
 }

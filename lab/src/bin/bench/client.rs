@@ -390,6 +390,8 @@ impl Bulk {
     pub fn receive(mut self, duration: Duration) -> Result<Moved> {
         let mut buffer = vec![0; 128 << 10];
         let (mut bytes, start) = (0_u64, Instant::now());
+        let asked = self.stream.write(b"x").context("asking for the transfer")?;
+        ensure!(asked == 1, "the transfer could not be asked for");
         while start.elapsed() < duration {
             match would_block(self.stream.read(&mut buffer)).context("receiving")? {
                 Some(0) => bail!("the transfer ended after {bytes} bytes"),

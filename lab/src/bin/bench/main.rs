@@ -23,6 +23,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::geteuid;
 use sidestep_lab::{interrupted, stop_on_signals};
 
@@ -143,6 +144,12 @@ fn bench(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// 10,000, or as many as a relay may have open, which takes two files for each.
+fn most_connections() -> Result<usize> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("the limit of open files")?;
+    Ok(usize::try_from(hard.saturating_sub(200) / 2)?.min(10_000))
+}
+
 fn settings(args: &Args) -> Result<Settings> {
     let mut settings = if args.smoke {
         Settings {
@@ -155,15 +162,15 @@ fn settings(args: &Args) -> Result<Settings> {
             connections: vec![1, 4],
             clients: vec![2],
             idle: 20,
-            open: vec![10, 20],
-            pods: vec![2, 3],
+            open: vec![20],
+            pods: vec![3],
             stuck: 0.1,
             few_rounds: 1,
         }
     } else if args.quick {
         Settings {
             rounds: 3,
-            seconds: 0.5,
+            seconds: 0.4,
             groups: vec![Group::Keepalive, Group::Connect, Group::Bulk, Group::Stopped],
             modes: Mode::EVERY.to_vec(),
             proxies: vec![Proxy::Relay, Proxy::Envoy],
@@ -173,13 +180,13 @@ fn settings(args: &Args) -> Result<Settings> {
             idle: 200,
             open: vec![10, 1000],
             pods: vec![2, 30],
-            stuck: 1.0,
+            stuck: 0.5,
             few_rounds: 1,
         }
     } else {
         Settings {
             rounds: 5,
-            seconds: 1.0,
+            seconds: 0.8,
             groups: Group::EVERY.to_vec(),
             modes: Mode::EVERY.to_vec(),
             proxies: vec![Proxy::Relay, Proxy::Envoy, Proxy::Http],
@@ -187,7 +194,7 @@ fn settings(args: &Args) -> Result<Settings> {
             connections: vec![1, 16, 64],
             clients: vec![1, 8],
             idle: 1000,
-            open: vec![10, 100, 1000, 10_000],
+            open: vec![10, 100, 1000, most_connections()?],
             pods: vec![2, 50, 250],
             stuck: 1.0,
             few_rounds: 2,

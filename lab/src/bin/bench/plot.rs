@@ -15,6 +15,8 @@ use crate::sample::{Samples, Spread};
 
 const FONT: &str = "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf";
 const SIZE: (u32, u32) = (1100, 560);
+/// Of the width, for the legend.
+const LEGEND: u32 = 150;
 
 /// Loads the font that letters are drawn with. Fails when it is not installed.
 pub fn font() -> Result<()> {
@@ -116,16 +118,19 @@ pub fn all(samples: &Samples, settings: &Settings, dir: &Path) -> Result<()> {
     for (name, levels, what) in
         [("connections", open, "open connections"), ("pods", pods, "enrolled pods")]
     {
-        for (way, title) in [("keepalive", "Keep-alive, 64 B, 10 active"), ("connect", "Connect")] {
+        for (way, value, title) in [
+            ("keepalive", "p50_us", "Keep-alive, 64 B, 10 at work: p50, us"),
+            ("connect", "rate", "Connections per second, 8 clients"),
+        ] {
             let line = |mode: Mode| -> Line {
                 let at = |level: &usize| {
                     let cell = format!("{name}/{level}/{way}");
-                    Some((*level as f64, samples.spread(*first, &cell, mode, "rate")?))
+                    Some((*level as f64, samples.spread(*first, &cell, mode, value)?))
                 };
                 (mode, levels.iter().filter_map(at).collect())
             };
             let all: Vec<_> = samples.modes().into_iter().map(line).collect();
-            let title = format!("{title}: rate beside more {what} ({first})");
+            let title = format!("{title}, beside more {what} ({first})");
             lines(dir, &format!("{name}-{way}"), &title, what, &all)?;
         }
     }
@@ -218,6 +223,7 @@ fn draw_bars<B: DrawingBackend>(
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 22))
         .margin(16)
+        .margin_right(LEGEND)
         .x_label_area_size(50)
         .y_label_area_size(60)
         .build_cartesian_2d(0.0..groups.len() as f64, 0.0..highest * 1.15)
@@ -230,13 +236,12 @@ fn draw_bars<B: DrawingBackend>(
         .light_line_style(WHITE)
         .draw()
         .map_err(failed)?;
-    if title.contains("iptables = 1") {
+    let base = title.contains("iptables = 1").then_some(Mode::Iptables);
+    if base.is_some() {
         let line = [(0.0, 1.0), (groups.len() as f64, 1.0)];
         chart
             .draw_series(LineSeries::new(line, colour(Mode::Iptables).stroke_width(2)))
-            .map_err(failed)?
-            .label("iptables")
-            .legend(|(x, y)| key(x, y, Mode::Iptables));
+            .map_err(failed)?;
     }
     let width = 0.84 / modes.len() as f64;
     for (place, mode) in modes.iter().enumerate() {
@@ -249,25 +254,15 @@ fn draw_bars<B: DrawingBackend>(
             let corners = [(*left, 0.0), (left + width * 0.92, spread.median)];
             Rectangle::new(corners, colour(*mode).filled())
         });
-        chart
-            .draw_series(rectangles)
-            .map_err(failed)?
-            .label(label(*mode))
-            .legend(|(x, y)| key(x, y, *mode));
+        chart.draw_series(rectangles).map_err(failed)?;
         let whiskers = of_mode.iter().map(|(left, spread)| {
             let middle = left + width * 0.46;
             PathElement::new([(middle, spread.low), (middle, spread.high)], BLACK)
         });
         chart.draw_series(whiskers).map_err(failed)?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .background_style(WHITE.mix(0.85))
-        .border_style(RGBColor(0xcc, 0xcc, 0xcc))
-        .label_font(("sans-serif", 14))
-        .draw()
-        .map_err(failed)?;
+    let legend: Vec<Mode> = base.into_iter().chain(modes.iter().copied()).collect();
+    draw_legend(area, &legend)?;
     let centred = Pos::new(HPos::Center, VPos::Top);
     let style = ("sans-serif", 14).into_text_style(area).pos(centred);
     for (number, group) in groups.iter().enumerate() {
@@ -278,11 +273,6 @@ fn draw_bars<B: DrawingBackend>(
         }
     }
     Ok(())
-}
-
-/// A mode's sign in the legend.
-fn key(x: i32, y: i32, mode: Mode) -> Rectangle<(i32, i32)> {
-    Rectangle::new([(x + 2, y - 5), (x + 14, y + 5)], colour(mode).filled())
 }
 
 fn draw_lines<B: DrawingBackend>(
@@ -298,6 +288,7 @@ fn draw_lines<B: DrawingBackend>(
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 22))
         .margin(16)
+        .margin_right(LEGEND)
         .x_label_area_size(45)
         .y_label_area_size(80)
         .build_cartesian_2d((least..most).log_scale(), 0.0..highest * 1.05)
@@ -305,7 +296,8 @@ fn draw_lines<B: DrawingBackend>(
     chart
         .configure_mesh()
         .x_desc(across)
-        .y_desc("per second")
+        .x_label_formatter(&|x| format!("{x:.0}"))
+        .y_label_formatter(&|y| format!("{y:.0}"))
         .label_style(("sans-serif", 14))
         .light_line_style(WHITE)
         .draw()
@@ -313,19 +305,21 @@ fn draw_lines<B: DrawingBackend>(
     for (mode, points) in lines {
         let line = points.iter().map(|(x, spread)| (*x, spread.median));
         let dots = line.clone().map(|at| Circle::new(at, 4, colour(*mode).filled()));
-        chart
-            .draw_series(LineSeries::new(line, colour(*mode).stroke_width(2)))
-            .map_err(failed)?
-            .label(label(*mode))
-            .legend(|(x, y)| key(x, y, *mode));
+        chart.draw_series(LineSeries::new(line, colour(*mode).stroke_width(2))).map_err(failed)?;
         chart.draw_series(dots).map_err(failed)?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerLeft)
-        .background_style(WHITE.mix(0.85))
-        .border_style(RGBColor(0xcc, 0xcc, 0xcc))
-        .label_font(("sans-serif", 14))
-        .draw()
-        .map_err(failed)
+    draw_legend(area, &lines.iter().map(|(mode, _)| *mode).collect::<Vec<_>>())
+}
+
+/// To the right of what is drawn, where there is nothing else.
+fn draw_legend<B: DrawingBackend>(area: &DrawingArea<B, Shift>, modes: &[Mode]) -> Result<()> {
+    let left = SIZE.0 as i32 - LEGEND as i32 + 16;
+    let style = ("sans-serif", 14).into_text_style(area);
+    for (row, mode) in modes.iter().enumerate() {
+        let top = 70 + 24 * row as i32;
+        let sign = [(left, top), (left + 12, top + 12)];
+        area.draw(&Rectangle::new(sign, colour(*mode).filled())).map_err(failed)?;
+        area.draw_text(&label(*mode), &style, (left + 20, top)).map_err(failed)?;
+    }
+    Ok(())
 }

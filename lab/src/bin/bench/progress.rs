@@ -4,7 +4,7 @@ use std::io::{IsTerminal as _, stderr};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::cells::Step;
+use crate::cells::{Group, Step};
 
 /// How far the run is.
 pub struct Progress {
@@ -25,8 +25,9 @@ impl Progress {
 
     /// This one begins. It draws now and not while it is measured.
     pub fn step(&self, step: &Step) {
-        let Step { round, proxy, group, mode, turn, pods } = step;
-        let group = format!("{group:?}").to_lowercase();
+        let Step { round, proxy, groups, mode, turn, pods } = step;
+        let groups: Vec<String> = groups.iter().map(Group::to_string).collect();
+        let group = groups.join(" and ");
         let pods = if *pods > 2 { format!(" ({pods} pods)") } else { String::new() };
         if self.terminal {
             self.bar.set_message(format!("round {}: {group}{pods}, {proxy}, {mode}", round + 1));

@@ -89,9 +89,10 @@ pub fn relay(twins: &[TwinArg]) -> Result<()> {
             let (key, side) = ((number - listeners.len()) / 2, (number - listeners.len()) % 2);
             // The other end's event of the same batch may have removed the pair.
             let Some(pair) = pairs.get_mut(key) else { continue };
-            match pair.go_on(side, event.is_readable(), event.is_writable(), &mut buffer) {
-                Ok(true) => {}
-                Ok(false) | Err(_) => drop(pairs.remove(key)),
+            let more = pair.go_on(side, event.is_readable(), event.is_writable(), &mut buffer);
+            // An end that was reset is over, also while the other one takes nothing.
+            if event.is_error() || !more.unwrap_or(false) {
+                pairs.remove(key);
             }
         }
         for event in &events {

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use sidestep_lab::{
     APP, Agent, Envoy, EnvoyOpts, Lab, PROXY, Pod, PodNet, Process, Twin, connect, interrupted,
-    iptables, nftables, wait_until,
+    iptables, nftables, wait_for, wait_until,
 };
 
 use crate::app::Service;
@@ -23,6 +23,9 @@ use crate::relay::TwinArg;
 /// client's.
 const FAR_TWIN: u16 = 2000;
 const NEAR_TWIN: u16 = 1000;
+
+/// How long thousands of connections may take to be closed.
+const DRAINING: Duration = Duration::from_secs(30);
 
 /// How long connections may take to be spliced.
 const SPLICING: Duration = Duration::from_secs(10);
@@ -61,9 +64,7 @@ impl World {
         let server = pod(&lab, "server")?;
         // The application's user may not be allowed to read where this binary is.
         fs::copy("/proc/self/exe", lab.dir().join("bench")).context("copying this binary")?;
-        let ip = server.ipv4();
-        let app = server.spawn(APP, APP, part(&lab, ["app".to_owned(), ip.to_string()]))?;
-        wait_for_port(&server, ip, Service::Stopped.port()).with_context(|| app.log_tail())?;
+        let app = start_app(&lab, &server)?;
         let help = Command::new(sidestep).args(["run", "--help"]).output();
         let help = help.with_context(|| format!("running {}", sidestep.display()))?;
         let splice_flag = String::from_utf8_lossy(&help.stdout).contains("--splice");
@@ -72,10 +73,12 @@ impl World {
         Ok(Self { sidecars: None, app, client, server, others, lab, sidestep, splice_flag })
     }
 
-    /// Starts the sidecars, instead of the others if there are some.
+    /// Starts the sidecars, instead of the others if there are some. Those that speak HTTP keep
+    /// connections to each other, which were made in another mode and are of no use in the next:
+    /// they start anew.
     pub fn use_proxy(&mut self, proxy: Proxy) -> Result<()> {
-        let same = |running: Proxy| (running == Proxy::Relay) == (proxy == Proxy::Relay);
-        if self.sidecars.as_ref().is_some_and(|(running, _)| same(*running)) {
+        let running = self.sidecars.as_ref().map(|(running, _)| *running);
+        if running == Some(proxy) && proxy != Proxy::Http {
             return Ok(());
         }
         self.sidecars = None;
@@ -83,6 +86,18 @@ impl World {
         let server = self.sidecar(proxy, &self.server, &self.far_twins())?;
         self.sidecars = Some((proxy, [client, server]));
         Ok(())
+    }
+
+    /// Ends the application and starts it again: writers that wait for it are told.
+    pub fn restart_app(&mut self) -> Result<()> {
+        self.app.kill();
+        self.app = start_app(&self.lab, &self.server)?;
+        Ok(())
+    }
+
+    /// Kills them.
+    pub fn stop_sidecars(&mut self) {
+        self.sidecars = None;
     }
 
     fn sidecar(&self, proxy: Proxy, pod: &Pod, twins: &[Twin]) -> Result<Sidecar> {
@@ -143,12 +158,34 @@ impl World {
         Ok(())
     }
 
+    /// Waits until the sidecars have closed all their connections to the application, but those
+    /// that HTTP keeps.
+    pub fn wait_drained(&self) -> Result<()> {
+        if matches!(self.sidecars, Some((Proxy::Http, _)) | None) {
+            return Ok(());
+        }
+        let ip = self.server.ipv4();
+        for (pod, twin) in [(&self.client, FAR_TWIN), (&self.server, 0)] {
+            let mut peers = Vec::new();
+            for service in Service::EVERY {
+                peers.extend([0, twin].map(|more| SocketAddr::from((ip, service.port() + more))));
+            }
+            let what = format!("the connections of {} to be closed", pod.name());
+            wait_for(&what, DRAINING, || match made_by_sidecar(pod, &peers) {
+                Ok(0) => Some(Ok(())),
+                Ok(_) => None,
+                Err(err) => Some(Err(err)),
+            })??;
+        }
+        Ok(())
+    }
+
     fn all_pods(&self) -> impl Iterator<Item = &Pod> {
         [&self.client, &self.server].into_iter().chain(&self.others)
     }
 
-    /// What sidecars and application have written last: what went wrong there.
-    pub fn logs(&self) -> String {
+    /// What the application and the sidecars have written so far.
+    pub fn logs(&self) -> Vec<String> {
         let mut all = vec![self.app.log()];
         if let Some((_, sidecars)) = &self.sidecars {
             all.extend(sidecars.iter().map(|sidecar| match sidecar {
@@ -156,8 +193,14 @@ impl World {
                 Sidecar::Envoy(envoy) => envoy.log(),
             }));
         }
-        let last = all.iter().filter_map(|log| log.lines().last());
-        last.collect::<Vec<_>>().join("; ")
+        all
+    }
+
+    /// The last line of each of them since `before`: what went wrong there.
+    pub fn said_since(&self, before: &[String]) -> String {
+        let logs = self.logs();
+        let new = logs.iter().zip(before).filter_map(|(log, before)| log.get(before.len()..));
+        new.filter_map(|log| log.lines().last()).collect::<Vec<_>>().join("; ")
     }
 }
 
@@ -167,6 +210,13 @@ fn pod(lab: &Lab, name: &str) -> Result<Pod> {
     pod.sysctl("net.ipv4.ip_local_port_range", "16000 65535")?;
     pod.sysctl("net.ipv4.tcp_tw_reuse", "1")?;
     Ok(pod)
+}
+
+fn start_app(lab: &Lab, pod: &Pod) -> Result<Process> {
+    let ip = pod.ipv4();
+    let app = pod.spawn(APP, APP, part(lab, ["app".to_owned(), ip.to_string()]))?;
+    wait_for_port(pod, ip, Service::Stopped.port()).with_context(|| app.log_tail())?;
+    Ok(app)
 }
 
 /// The command line of this binary as one of the parts in the pods.
@@ -206,9 +256,7 @@ impl InForce {
                 };
                 let mut agent = Agent::start_flags(&world.sidestep, &world.lab, flags)?;
                 world.all_pods().try_for_each(|pod| agent.add_pod(pod))?;
-                for pod in world.all_pods() {
-                    agent.wait_enrolled(pod)?;
-                }
+                agent.wait_all_enrolled(world.all_pods())?;
                 in_force.agent = Some(agent);
             }
         }
@@ -229,7 +277,7 @@ impl InForce {
             stream.read_exact(&mut [0])?;
             Ok(stream)
         })?;
-        let _open = call.with_context(|| format!("the first call: {}", world.logs()))?;
+        let _open = call.context("the first call")?;
         let port = Service::Echo.port();
         let onward = if self.mode == Mode::Explicit { port + FAR_TWIN } else { port };
         let wanted = usize::from(self.mode != Mode::Direct);
@@ -237,7 +285,7 @@ impl InForce {
             let mut found = Ok(0);
             let what = format!("a call through {wanted} sidecar ({proxy}) of {}", pod.name());
             let waited = wait_until(&what, Duration::from_secs(3), || {
-                found = made_by_sidecar(pod, (world.server.ipv4(), port).into());
+                found = made_by_sidecar(pod, &[(world.server.ipv4(), port).into()]);
                 !matches!(found, Ok(number) if number != wanted)
             });
             let found = found?;
@@ -266,7 +314,14 @@ impl InForce {
         if self.mode.spliced() == 0 {
             return Ok((open()?, 0));
         }
-        let before = self.spliced()?;
+        // Those of an earlier cell are being closed, but for what HTTP keeps.
+        let mut before = self.spliced()?;
+        if proxy != Proxy::Http && before > 0 {
+            wait_until("earlier connections to be closed", DRAINING, || {
+                before = self.spliced().unwrap_or(before);
+                before == 0
+            })?;
+        }
         let opened = open()?;
         let wanted = match (proxy, self.mode) {
             // Envoy shares its connections onward between requests.
@@ -289,7 +344,8 @@ impl InForce {
         Ok((opened, spliced))
     }
 
-    /// Takes it away.
+    /// Takes it away. Connections that were made in it had better be closed: without its rules
+    /// they never end.
     pub fn end(mut self, world: &World) -> Result<()> {
         match self.mode {
             Mode::Direct | Mode::Explicit => Ok(()),
@@ -304,21 +360,27 @@ impl InForce {
     }
 }
 
-/// How many established connections to `peer` the sidecar of the pod has made.
-fn made_by_sidecar(pod: &Pod, peer: SocketAddr) -> Result<usize> {
+/// How many established connections to any of `peers` the sidecar of the pod has made.
+fn made_by_sidecar(pod: &Pod, peers: &[SocketAddr]) -> Result<usize> {
     let text = pod.run(0, 0, || fs::read_to_string("/proc/thread-self/net/tcp"))?;
     let text = text.context("reading /proc/net/tcp")?;
-    Ok(text.lines().skip(1).filter(|line| is_sidecars(line, peer)).count())
+    let peers: Vec<String> = peers.iter().filter_map(as_proc_has_it).collect();
+    Ok(text.lines().skip(1).filter(|line| is_sidecars(line, &peers)).count())
 }
 
-/// Whether a line of /proc/net/tcp is an established connection of the sidecar's user to `peer`.
-fn is_sidecars(line: &str, peer: SocketAddr) -> bool {
-    let IpAddr::V4(ip) = peer.ip() else { return false };
-    let remote = format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), peer.port());
+/// An address in /proc/net/tcp.
+fn as_proc_has_it(addr: &SocketAddr) -> Option<String> {
+    let IpAddr::V4(ip) = addr.ip() else { return None };
+    Some(format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), addr.port()))
+}
+
+/// Whether a line of /proc/net/tcp is an established connection of the sidecar's user to one of
+/// `peers`.
+fn is_sidecars(line: &str, peers: &[String]) -> bool {
     // "sl local remote state queues timer retransmits uid ..."
     let fields: Vec<&str> = line.split_whitespace().collect();
     let [_, _, to, state, _, _, _, uid, ..] = fields[..] else { return false };
-    to == remote && state == "01" && uid == PROXY.to_string()
+    state == "01" && uid == PROXY.to_string() && peers.iter().any(|peer| peer == to)
 }
 
 #[cfg(test)]
@@ -328,13 +390,15 @@ mod tests {
     #[test]
     fn the_sidecars_connections_are_told_from_others() {
         let peer = "10.77.0.11:8080".parse().expect("an address");
+        let peers = [as_proc_has_it(&peer).expect("IPv4")];
         let line = "   3: 0A004D0A:9C40 0B004D0A:1F90 01 00000000:00000000 00:00000000 00000000  \
                     1337        0 1234 1 0000000000000000 20 4 30 10 -1";
         if cfg!(target_endian = "little") {
-            assert!(is_sidecars(line, peer));
-            assert!(!is_sidecars(&line.replace("1337", "1000"), peer));
-            assert!(!is_sidecars(&line.replace(" 01 ", " 06 "), peer));
+            assert!(is_sidecars(line, &peers));
+            assert!(!is_sidecars(&line.replace("1337", "1000"), &peers));
+            assert!(!is_sidecars(&line.replace(" 01 ", " 06 "), &peers));
+            assert!(!is_sidecars(&line.replace(":1F90", ":1F91"), &peers));
         }
-        assert!(!is_sidecars("nonsense", peer));
+        assert!(!is_sidecars("nonsense", &peers));
     }
 }
