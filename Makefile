@@ -31,7 +31,7 @@ FUZZ_TARGETS = lists annotations manifests
 # Of `make e2e`: kind, or lab: a node without a cluster, made of this machine's own parts.
 CLUSTER = kind
 
-.PHONY: build help deps demo conformance test bench-control kernels check chart image e2e fuzz mutants fmt clean
+.PHONY: build help deps demo conformance test bench bench-control kernels check chart image e2e fuzz mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
@@ -59,9 +59,14 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	@$(MAKE) --no-print-directory check
 	cargo test --workspace --no-fail-fast
 	@$(MAKE) --no-print-directory conformance ARGS=--quiet
+	$(DEBUG)/bench --smoke --out $(DEBUG)/../bench-smoke
 	@$(MAKE) --no-print-directory e2e CLUSTER=lab ARGS=
 	@$(MAKE) --no-print-directory chart
 	$(if $(TEST_KERNELS),TESTS='$(VM_TESTS)' scripts/kernels.sh $(TEST_KERNELS))
+
+bench: deps build ## interception and splicing against iptables (root): docs/performance.md; QUICK=1, ARGS="--help"
+	cargo run --release -q -p sidestep-lab --bin bench -- \
+		--sidestep $(abspath $(BIN)) $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 bench-control: build ## the scale of Kubernetes mode (root): docs/scale.md; QUICK=1, ARGS="--help"
 	cargo build -q -p sidestep-e2e --bin bench-control

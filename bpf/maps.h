@@ -18,7 +18,7 @@ struct {
 	__type(value, struct pod);
 } pods SEC(".maps");
 
-/* The enrolled pods' own addresses. Agent writes; connect and inbound read. 16 for each pod. */
+/* The enrolled pods' own addresses. Agent writes; connect, sockops and inbound read. 16 a pod. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -103,6 +103,33 @@ struct {
 	__type(key, struct listener_key);
 	__type(value, __u64);
 } listeners SEC(".maps");
+
+/* Sockets whose other end is on this node. sockops makes them; sweep_splices and redirect use. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct splice);
+} splices SEC(".maps");
+
+/*
+ * Those that are spliced. sweep_splices adds, the kernel removes a socket when it closes; redirect
+ * looks the other end up. Full: the others go by TCP.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 65536);
+	__type(key, struct splice_key);
+	__type(value, __u64);
+} spliced SEC(".maps");
+
+/* Which legs are spliced. Agent writes; sockops and sweep_splices read. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, LEGS);
+	__type(key, __u32);
+	__type(value, struct leg);
+} legs SEC(".maps");
 
 /* Agent writes and reads; no program does. */
 struct {

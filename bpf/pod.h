@@ -92,11 +92,16 @@ static __always_inline bool is_steered_port(const struct pod *pod, __u16 port)
 			(pod->flags & POD_OUT_LOOPBACK && port == pod->out_port));
 }
 
-static __always_inline void count(const struct pod *pod, enum counter counter)
+static __always_inline void count_n(__u32 mesh, enum counter counter, __u64 n)
 {
-	__u32 index = pod->mesh * COUNTERS + counter;
+	__u32 index = mesh * COUNTERS + counter;
 	__u64 *value = bpf_map_lookup_elem(&counters, &index);
 
 	if (value)
-		__sync_fetch_and_add(value, 1); /* connect can be preempted */
+		__sync_fetch_and_add(value, n); /* connect can be preempted */
+}
+
+static __always_inline void count(const struct pod *pod, enum counter counter)
+{
+	count_n(pod->mesh, counter, 1);
 }

@@ -16,6 +16,7 @@
 #include "connect.h"
 #include "layouts.h"
 #include "listeners.h"
+#include "splice.h"
 
 SEC("sockops")
 int sock_ops(struct bpf_sock_ops *ctx)
@@ -24,8 +25,12 @@ int sock_ops(struct bpf_sock_ops *ctx)
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		origdst_offer(ctx);
 		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		splice_offer(ctx, true);
+		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		origdst_take(ctx);
+		splice_offer(ctx, false);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		origdst_withdraw(ctx);

@@ -51,27 +51,34 @@ __noinline __u32 id_in(__u64 address, __u32 id)
  * Who made the socket, the way iptables' owner match sees it: the file's credentials, in the
  * numbers of the user namespace that the network namespace belongs to.
  */
-static __always_inline void owner_of(struct bpf_sock *sk, struct outbound *c)
+static __always_inline void owner_of_kernel(const struct sock *sk, struct outbound *c)
 {
-	struct sock *kernel_sk = NULL;
 	struct user_namespace *ns;
 	const struct cred *cred;
 	struct file *file;
 
 	c->uid = c->gid = (__u32)-1;
-	/* Read back from memory, the pointer is a plain number, which may be added to. */
-	bpf_probe_read_kernel(&kernel_sk, sizeof(kernel_sk), &sk);
-	file = BPF_CORE_READ(kernel_sk, sk_socket, file);
+	file = BPF_CORE_READ(sk, sk_socket, file);
 	if (!file)
 		return;
 	cred = BPF_CORE_READ(file, f_cred);
 	c->uid = BPF_CORE_READ(cred, fsuid.val);
 	c->gid = BPF_CORE_READ(cred, fsgid.val);
-	ns = BPF_CORE_READ(kernel_sk, __sk_common.skc_net.net, user_ns);
+	ns = BPF_CORE_READ(sk, __sk_common.skc_net.net, user_ns);
 	if (BPF_CORE_READ(ns, level)) {
 		c->uid = id_in((__u64)&ns->uid_map, c->uid);
 		c->gid = id_in((__u64)&ns->gid_map, c->gid);
 	}
+}
+
+/* The same, of a hook's socket. */
+static __always_inline void owner_of(struct bpf_sock *sk, struct outbound *c)
+{
+	struct sock *kernel_sk = NULL;
+
+	/* Read back from memory, the pointer is a plain number, which may be added to. */
+	bpf_probe_read_kernel(&kernel_sk, sizeof(kernel_sk), &sk);
+	owner_of_kernel(kernel_sk, c);
 }
 
 /* What policy wants to know, but for the owner. */

@@ -27,6 +27,7 @@ enum pod_flag {
 	POD_UDP_EXCLUDES = 1 << 8, /* excluded outbound ports hold for UDP (DNS) as well */
 	POD_EXCLUDE_IFS = 1 << 10, /* some of the pod's interfaces are exempt */
 	POD_CIDRS_FIRST = 1 << 9, /* excluded destinations beat everything, not just includes */
+	POD_SPLICE = 1 << 11, /* its connections may skip the TCP/IP stack */
 };
 
 /* One enrolled pod; key: its network namespace's cookie. */
@@ -64,7 +65,7 @@ enum rule_set {
 #define UID_CLASS_SHIFT 8
 #define CIDR_V6 (1 << 8)
 
-/* One of the pod's own addresses. */
+/* One of the pod's own addresses; netns 0: some enrolled pod of this node has it. */
 struct local_key {
 	__u64 netns;
 	struct addr addr;
@@ -158,6 +159,56 @@ struct pod_record {
 };
 _Static_assert(sizeof(struct pod_record) == 640, "pod_record");
 
+/* Which part of the path a connection that stays on this node is. */
+enum splice_leg {
+	LEG_SIDECAR, /* a pod's proxy <-> another pod's proxy */
+	LEG_APP, /* an app <-> its own pod's proxy */
+	LEGS,
+};
+
+/* Agent's word on a leg, for the programs and for `status`. */
+struct leg {
+	__u32 on;
+	__u8 why[508]; /* why it is off, NUL-padded */
+};
+_Static_assert(sizeof(struct leg) == 512, "leg");
+
+/*
+ * One end of a connection. The initial sequence numbers make it the connection's own: two pods
+ * with the same addresses and ports, or an old connection and its successor, never meet.
+ */
+struct splice_key {
+	struct addr src; /* the client's */
+	struct addr dst;
+	__u16 sport;
+	__u16 dport;
+	__u32 client_isn;
+	__u32 server_isn;
+	__u32 server; /* 1: the server's end, 0: the client's */
+};
+_Static_assert(sizeof(struct splice_key) == 48, "splice_key");
+
+enum splice_state {
+	SPLICE_CANDIDATE = 1, /* the agent's next sweep looks at it */
+	SPLICE_IN, /* the socket is in the map */
+	SPLICE_OUT, /* not eligible, for good */
+};
+
+/* A socket whose other end is on this node; lives and dies with it. */
+struct splice {
+	__u32 off; /* 1: all goes by TCP; first, so that other layouts' agents find it */
+	enum splice_state state;
+	__u32 redirecting; /* 1: nothing of what this end sent is in TCP any more */
+	__u32 burst; /* bytes redirected since the other end was last seen to have read all */
+	__u64 since; /* when it was established, ns */
+	__u64 peer; /* the kernel's address of the other end's socket; 0: not known yet */
+	enum splice_leg leg;
+	__u16 mesh; /* index into the counters */
+	__u16 pad;
+	struct splice_key key;
+};
+_Static_assert(sizeof(struct splice) == 88, "splice");
+
 enum counter {
 	CAPTURED_OUTBOUND, /* connect: sent to the outbound listener */
 	CAPTURED_SELF, /* connect: the proxy's call to its own pod, sent to the inbound listener */
@@ -171,6 +222,15 @@ enum counter {
 	HANDOVER_MISSED, /* a connection came to the outbound listener's redirect address
 			    unannounced */
 	ORIGDST_ANSWERED, /* getsockopt(SO_ORIGINAL_DST) answered */
+	SPLICE_SOCKETS, /* sockets that were spliced */
+	SPLICE_NOT_SAFE, /* not eligible: blocking, or with an option that splicing breaks */
+	SPLICE_NOT_PROXY, /* not eligible: between pods, but not between their proxies */
+	SPLICE_MESSAGES, /* messages that skipped the TCP/IP stack */
+	SPLICE_BYTES, /* their bytes */
+	SPLICE_SPILLED, /* by TCP: too much is unread at the other end */
+	SPLICE_BULK, /* by TCP: a large message, which TCP carries better */
+	SPLICE_UNREAD, /* by TCP: what went by TCP before is not read yet */
+	SPLICE_NO_PEER, /* by TCP: the other end is not spliced, or may not be sent to */
 	COUNTERS,
 };
 

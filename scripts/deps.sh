@@ -83,6 +83,8 @@ xz-utils xz
 protobuf-compiler protoc
 qemu-system-x86 qemu-system-x86_64
 END
+    # What the plots of `make bench` are lettered with.
+    [ -e /usr/share/fonts/truetype/dejavu/DejaVuSans.ttf ] || echo fonts-dejavu-core
     # The machines of scripts/kernels.sh have nothing else to start with.
     have busybox && file -L "$(command -v busybox)" | grep -q 'statically linked' || echo busybox-static
     # Their kernels are Debian's, also where this system is not.

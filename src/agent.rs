@@ -35,6 +35,7 @@ use crate::{
         kubernetes::{self, Kubernetes},
         manifests::Manifests,
     },
+    splice::{self, Leg},
 };
 
 /// What the agent was told on the command line.
@@ -46,6 +47,8 @@ pub struct Config {
     pub cgroup: Option<PathBuf>,
     /// Where maps and links are pinned.
     pub pins: Pins,
+    /// What is spliced.
+    pub splice: splice::Mode,
     /// Where health and metrics are served; none: nowhere.
     pub http: Option<SocketAddr>,
 }
@@ -72,6 +75,8 @@ pub struct Cluster {
 
 /// A namespace can appear, go or change its addresses with no change in the source.
 const RESYNC: Duration = Duration::from_secs(3);
+/// A connection that has settled is spliced after this time at the latest.
+const SWEEP: Duration = Duration::from_millis(500);
 /// A burst of changes is one change.
 const SETTLE: Duration = Duration::from_millis(20);
 /// Requests of the CNI plugin that may wait.
@@ -114,6 +119,7 @@ async fn serve(config: &Config) -> Result<()> {
     let _lock = pins.lock()?;
     let mut dataplane = Dataplane::load(pins)?;
     dataplane.attach(&cgroup)?;
+    decide_splices(&mut dataplane, config.splice)?;
     let events = dataplane.events()?;
     let metrics = Arc::new(Metrics::new(pins, cgroup.id()));
     let mut reconciler = Reconciler::new(source, dataplane, cgroup, Arc::clone(&metrics))?;
@@ -138,6 +144,8 @@ async fn serve(config: &Config) -> Result<()> {
 
     let mut resync = interval(RESYNC);
     resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut sweep = interval(SWEEP);
+    sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut more = BTreeSet::new();
     let settle = sleep(Duration::ZERO);
     tokio::pin!(settle);
@@ -169,6 +177,7 @@ async fn serve(config: &Config) -> Result<()> {
                 more = chain(installer.as_ref());
                 reconciler.sync(Look::Changes, &more);
             }
+            _ = sweep.tick() => reconciler.sweep_splices(),
             _ = resync.tick() => {
                 more = chain(installer.as_ref());
                 reconciler.sync(Look::Everything, &more);
@@ -185,14 +194,27 @@ async fn serve(config: &Config) -> Result<()> {
     Ok(())
 }
 
+/// Tries what this kernel does to spliced sockets, and says which legs are spliced.
+fn decide_splices(dataplane: &mut Dataplane, mode: splice::Mode) -> Result<()> {
+    // Nothing is to be known where nothing is asked for.
+    let found = match mode {
+        splice::Mode::Off => Ok(Vec::new()),
+        _ => bpf::self_test().map_err(|error| format!("{error:#}")),
+    };
+    let states = splice::decide(mode, &found);
+    for (leg, state) in Leg::ALL.iter().zip(&states) {
+        info!(leg = leg.name(), on = state.on, why = state.why, "splice");
+    }
+    dataplane.set_legs(&states)
+}
+
 /// Takes the plugin and the data plane away.
 fn unload(pins: &Pins, cni: Option<(&Path, &Path)>) -> Result<()> {
     // The plugin first: no new pod should wait for an agent that is gone.
     if let Some((conf_dir, bin_dir)) = cni {
         conflist::uninstall(conf_dir, bin_dir)?;
     }
-    let removed = bpf::unload(pins)?;
-    info!(removed, "unloaded");
+    info!("unloaded: {}", bpf::unload(pins)?);
     Ok(())
 }
 

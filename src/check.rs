@@ -1,6 +1,6 @@
 //! What this kernel and machine offer, by asking them, never by reading versions.
 
-use std::{fmt, path::Path};
+use std::{collections::BTreeMap, fmt, path::Path};
 
 use anyhow::Result;
 use nix::{sys::utsname::uname, unistd::geteuid};
@@ -10,6 +10,7 @@ use crate::{
     bpf::{self, ProgramCost},
     bpffs,
     cgroup::Cgroup,
+    splice::{self, Leg, LegState, Mode},
 };
 
 /// The answers.
@@ -25,6 +26,8 @@ pub struct Report {
     pub items: Vec<Item>,
     /// What each program cost the kernel's verifier; empty where they don't load.
     pub programs: Vec<ProgramCost>,
+    /// Which legs `--splice auto` splices here, by name, and why not.
+    pub splice: BTreeMap<&'static str, LegState>,
 }
 
 /// One thing that was looked for.
@@ -69,7 +72,13 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
     }
     add("network namespace identity", bpf::current_netns_cookie().map(|_| String::new()));
     let kernel = uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
-    Report { version: 1, ok: items.iter().all(|item| item.ok), kernel, items, programs }
+    let mut splice = BTreeMap::new();
+    if !programs.is_empty() {
+        let found = bpf::self_test().map_err(|error| format!("{error:#}"));
+        let names = Leg::ALL.iter().map(|leg| leg.name());
+        splice = names.zip(splice::decide(Mode::Auto, &found)).collect();
+    }
+    Report { version: 1, ok: items.iter().all(|item| item.ok), kernel, items, programs, splice }
 }
 
 /// The capabilities that the agent needs and has.
@@ -127,6 +136,13 @@ impl fmt::Display for Report {
         for ProgramCost { name, instructions, verified } in &self.programs {
             let verified = verified.map_or("?".into(), |count| count.to_string());
             writeln!(f, "  {name:15} {instructions:6} {verified:>8}")?;
+        }
+        if !self.splice.is_empty() {
+            writeln!(f, "Spliced by --splice auto")?;
+        }
+        for (name, leg) in &self.splice {
+            let line = format!("  {name:8} {:4} {}", if leg.on { "on" } else { "off" }, leg.why);
+            writeln!(f, "{}", line.trim_end())?;
         }
         let missing = self.items.iter().filter(|item| !item.ok).count();
         match missing {

@@ -10,7 +10,7 @@ use crate::{
     bpf, bpffs, check,
     cni::{self, OnAgentAway, conflist},
     source::kubernetes,
-    status,
+    splice, status,
     telemetry::{self, LogFormat},
 };
 
@@ -85,6 +85,12 @@ struct Run {
     /// processes.
     #[arg(long, requires = "node_name")]
     kubernetes: bool,
+    /// Which connections within the node skip the TCP/IP stack.
+    ///
+    /// A self-test at start tries what is known to go wrong with such sockets on this kernel;
+    /// `sidestep check` tells what it finds, `sidestep status` what is on.
+    #[arg(long, value_name = "LEGS", value_enum, default_value = "auto", env = "SIDESTEP_SPLICE")]
+    splice: splice::Mode,
     /// Serve /healthz, /readyz and /metrics on this address, such as 127.0.0.1:9465.
     #[arg(long, value_name = "ADDRESS:PORT", env = "SIDESTEP_HTTP")]
     http: Option<SocketAddr>,
@@ -255,6 +261,7 @@ impl Cli {
                     cgroup: args.cgroup.cgroup.clone(),
                     pins: args.paths.pins()?,
                     http: args.http,
+                    splice: args.splice,
                     source: args.source(),
                 })?;
                 Ok(ExitCode::SUCCESS)
@@ -287,8 +294,8 @@ impl Cli {
                     println!("Nothing to unload: {root} does not exist.");
                     return Ok(ExitCode::SUCCESS);
                 }
-                let removed = bpf::unload(&pins)?;
-                println!("Unloaded: {removed} pins removed from {root}.");
+                let unloaded = bpf::unload(&pins)?;
+                println!("Unloaded from {root}: {unloaded}.");
                 Ok(ExitCode::SUCCESS)
             }
         }

@@ -89,6 +89,8 @@ pub struct PodRow {
     pub cidrs_first: bool,
     /// Some of the pod's interfaces are exempt.
     pub exclude_ifs: bool,
+    /// Its connections within the node may skip the TCP/IP stack.
+    pub splice: bool,
     /// The lists that have entries.
     pub sets: BTreeSet<RuleSet>,
     /// The sidecar's outbound listener.
@@ -158,7 +160,7 @@ pub struct CidrRule {
 pub struct Desired {
     /// By network namespace cookie.
     pub pods: BTreeMap<u64, (PodRow, Record)>,
-    /// The pods' own addresses.
+    /// The pods' own addresses; cookie 0: some pod of the node that may be spliced with.
     pub locals: BTreeSet<(u64, IpAddr)>,
     /// Port lists.
     pub port_rules: BTreeSet<PortRule>,
@@ -312,6 +314,9 @@ fn enrol(
     if ip6.is_some() {
         locals.insert((cookie, PASSTHROUGH_V6.into()));
     }
+    if facts.splice {
+        locals.extend(ips.iter().map(|ip| (0, ip.to_canonical())));
+    }
 
     let mut rules = Rules { cookie, ..Rules::default() };
     let policy = &facts.policy;
@@ -389,6 +394,7 @@ fn enrol(
         udp_excludes: facts.mesh.udp_excludes,
         cidrs_first: facts.mesh.cidrs_first,
         exclude_ifs: !excluded_ifs.is_empty(),
+        splice: facts.splice,
         sets: rules.sets(),
         out_port: facts.outbound_port,
         in_port: facts.inbound_port,
@@ -557,6 +563,7 @@ mod tests {
                 inbound_port: 15006,
                 dns_port: None,
                 policy: Policy::default(),
+                splice: true,
             },
             netns: NetnsFacts {
                 path: format!("/run/netns/{name}").into(),

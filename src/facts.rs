@@ -38,6 +38,8 @@ pub struct PodFacts {
     pub ipv6: Ipv6,
     /// What its annotations include and exclude.
     pub policy: Policy,
+    /// Its connections within the node may skip the TCP/IP stack.
+    pub splice: bool,
 }
 
 /// When a pod's IPv6 is captured, given that it has an IPv6 address.
@@ -205,6 +207,10 @@ pub fn pod_name(pod: &Pod) -> Result<String, FactsError> {
 /// there though its namespace says otherwise. A pod's annotation, a namespace's label.
 pub const INTERCEPT: &str = "sidestep.io/intercept";
 
+/// `sidestep.io/splice`: `disabled` keeps the pod's connections on TCP, `enabled` is the default.
+/// A pod's annotation, a namespace's label.
+pub const SPLICE: &str = "sidestep.io/splice";
+
 /// Istio's label for pods without sidecars, a pod's or its namespace's.
 const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 
@@ -221,7 +227,9 @@ pub fn inherit(mut pod: Arc<Pod>, namespace: &ObjectMeta) -> Arc<Pod> {
             annotations.get_or_insert_default().insert(key.into(), value.clone());
         }
     };
-    add(INTERCEPT, namespace.labels.as_ref().and_then(|labels| labels.get(INTERCEPT)));
+    for key in [INTERCEPT, SPLICE] {
+        add(key, namespace.labels.as_ref().and_then(|labels| labels.get(key)));
+    }
     if let Some(annotations) = &namespace.annotations {
         for key in MESHES.iter().flat_map(|mesh| mesh.keys.of_namespace) {
             add(key, annotations.get(*key));
@@ -296,6 +304,8 @@ fn facts_of(
     let dns_port = read.or(dns_port(mesh, pod, proxy), None)?;
     let ips = read.or(pod_ips(pod), Vec::new())?;
     let ipv6 = read.or(ipv6(mesh, pod, proxy), Ipv6::Always)?;
+    let splice = annotation(pod, SPLICE).map_or(Ok(true), |text| switch(SPLICE, text));
+    let splice = read.or(splice, false)?;
     let facts = PodFacts {
         name,
         uid: pod.metadata.uid.clone().unwrap_or_default(),
@@ -309,6 +319,7 @@ fn facts_of(
         ips,
         ipv6,
         policy: if error.is_some() { Policy::default() } else { policy },
+        splice: splice && mesh.reads_until_empty,
     };
     Ok(Some(Parsed { facts, policy_error: error }))
 }

@@ -18,5 +18,6 @@ pub mod places;
 pub mod problem;
 pub mod reconciler;
 pub mod source;
+pub mod splice;
 pub mod status;
 pub mod telemetry;

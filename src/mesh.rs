@@ -46,6 +46,9 @@ pub struct Mesh {
     pub udp_excludes: bool,
     /// Excluded destinations beat every other rule, not just the includes.
     pub cidrs_first: bool,
+    /// The sidecar reads a socket until it is told that there is no more, as Envoy does: its
+    /// connections may be spliced. One that takes a short read for the end may not.
+    pub reads_until_empty: bool,
     /// Ports that are exempt inbound whatever the pod's annotations say.
     pub inbound_exempt: &'static [u16],
     /// Ports that are exempt inbound unless the pod lists the ports to include.
@@ -117,6 +120,7 @@ pub const ISTIO: Mesh = Mesh {
     hbone_port: 15008,
     udp_excludes: true,
     cidrs_first: false,
+    reads_until_empty: true,
     inbound_exempt: &[15008],
     inbound_excluded: &[15020, 15021, 15090],
     outbound_excluded_default: &[15020],
@@ -164,6 +168,7 @@ pub const LINKERD: Mesh = Mesh {
     hbone_port: 0,
     udp_excludes: false,
     cidrs_first: false,
+    reads_until_empty: false,
     inbound_exempt: &[],
     inbound_excluded: &[4190, 4191],
     outbound_excluded_default: &[],
@@ -212,6 +217,7 @@ pub const KUMA: Mesh = Mesh {
     hbone_port: 0,
     udp_excludes: false,
     cidrs_first: true,
+    reads_until_empty: true,
     inbound_exempt: &[],
     inbound_excluded: &[],
     outbound_excluded_default: &[],

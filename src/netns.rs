@@ -16,10 +16,10 @@ use ipnet::IpNet;
 use nix::{
     ifaddrs::getifaddrs,
     net::if_::if_nameindex,
-    sched::{CloneFlags, setns},
+    sched::{CloneFlags, setns, unshare},
 };
 use rtnetlink::{
-    RouteMessageBuilder,
+    LinkUnspec, RouteMessageBuilder,
     packet_route::route::{RouteAddress, RouteAttribute, RouteProtocol, RouteScope, RouteType},
 };
 
@@ -124,14 +124,7 @@ impl Netns {
         &self,
         work: impl FnOnce(rtnetlink::Handle) -> F + Send,
     ) -> Result<T> {
-        self.inside(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-            runtime.block_on(async {
-                let (connection, handle, _) = rtnetlink::new_connection()?;
-                tokio::spawn(connection);
-                work(handle).await
-            })
-        })?
+        self.inside(|| netlink(work))?
     }
 
     /// Prepares lo for captured connections: routes that make the ranges they are sent to local
@@ -150,6 +143,36 @@ impl AsRawFd for Netns {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
+}
+
+/// Runs `work` on a thread of its own in a new network namespace, which has nothing but lo and goes
+/// with the thread.
+///
+/// # Errors
+/// Where the namespace can't be made.
+pub fn in_new<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
+    let made = || -> Result<T> {
+        unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+        netlink(async |handle| {
+            let up = LinkUnspec::new_with_index(LO).up().build();
+            handle.link().set(up).execute().await.context("cannot set lo up")
+        })?;
+        Ok(work())
+    };
+    let done = thread::scope(|scope| scope.spawn(made).join());
+    done.map_err(|_| anyhow!("a thread in a new network namespace panicked"))?
+}
+
+/// Runs netlink requests in the calling thread's namespace.
+fn netlink<T, F: Future<Output = Result<T>>>(
+    work: impl FnOnce(rtnetlink::Handle) -> F,
+) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        tokio::spawn(connection);
+        work(handle).await
+    })
 }
 
 /// The cookies of the namespaces that can't be a pod's: the agent's own, which is the node's,

@@ -168,6 +168,15 @@ impl Reconciler {
         self.report();
     }
 
+    /// Splices connections that have settled, where there are any.
+    pub fn sweep_splices(&mut self) {
+        if self.dataplane.wants_sweep()
+            && let Err(error) = self.dataplane.sweep()
+        {
+            warn!("cannot look at connections to splice: {error:#}");
+        }
+    }
+
     /// Says how things stand to whoever asks the metrics.
     fn report(&self) {
         let meshes = self.pods.values().map(|pod| pod.row.mesh);

@@ -10,7 +10,10 @@ use std::{
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::bpf::{self, Pins};
+use crate::{
+    bpf::{self, Pins},
+    splice::{Leg, LegState},
+};
 
 /// The state of the node's data plane.
 #[derive(Debug, Serialize)]
@@ -21,6 +24,8 @@ pub struct Status {
     pub installed: bool,
     /// Enrolled pods, by name.
     pub pods: Vec<PodStatus>,
+    /// Which connections skip the TCP/IP stack.
+    pub splice: SpliceStatus,
     /// The node's hooks, one for each program.
     pub hooks: Vec<HookStatus>,
     /// Counters since the maps were made: mesh -> name -> value.
@@ -50,6 +55,15 @@ pub struct PodStatus {
     pub dns_port: Option<u16>,
 }
 
+/// What is spliced.
+#[derive(Debug, Default, Serialize)]
+pub struct SpliceStatus {
+    /// By name, `sidecar` and `app`: whether it is on, and why not.
+    pub legs: BTreeMap<&'static str, LegState>,
+    /// Sockets that are spliced now; a connection has two.
+    pub sockets: usize,
+}
+
 /// A hook of the node.
 #[derive(Debug, Serialize)]
 pub struct HookStatus {
@@ -71,6 +85,7 @@ pub fn status(pins: &Pins) -> Result<Status> {
             version: 1,
             installed: false,
             pods: Vec::new(),
+            splice: SpliceStatus::default(),
             hooks: Vec::new(),
             counters: BTreeMap::new(),
         });
@@ -98,7 +113,10 @@ pub fn status(pins: &Pins) -> Result<Status> {
             cgroup_id: hook.cgroup_id,
         })
         .collect();
-    Ok(Status { version: 1, installed: true, pods, hooks, counters: bpf::counters(pins)? })
+    let (legs, sockets) = bpf::spliced(pins)?;
+    let legs = Leg::ALL.iter().map(|leg| leg.name()).zip(legs).collect();
+    let splice = SpliceStatus { legs, sockets };
+    Ok(Status { version: 1, installed: true, pods, splice, hooks, counters: bpf::counters(pins)? })
 }
 
 impl fmt::Display for Status {
@@ -129,6 +147,11 @@ impl fmt::Display for Status {
         writeln!(f, "Hooks attached: {attached} of {}", self.hooks.len())?;
         for hook in self.hooks.iter().filter(|hook| !hook.attached) {
             writeln!(f, "  NOT ATTACHED: {}", hook.name)?;
+        }
+        writeln!(f, "Spliced sockets: {}", self.splice.sockets)?;
+        for (name, leg) in &self.splice.legs {
+            let line = format!("  {name:8} {:4} {}", if leg.on { "on" } else { "off" }, leg.why);
+            writeln!(f, "{}", line.trim_end())?;
         }
         write!(f, "{:24}", "Counters")?;
         for mesh in self.counters.keys() {

@@ -2,7 +2,6 @@
 
 mod common;
 
-
 use common::*;
 use sidestep_lab::wait_for;
 

@@ -1,5 +1,6 @@
 //! The agent under test: the `sidestep` binary.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,6 +31,7 @@ static COUNTER: AtomicU32 = AtomicU32::new(0);
 pub struct Agent {
     binary: PathBuf,
     source: Vec<OsString>,
+    flags: Vec<OsString>,
     layout: Option<String>,
     pods: PathBuf,
     bpffs: PathBuf,
@@ -43,18 +45,24 @@ pub struct Agent {
 impl Agent {
     /// Starts `<binary> run` with no pods, on the lab's cgroup. It may not be ready yet.
     pub fn start(binary: &Path, lab: &Lab) -> Result<Self> {
-        Self::make(binary, lab, lab.cgroup(), None)
+        Self::make(binary, lab, lab.cgroup(), None, Vec::new())
     }
 
     /// Like [`Agent::start`], on another cgroup than the lab's.
     pub fn start_on(binary: &Path, lab: &Lab, cgroup: &Path) -> Result<Self> {
-        Self::make(binary, lab, cgroup, None)
+        Self::make(binary, lab, cgroup, None, Vec::new())
     }
 
     /// Like [`Agent::start`] with other pods than those of a directory of manifests: `source` is
     /// what `run` is told about that, such as `--kubernetes`.
     pub fn start_with(binary: &Path, lab: &Lab, source: Vec<OsString>) -> Result<Self> {
-        Self::make(binary, lab, lab.cgroup(), Some(source))
+        Self::make(binary, lab, lab.cgroup(), Some(source), Vec::new())
+    }
+
+    /// Like [`Agent::start`], with more flags for `run`.
+    pub fn start_flags(binary: &Path, lab: &Lab, flags: &[&str]) -> Result<Self> {
+        let flags = flags.iter().map(Into::into).collect();
+        Self::make(binary, lab, lab.cgroup(), None, flags)
     }
 
     fn make(
@@ -62,6 +70,7 @@ impl Agent {
         lab: &Lab,
         cgroup: &Path,
         source: Option<Vec<OsString>>,
+        flags: Vec<OsString>,
     ) -> Result<Self> {
         ensure!(binary.is_file(), "there is no agent at {}", binary.display());
         mount_bpffs()?;
@@ -79,6 +88,7 @@ impl Agent {
         let mut agent = Self {
             binary,
             source,
+            flags,
             layout,
             pods,
             bpffs,
@@ -103,6 +113,7 @@ impl Agent {
             .arg(&self.binary)
             .arg("run")
             .args(&self.source)
+            .args(&self.flags)
             .arg("--cgroup")
             .arg(&self.attached_to)
             .arg("--bpffs")
@@ -146,6 +157,28 @@ impl Agent {
     /// Waits, up to ten seconds, until the agent's status has the pod.
     pub fn wait_enrolled(&mut self, pod: &Pod) -> Result<()> {
         self.wait_pod(pod, true)
+    }
+
+    /// Waits until the agent's status has all of these pods: up to ten seconds, and a tenth more
+    /// for each.
+    pub fn wait_all_enrolled<'a>(&mut self, pods: impl IntoIterator<Item = &'a Pod>) -> Result<()> {
+        let mut missing: BTreeSet<String> =
+            pods.into_iter().map(|pod| format!("lab/{}", pod.name())).collect();
+        let timeout = Duration::from_secs(10) + missing.len() as u32 * Duration::from_millis(100);
+        let waited = wait_until("all pods to be enrolled", timeout, || {
+            let Ok(status) = self.status() else { return !self.is_running() };
+            for pod in status["pods"].as_array().into_iter().flatten() {
+                if let (Some(name), Some(true)) = (pod["pod"].as_str(), pod["inbound"].as_bool()) {
+                    missing.remove(name);
+                }
+            }
+            missing.is_empty() || !self.is_running()
+        });
+        let enrolled = waited.and_then(|()| {
+            ensure!(missing.is_empty(), "the agent has ended");
+            Ok(())
+        });
+        enrolled.with_context(|| format!("without {} pods; {}", missing.len(), self.log_tail()))
     }
 
     /// Waits, up to ten seconds, until the agent's status has the pod no more.

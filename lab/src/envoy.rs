@@ -3,7 +3,7 @@
 use std::env;
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::chown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -27,12 +27,29 @@ pub struct EnvoyOpts {
     pub concurrency: u32,
     /// A listening socket for each worker (SO_REUSEPORT), or one that they share.
     pub reuse_port: bool,
+    /// Write an access log; [`Envoy::access_log`] is empty without.
+    pub access_log: bool,
+    /// What goes to this port is taken for HTTP and goes through Envoy's connection manager.
+    pub http_port: Option<u16>,
 }
 
 impl Default for EnvoyOpts {
     fn default() -> Self {
-        Self { concurrency: 2, reuse_port: true }
+        Self { concurrency: 2, reuse_port: true, access_log: true, http_port: None }
     }
+}
+
+/// A listener that is dialled and has one upstream: a proxy without interception.
+#[derive(Clone, Copy, Debug)]
+pub struct Twin {
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// Where all of it goes.
+    pub upstream: SocketAddr,
+    /// Whether that is the pod's own application, which is dialled from 127.0.0.6.
+    pub inbound: bool,
+    /// Whether it goes through Envoy's connection manager for HTTP.
+    pub http: bool,
 }
 
 /// One connection in Envoy's access log, which is written when the connection ends.
@@ -75,12 +92,17 @@ pub struct Envoy {
 impl Envoy {
     /// Starts Envoy in the pod and waits, up to 20 seconds, until it listens.
     pub fn start(pod: &Pod, opts: EnvoyOpts) -> Result<Self> {
+        Self::start_with(pod, opts, &[])
+    }
+
+    /// Like [`Envoy::start`], with more listeners.
+    pub fn start_with(pod: &Pod, opts: EnvoyOpts, twins: &[Twin]) -> Result<Self> {
         let binary = binary()?;
         let dir = pod.lab().new_path(&format!("{}-envoy", pod.name()), "d");
         fs::create_dir(&dir).with_context(|| format!("making {}", dir.display()))?;
         chown(&dir, Some(PROXY), Some(PROXY)).context("giving Envoy its directory")?;
         let config = dir.join("bootstrap.yaml");
-        let text = serde_saphyr::to_string(&bootstrap(&dir, pod.has_v6(), opts.reuse_port))
+        let text = serde_saphyr::to_string(&bootstrap(&dir, pod.has_v6(), opts, twins))
             .context("writing YAML")?;
         fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
         let process = pod.spawn(
@@ -196,55 +218,90 @@ fn unchunk(mut body: &str) -> Result<String> {
 
 /// The configuration. Both listeners take connections that were meant for others, and learn
 /// from the kernel for whom (the listener filter `original_dst`).
-fn bootstrap(dir: &Path, v6: bool, reuse_port: bool) -> Value {
-    let no_limits = json!({"thresholds": [{
-        "max_connections": MAX, "max_pending_requests": MAX, "max_requests": MAX,
-        "max_retries": MAX,
-    }]});
-    let original_dst = |name: &str| {
-        json!({
+fn bootstrap(dir: &Path, v6: bool, opts: EnvoyOpts, twins: &[Twin]) -> Value {
+    let mut listeners = vec![
+        listener(dir, v6, opts, "virtualOutbound", OUTBOUND, "PassthroughCluster"),
+        listener(dir, v6, opts, "virtualInbound", INBOUND, "InboundPassthroughCluster"),
+    ];
+    let mut clusters = vec![
+        cluster("PassthroughCluster", None),
+        from_passthrough(cluster("InboundPassthroughCluster", None), v6),
+        json!({"name": "BlackHoleCluster", "type": "STATIC"}),
+    ];
+    for twin in twins {
+        let name = format!("twin-{}", twin.listen.port());
+        let log = access_log(dir, opts, &name);
+        let filter = if twin.http { http_to(&name, &log) } else { tcp_to(&name, &log) };
+        listeners.push(json!({
             "name": name,
-            "type": "ORIGINAL_DST",
-            "lb_policy": "CLUSTER_PROVIDED",
-            "connect_timeout": "10s",
-            "circuit_breakers": no_limits,
-        })
-    };
-    // What Envoy passes on to its own application comes from 127.0.0.6 or ::6: by that the
-    // interception tells it from what applications say.
-    let mut inbound = original_dst("InboundPassthroughCluster");
-    inbound["upstream_bind_config"] = json!({
-        "source_address": {"address": "127.0.0.6", "port_value": 0},
-    });
-    if v6 {
-        inbound["upstream_bind_config"]["extra_source_addresses"] =
-            json!([{"address": {"address": "::6", "port_value": 0}}]);
+            "address": address(twin.listen),
+            "enable_reuse_port": opts.reuse_port,
+            "traffic_direction": if twin.inbound { "INBOUND" } else { "OUTBOUND" },
+            "filter_chains": [{"filters": filter}],
+        }));
+        let to = cluster(&name, Some(twin.upstream));
+        clusters.push(if twin.inbound { from_passthrough(to, v6) } else { to });
     }
     json!({
         "admin": {"address": {"pipe": {"path": dir.join("admin.sock")}}},
-        "static_resources": {
-            "listeners": [
-                listener(dir, v6, reuse_port, "virtualOutbound", OUTBOUND, "PassthroughCluster"),
-                listener(dir, v6, reuse_port, "virtualInbound", INBOUND, "InboundPassthroughCluster"),
-            ],
-            "clusters": [
-                original_dst("PassthroughCluster"),
-                inbound,
-                {"name": "BlackHoleCluster", "type": "STATIC"},
-            ],
-        },
+        "static_resources": {"listeners": listeners, "clusters": clusters},
     })
 }
 
-fn listener(dir: &Path, v6: bool, reuse_port: bool, name: &str, port: u16, cluster: &str) -> Value {
-    let address = |ip: &str| json!({"socket_address": {"address": ip, "port_value": port}});
-    let access_log = json!([{
+fn address(addr: SocketAddr) -> Value {
+    json!({"socket_address": {"address": addr.ip(), "port_value": addr.port()}})
+}
+
+/// A cluster of one upstream, or of each connection's original destination.
+fn cluster(name: &str, upstream: Option<SocketAddr>) -> Value {
+    let mut cluster = json!({
+        "name": name,
+        "connect_timeout": "10s",
+        "circuit_breakers": {"thresholds": [{
+            "max_connections": MAX, "max_pending_requests": MAX, "max_requests": MAX,
+            "max_retries": MAX,
+        }]},
+    });
+    match upstream {
+        None => {
+            cluster["type"] = "ORIGINAL_DST".into();
+            cluster["lb_policy"] = "CLUSTER_PROVIDED".into();
+        }
+        Some(upstream) => {
+            cluster["type"] = "STATIC".into();
+            cluster["load_assignment"] = json!({
+                "cluster_name": name,
+                "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address(upstream)}}]}],
+            });
+        }
+    }
+    cluster
+}
+
+/// What Envoy passes on to its own application comes from 127.0.0.6 or ::6: by that the
+/// interception tells it from what applications say.
+fn from_passthrough(mut cluster: Value, v6: bool) -> Value {
+    cluster["upstream_bind_config"] = json!({
+        "source_address": {"address": "127.0.0.6", "port_value": 0},
+    });
+    if v6 {
+        cluster["upstream_bind_config"]["extra_source_addresses"] =
+            json!([{"address": {"address": "::6", "port_value": 0}}]);
+    }
+    cluster
+}
+
+fn access_log(dir: &Path, opts: EnvoyOpts, listener: &str) -> Value {
+    if !opts.access_log {
+        return json!([]);
+    }
+    json!([{
         "name": "envoy.access_loggers.file",
         "typed_config": {
             "@type": "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog",
             "path": dir.join("access.jsonl"),
             "log_format": {"json_format": {
-                "listener": name,
+                "listener": listener,
                 "downstream_remote": "%DOWNSTREAM_REMOTE_ADDRESS%",
                 "downstream_local": "%DOWNSTREAM_LOCAL_ADDRESS%",
                 "upstream_local": "%UPSTREAM_LOCAL_ADDRESS%",
@@ -254,23 +311,68 @@ fn listener(dir: &Path, v6: bool, reuse_port: bool, name: &str, port: u16, clust
                 "sent": "%BYTES_SENT%",
             }},
         },
-    }]);
-    let proxy_to = |cluster: &str| {
-        json!([{
-            "name": "envoy.filters.network.tcp_proxy",
-            "typed_config": {
-                "@type":
-                    "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
-                "stat_prefix": cluster,
-                "cluster": cluster,
-                "access_log": access_log,
+    }])
+}
+
+fn tcp_to(cluster: &str, access_log: &Value) -> Value {
+    json!([{
+        "name": "envoy.filters.network.tcp_proxy",
+        "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+            "stat_prefix": cluster,
+            "cluster": cluster,
+            "access_log": access_log,
+        },
+    }])
+}
+
+fn http_to(cluster: &str, access_log: &Value) -> Value {
+    json!([{
+        "name": "envoy.filters.network.http_connection_manager",
+        "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": cluster,
+            "access_log": access_log,
+            "http_filters": [{
+                "name": "envoy.filters.http.router",
+                "typed_config": {
+                    "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router",
+                },
+            }],
+            "route_config": {
+                "name": cluster,
+                "virtual_hosts": [{
+                    "name": "all",
+                    "domains": ["*"],
+                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": cluster}}],
+                }],
             },
-        }])
-    };
+        },
+    }])
+}
+
+fn listener(dir: &Path, v6: bool, opts: EnvoyOpts, name: &str, port: u16, cluster: &str) -> Value {
+    let log = access_log(dir, opts, name);
+    let mut chains = vec![
+        // Not intercepted but dialled: passing it on would come back here for ever.
+        json!({
+            "name": "blackhole",
+            "filter_chain_match": {"destination_port": port},
+            "filters": tcp_to("BlackHoleCluster", &log),
+        }),
+        json!({"name": "passthrough", "filters": tcp_to(cluster, &log)}),
+    ];
+    if let Some(http) = opts.http_port {
+        chains.push(json!({
+            "name": "http",
+            "filter_chain_match": {"destination_port": http},
+            "filters": http_to(cluster, &log),
+        }));
+    }
     let mut listener = json!({
         "name": name,
-        "address": address("0.0.0.0"),
-        "enable_reuse_port": reuse_port,
+        "address": address((Ipv4Addr::UNSPECIFIED, port).into()),
+        "enable_reuse_port": opts.reuse_port,
         "traffic_direction": if port == OUTBOUND { "OUTBOUND" } else { "INBOUND" },
         "listener_filters": [{
             "name": "envoy.filters.listener.original_dst",
@@ -279,18 +381,11 @@ fn listener(dir: &Path, v6: bool, reuse_port: bool, name: &str, port: u16, clust
                     "type.googleapis.com/envoy.extensions.filters.listener.original_dst.v3.OriginalDst",
             },
         }],
-        "filter_chains": [
-            // Not intercepted but dialled: passing it on would come back here for ever.
-            {
-                "name": "blackhole",
-                "filter_chain_match": {"destination_port": port},
-                "filters": proxy_to("BlackHoleCluster"),
-            },
-            {"name": "passthrough", "filters": proxy_to(cluster)},
-        ],
+        "filter_chains": chains,
     });
     if v6 {
-        listener["additional_addresses"] = json!([{"address": address("::")}]);
+        let any = address((Ipv6Addr::UNSPECIFIED, port).into());
+        listener["additional_addresses"] = json!([{"address": any}]);
     }
     listener
 }

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod calls;
 mod cgroup;
 mod client;
 mod cmd;
@@ -16,6 +17,8 @@ pub mod iptables;
 mod lab;
 pub mod load;
 mod netns;
+pub mod nftables;
+pub mod pattern;
 mod pod;
 mod process;
 mod seen;
@@ -26,7 +29,7 @@ mod wait;
 pub use agent::Agent;
 pub use cgroup::ChildCgroup;
 pub use client::{Answer, ask, connect, http_get};
-pub use envoy::{Envoy, EnvoyOpts};
+pub use envoy::{Envoy, EnvoyOpts, Twin};
 pub use lab::{Lab, Service};
 pub use pod::{Pod, PodNet};
 pub use process::Process;

@@ -170,7 +170,10 @@ fn envoys_pass_calls_on() -> Result<()> {
     let lab = Lab::new("envoy")?;
     let a = lab.pod("app-a", PodNet::DUAL)?;
     let b = lab.pod("app-b", PodNet::DUAL)?;
-    let opts = [EnvoyOpts::default(), EnvoyOpts { concurrency: 1, reuse_port: false }];
+    let opts = [
+        EnvoyOpts::default(),
+        EnvoyOpts { concurrency: 1, reuse_port: false, ..EnvoyOpts::default() },
+    ];
     let [envoy_a, envoy_b] = [(&a, opts[0]), (&b, opts[1])].map(|(pod, opts)| {
         iptables::install_istio(pod)?;
         Envoy::start(pod, opts)

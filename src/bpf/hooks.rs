@@ -13,6 +13,8 @@ pub(crate) enum Attach {
     Lo,
     /// Nothing: the agent runs it when it wants to know something.
     Iterator,
+    /// A map of sockets: it sees what they send.
+    Sockets,
 }
 
 /// A program and its needs.
@@ -35,6 +37,8 @@ const NETNS_COOKIE: (libbpf_sys::bpf_func_id, &str) =
     (libbpf_sys::BPF_FUNC_get_netns_cookie, "bpf_get_netns_cookie");
 const STORAGE: (libbpf_sys::bpf_func_id, &str) =
     (libbpf_sys::BPF_FUNC_sk_storage_get, "bpf_sk_storage_get");
+const AS_TCP: (libbpf_sys::bpf_func_id, &str) =
+    (libbpf_sys::BPF_FUNC_skc_to_tcp_sock, "bpf_skc_to_tcp_sock");
 const READ_KERNEL: (libbpf_sys::bpf_func_id, &str) =
     (libbpf_sys::BPF_FUNC_probe_read_kernel, "bpf_probe_read_kernel");
 
@@ -102,6 +106,25 @@ pub(crate) const HOOKS: &[Hook] = &[
         helpers: &[],
     },
     Hook {
+        program: "sweep_splices",
+        attach: Attach::Iterator,
+        kind: ProgramType::Tracing,
+        decides: false,
+        helpers: &[],
+    },
+    Hook {
+        program: "redirect",
+        attach: Attach::Sockets,
+        kind: ProgramType::SkMsg,
+        decides: false,
+        helpers: &[
+            STORAGE,
+            READ_KERNEL,
+            AS_TCP,
+            (libbpf_sys::BPF_FUNC_msg_redirect_hash, "bpf_msg_redirect_hash"),
+        ],
+    },
+    Hook {
         program: "dns_reply",
         attach: Attach::Lo,
         kind: ProgramType::SchedCls,
@@ -123,6 +146,7 @@ pub(crate) const MAP_TYPES: &[(MapType, &str)] = &[
     (MapType::LpmTrie, "lpm_trie"),
     (MapType::SkStorage, "sk_storage"),
     (MapType::Sockhash, "sockhash"),
+    (MapType::Array, "array"),
     (MapType::PercpuArray, "percpu_array"),
     (MapType::RingBuf, "ringbuf"),
 ];

@@ -9,6 +9,8 @@ mod cookie;
 mod cost;
 mod hooks;
 mod maps;
+mod selftest;
+mod splice;
 mod wire;
 
 #[allow(clippy::all, clippy::unwrap_used, clippy::undocumented_unsafe_blocks, missing_docs)]
@@ -34,7 +36,6 @@ use std::{
     },
     path::{Path, PathBuf},
     rc::Rc,
-    thread,
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -46,13 +47,13 @@ use libbpf_rs::{
 };
 use nix::{
     fcntl::{Flock, FlockArg},
-    sched::{CloneFlags, unshare},
     unistd::geteuid,
 };
 use tokio::io::unix::AsyncFd;
 
 pub use cookie::current_netns_cookie;
 pub use cost::ProgramCost;
+pub use selftest::self_test;
 
 use self::{
     hooks::{Attach, HOOKS, Hook},
@@ -62,14 +63,15 @@ use crate::{
     cgroup::Cgroup,
     desired::{Desired, Limits, Record},
     mesh,
-    netns::Netns,
+    netns::{self, Netns},
+    splice::LegState,
 };
 
 /// Moves when the layout of a pinned map moves: a `v` and a number.
-pub const LAYOUT: &str = "v1";
+pub const LAYOUT: &str = "v2";
 
 /// The names of the kernel's counters, in the order of `enum counter`.
-const COUNTERS: [&str; 11] = [
+const COUNTERS: [&str; 20] = [
     "captured_outbound",
     "captured_self",
     "captured_dns",
@@ -81,6 +83,15 @@ const COUNTERS: [&str; 11] = [
     "handover_full",
     "handover_missed",
     "origdst_answered",
+    "splice_sockets",
+    "splice_not_safe",
+    "splice_not_proxy",
+    "splice_messages",
+    "splice_bytes",
+    "splice_spilled",
+    "splice_bulk",
+    "splice_unread",
+    "splice_no_peer",
 ];
 
 /// The index of lo, in every network namespace.
@@ -156,7 +167,7 @@ impl Pins {
 
     /// Whether anything is installed.
     pub fn exist(&self) -> bool {
-        self.layout().exists()
+        self.map("pods").exists()
     }
 
     /// Keeps other agents and `unload` away for as long as the result lives.
@@ -263,6 +274,7 @@ impl Dataplane {
     /// # Errors
     /// Where the kernel refuses to attach.
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<()> {
+        self.attach_redirect()?;
         let others = self.pins.others()?;
         for hook in HOOKS.iter().filter(|hook| hook.attach == Attach::Cgroup) {
             let theirs = |other: &Pins| hook.decides && other.link(hook.program).exists();
@@ -357,7 +369,7 @@ impl Dataplane {
             if self.is_needed(&other)? {
                 left = true;
             } else {
-                remove_layout(&other.layout())?;
+                remove_layout(&other.layout(), &[])?;
             }
         }
         Ok(left)
@@ -371,7 +383,7 @@ impl Dataplane {
         if handovers.keys().next().is_some() {
             return Ok(true);
         }
-        for name in ["origdsts", "dns_asked"] {
+        for name in ["origdsts", "dns_asked", "splices"] {
             let Ok(map) = MapHandle::from_pinned_path(other.map(name)) else {
                 continue;
             };
@@ -496,10 +508,15 @@ impl Dataplane {
         for (map, diff) in plan.iter().rev() {
             maps::delete(*map, diff)?;
         }
-        self.known = Some(holds);
-        Ok(plan.iter().fold((0, 0), |(written, deleted), (_, diff)| {
+        let (written, deleted) = plan.iter().fold((0, 0), |(written, deleted), (_, diff)| {
             (written + diff.upserts.len(), deleted + diff.deletes.len())
-        }))
+        });
+        self.known = Some(holds);
+        if written + deleted > 0 {
+            // What became of a pod may hold for its open connections.
+            self.want_sweep(true)?;
+        }
+        Ok((written, deleted))
     }
 
     /// Links this build's inbound program to a pod's namespace; one that is there already is
@@ -675,15 +692,12 @@ pub fn try_filter() -> Result<()> {
     let mut storage = MaybeUninit::uninit();
     let node = skel::SidestepSkelBuilder::default().open(&mut storage)?.load()?;
     let program = node.progs.dns_reply.as_fd();
-    let attach = || -> Result<()> {
-        unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+    netns::in_new(|| -> Result<()> {
         let mut hook = lo_filter(program, DNS_FILTER);
         hook.create().context("clsact qdisc (module sch_ingress)")?;
         hook.attach().context("eBPF filter (module cls_bpf)")?;
         Ok(())
-    };
-    let attached = thread::scope(|scope| scope.spawn(attach).join());
-    attached.map_err(|_| anyhow!("the thread panicked"))?
+    })?
 }
 
 /// What may have made the kernel refuse the programs.
@@ -754,6 +768,14 @@ pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
         .collect())
 }
 
+/// Which legs are spliced and why not, and how many sockets are, from the pins alone.
+///
+/// # Errors
+/// Where a pinned map can't be read.
+pub fn spliced(pins: &Pins) -> Result<(Vec<LegState>, usize)> {
+    splice::state(pins)
+}
+
 /// The node's hooks, from the pins alone.
 pub fn hook_states(pins: &Pins) -> Vec<HookState> {
     HOOKS
@@ -789,11 +811,36 @@ pub fn counters(pins: &Pins) -> Result<BTreeMap<&'static str, BTreeMap<&'static 
     Ok(all)
 }
 
-/// Takes every link, program and map of any layout away. Says how many pins there were.
+/// What `unload` did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unloaded {
+    /// Pins that were removed.
+    pub removed: usize,
+    /// Spliced sockets with bytes that are not read yet and would be lost with the maps: these
+    /// stay, with no program, until the next `unload`.
+    pub unread: u32,
+}
+
+impl fmt::Display for Unloaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} pins removed", self.removed)?;
+        match self.unread {
+            0 => Ok(()),
+            n => write!(
+                f,
+                "; {n} sockets hold spliced bytes that their processes do not read: the maps with \
+                 these bytes stay, run `sidestep unload` again later"
+            ),
+        }
+    }
+}
+
+/// Takes every link, program and map of any layout away.
 ///
 /// # Errors
 /// Where a pin can't be removed.
-pub fn unload(pins: &Pins) -> Result<usize> {
+pub fn unload(pins: &Pins) -> Result<Unloaded> {
+    let unread = splice::drain(pins)?;
     let mut removed = 0;
     if let Ok(map) = MapHandle::from_pinned_path(pins.map("pod_records")) {
         for record in records(&map)?.values() {
@@ -801,30 +848,37 @@ pub fn unload(pins: &Pins) -> Result<usize> {
             let _ = Netns::open(&record.netns).and_then(|netns| detach_dns(&netns));
         }
     }
+    let keep: &[&str] = if unread > 0 { &splice::MAPS } else { &[] };
     for layout in children(&pins.root)? {
-        removed += remove_layout(&layout)?;
+        removed += remove_layout(&layout, keep)?;
     }
-    if pins.root.exists() {
+    if pins.root.exists() && unread == 0 {
         fs::remove_dir(&pins.root)
             .with_context(|| format!("cannot remove {}", pins.root.display()))?;
     }
-    Ok(removed)
+    Ok(Unloaded { removed, unread })
 }
 
-/// Takes a layout's links and maps away. Says how many pins there were.
-fn remove_layout(layout: &Path) -> Result<usize> {
+/// Takes a layout's links and maps away, but for the maps in `keep`. Says how many pins there
+/// were.
+fn remove_layout(layout: &Path, keep: &[&str]) -> Result<usize> {
     let mut removed = 0;
+    let mut kept = false;
     // Links first: a program without its map's contents would decide wrongly.
     for link in children(&layout.join("links"))? {
         remove_link(&link)?;
         removed += 1;
     }
     for map in children(&layout.join("maps"))? {
+        if map.file_name().is_some_and(|name| keep.iter().any(|kept| name == *kept)) {
+            kept = true;
+            continue;
+        }
         fs::remove_file(&map).with_context(|| format!("cannot remove {}", map.display()))?;
         removed += 1;
     }
     for dir in [layout.join("links"), layout.join("maps"), layout.to_owned()] {
-        if dir.exists() {
+        if dir.exists() && !kept {
             fs::remove_dir(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
         }
     }

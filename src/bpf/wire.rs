@@ -5,12 +5,13 @@ use std::{mem::size_of, net::IpAddr};
 use anyhow::{Result, ensure};
 
 pub(crate) use super::skel::types::{
-    addr, cidr_rule_key, if_key, listener_key, local_key, pod, pod_flag, pod_record, port_rule_key,
-    rule_set, uid_rule_key,
+    addr, cidr_rule_key, if_key, leg, listener_key, local_key, pod, pod_flag, pod_record,
+    port_rule_key, rule_set, splice, splice_key, splice_leg, splice_state, uid_rule_key,
 };
 pub(crate) use super::skel_inbound::types::{event, event_kind};
-use crate::desired::{
-    CidrRule, MAX_NETNS, MAX_POD, MAX_UID, PodRow, PortRule, Record, RuleSet, UidRule,
+use crate::{
+    desired::{CidrRule, MAX_NETNS, MAX_POD, MAX_UID, PodRow, PortRule, Record, RuleSet, UidRule},
+    splice::LegState,
 };
 
 /// A map's key or value.
@@ -44,6 +45,12 @@ unsafe impl Wire for listener_key {}
 unsafe impl Wire for pod_record {}
 // SAFETY: as for `pod`.
 unsafe impl Wire for event {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for leg {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for splice_key {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for splice {}
 
 pub(crate) fn as_bytes<T: Wire>(value: &T) -> &[u8] {
     // SAFETY: a Wire type has no padding, so all of its bytes are initialised.
@@ -164,6 +171,7 @@ pub(crate) fn pod_of(row: &PodRow) -> pod {
         (row.udp_excludes, pod_flag::POD_UDP_EXCLUDES),
         (row.cidrs_first, pod_flag::POD_CIDRS_FIRST),
         (row.exclude_ifs, pod_flag::POD_EXCLUDE_IFS),
+        (row.splice, pod_flag::POD_SPLICE),
     ];
     let address = |ip: Option<IpAddr>| ip.map(addr::from).unwrap_or_default();
     pod {
@@ -212,6 +220,23 @@ impl From<&pod_record> for Record {
             uid: untext(&record.uid),
             netns: untext(&record.netns).into(),
         }
+    }
+}
+
+/// The reason is cut where the record ends: it is for people.
+pub(crate) fn leg_of(state: &LegState) -> leg {
+    let mut why = [0; 508];
+    let mut end = state.why.len().min(why.len());
+    while !state.why.is_char_boundary(end) {
+        end -= 1;
+    }
+    why[..end].copy_from_slice(&state.why.as_bytes()[..end]);
+    leg { on: u32::from(state.on), why }
+}
+
+impl From<&leg> for LegState {
+    fn from(leg: &leg) -> Self {
+        Self { on: leg.on != 0, why: untext(&leg.why) }
     }
 }
 

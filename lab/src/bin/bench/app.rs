@@ -1,0 +1,201 @@
+//! The application: a process with one thread and non-blocking sockets, that speaks as the
+//! port says that was dialled.
+
+use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, Shutdown};
+
+use anyhow::{Context, Result};
+use mio::event::Event;
+use mio::net::{TcpListener, TcpStream};
+use mio::{Events, Interest, Poll, Token};
+use slab::Slab;
+
+/// What it does on a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// Sends back what comes.
+    Echo,
+    /// Answers `GET /N` with N bytes.
+    Http,
+    /// Takes all that comes, and says how much it was when that ends.
+    Sink,
+    /// Sends without end, once something has come.
+    Source,
+    /// Never reads.
+    Stopped,
+}
+
+impl Service {
+    /// All of them.
+    pub const EVERY: [Self; 5] = [Self::Echo, Self::Http, Self::Sink, Self::Source, Self::Stopped];
+
+    /// The application's port for it.
+    pub const fn port(self) -> u16 {
+        match self {
+            Self::Echo => 8080,
+            Self::Http => 8081,
+            Self::Sink => 8082,
+            Self::Source => 8083,
+            Self::Stopped => 8084,
+        }
+    }
+}
+
+/// Bytes that are read or written at once.
+const CHUNK: usize = 128 << 10;
+
+/// Serves on all ports of this address. Returns only when it fails.
+pub fn serve(ip: IpAddr) -> Result<()> {
+    let mut poll = Poll::new().context("making an epoll")?;
+    let mut listeners = Vec::new();
+    for (number, service) in Service::EVERY.into_iter().enumerate() {
+        let addr = (ip, service.port()).into();
+        let mut listener =
+            TcpListener::bind(addr).with_context(|| format!("listening on {addr}"))?;
+        poll.registry().register(&mut listener, Token(number), Interest::READABLE)?;
+        listeners.push((listener, service));
+    }
+    let mut conns: Slab<Conn> = Slab::new();
+    let mut events = Events::with_capacity(1024);
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match poll.poll(&mut events, None) {
+            Err(err) if err.kind() == ErrorKind::Interrupted => continue,
+            result => result?,
+        }
+        // First what is open: a number that becomes free may be given again below.
+        for event in &events {
+            let Token(number) = event.token();
+            if number < listeners.len() {
+                continue;
+            }
+            let key = number - listeners.len();
+            if conns.get_mut(key).is_some_and(|conn| conn.go_on(event, &mut buffer).is_err()) {
+                conns.remove(key);
+            }
+        }
+        for event in &events {
+            let Some((listener, service)) = listeners.get(event.token().0) else { continue };
+            while let Some(mut stream) = accept(listener)? {
+                let entry = conns.vacant_entry();
+                let token = Token(listeners.len() + entry.key());
+                let interest = Interest::READABLE | Interest::WRITABLE;
+                poll.registry().register(&mut stream, token, interest)?;
+                entry.insert(Conn { stream, service: *service, state: State::default() });
+            }
+        }
+    }
+}
+
+/// The next connection, if one waits.
+pub fn accept(listener: &TcpListener) -> io::Result<Option<TcpStream>> {
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                // A peer that is gone already is noticed at the first read.
+                let _ = stream.set_nodelay(true);
+                return Ok(Some(stream));
+            }
+            Err(err) if err.kind() == ErrorKind::WouldBlock => return Ok(None),
+            Err(err)
+                if matches!(err.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => {}
+            Err(err) => return Err(err),
+        }
+    }
+}
+
+struct Conn {
+    stream: TcpStream,
+    service: Service,
+    state: State,
+}
+
+#[derive(Default)]
+struct State {
+    out: Vec<u8>,
+    written: usize,
+    /// Of an HTTP request that is not complete.
+    head: Vec<u8>,
+    received: u64,
+    ending: bool,
+}
+
+impl Conn {
+    /// Writes and reads as long as either goes on. An error, also the regular end, means that the
+    /// connection is over.
+    fn go_on(&mut self, event: &Event, buffer: &mut [u8]) -> io::Result<()> {
+        match self.service {
+            Service::Source if self.state.received > 0 => return self.send_without_end(buffer),
+            Service::Stopped if event.is_read_closed() || event.is_error() => {
+                return Err(ErrorKind::UnexpectedEof.into());
+            }
+            Service::Stopped => return Ok(()),
+            _ => {}
+        }
+        let state = &mut self.state;
+        loop {
+            while state.written < state.out.len() {
+                let Some(n) = would_block(self.stream.write(&state.out[state.written..]))? else {
+                    return Ok(());
+                };
+                state.written += n;
+            }
+            state.out.clear();
+            state.written = 0;
+            if state.ending {
+                self.stream.shutdown(Shutdown::Write)?;
+                return Err(ErrorKind::UnexpectedEof.into());
+            }
+            match would_block(self.stream.read(buffer))? {
+                None => return Ok(()),
+                Some(0) => {
+                    state.ending = true;
+                    if self.service == Service::Sink {
+                        state.out.extend_from_slice(&state.received.to_be_bytes());
+                    }
+                }
+                Some(n) => {
+                    state.received += n as u64;
+                    match self.service {
+                        Service::Echo => state.out.extend_from_slice(&buffer[..n]),
+                        Service::Http => state.answer(&buffer[..n])?,
+                        Service::Source => return self.send_without_end(buffer),
+                        Service::Sink | Service::Stopped => {}
+                    }
+                }
+            }
+        }
+    }
+
+    fn send_without_end(&mut self, buffer: &[u8]) -> io::Result<()> {
+        while would_block(self.stream.write(buffer))?.is_some() {}
+        Ok(())
+    }
+}
+
+impl State {
+    fn answer(&mut self, data: &[u8]) -> io::Result<()> {
+        self.head.extend_from_slice(data);
+        loop {
+            let mut headers = [httparse::EMPTY_HEADER; 32];
+            let mut request = httparse::Request::new(&mut headers);
+            let parsed = request.parse(&self.head).map_err(io::Error::other)?;
+            let httparse::Status::Complete(length) = parsed else { return Ok(()) };
+            let path = request.path.unwrap_or_default();
+            let size: usize = path.trim_start_matches('/').parse().map_err(io::Error::other)?;
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {size}\r\n\r\n");
+            self.out.extend_from_slice(head.as_bytes());
+            self.out.resize(self.out.len() + size, b'x');
+            self.head.drain(..length);
+        }
+    }
+}
+
+/// `None` where the socket would block.
+pub fn would_block<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(err) if matches!(err.kind(), ErrorKind::WouldBlock) => Ok(None),
+        Err(err) => Err(err),
+    }
+}

@@ -1,0 +1,504 @@
+//! What this kernel does to spliced sockets: tried on sockets of the agent's own, in a network
+//! namespace that is made for that and goes at once. Known hazards each have a trial; what goes
+//! wrong is a [`Hazard`].
+
+use std::{
+    cell::Cell,
+    io::{ErrorKind, Read, Write},
+    mem::MaybeUninit,
+    net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
+    os::fd::{AsFd, AsRawFd},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use libbpf_rs::{
+    MapCore, MapFlags,
+    skel::{OpenSkel, SkelBuilder},
+};
+use nix::{
+    errno::Errno,
+    fcntl::{SpliceFFlags, splice},
+    sys::{
+        epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+        socket::{MsgFlags, recv, send, setsockopt, sockopt},
+    },
+    unistd::pipe,
+};
+
+use super::{COUNTERS, skel, wire};
+use crate::{
+    netns,
+    splice::{Hazard, Hurts},
+};
+
+/// How long a byte, an end or a wake-up may take; loopback needs microseconds.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// `SPLICE_LARGE` of bpf/splice.h: messages above it go by TCP.
+const LARGE: usize = 32 * 1024;
+/// `SPLICE_LIMIT` of bpf/splice.h: what is unread above it goes by TCP.
+const LIMIT: usize = 64 * 1024;
+/// More than any default of TCP's buffers lets a writer get ahead of its reader.
+const FAR_AHEAD: usize = 64 << 20;
+
+/// A trial fails with what it saw.
+type Trial = fn(&Bench) -> Result<()>;
+
+const TRIALS: &[(&str, Hurts, Trial)] = &[
+    ("order while queue and TCP alternate", Hurts::Everybody, order),
+    ("a reader that stops holds the writer", Hurts::Everybody, held),
+    ("an end behind queued bytes", Hurts::Everybody, half_close),
+    ("a reset behind queued bytes", Hurts::Everybody, reset),
+    ("sending after shutdown", Hurts::Everybody, after_shutdown),
+    ("edge-triggered wake-ups", Hurts::Everybody, edges),
+    ("MSG_PEEK", Hurts::Everybody, peek),
+    ("a blocking read that is woken without data", Hurts::Apps, blocking),
+    ("MSG_WAITALL", Hurts::Apps, wait_all),
+    ("FIONREAD", Hurts::Apps, fionread),
+    ("splice(2)", Hurts::Apps, splice_out),
+    ("MSG_OOB", Hurts::Apps, out_of_band),
+    ("closing with unread bytes", Hurts::Apps, close_unread),
+    ("writing after a reset", Hurts::Apps, write_after_reset),
+    ("SO_RCVLOWAT", Hurts::Apps, low_water),
+    ("a short read taken for the end", Hurts::Apps, short_read),
+];
+
+/// What this kernel does wrong to spliced sockets; takes some 100 ms.
+///
+/// # Errors
+/// Where the trials could not be made, or would have proven nothing.
+pub fn self_test() -> Result<Vec<Hazard>> {
+    netns::in_new(|| {
+        let mut storage = MaybeUninit::uninit();
+        let bench = Bench::new(&mut storage)?;
+        let mut hazards = Vec::new();
+        for (name, hurts, trial) in TRIALS {
+            if let Err(error) = trial(&bench) {
+                hazards.push(Hazard { name, hurts: *hurts, found: format!("{error:#}") });
+            }
+        }
+        ensure!(bench.redirected()? > 0, "the kernel redirected nothing");
+        Ok(hazards)
+    })?
+}
+
+/// The program and maps of the trials' own.
+struct Bench<'a> {
+    skel: skel::SidestepSkel<'a>,
+    pairs: Cell<u32>,
+}
+
+impl<'a> Bench<'a> {
+    fn new(storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>) -> Result<Self> {
+        let mut open = skel::SidestepSkelBuilder::default().open(storage)?;
+        for mut program in open.open_object_mut().progs_mut() {
+            program.set_autoload(program.name() == "redirect");
+        }
+        let skel = open.load().context("the kernel refused redirect")?;
+        skel.progs.redirect.attach_sockmap(skel.maps.spliced.as_fd().as_raw_fd())?;
+        Ok(Self { skel, pairs: Cell::new(0) })
+    }
+
+    /// Two ends of a spliced connection, non-blocking: the client's, the server's.
+    fn pair(&self) -> Result<(TcpStream, TcpStream)> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let client = TcpStream::connect(listener.local_addr()?)?;
+        let (server, _) = listener.accept()?;
+        let number = self.pairs.get();
+        self.pairs.set(number + 1);
+        for (end, socket) in [&client, &server].into_iter().enumerate() {
+            socket.set_nonblocking(true)?;
+            socket.set_nodelay(true)?;
+            let key = wire::splice_key {
+                client_isn: number,
+                server: end as u32,
+                ..wire::splice_key::default()
+            };
+            let splice = wire::splice {
+                state: wire::splice_state::SPLICE_IN,
+                leg: wire::splice_leg::LEG_SIDECAR,
+                key,
+                ..wire::splice::default()
+            };
+            let (fd, maps) = (socket.as_raw_fd(), &self.skel.maps);
+            maps.splices.update(&fd.to_ne_bytes(), wire::as_bytes(&splice), MapFlags::ANY)?;
+            let fd = u64::try_from(fd)?.to_ne_bytes();
+            maps.spliced.update(wire::as_bytes(&key), &fd, MapFlags::NO_EXIST)?;
+        }
+        Ok((client, server))
+    }
+
+    /// Bytes that skipped TCP so far.
+    fn redirected(&self) -> Result<u64> {
+        let index = COUNTERS.iter().position(|name| *name == "splice_bytes");
+        let index = index.context("no counter")? as u32;
+        let values = self.skel.maps.counters.lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)?;
+        let values = values.context("no counter")?;
+        values.iter().map(|value| wire::from_bytes::<u64>(value)).sum()
+    }
+}
+
+/// The byte at a position: a period that no buffer has.
+fn byte(at: usize) -> u8 {
+    (at % 251) as u8 ^ (at / 251) as u8
+}
+
+fn bytes(from: usize, len: usize) -> Vec<u8> {
+    (from..from + len).map(byte).collect()
+}
+
+/// Sends all in one message, where the other end has room for it.
+fn put(to: &mut TcpStream, data: &[u8]) -> Result<()> {
+    let sent = to.write(data).context("send")?;
+    ensure!(sent == data.len(), "{sent} of {} bytes were taken", data.len());
+    Ok(())
+}
+
+/// What there is to read: at most `most` bytes, some at the least; nothing at the end.
+fn get(from: &mut TcpStream, most: usize) -> Result<Vec<u8>> {
+    let mut data = vec![0; most];
+    let start = Instant::now();
+    loop {
+        match from.read(&mut data) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                ensure!(start.elapsed() < PATIENCE, "the reader waits for ever");
+                thread::yield_now();
+            }
+            Err(error) => return Err(error).context("read"),
+            Ok(len) => {
+                data.truncate(len);
+                return Ok(data);
+            }
+        }
+    }
+}
+
+/// Reads exactly these bytes of the sequence.
+fn expect(from: &mut TcpStream, at: usize, len: usize) -> Result<()> {
+    let mut seen = at;
+    while seen < at + len {
+        let data = get(from, (at + len - seen).min(20_000))?;
+        ensure!(!data.is_empty(), "the end came after {} of {len} bytes", seen - at);
+        let wrong = data.iter().enumerate().find(|(n, found)| **found != byte(seen + n));
+        if let Some((n, _)) = wrong {
+            bail!("byte {} of {len} is another one", seen - at + n);
+        }
+        seen += data.len();
+    }
+    Ok(())
+}
+
+fn expect_end(from: &mut TcpStream) -> Result<()> {
+    let data = get(from, 1)?;
+    ensure!(data.is_empty(), "a byte where the end should be");
+    Ok(())
+}
+
+fn order(bench: &Bench) -> Result<()> {
+    let (mut one, mut other) = bench.pair()?;
+    let sizes = [1, 64, LARGE + 1, 64, 5000, LARGE * 2, 1, 1, LARGE, LARGE + 1, 700, 64];
+    for _ in 0..2 {
+        // Read after each message, after some, and after all: the states in between differ.
+        for every in [1, 3, sizes.len()] {
+            let (mut sent, mut read) = (0, 0);
+            for (n, size) in sizes.iter().enumerate() {
+                put(&mut one, &bytes(sent, *size))?;
+                sent += size;
+                if (n + 1) % every == 0 {
+                    expect(&mut other, read, sent - read)?;
+                    read = sent;
+                }
+            }
+        }
+        // The other way round: each direction has a state of its own.
+        std::mem::swap(&mut one, &mut other);
+    }
+    Ok(())
+}
+
+fn held(bench: &Bench) -> Result<()> {
+    let (mut writer, mut reader) = bench.pair()?;
+    let mut sent = 0;
+    loop {
+        match writer.write(&bytes(sent, 4000)) {
+            Ok(len) => sent += len,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error).context("send"),
+        }
+        ensure!(sent < FAR_AHEAD, "{sent} bytes were taken from a writer that nobody reads");
+    }
+    expect(&mut reader, 0, sent)?;
+    put(&mut writer, &bytes(sent, 100))?;
+    expect(&mut reader, sent, 100)
+}
+
+fn half_close(bench: &Bench) -> Result<()> {
+    let (mut writer, mut reader) = bench.pair()?;
+    put(&mut writer, &bytes(0, 100))?;
+    writer.shutdown(Shutdown::Write)?;
+    expect(&mut reader, 0, 100)?;
+    expect_end(&mut reader)?;
+    // The other direction is open still.
+    put(&mut reader, &bytes(0, 100))?;
+    drop(reader);
+    expect(&mut writer, 0, 100)?;
+    expect_end(&mut writer)
+}
+
+fn reset(bench: &Bench) -> Result<()> {
+    let (mut writer, mut reader) = bench.pair()?;
+    put(&mut writer, &bytes(0, 100))?;
+    setsockopt(&writer, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+    drop(writer);
+    expect(&mut reader, 0, 100)?;
+    match get(&mut reader, 1).map_err(|error| error.downcast::<std::io::Error>()) {
+        Err(Ok(error)) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
+        other => bail!("no reset: {other:?}"),
+    }
+}
+
+fn after_shutdown(bench: &Bench) -> Result<()> {
+    let (writer, mut reader) = bench.pair()?;
+    writer.shutdown(Shutdown::Write)?;
+    let sent = send(writer.as_raw_fd(), b"x", MsgFlags::MSG_NOSIGNAL);
+    ensure!(sent == Err(Errno::EPIPE), "it is answered {sent:?}");
+    expect_end(&mut reader)
+}
+
+/// Waits for an edge; whether there was one.
+fn edge(epoll: &Epoll, within: Duration) -> Result<bool> {
+    let mut events = [EpollEvent::empty()];
+    let timeout = EpollTimeout::try_from(within)?;
+    Ok(epoll.wait(&mut events, timeout)? > 0)
+}
+
+fn watched(socket: &TcpStream) -> Result<Epoll> {
+    let epoll = Epoll::new(EpollCreateFlags::empty())?;
+    epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 0))?;
+    Ok(epoll)
+}
+
+/// Reads until there is no more.
+fn read_all(from: &mut TcpStream) -> Result<usize> {
+    let (mut data, mut total) = ([0; 16384], 0);
+    loop {
+        match from.read(&mut data) {
+            Ok(0) => return Ok(total),
+            Ok(len) => total += len,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(total),
+            Err(error) => return Err(error).context("read"),
+        }
+    }
+}
+
+fn edges(bench: &Bench) -> Result<()> {
+    let (mut writer, mut reader) = bench.pair()?;
+    let epoll = watched(&reader)?;
+    for size in [1, LARGE + 1, 64, 64, LARGE * 2, 1] {
+        put(&mut writer, &bytes(0, size))?;
+        let mut total = 0;
+        while total < size {
+            ensure!(edge(&epoll, PATIENCE)?, "none for the rest of {size} bytes after {total}");
+            total += read_all(&mut reader)?;
+        }
+    }
+    put(&mut writer, &bytes(0, 64))?;
+    writer.shutdown(Shutdown::Write)?;
+    let mut total = 0;
+    while total < 64 {
+        ensure!(edge(&epoll, PATIENCE)?, "none for the last bytes");
+        total += read_all(&mut reader)?;
+    }
+    expect_end(&mut reader)
+}
+
+fn peek(bench: &Bench) -> Result<()> {
+    let (mut writer, mut reader) = bench.pair()?;
+    for size in [100, LARGE + 1] {
+        put(&mut writer, &bytes(0, size))?;
+        let mut data = [0; 50];
+        let start = Instant::now();
+        while recv(reader.as_raw_fd(), &mut data, MsgFlags::MSG_PEEK) != Ok(50) {
+            ensure!(start.elapsed() < PATIENCE, "it does not see what there is");
+        }
+        ensure!(data[..] == bytes(0, 50), "it sees other bytes");
+        expect(&mut reader, 0, size)?;
+    }
+    Ok(())
+}
+
+/// Runs a blocking call on a thread and `then` once the thread sleeps in it; the call's result.
+/// The call has to end by itself: the socket has a time limit.
+fn while_blocked<T: Send>(
+    call: impl FnOnce() -> T + Send,
+    then: impl FnOnce(&dyn Fn() -> bool) -> Result<()>,
+) -> Result<T> {
+    let (tell, told) = std::sync::mpsc::channel();
+    thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            let _ = tell.send(nix::unistd::gettid());
+            call()
+        });
+        let stat = format!("/proc/self/task/{}/stat", told.recv()?);
+        // "tid (name) S ...": it sleeps.
+        let sleeps = || {
+            let stat = std::fs::read_to_string(&stat).unwrap_or_default();
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('S'))
+        };
+        while !thread.is_finished() && !sleeps() {
+            thread::yield_now();
+        }
+        let done = then(&|| thread.is_finished());
+        let result = thread.join().map_err(|_| anyhow!("a thread panicked"))?;
+        done.map(|()| result)
+    })
+}
+
+/// A reader that waits, but not for ever.
+fn make_blocking(reader: &TcpStream) -> Result<()> {
+    reader.set_nonblocking(false)?;
+    Ok(reader.set_read_timeout(Some(PATIENCE))?)
+}
+
+fn blocking(bench: &Bench) -> Result<()> {
+    let (mut writer, mut reader) = bench.pair()?;
+    make_blocking(&reader)?;
+    let other = reader.try_clone()?;
+    let mut data = [0; 10];
+    let read = while_blocked(
+        || reader.read(&mut data),
+        |finished| {
+            // The answer to our FIN wakes whoever waits for data.
+            other.shutdown(Shutdown::Write)?;
+            let start = Instant::now();
+            while !finished() && start.elapsed() < Duration::from_millis(50) {
+                thread::yield_now();
+            }
+            put(&mut writer, &bytes(0, 10))
+        },
+    )?;
+    ensure!(read.context("it is told that there is no data, instead of waiting")? == 10);
+    Ok(())
+}
+
+fn wait_all(bench: &Bench) -> Result<()> {
+    let (mut writer, reader) = bench.pair()?;
+    make_blocking(&reader)?;
+    let mut data = [0; 200];
+    put(&mut writer, &bytes(0, 100))?;
+    let read = while_blocked(
+        || recv(reader.as_raw_fd(), &mut data, MsgFlags::MSG_WAITALL),
+        |_| put(&mut writer, &bytes(100, 100)),
+    )?;
+    ensure!(read == Ok(200), "asked for 200 bytes, it is answered {read:?}");
+    Ok(())
+}
+
+fn fionread(bench: &Bench) -> Result<()> {
+    let (mut writer, mut reader) = bench.pair()?;
+    for size in [100, LARGE + 1] {
+        put(&mut writer, &bytes(0, size))?;
+        let start = Instant::now();
+        let mut there: libc::c_int = 0;
+        while there != size as libc::c_int {
+            // SAFETY: the descriptor is open, and FIONREAD writes one int.
+            let rc = unsafe { libc::ioctl(reader.as_raw_fd(), libc::FIONREAD, &raw mut there) };
+            ensure!(rc == 0, "{}", std::io::Error::last_os_error());
+            ensure!(start.elapsed() < PATIENCE / 4, "{there} of {size} bytes");
+        }
+        expect(&mut reader, 0, size)?;
+    }
+    Ok(())
+}
+
+fn splice_out(bench: &Bench) -> Result<()> {
+    let (mut writer, reader) = bench.pair()?;
+    let (_out, into) = pipe()?;
+    put(&mut writer, &bytes(0, 100))?;
+    let moved = splice(&reader, None, &into, None, 100, SpliceFFlags::SPLICE_F_NONBLOCK);
+    ensure!(moved == Ok(100), "of 100 bytes, it moves {moved:?}");
+    Ok(())
+}
+
+fn out_of_band(bench: &Bench) -> Result<()> {
+    let (mut writer, reader) = bench.pair()?;
+    put(&mut writer, b"a")?;
+    send(writer.as_raw_fd(), b"!", MsgFlags::MSG_OOB)?;
+    let mut data = [0; 1];
+    let start = Instant::now();
+    while recv(reader.as_raw_fd(), &mut data, MsgFlags::MSG_OOB) != Ok(1) {
+        ensure!(start.elapsed() < PATIENCE / 20, "the urgent byte does not come");
+    }
+    ensure!(data == *b"!", "another byte is taken for the urgent one");
+    Ok(())
+}
+
+fn close_unread(bench: &Bench) -> Result<()> {
+    let (mut writer, reader) = bench.pair()?;
+    put(&mut writer, &bytes(0, 100))?;
+    drop(reader);
+    match get(&mut writer, 1).map_err(|error| error.downcast::<std::io::Error>()) {
+        Err(Ok(error)) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
+        Ok(data) if data.is_empty() => bail!("the writer sees an end, not a reset"),
+        other => bail!("the writer sees {other:?}"),
+    }
+}
+
+fn write_after_reset(bench: &Bench) -> Result<()> {
+    let (writer, reader) = bench.pair()?;
+    setsockopt(&writer, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+    drop(writer);
+    let write = || send(reader.as_raw_fd(), b"x", MsgFlags::MSG_NOSIGNAL);
+    let start = Instant::now();
+    while write() != Err(Errno::ECONNRESET) {
+        ensure!(start.elapsed() < PATIENCE, "no reset");
+    }
+    let again = write();
+    ensure!(again == Err(Errno::EPIPE), "the second write is answered {again:?}");
+    Ok(())
+}
+
+fn low_water(bench: &Bench) -> Result<()> {
+    let (mut writer, reader) = bench.pair()?;
+    let low: libc::c_int = 1000;
+    // SAFETY: the descriptor is open, and the option is an int.
+    let rc = unsafe {
+        libc::setsockopt(
+            reader.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const low).cast(),
+            size_of_val(&low) as libc::socklen_t,
+        )
+    };
+    ensure!(rc == 0, "SO_RCVLOWAT: {}", std::io::Error::last_os_error());
+    let epoll = watched(&reader)?;
+    put(&mut writer, &bytes(0, 100))?;
+    ensure!(!edge(&epoll, PATIENCE / 50)?, "100 bytes wake a reader that waits for {low}");
+    put(&mut writer, &bytes(100, 1000))?;
+    ensure!(edge(&epoll, PATIENCE)?, "1100 bytes do not wake a reader that waits for {low}");
+    Ok(())
+}
+
+fn short_read(bench: &Bench) -> Result<()> {
+    let (mut writer, mut reader) = bench.pair()?;
+    let epoll = watched(&reader)?;
+    let mut sent = 0;
+    while sent < LIMIT + 10_000 {
+        put(&mut writer, &bytes(sent, 1000))?;
+        sent += 1000;
+    }
+    let (mut data, mut total) = ([0; 16384], 0);
+    while total < sent {
+        ensure!(edge(&epoll, PATIENCE / 10)?, "no wake-up for the rest, after {total} of {sent}");
+        loop {
+            let len = reader.read(&mut data)?;
+            total += len;
+            if len < data.len() {
+                break;
+            }
+        }
+    }
+    Ok(())
+}

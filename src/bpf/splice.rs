@@ -1,0 +1,154 @@
+//! The agent's part in splicing: which legs are on, and which sockets are in the map.
+//! bpf/splice.h decides about the rest.
+
+use std::{
+    io::Read,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use libbpf_rs::{Iter, MapCore, MapFlags, MapHandle, skel::OpenSkel};
+
+use super::{
+    Dataplane, Pins, children, open_node, skel,
+    wire::{self, as_bytes, from_bytes},
+};
+use crate::splice::LegState;
+
+/// Where spliced bytes are: a socket's queue goes with the map that it is in.
+pub(super) const MAPS: [&str; 2] = ["spliced", "splices"];
+/// How long `unload` waits for redirected data to be read.
+const DRAIN: Duration = Duration::from_secs(10);
+/// How often it looks.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// What a sweep left.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Swept {
+    /// Connections that are too young, or may become eligible.
+    pub left: u32,
+    /// Sockets with redirected data that is not read.
+    pub unread: u32,
+}
+
+impl Dataplane {
+    /// Makes the map's sockets subject to this build's program; those that an earlier agent put
+    /// there keep its program until they close.
+    pub(super) fn attach_redirect(&self) -> Result<()> {
+        let map = self.skel.maps.spliced.as_fd().as_raw_fd();
+        self.skel.progs.redirect.attach_sockmap(map).context("cannot attach redirect")
+    }
+
+    /// Says which legs are spliced; it holds for every connection at the next sweep.
+    ///
+    /// # Errors
+    /// Where the map can't be written.
+    pub fn set_legs(&mut self, states: &[LegState]) -> Result<()> {
+        for (index, state) in states.iter().enumerate() {
+            let leg = wire::leg_of(state);
+            let key = (index as u32).to_ne_bytes();
+            self.skel.maps.legs.update(&key, as_bytes(&leg), MapFlags::ANY)?;
+        }
+        self.want_sweep(true)
+    }
+
+    /// Whether a connection wants to be looked at.
+    pub fn wants_sweep(&self) -> bool {
+        self.skel.maps.bss_data.as_ref().is_some_and(|variables| {
+            // SAFETY: a valid, aligned u32 in a page that the kernel's side writes to.
+            unsafe { (&raw const variables.splices_wanted).read_volatile() != 0 }
+        })
+    }
+
+    pub(super) fn want_sweep(&mut self, wanted: bool) -> Result<()> {
+        let variables = self.skel.maps.bss_data.as_mut().context("the object has no variables")?;
+        // SAFETY: as in `wants_sweep`; the kernel's side only ever writes 1.
+        unsafe { (&raw mut variables.splices_wanted).write_volatile(u32::from(wanted)) };
+        Ok(())
+    }
+
+    /// Puts connections that have settled and are eligible into the map, and takes what changed
+    /// about their pods over.
+    ///
+    /// # Errors
+    /// Where the iterator fails.
+    pub fn sweep(&mut self) -> Result<()> {
+        // What comes while it runs is for the next one.
+        self.want_sweep(false)?;
+        let map = self.skel.maps.splices.as_fd().try_clone_to_owned()?;
+        let swept = run_sweep(&mut self.skel, map.as_fd(), false)?;
+        if swept.left > 0 {
+            self.want_sweep(true)?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs the sweep over a map of any layout.
+fn run_sweep(
+    skel: &mut skel::SidestepSkel<'static>,
+    splices: BorrowedFd<'_>,
+    off: bool,
+) -> Result<Swept> {
+    let variables = skel.maps.bss_data.as_mut().context("the object has no variables")?;
+    variables.sweep_off = u32::from(off);
+    variables.splices_left = 0;
+    variables.splices_unread = 0;
+    let link = skel.progs.sweep_splices.attach_iter(splices)?;
+    // Reading it to the end is what runs the program.
+    Iter::new(&link)?.read_to_end(&mut Vec::new())?;
+    let variables = skel.maps.bss_data.as_ref().context("the object has no variables")?;
+    // SAFETY: valid, aligned u32s in a page that the kernel's side writes to.
+    unsafe {
+        Ok(Swept {
+            left: (&raw const variables.splices_left).read_volatile(),
+            unread: (&raw const variables.splices_unread).read_volatile(),
+        })
+    }
+}
+
+/// Sends everything by TCP from now on, and waits until what was redirected is read: with the map
+/// it would be gone. Says how many sockets still have some, in any layout.
+pub(super) fn drain(pins: &Pins) -> Result<u32> {
+    let maps: Vec<MapHandle> = children(&pins.root)?
+        .iter()
+        .filter_map(|layout| MapHandle::from_pinned_path(layout.join("maps/splices")).ok())
+        .collect();
+    if maps.is_empty() {
+        return Ok(0);
+    }
+    let mut open = open_node()?;
+    for mut program in open.open_object_mut().progs_mut() {
+        program.set_autoload(program.name() == "sweep_splices");
+    }
+    let mut skel = open.load().context("the kernel refused sweep_splices")?;
+    let start = Instant::now();
+    loop {
+        let mut unread = 0;
+        for map in &maps {
+            unread += run_sweep(&mut skel, map.as_fd(), true)?.unread;
+        }
+        if unread == 0 || start.elapsed() > DRAIN {
+            return Ok(unread);
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+/// The legs, and how many sockets are spliced, from the pins alone.
+pub(super) fn state(pins: &Pins) -> Result<(Vec<LegState>, usize)> {
+    let open = |path: &Path| {
+        MapHandle::from_pinned_path(path)
+            .with_context(|| format!("cannot open map {}", path.display()))
+    };
+    let legs = open(&pins.map("legs"))?;
+    let mut states = Vec::new();
+    for key in legs.keys() {
+        let value = legs.lookup(&key, MapFlags::ANY)?.context("no such leg")?;
+        states.push(LegState::from(&from_bytes::<wire::leg>(&value)?));
+    }
+    Ok((states, open(&pins.map("spliced"))?.keys().count()))
+}

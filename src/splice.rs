@@ -1,0 +1,154 @@
+//! Which legs of the path are spliced: the mode that was asked for, and what the self-test found
+//! out about this kernel. Pure. docs/splice.md has the whole picture.
+
+use std::fmt;
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+/// What the agent was told to splice.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// Each leg where the self-test finds nothing wrong on this kernel.
+    #[default]
+    Auto,
+    /// Nothing: every byte goes by TCP.
+    Off,
+    /// Between sidecars alone, where the self-test finds nothing wrong.
+    Sidecar,
+    /// Between apps and their sidecars as well, in spite of what this kernel does to apps that
+    /// use their sockets in unusual ways: `sidestep check` names it. Never where bytes are at risk.
+    All,
+}
+
+/// A part of the path of a connection that stays on the node; `enum splice_leg` of bpf/types.h.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leg {
+    /// A pod's sidecar to another pod's sidecar.
+    Sidecar,
+    /// An app to its pod's sidecar, either way.
+    App,
+}
+
+impl Leg {
+    /// All, in the order of the kernel's map.
+    pub const ALL: [Self; 2] = [Self::Sidecar, Self::App];
+
+    /// Its name in flags, `status` and `check`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sidecar => "sidecar",
+            Self::App => "app",
+        }
+    }
+}
+
+/// Whom a hazard hurts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hurts {
+    /// Everybody: bytes, their order or their end. Nothing is spliced.
+    Everybody,
+    /// Programs that use a socket in other ways than a sidecar does.
+    Apps,
+}
+
+/// One thing that the self-test found wrong with spliced sockets on this kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hazard {
+    /// What was tried.
+    pub name: &'static str,
+    /// Whom it hurts.
+    pub hurts: Hurts,
+    /// What happened.
+    pub found: String,
+}
+
+impl fmt::Display for Hazard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.name, self.found)
+    }
+}
+
+/// Whether a leg is spliced, and why it is not.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct LegState {
+    /// It is.
+    pub on: bool,
+    /// Why it is not; where it is, what is known to be wrong all the same. May be empty.
+    pub why: String,
+}
+
+/// What to splice, given what the self-test found; where it could not be made, its error.
+/// In the order of [`Leg::ALL`].
+pub fn decide(mode: Mode, found: &Result<Vec<Hazard>, String>) -> [LegState; 2] {
+    Leg::ALL.map(|leg| decide_leg(mode, leg, found))
+}
+
+fn decide_leg(mode: Mode, leg: Leg, found: &Result<Vec<Hazard>, String>) -> LegState {
+    let off = |why: String| LegState { on: false, why };
+    match (mode, leg) {
+        (Mode::Off, _) => return off("--splice off".into()),
+        (Mode::Sidecar, Leg::App) => return off("--splice sidecar".into()),
+        _ => {}
+    }
+    let hazards = match found {
+        Err(error) => return off(format!("the self-test could not be made: {error}")),
+        Ok(hazards) => hazards,
+    };
+    let named = |hurts: Hurts| {
+        let named = hazards.iter().filter(|hazard| hazard.hurts == hurts);
+        named.map(Hazard::to_string).collect::<Vec<_>>().join("; ")
+    };
+    let (bytes, apps) = (named(Hurts::Everybody), named(Hurts::Apps));
+    match leg {
+        _ if !bytes.is_empty() => off(format!("this kernel: {bytes}")),
+        Leg::App if !apps.is_empty() && mode == Mode::All => {
+            LegState { on: true, why: format!("in spite of this kernel: {apps}") }
+        }
+        Leg::App if !apps.is_empty() => off(format!("this kernel: {apps}")),
+        _ => LegState { on: true, why: String::new() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hazard(hurts: Hurts) -> Hazard {
+        Hazard { name: "reading", hurts, found: "a byte too many".into() }
+    }
+
+    fn on(mode: Mode, hazards: &[Hurts]) -> [bool; 2] {
+        let found = hazards.iter().copied().map(hazard).collect();
+        decide(mode, &Ok(found)).map(|state| state.on)
+    }
+
+    #[test]
+    fn a_leg_is_on_where_it_is_asked_for_and_safe() {
+        assert_eq!(on(Mode::Auto, &[]), [true, true]);
+        assert_eq!(on(Mode::Auto, &[Hurts::Apps]), [true, false]);
+        assert_eq!(on(Mode::Sidecar, &[]), [true, false]);
+        assert_eq!(on(Mode::All, &[Hurts::Apps]), [true, true]);
+        assert_eq!(on(Mode::Off, &[]), [false, false]);
+    }
+
+    #[test]
+    fn nothing_is_spliced_where_bytes_are_at_risk_or_nobody_knows() {
+        for mode in [Mode::Auto, Mode::Off, Mode::Sidecar, Mode::All] {
+            assert_eq!(on(mode, &[Hurts::Apps, Hurts::Everybody]), [false, false]);
+            let unknown = decide(mode, &Err("no namespace".into()));
+            assert_eq!(unknown.map(|state| state.on), [false, false]);
+        }
+    }
+
+    #[test]
+    fn it_is_said_why() {
+        let [sidecar, app] = decide(Mode::Auto, &Ok(vec![hazard(Hurts::Apps)]));
+        assert_eq!(sidecar.why, "");
+        assert_eq!(app.why, "this kernel: reading: a byte too many");
+        let [_, app] = decide(Mode::All, &Ok(vec![hazard(Hurts::Apps)]));
+        assert!(app.why.starts_with("in spite of"), "{}", app.why);
+        let [_, app] = decide(Mode::Sidecar, &Ok(vec![]));
+        assert_eq!(app.why, "--splice sidecar");
+    }
+}
