@@ -219,7 +219,7 @@ rows=()
 # Whose verifiers have told; the running kernel's tells root only.
 counted=()
 if [ "$(id -u)" = 0 ] && "$OUT/root/bin/sidestep" check >"$OUT/check"; then
-    sed -n '/^Programs/,$ s/^  \([^ ]*\) .* \([0-9]*\)$/verified \1 \2/p' "$OUT/check" >"$OUT/here.log"
+    sed -n '/^Programs/,$ s/^  \([^ ]*\)  *[0-9]*  *\([0-9]*\)$/verified \1 \2/p' "$OUT/check" >"$OUT/here.log"
     counted=(here)
 fi
 while read -r name suite expect; do
