@@ -423,29 +423,34 @@ impl Turn<'_> {
     }
 
     fn beside_connections(&mut self) {
-        let opened = self.open(ACTIVE);
-        let (spliced, mut opened) = split(opened);
+        let mut client = None;
         for count in &self.settings.open {
-            let more = match &mut opened {
-                Ok(client) => {
-                    let count = (*count).max(ACTIVE);
-                    let opened = self.world.client.run(APP, APP, || client.open(count));
-                    opened.and_then(|opened| opened)
-                }
-                Err(err) => Err(Error::msg(format!("{err:#}"))),
+            let count = (*count).max(ACTIVE);
+            let opened = match client.take() {
+                None => self.open(count),
+                Some(client) => self.open_more(client, count),
             };
-            let kept = more.and_then(|()| {
-                let client = opened.as_mut().map_err(|err| Error::msg(format!("{err:#}")))?;
-                self.costed(|settings| client.ask(ACTIVE, 64, settings.slice()))
+            let (spliced, opened) = split(opened);
+            let kept = opened.and_then(|mut open| {
+                let slice = |settings: &Settings| open.ask(ACTIVE, 64, settings.slice());
+                let values = self.costed(slice)?;
+                client = Some(open);
+                Ok(values)
             });
-            let failed = kept.is_err();
             self.put(format!("connections/{count}/keepalive"), spliced, kept);
-            if failed {
-                return;
+            if client.is_none() {
+                return; // it failed, and more of it would fail too
             }
             let values = self.connect(BESIDE);
             self.put(format!("connections/{count}/connect"), 0, values);
         }
+    }
+
+    fn open_more(&self, mut client: Client, count: usize) -> Result<(Client, usize)> {
+        let spliced = self
+            .in_force
+            .open_more(count, || self.world.client.run(APP, APP, || client.open(count))?)?;
+        Ok((client, spliced))
     }
 }
 
