@@ -153,8 +153,10 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 		return 0;
 	}
 	key = s->key;
-	if (bpf_map_update_elem(&spliced, &key, sk, BPF_NOEXIST))
+	if (bpf_map_update_elem(&spliced, &key, sk, BPF_NOEXIST)) {
+		count(pod, SPLICE_MAP_FULL);
 		return 0;
+	}
 	s->state = SPLICE_IN;
 	count(pod, SPLICE_SOCKETS);
 	return 0;

@@ -169,9 +169,9 @@ enum splice_leg {
 /* Agent's word on a leg, for the programs and for `status`. */
 struct leg {
 	__u32 on;
-	__u8 why[508]; /* why it is off, NUL-padded */
+	__u8 why[2044]; /* why it is off, NUL-padded */
 };
-_Static_assert(sizeof(struct leg) == 512, "leg");
+_Static_assert(sizeof(struct leg) == 2048, "leg");
 
 /*
  * One end of a connection. The initial sequence numbers make it the connection's own: two pods
@@ -225,6 +225,7 @@ enum counter {
 	SPLICE_SOCKETS, /* sockets that were spliced */
 	SPLICE_NOT_SAFE, /* not eligible: blocking, or with an option that splicing breaks */
 	SPLICE_NOT_PROXY, /* not eligible: between pods, but not between their proxies */
+	SPLICE_MAP_FULL, /* eligible, but there is no room in the map */
 	SPLICE_MESSAGES, /* messages that skipped the TCP/IP stack */
 	SPLICE_BYTES, /* their bytes */
 	SPLICE_SPILLED, /* by TCP: too much is unread at the other end */

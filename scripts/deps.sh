@@ -89,6 +89,8 @@ END
     have busybox && file -L "$(command -v busybox)" | grep -q 'statically linked' || echo busybox-static
     # Their kernels are Debian's, also where this system is not.
     [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
+    # For the machines as well: a client of an API server wants some.
+    [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
     # Compiles the eBPF programs; any version from 14 on will do.
     have_versioned clang || echo clang-14
     have_versioned clang-format || echo clang-format-14

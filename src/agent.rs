@@ -127,7 +127,7 @@ async fn serve(config: &Config) -> Result<()> {
     info!(cgroup = %reconciler.cgroup(), %pins, adopted, "in force");
 
     if let Some(address) = config.http {
-        http::serve(address, Arc::clone(&metrics)).await?;
+        let address = http::serve(address, Arc::clone(&metrics)).await?;
         info!(%address, "health and metrics");
     }
     let cni = match &config.source {
@@ -214,8 +214,7 @@ fn unload(pins: &Pins, cni: Option<(&Path, &Path)>) -> Result<()> {
     if let Some((conf_dir, bin_dir)) = cni {
         conflist::uninstall(conf_dir, bin_dir)?;
     }
-    let removed = bpf::unload(pins)?;
-    info!(removed, "unloaded");
+    info!("unloaded: {}", bpf::unload(pins)?);
     Ok(())
 }
 

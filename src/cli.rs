@@ -3,7 +3,7 @@
 use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
     agent::{self, Cluster, SourceConfig},
@@ -71,18 +71,19 @@ struct CgroupArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("source").required(true).args(["pods", "kubernetes"])))]
 struct Run {
     /// Directory of Kubernetes v1 Pod manifests (*.yaml, *.yml, *.json), watched for changes.
     ///
     /// The pods' network namespaces come from the annotation sidestep.io/netns, an absolute path
     /// such as /run/netns/NAME.
-    #[arg(long, value_name = "DIR", required_unless_present = "kubernetes")]
+    #[arg(long, value_name = "DIR")]
     pods: Option<PathBuf>,
     /// This node's pods come from the API server.
     ///
     /// Their network namespaces come from the CNI plugin (--cni), or are found by the pods'
     /// processes.
-    #[arg(long, conflicts_with = "pods", requires = "node_name")]
+    #[arg(long, requires = "node_name")]
     kubernetes: bool,
     /// Which connections within the node skip the TCP/IP stack.
     ///
@@ -293,8 +294,8 @@ impl Cli {
                     println!("Nothing to unload: {root} does not exist.");
                     return Ok(ExitCode::SUCCESS);
                 }
-                let removed = bpf::unload(&pins)?;
-                println!("Unloaded: {removed} pins removed from {root}.");
+                let unloaded = bpf::unload(&pins)?;
+                println!("Unloaded from {root}: {unloaded}.");
                 Ok(ExitCode::SUCCESS)
             }
         }

@@ -178,6 +178,12 @@ pub enum FactsError {
         /// Its value.
         text: String,
     },
+    /// A pod of Istio's ambient mode that Istio's own agents have not taken.
+    #[error(
+        "{DATAPLANE_MODE}: \"ambient\" is not supported yet, and Istio's own agents did not \
+         redirect it: the pod is left alone"
+    )]
+    Ambient,
 }
 
 /// A pod's facts, and what is wrong with its annotations.
@@ -205,6 +211,9 @@ pub const INTERCEPT: &str = "sidestep.io/intercept";
 /// A pod's annotation, a namespace's label.
 pub const SPLICE: &str = "sidestep.io/splice";
 
+/// Istio's label for pods without sidecars, a pod's or its namespace's.
+const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+
 /// The pod as its namespace makes it: what the namespace says and the pod itself does not. Of a
 /// mesh's annotations that is what the mesh itself takes from there ([`Keys::of_namespace`]).
 ///
@@ -226,6 +235,13 @@ pub fn inherit(mut pod: Arc<Pod>, namespace: &ObjectMeta) -> Arc<Pod> {
             add(key, annotations.get(*key));
         }
     }
+    let mode = namespace.labels.as_ref().and_then(|labels| labels.get(DATAPLANE_MODE));
+    if let Some(mode) = mode
+        && label(&pod, DATAPLANE_MODE).is_none()
+    {
+        let labels = &mut Arc::make_mut(&mut pod).metadata.labels;
+        labels.get_or_insert_default().insert(DATAPLANE_MODE.into(), mode.clone());
+    }
     pod
 }
 
@@ -241,7 +257,18 @@ pub fn facts(pod: &Pod) -> Result<Option<Parsed>, FactsError> {
             return facts_of(mesh, name, pod, proxy);
         }
     }
-    Ok(None)
+    if is_ambient(pod) { Err(FactsError::Ambient) } else { Ok(None) }
+}
+
+/// A pod whose traffic Istio means to go through the node's proxy, that runs, and that Istio's own
+/// CNI agent did not redirect. Source: istio/istio `cni/pkg/util/podutil.go`.
+fn is_ambient(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    label(pod, DATAPLANE_MODE) == Some("ambient")
+        && annotation(pod, INTERCEPT) != Some("disabled")
+        && annotation(pod, "sidecar.istio.io/status").is_none()
+        && annotation(pod, "ambient.istio.io/redirection") != Some("enabled")
+        && matches!(phase, None | Some("Running"))
 }
 
 fn facts_of(
@@ -769,6 +796,46 @@ mod tests {
         }
         let unknown = annotated("sidecar.istio.io/interceptionMode", "redirect").expect("facts");
         assert!(unknown.expect("captured").policy_error.is_some(), "fails closed");
+    }
+
+    #[test]
+    fn ambient_pods_are_refused_where_nobody_else_has_them() {
+        let ambient = |patch: fn(&mut Value)| {
+            facts(&pod(|p| {
+                p["metadata"]["annotations"] = json!({});
+                p["metadata"]["labels"] = json!({"istio.io/dataplane-mode": "ambient"});
+                p["spec"]["containers"] = json!([{ "name": "app" }]);
+                p["status"]["phase"] = "Running".into();
+                patch(p);
+            }))
+        };
+        let error = ambient(|_| {}).expect_err("refused").to_string();
+        assert!(error.contains("istio.io/dataplane-mode") && error.contains("ambient"), "{error}");
+        let left_alone: [fn(&mut Value); 6] = [
+            |p| p["metadata"]["labels"]["istio.io/dataplane-mode"] = "none".into(),
+            |p| p["metadata"]["annotations"]["ambient.istio.io/redirection"] = "enabled".into(),
+            |p| p["metadata"]["annotations"]["sidecar.istio.io/status"] = "{}".into(),
+            |p| p["metadata"]["annotations"][INTERCEPT] = "disabled".into(),
+            |p| p["spec"]["hostNetwork"] = true.into(),
+            // Istio's own agent has not had its turn yet.
+            |p| p["status"]["phase"] = "Pending".into(),
+        ];
+        for patch in left_alone {
+            assert_eq!(ambient(patch), Ok(None));
+        }
+        // A sidecar, of whichever mesh, decides; and a pod's label beats its namespace's.
+        assert!(parsed(|p| p["metadata"]["labels"][DATAPLANE_MODE] = "ambient".into()).is_some());
+        let namespace: ObjectMeta =
+            serde_json::from_value(json!({"labels": {DATAPLANE_MODE: "ambient"}})).expect("meta");
+        let of = |labels: Value| {
+            let plain = pod(|p| {
+                p["metadata"]["annotations"] = json!({});
+                p["metadata"]["labels"] = labels;
+            });
+            facts(&inherit(Arc::new(plain), &namespace))
+        };
+        assert_eq!(of(json!({})), Err(FactsError::Ambient));
+        assert_eq!(of(json!({DATAPLANE_MODE: "none"})), Ok(None));
     }
 
     fn linkerd(patch: impl FnOnce(&mut Value)) -> Option<Parsed> {

@@ -21,14 +21,16 @@ use crate::metrics::Metrics;
 const PATIENCE: Duration = Duration::from_secs(10);
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Answers on this address until the process ends: `/healthz`, `/readyz`, `/metrics`.
+/// Answers on this address until the process ends: `/healthz`, `/readyz`, `/metrics`. Gives the
+/// address with the port that it got.
 ///
 /// # Errors
 /// Where the address can't be listened on.
-pub async fn serve(address: SocketAddr, metrics: Arc<Metrics>) -> Result<()> {
+pub async fn serve(address: SocketAddr, metrics: Arc<Metrics>) -> Result<SocketAddr> {
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen on {address} (--http)"))?;
+    let address = listener.local_addr()?;
     task::spawn(async move {
         loop {
             let stream = match listener.accept().await {
@@ -55,7 +57,7 @@ pub async fn serve(address: SocketAddr, metrics: Arc<Metrics>) -> Result<()> {
             });
         }
     });
-    Ok(())
+    Ok(address)
 }
 
 fn respond(method: &Method, path: &str, metrics: &Metrics) -> Response<Full<Bytes>> {

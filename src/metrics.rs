@@ -29,6 +29,7 @@ use crate::{
     desired::{Desired, Limits},
     mesh,
     problem::{Problem, Reason},
+    splice::Leg,
 };
 
 /// An agent that did not look after its pods for so long is stuck.
@@ -235,7 +236,16 @@ impl Collector for Kernel {
             let labels = [("hook", hook.name)];
             ConstGauge::new(i64::from(attached)).encode(family.encode_family(&labels)?)?;
         }
-        Ok(())
+        let (legs, sockets) = bpf::spliced(&self.pins).unwrap_or_default();
+        let help = "Whether a leg of the path is spliced";
+        let mut family = encoder.encode_descriptor("splice_leg", help, None, kind)?;
+        for (leg, state) in Leg::ALL.iter().zip(&legs) {
+            let labels = [("leg", leg.name())];
+            ConstGauge::new(i64::from(state.on)).encode(family.encode_family(&labels)?)?;
+        }
+        let help = "Sockets that are spliced now; a connection has two";
+        let encoder = encoder.encode_descriptor("spliced_sockets", help, None, kind)?;
+        ConstGauge::new(i64::try_from(sockets).unwrap_or(i64::MAX)).encode(encoder)
     }
 }
 

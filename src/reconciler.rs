@@ -212,7 +212,7 @@ impl Reconciler {
                 Ok(None) => continue,
                 Err(error) => {
                     let reason = match error {
-                        FactsError::Unsupported { .. } => Reason::Unsupported,
+                        FactsError::Unsupported { .. } | FactsError::Ambient => Reason::Unsupported,
                         _ => Reason::InvalidPod,
                     };
                     problems.insert(found.problem(reason, &error.to_string()));
@@ -430,7 +430,7 @@ impl Reconciler {
         }
         let pod = kubernetes.inherit(pod);
         // What is wrong with the pod itself, the sync says.
-        if matches!(facts::facts(&pod), Ok(None)) {
+        if matches!(facts::facts(&pod), Ok(None) | Err(FactsError::Ambient)) {
             return Ok(None);
         }
         let uid = pod.metadata.uid.clone().unwrap_or_default();
@@ -473,7 +473,8 @@ impl Reconciler {
         let Source::Kubernetes(kubernetes, _) = &mut self.source else {
             return Ok(());
         };
-        if matches!(facts::facts(&kubernetes.inherit(Arc::clone(pod))), Ok(None)) {
+        let facts = facts::facts(&kubernetes.inherit(Arc::clone(pod)));
+        if matches!(facts, Ok(None) | Err(FactsError::Ambient)) {
             return Ok(());
         }
         let cookie = Netns::open(&sandbox.netns).and_then(|netns| netns.cookie());

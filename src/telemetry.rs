@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 
 use clap::ValueEnum;
+use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
 use crate::bpf;
@@ -16,15 +17,27 @@ pub enum LogFormat {
     Json,
 }
 
+/// Each failed request, without saying what failed: the agent says it better.
+const NOISE: &str = "kube_client::client::builder=off";
+
 /// Starts logging to standard error. `RUST_LOG` sets the level, `info` by default.
 pub fn init(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let wanted = std::env::var("RUST_LOG").ok().filter(|text| !text.trim().is_empty());
+    let wanted = wanted.as_deref().unwrap_or("info");
+    // What comes later counts.
+    let (filter, error) = match EnvFilter::try_new(format!("{NOISE},{wanted}")) {
+        Ok(filter) => (filter, None),
+        Err(error) => (EnvFilter::new(format!("{NOISE},info")), Some(error)),
+    };
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {
         LogFormat::Human => {
             builder.with_target(false).with_ansi(std::io::stderr().is_terminal()).init();
         }
         LogFormat::Json => builder.json().flatten_event(true).init(),
+    }
+    if let Some(error) = error {
+        warn!("RUST_LOG: {wanted:?}: {error}; the level is info");
     }
     bpf::log_libbpf();
 }

@@ -125,6 +125,21 @@ fn paths_that_are_not_what_they_should_be() {
 }
 
 #[test]
+fn a_source_of_pods_is_asked_for() {
+    for (args, words) in [
+        (&["run"][..], &["--pods <DIR>", "--kubernetes"][..]),
+        (&["run", "--kubernetes"], &["--node-name"]),
+        (&["run", "--kubernetes", "--node-name", "n", "--pods", "/tmp"], &["cannot be used with"]),
+        (&["run", "--kubernetes", "--node-name", "n"], &["no --kubeconfig", "service account"]),
+    ] {
+        let mut command = Command::new(binary());
+        let (ok, text) = said(command.args(args).env_remove("KUBERNETES_SERVICE_HOST"));
+        assert!(!ok, "{args:?}");
+        assert_says(&text, words);
+    }
+}
+
+#[test]
 fn no_privileges_are_named() {
     let copy = tempfile::tempdir_in("/var/tmp").expect("a directory");
     std::fs::set_permissions(copy.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))

@@ -14,8 +14,7 @@ use std::{
 };
 
 use common::*;
-use libbpf_rs::{MapCore, MapHandle};
-use sidestep::bpf::LAYOUT;
+use libbpf_rs::MapCore;
 use sidestep_lab::{ServeOpts, Server, Talk, wait_for, wait_until};
 
 /// The sidecar's DNS listener: on localhost alone, as Istio's agent has it. Echoes.
@@ -255,7 +254,7 @@ fn captured(node: &Node, uid: u32, gid: u32, server: SocketAddr) -> bool {
             .expect("runs")
     };
     // A change of policy may come between the two.
-    wait_for("both ways of asking to agree", Duration::from_secs(1), || {
+    wait_for("both ways of asking to agree", SOON, || {
         let connected = ask(true);
         (ask(false) == connected).then_some(connected)
     })
@@ -304,13 +303,13 @@ fn the_proxy_its_group_and_excluded_ports_are_direct() {
         manifest["metadata"]["annotations"]["traffic.sidecar.istio.io/excludeOutboundPorts"] =
             "53".into();
     });
-    wait_until("port 53 to be excluded", Duration::from_secs(1), || {
+    wait_until("port 53 to be excluded", SOON, || {
         servers(1).into_iter().all(|server| !captured(&node, APP, APP, server))
     })
     .expect("excluded");
     // Capture switched off, live.
     set(&node, |_| {});
-    wait_until("DNS to be left alone", Duration::from_secs(1), || {
+    wait_until("DNS to be left alone", SOON, || {
         node.agent.status().expect("status")["pods"][0]["dns_port"].is_null()
     })
     .expect("off");
@@ -416,6 +415,7 @@ fn a_server_on_localhost_is_asked_through_the_sidecar() {
         let answer = node.a.ask(APP, APP, server).expect("captured");
         assert_original(&answer, server);
         assert_eq!(answer.seen.local.port(), 15053);
+        assert!(answer.seen.peer.ip().is_loopback(), "as for the server: {answer:?}");
         assert!(captured(&node, APP, APP, server));
     }
     // But the proxy asks a server in its own pod directly.
@@ -545,11 +545,7 @@ fn nothing_is_left_behind_when_sockets_close() {
             }
         })
         .expect("runs");
-    let handovers =
-        MapHandle::from_pinned_path(node.agent.bpffs().join(LAYOUT).join("maps/handovers"));
-    let handovers = handovers.expect("a pinned map");
-    wait_until("no handover to be left", Duration::from_secs(3), || {
-        handovers.keys().next().is_none()
-    })
-    .expect("none is left");
+    let handovers = node.map("handovers");
+    wait_until("no handover to be left", SOON, || handovers.keys().next().is_none())
+        .expect("none is left");
 }

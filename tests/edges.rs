@@ -253,18 +253,27 @@ fn threads_connect_at_once() {
 fn a_pod_with_a_user_namespace_of_its_own() {
     // hostUsers: false. The sidecar is 1337 to the mesh, and something else to the node.
     let mut node = Node::new("userns");
-    let mut sleeper = Command::new("unshare")
-        .args(["--user", "--net", "sleep", "infinity"])
-        .spawn()
-        .expect("a process in a user namespace");
-    let pid = sleeper.id().to_string();
+    // It ends with the test, also when that fails.
+    struct Sleeper(std::process::Child);
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+    let sleeper = Command::new("unshare").args(["--user", "--net", "sleep", "infinity"]).spawn();
+    let sleeper = Sleeper(sleeper.expect("a process in a user namespace"));
+    let pid = sleeper.0.id().to_string();
     let own = std::fs::read_link("/proc/self/ns/net").expect("a namespace");
     wait_until("a namespace", Duration::from_secs(3), || {
         std::fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|theirs| theirs != own)
     })
     .expect("unshared");
-    std::fs::write(format!("/proc/{pid}/uid_map"), "0 100000 65536").expect("mapped");
-    std::fs::write(format!("/proc/{pid}/gid_map"), "0 200000 65536").expect("mapped");
+    // The sidecar's numbers are in the second range.
+    let uids = "0 100000 1000\n1000 301000 64536";
+    let gids = "0 200000 1000\n1000 401000 64536";
+    std::fs::write(format!("/proc/{pid}/uid_map"), uids).expect("mapped");
+    std::fs::write(format!("/proc/{pid}/gid_map"), gids).expect("mapped");
     // The lab's pod b, but with that namespace: its interface moves over.
     let inside = |args: &[&str]| {
         let status = Command::new("nsenter").args(["-t", &pid, "-n", "--"]).args(args).status();
@@ -304,13 +313,12 @@ fn a_pod_with_a_user_namespace_of_its_own() {
         let error = run(uid, gid, remote).expect_err("captured, and no proxy listens");
         format!("{error:#}").contains("refused")
     };
-    assert!(refused(101_000, 201_000), "an app");
+    assert!(refused(301_000, 401_000), "an app");
     assert!(refused(1337, 1337), "the number alone makes nobody the proxy");
-    assert!(refused(101_337 - 1337, 201_000), "root of the pod");
-    assert_eq!(run(101_337, 201_000, remote).expect("direct").seen.orig, None, "the proxy");
-    assert_eq!(run(101_000, 201_337, remote).expect("direct").seen.orig, None, "its group");
-    sleeper.kill().expect("killed");
-    sleeper.wait().expect("ended");
+    assert!(refused(101_337, 201_337), "nor does a number that is nobody's in the pod");
+    assert!(refused(100_000, 200_000), "root of the pod");
+    assert_eq!(run(301_337, 401_000, remote).expect("direct").seen.orig, None, "the proxy");
+    assert_eq!(run(301_000, 401_337, remote).expect("direct").seen.orig, None, "its group");
 }
 
 /// A second data plane with a pod of its own at `cgroup`: before ours, after it, and gone again.

@@ -32,7 +32,7 @@ fn listener(node: &Node, listen: &str, reuse_port: bool, v6_only: bool) -> Serve
 /// Waits until the kernel knows just so many inbound listeners. A socket that was closed here
 /// can live on for a moment in a child that another test of this process is just forking.
 fn wait_listeners(node: &Node, n: u64) {
-    wait_until(&format!("{n} listeners"), Duration::from_secs(3), || {
+    wait_until(&format!("{n} listeners"), SOON, || {
         node.agent.status().expect("status")["pods"][0]["listeners"] == n
     })
     .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
@@ -203,10 +203,8 @@ fn a_listener_that_the_hooks_never_saw_is_found_after_a_refusal() {
         (0..20).map(|_| listener(&node, "0.0.0.0:15006", true, true)).collect();
     assert_steered(&node, target);
     workers.drain(..16);
-    wait_until("the last workers to be found", Duration::from_secs(3), || {
-        node.b.ask(0, 0, target).is_ok()
-    })
-    .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
+    wait_until("the last workers to be found", SOON, || node.b.ask(0, 0, target).is_ok())
+        .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
     assert_steered(&node, target);
 }
 
@@ -278,7 +276,7 @@ fn excluded_and_included_inbound_ports() {
             value.into();
         node.agent.add_manifest("a", &manifest).expect("a manifest");
         let what = format!("{key}={value:?}: {expected:?}");
-        wait_until(&what, Duration::from_secs(1), || [steered(8080), steered(9090)] == expected)
+        wait_until(&what, SOON, || [steered(8080), steered(9090)] == expected)
             .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
     }
 }

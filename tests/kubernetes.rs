@@ -17,7 +17,7 @@ use common::*;
 use serde_json::{Value, json};
 use sidestep::bpf::LAYOUT;
 use sidestep_e2e::{ApiServer, apiserver::Gone};
-use sidestep_lab::{Agent, Lab, Pod, PodNet, Process, slowdown, wait_until};
+use sidestep_lab::{Agent, Lab, Pod, PodNet, Process, wait_until};
 
 const NODE: &str = "lab";
 const BRIDGE: &str =
@@ -158,7 +158,7 @@ impl Cluster {
     }
 
     fn becomes(&self, what: &str, condition: impl FnMut() -> bool) {
-        wait_until(what, Duration::from_secs(15) * slowdown(), condition)
+        wait_until(what, Duration::from_secs(15), condition)
             .unwrap_or_else(|error| panic!("{error:#}; {}", self.agent.log_tail()));
     }
 
@@ -310,6 +310,8 @@ fn the_api_server_may_go_away_and_forget() {
     cluster.api.stop().expect("stopped");
     cluster.agent.wait_log("can't be reached").expect("said");
     works();
+    let log = cluster.agent.log();
+    assert!(!log.contains("failed with error"), "in the agent's own words: {log}");
     cluster.api.compact(Gone::Event);
     cluster.api.resume().expect("resumed");
     cluster.agent.wait_log("solved: ").expect("solved");
@@ -435,6 +437,35 @@ fn a_pod_that_cannot_be_enrolled_does_not_start_and_is_told() {
     assert_eq!(cluster.names(), ["lab/b"]);
 }
 
+/// It is Istio's own agents' business, so it starts; that nobody took it is said.
+#[test]
+fn an_ambient_pod_starts_and_is_told_that_it_is_left_alone() {
+    let cluster = Cluster::new("k8s-ambient");
+    cluster.in_force();
+    let label = json!({"metadata": {"labels": {"istio.io/dataplane-mode": "ambient"}}});
+    cluster.api.patch("namespaces", "", "lab", &label).expect("patched");
+    let mut object = pending(&cluster.a);
+    object["metadata"]["annotations"] = json!({});
+    object["spec"]["containers"] = json!([{"name": "app"}]);
+    let object = cluster.api.put(object).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    let runs = json!({"status": {"phase": "Running"}});
+    cluster.api.patch("pods", "lab", "a", &runs).expect("patched");
+    cluster.becomes("an Event", || {
+        cluster.api.list("events.events.k8s.io").expect("events").iter().any(|event| {
+            let note = event["note"].as_str().unwrap_or_default();
+            event["regarding"]["name"] == "a"
+                && event["reason"] == "Unsupported"
+                && note.contains("istio.io/dataplane-mode: \"ambient\"")
+        })
+    });
+    succeeds(&cluster.plugin("CHECK", &cluster.a, &object));
+    assert!(cluster.names().is_empty());
+    let taken = json!({"metadata": {"annotations": {"ambient.istio.io/redirection": "enabled"}}});
+    cluster.api.patch("pods", "lab", "a", &taken).expect("patched");
+    cluster.agent.wait_log("solved: ").expect("Istio's own agent has it");
+}
+
 #[test]
 fn a_full_map_refuses_a_pod_and_wedges_nothing() {
     let cluster = Cluster::new("k8s-full");
@@ -535,20 +566,43 @@ fn bad_requests_of_the_plugin_are_named() {
 
 #[test]
 fn a_forbidden_verb_is_named() {
-    let cluster = Cluster::with("k8s-rbac", &[], |api| api.forbid("watch", "namespaces"));
-    let api = &cluster.api;
-    api.forbid("list", "pods");
-    let agent = &cluster.agent;
-    cluster.becomes("the complaint", || {
-        let log = agent.log();
-        log.contains("verb \"list\" on \"pods\"")
-            || log.contains("verb \"watch\" on \"namespaces\"")
+    let forbidden = [("list", "pods"), ("watch", "namespaces"), ("get", "nodes")];
+    let cluster = Cluster::with("k8s-rbac", &[], |api| {
+        for (verb, resource) in forbidden {
+            api.forbid(verb, resource);
+        }
     });
-    api.allow("list", "pods");
-    api.allow("watch", "namespaces");
+    let (api, agent) = (&cluster.api, &cluster.agent);
+    for (verb, resource) in forbidden {
+        cluster.becomes("the complaint", || {
+            agent.log().contains(&format!("verb \"{verb}\" on \"{resource}\""))
+        });
+        api.allow(verb, resource);
+    }
+    // Of those that are asked for later, each is named when it is: nothing else waits for it.
+    api.forbid("create", "events");
+    let tproxy = annotated(pending(&cluster.b), "sidecar.istio.io/interceptionMode", "TPROXY");
+    api.put(tproxy).expect("created");
+    agent.wait_log("verb \"create\" on \"events\"").expect("said");
     let object = api.put(pending(&cluster.a)).expect("created");
     cluster.becomes("the pod to be let in", || {
         cluster.is_chained() && cluster.plugin("ADD", &cluster.a, &object).status.success()
+    });
+}
+
+/// Where the watch has not told of the pod yet, it is asked for.
+#[test]
+fn a_pod_that_may_not_be_asked_for_is_named() {
+    let cluster = Cluster::with("k8s-get", &[], |api| api.forbid("get", "pods"));
+    cluster.in_force();
+    let object = pending(&cluster.a);
+    let (code, text) = refused(&cluster.plugin("ADD", &cluster.a, &object));
+    assert_eq!(code, 11, "to be tried again: {text}");
+    assert!(text.contains("verb \"get\" on \"pods\""), "{text}");
+    // The watch tells: then nothing needs to be asked.
+    let object = cluster.api.put(object).expect("created");
+    cluster.becomes("the pod to be let in", || {
+        cluster.plugin("ADD", &cluster.a, &object).status.success()
     });
 }
 
@@ -560,12 +614,12 @@ fn a_node_or_kubeconfig_that_cannot_be_right_ends_the_agent() {
     cluster.agent.restart().expect("starts");
     cluster.agent.wait_log("no node \"lab\" (--node-name)").expect("said");
     let agent = &mut cluster.agent;
-    wait_until("its end", Duration::from_secs(5), || !agent.is_running()).expect("ended");
+    wait_until("its end", SOON, || !agent.is_running()).expect("ended");
     fs::write(cluster.dir.path().join("kubeconfig"), "clusters: [").expect("written");
     cluster.agent.restart().expect("starts");
     cluster.agent.wait_log("kubeconfig").expect("said");
     let agent = &mut cluster.agent;
-    wait_until("its end", Duration::from_secs(5), || !agent.is_running()).expect("ended");
+    wait_until("its end", SOON, || !agent.is_running()).expect("ended");
 }
 
 #[test]
@@ -630,9 +684,13 @@ fn get(at: std::net::SocketAddr, path: &str) -> (u16, String) {
 
 #[test]
 fn health_and_metrics() {
-    let http = addr([127, 0, 0, 1], 19465);
-    let flags = ["--http", "127.0.0.1:19465"];
+    let flags = ["--http", "127.0.0.1:0"];
     let cluster = Cluster::with("k8s-http", &flags, |api| api.forbid("list", "pods"));
+    cluster.agent.wait_log("health and metrics").expect("said");
+    let log = cluster.agent.log();
+    let port = log.split("address=127.0.0.1:").nth(1).expect("an address");
+    let port = port.split(|c: char| !c.is_ascii_digit()).next().expect("a port");
+    let http = addr([127, 0, 0, 1], port.parse().expect("a number"));
     cluster.becomes("health", || get(http, "/healthz").0 == 200);
     let (status, text) = get(http, "/readyz");
     assert_eq!(status, 503, "the first list has not come: {text}");

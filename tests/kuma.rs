@@ -2,8 +2,6 @@
 
 mod common;
 
-use std::time::Duration;
-
 use common::*;
 use sidestep_lab::wait_for;
 
@@ -18,7 +16,7 @@ fn set(node: &Node, key: &str, text: &str) {
 /// not captured is refused.
 fn captured(node: &Node, uid: u32, port: u16) -> bool {
     // A change of policy may come in between.
-    wait_for("all kinds of address to agree", Duration::from_secs(1), || {
+    wait_for("all kinds of address to agree", SOON, || {
         let all = remotes(&node.a, port).map(|(target, _)| {
             node.lab.add_node_address(canonical(target).ip()).ok();
             node.a.ask(uid, uid, target).is_ok()

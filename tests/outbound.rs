@@ -259,8 +259,7 @@ fn annotations_decide_and_changes_take_effect_on_the_next_connection() {
     let captured = |node: &Node, target| node.a.ask(APP, APP, target).is_ok();
     let becomes = |node: &Node, target, wanted: bool| {
         let what = format!("{target} to be captured: {wanted}");
-        let timeout = Duration::from_secs(1);
-        sidestep_lab::wait_until(&what, timeout, || captured(node, target) == wanted)
+        sidestep_lab::wait_until(&what, SOON, || captured(node, target) == wanted)
             .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
     };
     // Nothing listens at the remote addresses: what is not captured is refused.

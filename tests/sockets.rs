@@ -168,10 +168,8 @@ fn nonblocking_connect_is_captured() {
                 if let Err(error) = socket.connect(&target.into()) {
                     assert_eq!(error.raw_os_error(), Some(libc::EINPROGRESS), "{error}");
                 }
-                sidestep_lab::wait_until("the connection", Duration::from_secs(3), || {
-                    socket.peer_addr().is_ok()
-                })
-                .expect("connected");
+                sidestep_lab::wait_until("the connection", SOON, || socket.peer_addr().is_ok())
+                    .expect("connected");
                 socket.set_nonblocking(false).expect("blocking");
                 let stream = TcpStream::from(socket);
                 let mut line = String::new();
@@ -262,7 +260,7 @@ fn handovers_are_for_handshakes_only() {
     let none = || handovers.keys().next().is_none();
     for (target, _) in remotes(&node.a, 80) {
         node.a.ask(APP, APP, target).expect_err("nothing listens");
-        sidestep_lab::wait_until("no handover", Duration::from_secs(3), none).expect("withdrawn");
+        sidestep_lab::wait_until("no handover", SOON, none).expect("withdrawn");
     }
     let sidecar = Sidecar::start(&node.a);
     for (target, _) in remotes(&node.a, 80) {

@@ -123,10 +123,10 @@ impl Agent {
         Ok(())
     }
 
-    /// Starts it again as a build whose maps have another layout, such as `v2`.
-    pub fn upgrade_to(&mut self, layout: &str) -> Result<()> {
+    /// Starts it again as a build whose maps have another layout than its own, or as itself.
+    pub fn upgrade_to(&mut self, layout: Option<&str>) -> Result<()> {
         self.terminate()?;
-        self.layout = Some(layout.to_owned());
+        self.layout = layout.map(str::to_owned);
         self.restart()
     }
 
@@ -267,10 +267,10 @@ impl Agent {
         process.wait(Duration::from_secs(10)).map(drop).with_context(|| process.log_tail())
     }
 
-    /// Waits, up to five seconds, until the agent's log has `text`.
+    /// Waits, up to fifteen seconds, until the agent's log has `text`.
     pub fn wait_log(&self, text: &str) -> Result<()> {
         let what = format!("{text:?} in the agent's log");
-        wait_for(&what, Duration::from_secs(5), || self.log().contains(text).then_some(()))
+        wait_for(&what, Duration::from_secs(15), || self.log().contains(text).then_some(()))
             .with_context(|| self.log_tail())
     }
 

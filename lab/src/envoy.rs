@@ -157,7 +157,7 @@ impl Envoy {
         let socket = self.dir.join("admin.sock");
         let mut stream = UnixStream::connect(&socket)
             .with_context(|| format!("connecting to {}", socket.display()))?;
-        stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).context("reading Envoy's answer")?;
@@ -186,12 +186,12 @@ impl Envoy {
             .collect()
     }
 
-    /// Waits, up to five seconds, for a connection that `wanted` picks.
+    /// Waits, up to fifteen seconds, for a connection that `wanted` picks.
     pub fn wait_log(&self, what: &str, wanted: impl Fn(&LogLine) -> bool) -> Result<LogLine> {
         let mut log = Ok(Vec::new());
         let mut found = None;
         let waiting = format!("{what} in the access log of {}'s Envoy", self.pod);
-        let waited = wait_until(&waiting, Duration::from_secs(5), || {
+        let waited = wait_until(&waiting, Duration::from_secs(15), || {
             log = self.access_log();
             found = log.iter().flatten().find(|line| wanted(line)).cloned();
             log.is_err() || found.is_some()

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod calls;
 mod cgroup;
 mod client;
 mod cmd;
@@ -17,6 +18,7 @@ mod lab;
 pub mod load;
 mod netns;
 pub mod nftables;
+pub mod pattern;
 mod pod;
 mod process;
 mod seen;

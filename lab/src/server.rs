@@ -135,10 +135,10 @@ impl Server {
         self.shared.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Waits until `n` connections have come, up to five seconds, and gives what it saw.
+    /// Waits until `n` connections have come, up to fifteen seconds, and gives what it saw.
     pub fn wait_seen(&self, n: usize) -> Result<Vec<Seen>> {
         let what = format!("{n} connections to {}", self.addr());
-        wait_for(&what, Duration::from_secs(5), || {
+        wait_for(&what, Duration::from_secs(15), || {
             let seen = self.seen();
             (seen.len() >= n).then_some(seen)
         })

@@ -71,7 +71,7 @@ use crate::{
 pub const LAYOUT: &str = "v2";
 
 /// The names of the kernel's counters, in the order of `enum counter`.
-const COUNTERS: [&str; 20] = [
+const COUNTERS: [&str; 21] = [
     "captured_outbound",
     "captured_self",
     "captured_dns",
@@ -86,6 +86,7 @@ const COUNTERS: [&str; 20] = [
     "splice_sockets",
     "splice_not_safe",
     "splice_not_proxy",
+    "splice_map_full",
     "splice_messages",
     "splice_bytes",
     "splice_spilled",
@@ -167,7 +168,7 @@ impl Pins {
 
     /// Whether anything is installed.
     pub fn exist(&self) -> bool {
-        self.layout().exists()
+        self.map("pods").exists()
     }
 
     /// Keeps other agents and `unload` away for as long as the result lives.
@@ -285,6 +286,19 @@ impl Dataplane {
             self.attach_hook(hook, cgroup)
                 .with_context(|| format!("cannot attach {} to {cgroup}", hook.program))?;
         }
+        self.remove_strangers()
+    }
+
+    /// Takes away what a build with more programs attached: nobody looks after it any more.
+    fn remove_strangers(&self) -> Result<()> {
+        for pin in children(&self.pins.links())? {
+            let name = pin.file_name().unwrap_or_default().to_string_lossy();
+            let known = HOOKS.iter().any(|hook| hook.program == name);
+            if !known && !name.starts_with("steer-") {
+                tracing::info!(hook = %name, "is no program of this build: taken away");
+                remove_link(&pin)?;
+            }
+        }
         Ok(())
     }
 
@@ -356,7 +370,7 @@ impl Dataplane {
             if self.is_needed(&other)? {
                 left = true;
             } else {
-                remove_layout(&other.layout())?;
+                remove_layout(&other.layout(), &[])?;
             }
         }
         Ok(left)
@@ -798,17 +812,36 @@ pub fn counters(pins: &Pins) -> Result<BTreeMap<&'static str, BTreeMap<&'static 
     Ok(all)
 }
 
-/// Takes every link, program and map of any layout away. Says how many pins there were.
+/// What `unload` did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unloaded {
+    /// Pins that were removed.
+    pub removed: usize,
+    /// Spliced sockets with bytes that are not read yet and would be lost with the maps: these
+    /// stay, with no program, until the next `unload`.
+    pub unread: u32,
+}
+
+impl fmt::Display for Unloaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} pins removed", self.removed)?;
+        match self.unread {
+            0 => Ok(()),
+            n => write!(
+                f,
+                "; {n} sockets hold spliced bytes that their processes do not read: the maps with \
+                 these bytes stay, run `sidestep unload` again later"
+            ),
+        }
+    }
+}
+
+/// Takes every link, program and map of any layout away.
 ///
 /// # Errors
 /// Where a pin can't be removed.
-pub fn unload(pins: &Pins) -> Result<usize> {
+pub fn unload(pins: &Pins) -> Result<Unloaded> {
     let unread = splice::drain(pins)?;
-    ensure!(
-        unread == 0,
-        "{unread} spliced sockets hold bytes that their programs have not read yet and that would \
-         be lost: everything is still in force, but nothing more is spliced; try again"
-    );
     let mut removed = 0;
     if let Ok(map) = MapHandle::from_pinned_path(pins.map("pod_records")) {
         for record in records(&map)?.values() {
@@ -816,30 +849,37 @@ pub fn unload(pins: &Pins) -> Result<usize> {
             let _ = Netns::open(&record.netns).and_then(|netns| detach_dns(&netns));
         }
     }
+    let keep: &[&str] = if unread > 0 { &splice::MAPS } else { &[] };
     for layout in children(&pins.root)? {
-        removed += remove_layout(&layout)?;
+        removed += remove_layout(&layout, keep)?;
     }
-    if pins.root.exists() {
+    if pins.root.exists() && unread == 0 {
         fs::remove_dir(&pins.root)
             .with_context(|| format!("cannot remove {}", pins.root.display()))?;
     }
-    Ok(removed)
+    Ok(Unloaded { removed, unread })
 }
 
-/// Takes a layout's links and maps away. Says how many pins there were.
-fn remove_layout(layout: &Path) -> Result<usize> {
+/// Takes a layout's links and maps away, but for the maps in `keep`. Says how many pins there
+/// were.
+fn remove_layout(layout: &Path, keep: &[&str]) -> Result<usize> {
     let mut removed = 0;
+    let mut kept = false;
     // Links first: a program without its map's contents would decide wrongly.
     for link in children(&layout.join("links"))? {
         remove_link(&link)?;
         removed += 1;
     }
     for map in children(&layout.join("maps"))? {
+        if map.file_name().is_some_and(|name| keep.iter().any(|kept| name == *kept)) {
+            kept = true;
+            continue;
+        }
         fs::remove_file(&map).with_context(|| format!("cannot remove {}", map.display()))?;
         removed += 1;
     }
     for dir in [layout.join("links"), layout.join("maps"), layout.to_owned()] {
-        if dir.exists() {
+        if dir.exists() && !kept {
             fs::remove_dir(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
         }
     }

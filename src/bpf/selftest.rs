@@ -59,6 +59,8 @@ const TRIALS: &[(&str, Hurts, Trial)] = &[
     ("splice(2)", Hurts::Apps, splice_out),
     ("MSG_OOB", Hurts::Apps, out_of_band),
     ("closing with unread bytes", Hurts::Apps, close_unread),
+    ("writing after a reset", Hurts::Apps, write_after_reset),
+    ("SO_RCVLOWAT", Hurts::Apps, low_water),
     ("a short read taken for the end", Hurts::Apps, short_read),
 ];
 
@@ -196,6 +198,9 @@ fn expect_end(from: &mut TcpStream) -> Result<()> {
 fn order(bench: &Bench) -> Result<()> {
     let (mut one, mut other) = bench.pair()?;
     let sizes = [1, 64, LARGE + 1, 64, 5000, LARGE * 2, 1, 1, LARGE, LARGE + 1, 700, 64];
+    // The first message is where a socket gets to know the other end.
+    put(&mut one, &bytes(0, LARGE + 1))?;
+    expect(&mut other, 0, LARGE + 1)?;
     for _ in 0..2 {
         // Read after each message, after some, and after all: the states in between differ.
         for every in [1, 3, sizes.len()] {
@@ -441,6 +446,42 @@ fn close_unread(bench: &Bench) -> Result<()> {
         Ok(data) if data.is_empty() => bail!("the writer sees an end, not a reset"),
         other => bail!("the writer sees {other:?}"),
     }
+}
+
+fn write_after_reset(bench: &Bench) -> Result<()> {
+    let (writer, reader) = bench.pair()?;
+    setsockopt(&writer, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+    drop(writer);
+    let write = || send(reader.as_raw_fd(), b"x", MsgFlags::MSG_NOSIGNAL);
+    let start = Instant::now();
+    while write() != Err(Errno::ECONNRESET) {
+        ensure!(start.elapsed() < PATIENCE, "no reset");
+    }
+    let again = write();
+    ensure!(again == Err(Errno::EPIPE), "the second write is answered {again:?}");
+    Ok(())
+}
+
+fn low_water(bench: &Bench) -> Result<()> {
+    let (mut writer, reader) = bench.pair()?;
+    let low: libc::c_int = 1000;
+    // SAFETY: the descriptor is open, and the option is an int.
+    let rc = unsafe {
+        libc::setsockopt(
+            reader.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const low).cast(),
+            size_of_val(&low) as libc::socklen_t,
+        )
+    };
+    ensure!(rc == 0, "SO_RCVLOWAT: {}", std::io::Error::last_os_error());
+    let epoll = watched(&reader)?;
+    put(&mut writer, &bytes(0, 100))?;
+    ensure!(!edge(&epoll, PATIENCE / 50)?, "100 bytes wake a reader that waits for {low}");
+    put(&mut writer, &bytes(100, 1000))?;
+    ensure!(edge(&epoll, PATIENCE)?, "1100 bytes do not wake a reader that waits for {low}");
+    Ok(())
 }
 
 fn short_read(bench: &Bench) -> Result<()> {

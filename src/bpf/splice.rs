@@ -18,6 +18,8 @@ use super::{
 };
 use crate::splice::LegState;
 
+/// Where spliced bytes are: a socket's queue goes with the map that it is in.
+pub(super) const MAPS: [&str; 2] = ["spliced", "splices"];
 /// How long `unload` waits for redirected data to be read.
 const DRAIN: Duration = Duration::from_secs(10);
 /// How often it looks.

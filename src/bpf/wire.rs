@@ -225,7 +225,7 @@ impl From<&pod_record> for Record {
 
 /// The reason is cut where the record ends: it is for people.
 pub(crate) fn leg_of(state: &LegState) -> leg {
-    let mut why = [0; 508];
+    let mut why = [0; 2044];
     let mut end = state.why.len().min(why.len());
     while !state.why.is_char_boundary(end) {
         end -= 1;

@@ -101,9 +101,17 @@ pub fn run(call: &Call) -> Result<String, CniError> {
     if command == "VERSION" && call.input.trim().is_empty() {
         return Ok(versions("1.1.0"));
     }
+    if command.is_empty() {
+        let msg = "CNI_COMMAND is not set: container runtimes start this plugin, not people";
+        return Err(fail(&version, code::ENVIRONMENT, msg.into()));
+    }
     let config: Value = serde_json::from_str(&call.input).map_err(|error| {
         fail(&version, code::DECODING, format!("the configuration is no JSON: {error}"))
     })?;
+    if !config.is_object() {
+        let msg = "the configuration is no JSON object";
+        return Err(fail(&version, code::DECODING, msg.into()));
+    }
     if let Some(named) = config["cniVersion"].as_str() {
         version = named.to_owned();
     }
@@ -112,7 +120,6 @@ pub fn run(call: &Call) -> Result<String, CniError> {
         // An agent that is away for a moment must not make the whole node unready.
         "STATUS" => return Ok(String::new()),
         "ADD" | "CHECK" => {}
-        "" => return Err(fail(&version, code::ENVIRONMENT, "CNI_COMMAND is not set".into())),
         other => {
             let msg =
                 format!("CNI_COMMAND: {other:?}: ADD, DEL, CHECK, GC, STATUS or VERSION expected");
@@ -369,6 +376,7 @@ mod tests {
         let good = config(Path::new("/nonexistent/s"), "");
         for (command, input, code, word) in [
             ("ADD", "{", code::DECODING, "no JSON"),
+            ("ADD", "[]", code::DECODING, "no JSON object"),
             ("ADD", r#"{"cniVersion":"9.0.0"}"#, code::VERSION, "9.0.0"),
             ("ADD", r#"{"cniVersion":"1.0.0","prevResult":{}}"#, code::CONFIG, "socket"),
             ("ADD", r#"{"cniVersion":"1.0.0","socket":"/s"}"#, code::CONFIG, "prevResult"),
@@ -380,6 +388,7 @@ mod tests {
             ),
             ("FROB", &good, code::ENVIRONMENT, "FROB"),
             ("", &good, code::ENVIRONMENT, "CNI_COMMAND"),
+            ("", "", code::ENVIRONMENT, "CNI_COMMAND"),
         ] {
             let error = run(&call(command, input)).expect_err(command);
             assert_eq!(error.code, code, "{error:?}");

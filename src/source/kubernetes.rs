@@ -369,12 +369,15 @@ async fn client(config: &Config) -> Result<Client> {
             let options = KubeConfigOptions::default();
             kube::Config::from_custom_kubeconfig(file, &options).await.map_err(invalid)?
         }
-        None => kube::Config::incluster().context(
-            "no --kubeconfig is given, and this is no pod with a service account \
-             (/var/run/secrets/kubernetes.io/serviceaccount)",
-        )?,
+        None => kube::Config::incluster().map_err(|_| {
+            anyhow!(
+                "no --kubeconfig is given, and this is no pod with a service account \
+                 (KUBERNETES_SERVICE_HOST and /var/run/secrets/kubernetes.io/serviceaccount)"
+            )
+        })?,
     };
-    Client::try_from(config).context("cannot make a client of the API server")
+    Client::try_from(config)
+        .map_err(|error| anyhow!("cannot make a client of the API server: {error}"))
 }
 
 /// A node of another name than the API server's has no pods: better said at once.
@@ -405,10 +408,18 @@ async fn publish(
         let sent = timeout(ANSWER, recorder.publish(&event, &object)).await;
         let error = match sent {
             Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(format!("{:#}", explained("create", "events", &error))),
+            Ok(Err(error)) => Some(format!("{:#}", explained(verb_of(&error), "events", &error))),
             Err(_) => Some("cannot create events: the API server does not answer".into()),
         };
         note(&failing, "events", error);
+    }
+}
+
+/// What publishing did: one more Event, or the same once more.
+fn verb_of(error: &kube::Error) -> &'static str {
+    match error {
+        kube::Error::Api(status) if status.message.contains("cannot patch") => "patch",
+        _ => "create",
     }
 }
 

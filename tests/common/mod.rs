@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod splicing;
+
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -31,6 +33,9 @@ pub fn binary() -> &'static Path {
     });
     &BINARY
 }
+
+/// What may take a moment, on a machine that is busy as well.
+pub const SOON: Duration = Duration::from_secs(10);
 
 /// How long a socket may be silent.
 pub fn patience() -> Duration {

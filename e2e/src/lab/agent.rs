@@ -78,10 +78,10 @@ impl Agent {
         Ok(())
     }
 
-    /// Replaces it by a build whose maps have another layout, such as `v2`.
-    pub fn upgrade_to(&mut self, node: &Node, layout: &str) -> Result<()> {
+    /// Replaces it by a build whose maps have another layout than its own, or by itself.
+    pub fn upgrade_to(&mut self, node: &Node, layout: Option<&str>) -> Result<()> {
         self.terminate()?;
-        self.layout = Some(layout.to_owned());
+        self.layout = layout.map(str::to_owned);
         self.launch(node)
     }
 

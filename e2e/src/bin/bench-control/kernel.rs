@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -28,8 +29,6 @@ const OF_PODS: [&str; 8] = [
     "listeners",
 ];
 
-/// The layout of the agent's maps; `LAYOUT` of src/bpf/mod.rs.
-const LAYOUT: &str = "v2";
 /// `struct pod_record` of bpf/types.h: where the uid is.
 const UID: std::ops::Range<usize> = 320..384;
 
@@ -42,7 +41,9 @@ pub struct Kernel {
 impl Kernel {
     /// Below the agent's directory of a bpffs.
     pub fn open(bpffs: &Path) -> Result<Self> {
-        let layout = bpffs.join(LAYOUT);
+        let mut layouts = fs::read_dir(bpffs).with_context(|| format!("{}", bpffs.display()))?;
+        let layout = layouts.next().with_context(|| format!("{} is empty", bpffs.display()))??;
+        let layout = layout.path();
         let open = |name| {
             let path = layout.join("maps").join(name);
             let map = MapHandle::from_pinned_path(&path);

@@ -1,0 +1,92 @@
+//! What happens to the node while connections are open.
+
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use fastrand::Rng;
+use serde_json::Value;
+use sidestep_lab::{Agent, Pod, wait_until};
+
+use crate::plan::PODS;
+use crate::traffic::Traffic;
+
+/// The annotation that keeps a pod's connections on TCP.
+const OPT_OUT: &str = "sidestep.io/splice";
+
+/// Something that happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Event {
+    /// The agent is killed, and after a while there is another.
+    Killed,
+    /// The agent is told to end, and there is another at once.
+    Restarted,
+    /// The last pod's manifest goes, and comes again.
+    PodLeft,
+    /// The first pod opts out, and in again.
+    OptedOut,
+}
+
+impl Event {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Killed, Self::PodLeft, Self::OptedOut, Self::Restarted];
+
+    /// What happened.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Killed => "the agent was killed",
+            Self::Restarted => "the agent was restarted",
+            Self::PodLeft => "a pod left and came back",
+            Self::OptedOut => "a pod opted out and in",
+        }
+    }
+
+    /// What happens in turn: all of it, from anywhere on.
+    pub fn turns(rng: &mut Rng) -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().cycle().skip(rng.usize(..Self::ALL.len()))
+    }
+
+    /// Makes it happen.
+    pub fn happen(
+        self,
+        agent: &mut Agent,
+        pods: &[Pod],
+        traffic: &Traffic,
+        rng: &mut Rng,
+    ) -> Result<()> {
+        let pause = Duration::from_millis(rng.u64(100..1000));
+        match self {
+            Self::Killed => {
+                agent.kill9();
+                std::thread::sleep(pause);
+                restart(agent)
+            }
+            Self::Restarted => restart(agent),
+            Self::PodLeft => {
+                let pod = &pods[PODS - 1];
+                let _away = traffic.away.write().unwrap_or_else(PoisonError::into_inner);
+                agent.remove_pod(pod)?;
+                agent.wait_gone(pod)?;
+                std::thread::sleep(pause);
+                agent.add_pod(pod)?;
+                agent.wait_enrolled(pod)
+            }
+            Self::OptedOut => {
+                let pod = &pods[0];
+                let mut manifest = pod.manifest();
+                manifest["metadata"]["annotations"][OPT_OUT] = Value::from("disabled");
+                agent.add_manifest(pod.name(), &manifest)?;
+                std::thread::sleep(Duration::from_secs(1) + pause);
+                agent.add_pod(pod)
+            }
+        }
+        .with_context(|| format!("{self:?}; {}", agent.log_tail()))
+    }
+}
+
+fn restart(agent: &mut Agent) -> Result<()> {
+    let begun = |agent: &Agent| agent.log().matches("in force").count();
+    let before = begun(agent);
+    agent.restart()?;
+    wait_until("the new agent", Duration::from_secs(20), || begun(agent) > before)
+}

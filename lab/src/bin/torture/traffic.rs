@@ -1,0 +1,270 @@
+//! The connections: who opens them, who answers, and what came of them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use sidestep_lab::{Pod, interrupted};
+use socket2::{Domain, SockRef, Socket, Type};
+
+use crate::end::{self, How, Outcome, STALLED};
+use crate::front::{SIDECAR_PORT, service};
+use crate::plan::{Ending, PODS, Part, Path, Plan};
+
+/// How long it may take until a connection that was opened has been answered.
+const ANSWERED: Duration = Duration::from_secs(20);
+
+enum Answer {
+    Started,
+    Ended(Outcome),
+}
+
+/// What came of all connections.
+#[derive(Default)]
+pub struct Tally {
+    /// How many were played.
+    pub connections: u64,
+    /// Bytes that came, both ways.
+    pub bytes: u64,
+    /// By ending: how many were so.
+    pub endings: BTreeMap<(Ending, &'static str), u64>,
+    /// What is wrong, each with its connection.
+    pub failures: Vec<String>,
+}
+
+/// Which connections, and how they are judged.
+#[derive(Clone, Copy)]
+pub struct Opts {
+    /// What they follow from.
+    pub seed: u64,
+    /// This one alone.
+    pub only: Option<u64>,
+    /// All read as Tokio does.
+    pub short_reads: bool,
+    /// They may be spliced: who closes with unread bytes ends the connection, where TCP resets
+    /// it. That is the kernel's doing, and one of the self-test's trials.
+    pub spliced: bool,
+}
+
+impl Opts {
+    fn plan(self, number: u64) -> Plan {
+        let plan = Plan::new(self.seed, number);
+        if self.short_reads { plan.with_short_reads() } else { plan }
+    }
+}
+
+/// What the threads of a run share.
+pub struct Traffic {
+    opts: Opts,
+    addresses: Vec<Vec<IpAddr>>,
+    next: AtomicU64,
+    stopping: AtomicBool,
+    over: AtomicBool,
+    waiting: Mutex<HashMap<u64, Sender<Answer>>>,
+    /// Held for reading while a connection with the last pod opens, for writing while it is away.
+    pub away: RwLock<()>,
+    /// What came of it so far.
+    pub tally: Mutex<Tally>,
+}
+
+impl Traffic {
+    /// Between these pods.
+    pub fn new(opts: Opts, pods: &[Pod]) -> Arc<Self> {
+        Arc::new(Self {
+            opts,
+            addresses: pods.iter().map(Pod::ips).collect(),
+            next: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+            waiting: Mutex::default(),
+            away: RwLock::new(()),
+            tally: Mutex::default(),
+        })
+    }
+
+    /// No connection is opened any more.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Nobody needs to listen any more.
+    pub fn end(&self) {
+        self.over.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether nobody needs to listen any more.
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+
+    /// Something is wrong that is no connection's.
+    pub fn problem(&self, text: String) {
+        self.tally().failures.push(text);
+    }
+
+    fn tally(&self) -> std::sync::MutexGuard<'_, Tally> {
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The address of a pod's app, by that of its Service.
+    pub fn pod_of(&self, target: SocketAddr) -> Option<SocketAddr> {
+        let index = (0..PODS).find(|index| service(*index, target.is_ipv6()) == target)?;
+        Some(SocketAddr::new(self.address(index, target.is_ipv6()), target.port()))
+    }
+
+    fn address(&self, pod: usize, v6: bool) -> IpAddr {
+        self.addresses[pod][usize::from(v6)]
+    }
+
+    /// Opens connections, one after the other, until it is to stop.
+    pub fn run(self: &Arc<Self>, pods: &[Pod]) {
+        while !self.stopping.load(Ordering::Relaxed) && !interrupted() {
+            let serial = self.next.fetch_add(1, Ordering::Relaxed);
+            let plan = self.opts.plan(self.opts.only.unwrap_or(serial));
+            let outcomes = self.connection(&plan, serial, pods);
+            self.waiting().remove(&serial);
+            let mut tally = self.tally();
+            tally.connections += 1;
+            let failures = match outcomes {
+                Ok(ends) => {
+                    tally.bytes += ends.iter().map(|end| end.received).sum::<u64>();
+                    let kind = kind(&plan, &ends, self.opts.spliced);
+                    *tally.endings.entry((plan.ending, kind)).or_default() += 1;
+                    judge(&ends, kind)
+                }
+                Err(err) => vec![format!("{err:#}")],
+            };
+            tally
+                .failures
+                .extend(failures.into_iter().map(|failure| format!("{failure}\n    {plan}")));
+        }
+    }
+
+    fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Sender<Answer>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn connection(
+        self: &Arc<Self>,
+        plan: &Plan,
+        serial: u64,
+        pods: &[Pod],
+    ) -> Result<[Outcome; 2]> {
+        let (sender, answers) = mpsc::channel();
+        self.waiting().insert(serial, sender);
+        let involved = [plan.from, plan.to].contains(&(PODS - 1));
+        let guard = involved.then(|| self.away.read().unwrap_or_else(PoisonError::into_inner));
+        let (uid, target) = match plan.path {
+            Path::Apps => (sidestep_lab::APP, service(plan.to, plan.v6)),
+            Path::Sidecars => {
+                let ip = self.address(plan.to, plan.v6);
+                (sidestep_lab::PROXY, SocketAddr::new(ip, SIDECAR_PORT))
+            }
+        };
+        let mut stream = pods[plan.from]
+            .run(uid, uid, || open(target, &plan.client))?
+            .with_context(|| format!("connecting to {target}"))?;
+        let mut head = [0; 16];
+        head[..8].copy_from_slice(&plan.number.to_ne_bytes());
+        head[8..].copy_from_slice(&serial.to_ne_bytes());
+        stream.write_all(&head).context("sending the connection's number")?;
+        let Ok(Answer::Started) = answers.recv_timeout(ANSWERED) else {
+            bail!("it was opened, and nobody has answered for {ANSWERED:?}");
+        };
+        drop(guard);
+        let client = end::play(stream, &plan.client, plan.request(), plan.response());
+        // The other end may be stalled just as long, and plays its pauses.
+        let Ok(Answer::Ended(server)) = answers.recv_timeout(STALLED * 3) else {
+            bail!("the server's end has not come to an end; the client: {client}");
+        };
+        Ok([client, server])
+    }
+
+    /// Plays the server's end of a connection that was accepted, in a thread of its own.
+    pub fn serve(self: &Arc<Self>, mut stream: TcpStream) {
+        let traffic = self.clone();
+        thread::spawn(move || {
+            let mut number = || -> io::Result<(u64, u64)> {
+                stream.set_nonblocking(false)?;
+                stream.set_read_timeout(Some(ANSWERED))?;
+                let mut head = [0; 8];
+                stream.read_exact(&mut head)?;
+                let number = u64::from_ne_bytes(head);
+                stream.read_exact(&mut head)?;
+                Ok((number, u64::from_ne_bytes(head)))
+            };
+            let (number, serial) = match number() {
+                Ok(numbers) => numbers,
+                Err(err) => {
+                    return traffic
+                        .problem(format!("a server, reading a connection's number: {err}"));
+                }
+            };
+            let plan = traffic.opts.plan(number);
+            let Some(sender) = traffic.waiting().get(&serial).cloned() else {
+                return traffic.problem(format!("a server was called by nobody, as {number}"));
+            };
+            if let Err(err) = prepare(&stream, &plan.server) {
+                return traffic.problem(format!("a server, preparing its socket: {err}"));
+            }
+            // The client may have given up.
+            let _ = sender.send(Answer::Started);
+            let outcome = end::play(stream, &plan.server, plan.response(), plan.request());
+            let _ = sender.send(Answer::Ended(outcome));
+        });
+    }
+}
+
+fn open(target: SocketAddr, part: &Part) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(target), Type::STREAM, None)?;
+    socket.connect_timeout(&target.into(), ANSWERED)?;
+    let stream = socket.into();
+    prepare(&stream, part)?;
+    Ok(stream)
+}
+
+fn prepare(stream: &TcpStream, part: &Part) -> io::Result<()> {
+    stream.set_nodelay(part.write_size < 64 << 10)?;
+    if let Some(bytes) = part.buffers {
+        let socket = SockRef::from(stream);
+        socket.set_send_buffer_size(bytes)?;
+        socket.set_recv_buffer_size(bytes)?;
+    }
+    stream.set_nonblocking(true)
+}
+
+/// What is wrong with how a connection went. Plain TCP is held to the same.
+fn judge(ends: &[Outcome; 2], kind: &'static str) -> Vec<String> {
+    let damaged = ends.iter().any(|end| end.damage.is_some());
+    let longer = ends[0].received > ends[1].sent || ends[1].received > ends[0].sent;
+    let [client, server] = ends;
+    let failed = kind == FAILED || damaged || longer;
+    failed.then(|| format!("client: {client}; server: {server}")).into_iter().collect()
+}
+
+const FAILED: &str = "failed";
+
+/// In a word, what came of it.
+fn kind(plan: &Plan, ends: &[Outcome; 2], spliced: bool) -> &'static str {
+    let all = ends[0].received == ends[1].sent && ends[1].received == ends[0].sent;
+    let not_done: Vec<How> =
+        ends.iter().map(|end| end.how).filter(|how| *how != How::Done).collect();
+    match (plan.ending.resets(), not_done.as_slice()) {
+        (false, []) if all => "all bytes",
+        (true, [How::Reset]) if all => "reset, all bytes",
+        (true, [How::Reset]) => "reset, some bytes",
+        (true, [How::Eof | How::Failed(Some(Errno::EPIPE))])
+            if spliced && plan.ending == Ending::Unread =>
+        {
+            "an end, some bytes"
+        }
+        _ => FAILED,
+    }
+}

@@ -1,0 +1,272 @@
+//! Spliced connections while the agent and pods come and go: not a byte is lost, and none stalls.
+
+mod common;
+
+use std::{
+    net::{Shutdown, TcpStream},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread::{self, Scope},
+    time::{Duration, Instant},
+};
+
+use common::{
+    annotated, patience,
+    splicing::{LARGE, Leg, OPT_OUT, Pair, Splicing, get, get_up_to, put, say_rest},
+};
+use serde_json::Value;
+use sidestep_lab::{
+    pattern::{Checker, Pattern, mix},
+    wait_until,
+};
+
+/// Streams both ways on some connections, with messages of all sizes, until it is dropped.
+struct Flows<'a> {
+    stop: AtomicBool,
+    moved: Vec<AtomicU64>,
+    pairs: &'a [Pair],
+}
+
+impl<'a> Flows<'a> {
+    fn new(pairs: &'a [Pair]) -> Self {
+        let moved = (0..2 * pairs.len()).map(|_| AtomicU64::new(0)).collect();
+        Self { stop: AtomicBool::new(false), moved, pairs }
+    }
+
+    fn start<'s>(&'s self, scope: &'s Scope<'s, '_>) {
+        for (number, pair) in self.pairs.iter().enumerate() {
+            for (way, (from, to)) in
+                [(&pair.client, &pair.server), (&pair.server, &pair.client)].into_iter().enumerate()
+            {
+                let key = (2 * number + way) as u64;
+                scope.spawn(move || self.write(from, key));
+                scope.spawn(move || self.read(to, key));
+            }
+        }
+    }
+
+    fn write(&self, to: &TcpStream, key: u64) {
+        let pattern = Pattern::new(key);
+        let mut position = 0;
+        while !self.stop.load(Ordering::Relaxed) {
+            // Mostly small ones.
+            let dice = mix(key ^ (position << 8));
+            let most = if dice.is_multiple_of(16) { 2 * LARGE as u64 } else { 2000 };
+            let size = 1 + (dice >> 8) % most;
+            put(to, &pattern.bytes(position, size as usize));
+            position += size;
+            // The reader is to catch up now and then.
+            if (dice >> 40).is_multiple_of(4) {
+                thread::sleep(Duration::from_micros((dice >> 44) % 2000));
+            }
+        }
+        to.shutdown(Shutdown::Write).expect("shut down");
+    }
+
+    fn read(&self, from: &TcpStream, key: u64) {
+        let mut checker = Checker::new(Pattern::new(key));
+        loop {
+            let (bytes, error) = get_up_to(from, 1 << 10);
+            checker.check(&bytes);
+            self.moved[key as usize].store(checker.received(), Ordering::Relaxed);
+            assert_eq!(checker.damage(), None, "way {key}");
+            assert_eq!(error, None, "way {key} after {} bytes", checker.received());
+            if bytes.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Waits until so many bytes more have come on each way.
+    fn wait_more(&self, bytes: u64) {
+        let goals: Vec<u64> =
+            self.moved.iter().map(|moved| moved.load(Ordering::Relaxed) + bytes).collect();
+        wait_until("all flows to go on", Duration::from_secs(20), || {
+            self.moved
+                .iter()
+                .zip(&goals)
+                .all(|(moved, goal)| moved.load(Ordering::Relaxed) >= *goal)
+        })
+        .unwrap_or_else(|error| panic!("{error:#}: {:?}", self.moved));
+    }
+}
+
+/// Ends the flows, also when an assertion fails, or the scope would wait for ever.
+struct Finish<'a>(&'a AtomicBool);
+
+impl Drop for Finish<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+const MORE: u64 = 200_000;
+
+/// Does something to the node while flows are running on both legs.
+fn with_flows(node: &mut Splicing, act: impl FnOnce(&mut Splicing, &Flows<'_>)) {
+    let mut pairs = node.pairs(Leg::Sidecar, 2);
+    pairs.extend(node.pairs(Leg::App, 2));
+    let flows = Flows::new(&pairs);
+    thread::scope(|scope| {
+        flows.start(scope);
+        let finish = Finish(&flows.stop);
+        flows.wait_more(MORE);
+        act(node, &flows);
+        flows.wait_more(MORE);
+        if let Ok(status) = node.agent.status() {
+            println!("{}", status["counters"]["istio"]);
+        }
+        drop(finish);
+    });
+}
+
+/// Waits for a restarted agent.
+fn wait_restarted(node: &mut Splicing) {
+    let begun = |node: &Splicing| node.agent.log().matches("in force").count();
+    let before = begun(node);
+    node.agent.restart().expect("starts");
+    wait_until("the new agent", Duration::from_secs(20), || begun(node) > before)
+        .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
+}
+
+#[test]
+fn the_agent_is_killed_and_restarted() {
+    let mut node = Splicing::start("kill", "all");
+    with_flows(&mut node, |node, flows| {
+        for _ in 0..3 {
+            node.agent.kill9();
+            flows.wait_more(MORE);
+            busy(node, flows);
+            wait_restarted(node);
+            flows.wait_more(MORE);
+            // What is new is spliced again, beside what was.
+            let sockets = node.sockets();
+            let fresh = node.connect(Leg::Sidecar);
+            node.wait_sockets(sockets + 2);
+            drop(fresh);
+        }
+        wait_restarted(node);
+    });
+}
+
+#[test]
+fn unload_in_mid_stream() {
+    let mut node = Splicing::start("unload", "all");
+    with_flows(&mut node, |node, flows| {
+        node.agent.terminate().expect("ends");
+        flows.wait_more(MORE);
+        let said = node.agent.command(&["unload"]).expect("unloads");
+        assert!(said.contains("pins removed"), "{said}");
+        flows.wait_more(MORE);
+    });
+}
+
+#[test]
+fn unload_waits_for_a_reader_that_has_stopped() {
+    let mut node = Splicing::start("stopped", "all");
+    let pairs = [node.pair(Leg::Sidecar), node.pair(Leg::App)];
+    for Pair { client, .. } in &pairs {
+        put(client, b"queued");
+        put(client, &[1; LARGE]);
+        put(client, b"behind");
+    }
+    node.agent.terminate().expect("ends");
+    thread::scope(|scope| {
+        let unload = scope.spawn(|| node.agent.command(&["unload"]));
+        // It waits, and what is written meanwhile goes by TCP.
+        thread::sleep(Duration::from_millis(500));
+        assert!(!unload.is_finished(), "with redirected bytes unread");
+        for Pair { client, server } in &pairs {
+            put(client, b"meanwhile");
+            let bytes = get(server, 6 + LARGE + 6 + 9);
+            assert!(bytes.starts_with(b"queued") && bytes.ends_with(b"behindmeanwhile"));
+        }
+        let said = unload.join().expect("no panic").expect("unloads");
+        assert!(said.contains("pins removed"), "{said}");
+    });
+    for Pair { client, server } in pairs {
+        put(&client, b"after");
+        drop(client);
+        assert_eq!(say_rest(&server), "5 bytes, end");
+    }
+}
+
+/// Nothing is redirected any more, and all the flows go on.
+fn quiet(node: &Splicing, flows: &Flows<'_>) {
+    let start = Instant::now();
+    loop {
+        let before = node.counter("splice_messages");
+        flows.wait_more(MORE);
+        if node.counter("splice_messages") == before {
+            return;
+        }
+        assert!(start.elapsed() < 3 * patience(), "still redirected");
+    }
+}
+
+/// Something is redirected again.
+fn busy(node: &Splicing, flows: &Flows<'_>) {
+    let before = node.counter("splice_messages");
+    wait_until("something to be redirected", Duration::from_secs(10), || {
+        node.counter("splice_messages") > before
+    })
+    .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
+    flows.wait_more(MORE);
+}
+
+#[test]
+fn pods_leave_and_come_back() {
+    let mut node = Splicing::start("leave", "all");
+    with_flows(&mut node, |node, flows| {
+        for _ in 0..2 {
+            node.agent.remove_pod(&node.a).expect("removed");
+            node.agent.remove_pod(&node.b).expect("removed");
+            node.agent.wait_gone(&node.a).expect("gone");
+            node.agent.wait_gone(&node.b).expect("gone");
+            quiet(node, flows);
+            node.agent.add_pod(&node.a).expect("added");
+            node.agent.add_pod(&node.b).expect("added");
+            node.agent.wait_enrolled(&node.a).expect("enrolled");
+            node.agent.wait_enrolled(&node.b).expect("enrolled");
+            flows.wait_more(MORE);
+        }
+    });
+}
+
+#[test]
+fn pods_opt_out_and_in_while_they_talk() {
+    let mut node = Splicing::start("optout", "all");
+    with_flows(&mut node, |node, flows| {
+        let with = |text: &str| {
+            for (name, pod) in [("a", &node.a), ("b", &node.b)] {
+                let manifest: Value = annotated(pod.manifest(), OPT_OUT, text);
+                node.agent.add_manifest(name, &manifest).expect("manifest");
+            }
+        };
+        for _ in 0..2 {
+            with("disabled");
+            quiet(node, flows);
+            with("enabled");
+            busy(node, flows);
+        }
+    });
+}
+
+#[test]
+fn a_mode_is_what_it_says() {
+    for (mode, sidecar, app) in [("off", 0, 0), ("sidecar", 2, 0), ("all", 2, 2)] {
+        let node = Splicing::start(mode, mode);
+        let pairs =
+            [node.connect(Leg::Sidecar), node.connect(Leg::App), node.connect(Leg::PlainSidecar)];
+        node.wait_sockets(sidecar + app);
+        // No more come, for as long as they may take.
+        let more = wait_until("more", Duration::from_secs(2), || node.sockets() > sidecar + app);
+        more.expect_err("sockets that are not to be spliced");
+        let before = node.counter("splice_messages");
+        pairs.iter().for_each(Pair::prime);
+        let redirected = node.counter("splice_messages") - before;
+        assert_eq!(redirected, (sidecar + app) as u64, "--splice {mode}");
+        let legs = &node.status()["splice"]["legs"];
+        let on = |leg: &str| legs[leg]["on"].as_bool().expect("on or not");
+        assert_eq!((on("sidecar"), on("app")), (sidecar > 0, app > 0), "--splice {mode}: {legs}");
+    }
+}

@@ -1,0 +1,422 @@
+//! How spliced connections end, with bytes in every place, beside those that are not spliced.
+
+mod common;
+
+use std::{
+    io::Write,
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::fd::OwnedFd,
+    process::{Child, Command},
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{
+    PROXY, addr, patience,
+    splicing::{LARGE, Leg, Pair, SEAM, Splicing, events, get, put, say, say_rest},
+};
+use nix::sys::epoll::EpollFlags;
+use sidestep_lab::{
+    calls::{self, ReadCall, WriteCall},
+    wait_for,
+};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+/// What is done to a connection, and what the other end sees then.
+struct Row {
+    name: &'static str,
+    /// The self-test's trial that finds out whether the kernel does this as without splicing.
+    trial: Option<&'static str>,
+    act: fn(TcpStream, TcpStream) -> String,
+}
+
+const fn row(name: &'static str, act: fn(TcpStream, TcpStream) -> String) -> Row {
+    Row { name, trial: None, act }
+}
+
+const fn hazard(
+    name: &'static str,
+    trial: &'static str,
+    act: fn(TcpStream, TcpStream) -> String,
+) -> Row {
+    Row { name, trial: Some(trial), act }
+}
+
+const UNREAD: &str = "closing with unread bytes";
+
+const ROWS: &[Row] = &[
+    row("end behind queued bytes", |writer, reader| {
+        put(&writer, b"queued");
+        drop(writer);
+        ended(&reader);
+        say_rest(&reader)
+    }),
+    row("end behind bytes in the queue and in TCP", |writer, reader| {
+        SEAM.iter().for_each(|size| put(&writer, &vec![1; *size]));
+        drop(writer);
+        ended(&reader);
+        say_rest(&reader)
+    }),
+    row("end behind bytes in TCP alone", |writer, reader| {
+        put(&writer, &[1; LARGE]);
+        drop(writer);
+        ended(&reader);
+        say_rest(&reader)
+    }),
+    row("both ends at once", |writer, reader| {
+        put(&writer, b"to the reader");
+        put(&reader, b"to the writer");
+        writer.shutdown(Shutdown::Write).expect("shut down");
+        reader.shutdown(Shutdown::Write).expect("shut down");
+        format!("{}; {}", say_rest(&reader), say_rest(&writer))
+    }),
+    row("shutdown both ways with queued bytes", |writer, reader| {
+        put(&writer, b"queued");
+        writer.shutdown(Shutdown::Both).expect("shut down");
+        let own = say(calls::read(&writer, ReadCall::Read, &mut [0; 8]));
+        format!("{own}; {}", say_rest(&reader))
+    }),
+    row("reset behind queued bytes", |writer, reader| {
+        put(&writer, b"queued");
+        reset(writer);
+        ended(&reader);
+        say_rest(&reader)
+    }),
+    row("reset behind bytes in the queue and in TCP", |writer, reader| {
+        SEAM.iter().for_each(|size| put(&writer, &vec![1; *size]));
+        reset(writer);
+        ended(&reader);
+        say_rest(&reader)
+    }),
+    row("events and SO_ERROR after a reset", |writer, reader| {
+        put(&writer, b"queued");
+        reset(writer);
+        ended(&reader);
+        let all = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP;
+        let seen = events(&reader, all, Duration::ZERO);
+        format!("{seen:?} {:?}", reader.take_error().expect("SO_ERROR"))
+    }),
+    hazard("writes after a reset", "writing after a reset", |writer, reader| {
+        reset(writer);
+        ended(&reader);
+        let write = || say((&reader).write(b"x"));
+        format!("{} {} {}", write(), write(), say_rest(&reader))
+    }),
+    row("writes after the other end has closed", |writer, reader| {
+        drop(writer);
+        ended(&reader);
+        let first = say((&reader).write(b"x"));
+        events(&reader, EpollFlags::empty(), patience());
+        let then = say((&reader).write(b"x"));
+        format!("{first} {then} {}", say_rest(&reader))
+    }),
+    row("the writer is killed with queued bytes", |writer, reader| {
+        put(&writer, b"queued");
+        kill(holder(writer));
+        ended(&reader);
+        say_rest(&reader)
+    }),
+    row("the writer is killed with bytes in TCP", |writer, reader| {
+        put(&writer, &[1; LARGE]);
+        kill(holder(writer));
+        ended(&reader);
+        say_rest(&reader)
+    }),
+    row("the writer is killed with bytes in the queue and in TCP", |writer, reader| {
+        SEAM.iter().for_each(|size| put(&writer, &vec![1; *size]));
+        kill(holder(writer));
+        ended(&reader);
+        say_rest(&reader)
+    }),
+    row("the reader closes with bytes in the queue and in TCP", |writer, reader| {
+        SEAM.iter().for_each(|size| put(&writer, &vec![1; *size]));
+        arrived(&reader);
+        drop(reader);
+        ended(&writer);
+        say_rest(&writer)
+    }),
+    row("the reader is killed when all is read", |writer, reader| {
+        put(&writer, b"read");
+        get(&reader, 4);
+        kill(holder(reader));
+        ended(&writer);
+        say_rest(&writer)
+    }),
+    hazard("the reader closes with queued bytes", UNREAD, |writer, reader| {
+        put(&writer, b"never read");
+        arrived(&reader);
+        drop(reader);
+        ended(&writer);
+        let rest = say_rest(&writer);
+        format!("{rest}; {}", say((&writer).write(b"x")))
+    }),
+    hazard("the reader is killed with queued bytes", UNREAD, |writer, reader| {
+        put(&writer, b"never read");
+        arrived(&reader);
+        kill(holder(reader));
+        ended(&writer);
+        say_rest(&writer)
+    }),
+    row("the reader closes with bytes in TCP", |writer, reader| {
+        put(&writer, &[1; LARGE]);
+        arrived(&reader);
+        drop(reader);
+        ended(&writer);
+        say_rest(&writer)
+    }),
+    row("the reader closes while the writer has no room", |writer, reader| {
+        while calls::write(&writer, WriteCall::Write, &[1; 4000]).is_ok() {}
+        drop(reader);
+        ended(&writer);
+        let rest = say_rest(&writer);
+        format!("{rest}; {}", say((&writer).write(b"x")))
+    }),
+    row("close with SO_LINGER of two seconds", |writer, reader| {
+        put(&writer, b"queued");
+        SockRef::from(&writer).set_linger(Some(Duration::from_secs(2))).expect("SO_LINGER");
+        let start = Instant::now();
+        drop(writer);
+        // The kernel has the bytes: nobody needs to have read them.
+        let long = start.elapsed() > Duration::from_secs(1);
+        format!("{long} {}", say_rest(&reader))
+    }),
+];
+
+fn reset(stream: TcpStream) {
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("SO_LINGER");
+    drop(stream);
+}
+
+/// Waits until the other end's FIN or RST has come.
+#[track_caller]
+fn ended(stream: &TcpStream) {
+    let seen = events(stream, EpollFlags::EPOLLRDHUP, patience());
+    assert!(!seen.is_empty(), "neither an end nor a reset has come");
+}
+
+#[track_caller]
+fn arrived(stream: &TcpStream) {
+    let seen = events(stream, EpollFlags::EPOLLIN, patience());
+    assert!(seen.contains(EpollFlags::EPOLLIN), "{seen:?}");
+}
+
+/// A process that alone has the socket.
+fn holder(stream: TcpStream) -> Child {
+    let mut command = Command::new("sleep");
+    command.arg("60").stdin(OwnedFd::from(stream));
+    command.spawn().expect("a process")
+}
+
+fn kill(mut child: Child) {
+    child.kill().expect("SIGKILL");
+    child.wait().expect("reaped");
+}
+
+/// Runs all rows on connections of this leg, with either end as the writer.
+fn observe(node: &Splicing, leg: Leg) -> Vec<[String; 2]> {
+    let mut pairs = node.pairs(leg, 2 * ROWS.len()).into_iter().map(Pair::roomy);
+    let mut run = |row: &Row, turned: bool| {
+        let Pair { client, server } = pairs.next().expect("a pair for each");
+        if turned { (row.act)(server, client) } else { (row.act)(client, server) }
+    };
+    ROWS.iter().map(|row| [false, true].map(|turned| run(row, turned))).collect()
+}
+
+#[test]
+fn each_ending_is_as_on_plain_tcp_or_its_leg_is_off() {
+    let node = Splicing::start("endings", "all");
+    let plain = observe(&node, Leg::PlainSidecar);
+    let spliced = [Leg::Sidecar, Leg::App].map(|leg| (leg, observe(&node, leg)));
+    let status = node.status();
+    let known = status["splice"]["legs"]["app"]["why"].as_str().expect("text");
+    let mut wrong = Vec::new();
+    for (leg, seen) in &spliced {
+        for ((row, seen), plain) in ROWS.iter().zip(seen).zip(&plain) {
+            let found = row.trial.is_some_and(|trial| known.contains(&format!("{trial}: ")));
+            if seen != plain && !found {
+                wrong.push(format!(
+                    "{leg:?}, {}:\n  TCP      {plain:?}\n  spliced  {seen:?}",
+                    row.name
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "the self-test knows of {known}\n{}", wrong.join("\n"));
+}
+
+/// Its sockets have the addresses of those before, and other sequence numbers.
+#[test]
+fn the_same_four_numbers_again_after_a_reset() {
+    let node = Splicing::start("tuple", "sidecar");
+    for round in 0..3 {
+        let pair = node.connect_by(Leg::Sidecar, |target| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+            socket.set_reuse_address(true).expect("SO_REUSEADDR");
+            socket.bind(&addr(node.a.ipv4(), 31999).into()).expect("bound");
+            socket.connect(&target.into()).expect("connected");
+            socket.into()
+        });
+        node.wait_sockets(2);
+        let before = node.counter("splice_messages");
+        pair.prime();
+        assert_eq!(node.counter("splice_messages"), before + 2, "round {round}");
+        put(&pair.client, b"unread");
+        put(&pair.server, b"unread");
+        reset(pair.client);
+        ended(&pair.server);
+        assert_eq!(say_rest(&pair.server), "6 bytes, ECONNRESET, then 0", "round {round}");
+        // The server's end stays open for a while: the next connection must not meet it.
+        drop(pair.server);
+        node.wait_sockets(0);
+    }
+}
+
+#[test]
+fn loopback_tuples_of_two_pods_never_meet() {
+    let node = Splicing::start("tuples", "all");
+    // The same addresses and ports in both pods: app, and the sidecar's listener.
+    let in_pod = |pod: &sidestep_lab::Pod| {
+        let listener = pod.run(PROXY, PROXY, || TcpListener::bind(addr([0, 0, 0, 0], 8080)));
+        let listener = listener.expect("runs").expect("listens");
+        let client = pod.run(PROXY, PROXY, || {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+            socket.bind(&addr([127, 0, 0, 6], 32000).into()).expect("bound");
+            socket.connect(&addr([127, 0, 0, 1], 8080).into()).expect("connected");
+            TcpStream::from(socket)
+        });
+        let client = client.expect("runs");
+        let server = pod.run(1000, 1000, || listener.accept().expect("accepted").0);
+        let pair = Pair { client, server: server.expect("runs") };
+        pair.client.set_nonblocking(true).expect("non-blocking");
+        pair.server.set_nonblocking(true).expect("non-blocking");
+        pair
+    };
+    let pairs = [in_pod(&node.a), in_pod(&node.b)];
+    node.wait_sockets(4);
+    let before = node.counter("splice_messages");
+    for (pair, text) in pairs.iter().zip([b"a", b"b"]) {
+        put(&pair.client, text);
+        put(&pair.server, text);
+    }
+    for (pair, text) in pairs.iter().zip([b"a", b"b"]) {
+        assert_eq!((get(&pair.server, 1), get(&pair.client, 1)), (text.to_vec(), text.to_vec()));
+    }
+    assert_eq!(node.counter("splice_messages"), before + 4);
+}
+
+#[test]
+fn a_stopped_reader_holds_the_writer_as_plain_tcp_does() {
+    let node = Splicing::start("held", "all");
+    for size in [64, 4000, 16 << 10, LARGE] {
+        let legs = [Leg::PlainSidecar, Leg::Sidecar, Leg::PlainApp, Leg::App];
+        let held = legs.map(|leg| {
+            let Pair { client, server } = node.pair(leg);
+            let held = fill(&client, size);
+            // Not a byte is lost, and the connection goes on.
+            let mut left = held;
+            while left > 0 {
+                let part = left.min(1 << 20);
+                get(&server, part);
+                left -= part;
+            }
+            put(&client, b"goes on");
+            assert_eq!(get(&server, 7), b"goes on");
+            held
+        });
+        for (leg, held) in legs.iter().zip(held) {
+            println!("messages of {size}, {leg:?}: {held} bytes held");
+        }
+        for [plain, spliced] in held.as_chunks().0 {
+            assert!(*spliced <= 4 * plain, "{held:?} bytes by messages of {size}");
+        }
+    }
+}
+
+/// Writes messages of this size until there is no room for long.
+fn fill(writer: &TcpStream, size: usize) -> usize {
+    let message = vec![3; size];
+    let mut sent = 0;
+    let full = || -> Option<usize> {
+        let before = sent;
+        loop {
+            match calls::write(writer, WriteCall::Write, &message) {
+                Ok(n) => sent += n,
+                Err(error) => {
+                    assert_eq!(say(Err(error)), "EAGAIN");
+                    break;
+                }
+            }
+            assert!(sent < 1 << 30, "nothing holds the writer");
+        }
+        let room = events(writer, EpollFlags::EPOLLOUT, Duration::from_millis(300));
+        (before == sent && room.is_empty()).then_some(sent)
+    };
+    wait_for("the writer to be held", Duration::from_secs(10), full).expect("held")
+}
+
+/// What must not be spliced: it would not be as it was.
+#[test]
+fn sockets_that_stay_out() {
+    let node = Splicing::start("out", "all");
+    let tcp = |target: SocketAddr| TcpStream::connect(target).expect("connected");
+    let blocking = node.connect_blocking(Leg::Sidecar, tcp);
+    let half_blocking = node.connect_blocking(Leg::Sidecar, tcp);
+    half_blocking.server.set_nonblocking(true).expect("non-blocking");
+    let opted_out = node.connect(Leg::PlainSidecar);
+    let mptcp = node.connect_by(Leg::Sidecar, |target| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP));
+        let socket = socket.expect("an MPTCP socket");
+        socket.connect(&target.into()).expect("connected");
+        socket.into()
+    });
+    // This one is made last, and is spliced: by then the agent has looked at the others.
+    let witness = node.connect(Leg::Sidecar);
+    // Of the others, the ends that are as they should be are in: they have no peers.
+    node.wait_sockets(4);
+    witness.prime();
+    let redirected = node.counter("splice_messages");
+    assert_eq!(redirected, 2, "{}", node.status());
+    for pair in [&mptcp, &opted_out] {
+        pair.prime();
+        put(&pair.client, b"request");
+        assert_eq!(get(&pair.server, 7), b"request");
+    }
+    // A blocking reader waits for what comes, whatever else wakes it.
+    for Pair { client, server } in [blocking, half_blocking] {
+        client.set_read_timeout(Some(patience())).expect("SO_RCVTIMEO");
+        put(&client, b"request");
+        client.shutdown(Shutdown::Write).expect("shut down");
+        server.set_nonblocking(true).expect("non-blocking");
+        assert_eq!(say_rest(&server), "7 bytes, end");
+        let answer = thread::spawn(move || say(calls::read(&client, ReadCall::Read, &mut [0; 8])));
+        // It waits now, or will: the word that its FIN has come must not end that.
+        let early = wait_for("an early end", Duration::from_millis(300), || {
+            answer.is_finished().then_some(())
+        });
+        early.expect_err("the read ended by itself");
+        put(&server, b"answer");
+        assert_eq!(answer.join().expect("no panic"), "6");
+    }
+    assert_eq!(node.counter("splice_messages"), redirected, "all that by plain TCP");
+}
+
+#[test]
+fn fast_open_is_spliced_later_like_any_other() {
+    let node = Splicing::start("tfo", "sidecar");
+    node.a.sysctl("net.ipv4.tcp_fastopen", "1027").expect("client and server");
+    node.b.sysctl("net.ipv4.tcp_fastopen", "1027").expect("client and server");
+    let pair = node.connect_by(Leg::Sidecar, |target| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::TcpFastOpenConnect, &true)
+            .expect("TCP_FASTOPEN_CONNECT");
+        socket.connect(&target.into()).expect("connected");
+        let stream = TcpStream::from(socket);
+        (&stream).write_all(b"early").expect("in the SYN");
+        stream
+    });
+    node.wait_sockets(2);
+    assert_eq!(get(&pair.server, 5), b"early");
+    let before = node.counter("splice_messages");
+    pair.prime();
+    assert_eq!(node.counter("splice_messages"), before + 2);
+}
