@@ -252,6 +252,50 @@ fn pods_opt_out_and_in_while_they_talk() {
 }
 
 #[test]
+fn each_message_goes_where_it_should() {
+    let node = Splicing::start("messages", "sidecar");
+    let Pair { client, server } = node.pair(Leg::Sidecar);
+    let counters = || {
+        ["splice_messages", "splice_bulk", "splice_spilled", "splice_unread"]
+            .map(|name| node.counter(name))
+    };
+    let mut before = counters();
+    let mut since = || {
+        let now = counters();
+        let more: Vec<u64> = now.iter().zip(before).map(|(now, before)| now - before).collect();
+        before = now;
+        more
+    };
+    // More than a queue takes, in all.
+    for _ in 0..50 {
+        put(&client, &[1; 2000]);
+        get(&server, 2000);
+    }
+    assert_eq!(since(), [50, 0, 0, 0], "small ones, each of them read");
+    put(&client, &[1; LARGE]);
+    get(&server, LARGE);
+    put(&client, b"small");
+    get(&server, 5);
+    assert_eq!(since(), [1, 1, 0, 0], "a large one, read, and a small one");
+    put(&client, &[1; LARGE]);
+    put(&client, b"small");
+    get(&server, LARGE + 5);
+    assert_eq!(since(), [0, 1, 0, 1], "a small one behind a large one that is not read");
+    put(&client, &[1; 30_000]);
+    put(&client, &[1; 30_000]);
+    put(&client, &[1; 30_000]);
+    put(&client, &[1; 10]);
+    assert_eq!(since(), [2, 0, 1, 1], "more than a queue takes");
+    get(&server, 60_000);
+    put(&client, &[1; 10]);
+    assert_eq!(since(), [0, 0, 0, 1], "the queue is empty, TCP is not");
+    get(&server, 30_020);
+    put(&client, b"small");
+    get(&server, 5);
+    assert_eq!(since(), [1, 0, 0, 0], "all is read");
+}
+
+#[test]
 fn a_mode_is_what_it_says() {
     for (mode, sidecar, app) in [("off", 0, 0), ("sidecar", 2, 0), ("all", 2, 2)] {
         let node = Splicing::start(mode, mode);
