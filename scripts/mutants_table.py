@@ -280,7 +280,7 @@ of(
      "outbound:t1_ sockets:handovers",
      "more than is needed: the kernel finds a listener on all addresses by itself"),
     ("all meshes count as the first",
-     "pod->mesh * COUNTERS + counter", "0 * COUNTERS + counter + (pod->mesh & 0)",
+     "__u32 index = mesh * COUNTERS + counter;", "__u32 index = counter + (mesh & 0);",
      "linkerd:on_localhost_alone"),
 )
 

@@ -85,6 +85,9 @@ pub struct Settings {
     pub stuck: f64,
     /// Rounds of what moves little or takes long.
     pub few_rounds: usize,
+    /// All measurements of a round in a mode, before the next mode has its turn: quicker, and the
+    /// modes are further apart.
+    pub at_once: bool,
 }
 
 /// Connections that are active while others only stay open.
@@ -102,7 +105,7 @@ impl Settings {
         let (proxy, rounds) = match group {
             Group::Keepalive | Group::Connect => (true, self.rounds),
             Group::Bulk => (proxy != Proxy::Http, self.rounds),
-            Group::Stopped => (proxy != Proxy::Http, 3),
+            Group::Stopped => (proxy != Proxy::Http, self.few_rounds + 1),
             Group::Memory => (proxy != Proxy::Http, self.few_rounds),
             // One proxy of those that there are: it is about the kernel.
             Group::Connections | Group::Pods => {
@@ -132,6 +135,10 @@ impl Settings {
         };
         for round in 0..self.rounds {
             for proxy in &self.proxies {
+                if self.at_once {
+                    add(round, *proxy, due(&BUNDLES.concat(), *proxy, round), 2);
+                    continue;
+                }
                 for bundle in BUNDLES {
                     add(round, *proxy, due(bundle, *proxy, round), 2);
                 }
@@ -154,8 +161,9 @@ impl Settings {
 const BUNDLES: &[&[Group]] = &[
     &[Group::Keepalive],
     &[Group::Connect, Group::Bulk],
-    &[Group::Memory, Group::Stopped],
     &[Group::Connections],
+    // Last: its connections are stuck until the application ends.
+    &[Group::Memory, Group::Stopped],
 ];
 
 /// Some groups of measurements in one mode.
@@ -415,29 +423,34 @@ impl Turn<'_> {
     }
 
     fn beside_connections(&mut self) {
-        let opened = self.open(ACTIVE);
-        let (spliced, mut opened) = split(opened);
+        let mut client = None;
         for count in &self.settings.open {
-            let more = match &mut opened {
-                Ok(client) => {
-                    let count = (*count).max(ACTIVE);
-                    let opened = self.world.client.run(APP, APP, || client.open(count));
-                    opened.and_then(|opened| opened)
-                }
-                Err(err) => Err(Error::msg(format!("{err:#}"))),
+            let count = (*count).max(ACTIVE);
+            let opened = match client.take() {
+                None => self.open(count),
+                Some(client) => self.open_more(client, count),
             };
-            let kept = more.and_then(|()| {
-                let client = opened.as_mut().map_err(|err| Error::msg(format!("{err:#}")))?;
-                self.costed(|settings| client.ask(ACTIVE, 64, settings.slice()))
+            let (spliced, opened) = split(opened);
+            let kept = opened.and_then(|mut open| {
+                let slice = |settings: &Settings| open.ask(ACTIVE, 64, settings.slice());
+                let values = self.costed(slice)?;
+                client = Some(open);
+                Ok(values)
             });
-            let failed = kept.is_err();
             self.put(format!("connections/{count}/keepalive"), spliced, kept);
-            if failed {
-                return;
+            if client.is_none() {
+                return; // it failed, and more of it would fail too
             }
             let values = self.connect(BESIDE);
             self.put(format!("connections/{count}/connect"), 0, values);
         }
+    }
+
+    fn open_more(&self, mut client: Client, count: usize) -> Result<(Client, usize)> {
+        let spliced = self
+            .in_force
+            .open_more(count, || self.world.client.run(APP, APP, || client.open(count))?)?;
+        Ok((client, spliced))
     }
 }
 
@@ -487,6 +500,7 @@ mod tests {
             pods: vec![2, 5],
             stuck: 1.0,
             few_rounds: 2,
+            at_once: false,
         }
     }
 

@@ -166,6 +166,7 @@ fn settings(args: &Args) -> Result<Settings> {
             pods: vec![3],
             stuck: 0.1,
             few_rounds: 1,
+            at_once: true,
         }
     } else if args.quick {
         Settings {
@@ -182,6 +183,7 @@ fn settings(args: &Args) -> Result<Settings> {
             pods: vec![2, 30],
             stuck: 0.5,
             few_rounds: 1,
+            at_once: false,
         }
     } else {
         Settings {
@@ -198,6 +200,7 @@ fn settings(args: &Args) -> Result<Settings> {
             pods: vec![2, 50, 250],
             stuck: 1.0,
             few_rounds: 2,
+            at_once: false,
         }
     };
     if let Some(rounds) = args.rounds {

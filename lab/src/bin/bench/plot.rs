@@ -218,7 +218,9 @@ fn draw_bars<B: DrawingBackend>(
     groups: &[&Bars],
 ) -> Result<()> {
     let all = || groups.iter().flat_map(|group| &group.bars);
-    let highest = all().map(|(_, spread)| spread.high).fold(1.0, f64::max);
+    // One round that went wild does not make all bars small: its whisker leaves the picture.
+    let median = all().map(|(_, spread)| spread.median).fold(1.0, f64::max);
+    let highest = all().map(|(_, spread)| spread.high).fold(1.0, f64::max).min(median * 1.5);
     let modes: std::collections::BTreeSet<Mode> = all().map(|(mode, _)| *mode).collect();
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 22))
@@ -257,7 +259,10 @@ fn draw_bars<B: DrawingBackend>(
         chart.draw_series(rectangles).map_err(failed)?;
         let whiskers = of_mode.iter().map(|(left, spread)| {
             let middle = left + width * 0.46;
-            PathElement::new([(middle, spread.low), (middle, spread.high)], BLACK)
+            PathElement::new(
+                [(middle, spread.low), (middle, spread.high.min(highest * 1.15))],
+                BLACK,
+            )
         });
         chart.draw_series(whiskers).map_err(failed)?;
     }

@@ -6,7 +6,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -329,19 +329,34 @@ impl InForce {
             (Proxy::Http, _) => 2,
             _ => self.mode.spliced() * count,
         };
-        let patience = SPLICING + SPLICING_ONE * u32::try_from(count)?;
-        let (mut spliced, start) = (0, Instant::now());
-        while spliced < wanted {
-            ensure!(!interrupted(), "interrupted");
-            if start.elapsed() > patience {
-                let status = self.agent.as_ref().map_or(Ok(Value::Null), Agent::status);
-                let said = status.map(|status| status["splice"].to_string()).unwrap_or_default();
-                bail!("{spliced} sockets of {wanted} are spliced after {patience:?}: {said}");
-            }
-            std::thread::sleep(Duration::from_millis(50));
-            spliced = self.spliced()?.saturating_sub(before);
+        Ok((opened, self.wait_spliced(before + wanted, count)? - before))
+    }
+
+    /// Like [`InForce::open`], for more connections of a client: until all `count` of it are
+    /// spliced, where the mode splices.
+    pub fn open_more(&self, count: usize, open: impl FnOnce() -> Result<()>) -> Result<usize> {
+        open()?;
+        self.wait_spliced(self.mode.spliced() * count, count)
+    }
+
+    fn wait_spliced(&self, wanted: usize, count: usize) -> Result<usize> {
+        if wanted == 0 {
+            return Ok(0);
         }
-        Ok((opened, spliced))
+        let patience = SPLICING + SPLICING_ONE * u32::try_from(count)?;
+        let mut spliced = 0;
+        let what = format!("{wanted} sockets to be spliced");
+        let waited = wait_for(&what, patience, || {
+            spliced = self.spliced().unwrap_or(spliced);
+            // Counting takes the machine's time, and more of it where there are more.
+            std::thread::sleep(Duration::from_millis(50 + count as u64 / 20));
+            (spliced >= wanted).then_some(spliced)
+        });
+        waited.with_context(|| {
+            let status = self.agent.as_ref().map_or(Ok(Value::Null), Agent::status);
+            let said = status.map(|status| status["splice"].to_string()).unwrap_or_default();
+            format!("{spliced} are: {said}")
+        })
     }
 
     /// Takes it away. Connections that were made in it had better be closed: without its rules
