@@ -681,8 +681,6 @@ of(
      "!(BPF_CORE_READ(sk, __sk_common.skc_flags) &", "!(0 &", "splice_api:without_copying"),
     ("whoever dials a pod is its sidecar",
      "s->leg == LEG_SIDECAR && owner.uid", "0 && owner.uid", "splice_endings:stay_out"),
-    ("a leg that is off is spliced",
-     "|| !leg_on(s->leg);", ";", "splice_agent:a_mode", "sock_ops marks nothing on such a leg"),
     ("nobody waits for what is queued before the maps go",
      "\tif (s->state == SPLICE_IN && !queue_is_empty(sk))\n\t\tsplices_unread++;\n", "",
      "splice_agent:unload_waits"),
