@@ -21,8 +21,8 @@
 #define SPLICE_GIVE_UP 5000000000ull /* ns: what is not eligible by then never is */
 #define SPLICE_LARGE (32 * 1024) /* bytes: a message above it is better off with TCP */
 #define SPLICE_LIMIT (64 * 1024) /* bytes: unread at the other end at most */
-#define SPLICE_MESSAGE \
-	512 /* bytes that a message counts for by itself: the kernel's are not charged */
+/* Bytes that a message counts for by itself: the kernel takes a kilobyte and charges nobody. */
+#define SPLICE_MESSAGE 512
 #define SPLICE_PAGES 64 /* of the reader's pod's memory that must be free */
 
 /* The kernel's flags in the low bits of a pointer, SK_USER_DATA_PTRMASK. */
