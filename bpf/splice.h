@@ -21,6 +21,8 @@
 #define SPLICE_GIVE_UP 5000000000ull /* ns: what is not eligible by then never is */
 #define SPLICE_LARGE (32 * 1024) /* bytes: a message above it is better off with TCP */
 #define SPLICE_LIMIT (64 * 1024) /* bytes: unread at the other end at most */
+/* Bytes that a message counts for by itself: the kernel takes a kilobyte and charges nobody. */
+#define SPLICE_MESSAGE 512
 #define SPLICE_PAGES 64 /* of the reader's pod's memory that must be free */
 
 /* The kernel's flags in the low bits of a pointer, SK_USER_DATA_PTRMASK. */
@@ -215,7 +217,7 @@ static __always_inline enum counter splice_verdict(struct splice *s, __u32 size,
 		s->burst = 0;
 	if (empty && size > SPLICE_LARGE)
 		return SPLICE_BULK;
-	if (s->burst + size > SPLICE_LIMIT)
+	if (s->burst + SPLICE_MESSAGE + size > SPLICE_LIMIT)
 		return SPLICE_SPILLED;
 	return COUNTERS;
 }
@@ -264,7 +266,7 @@ int redirect(struct sk_msg_md *msg)
 	if (why == COUNTERS &&
 	    (first || bpf_msg_redirect_hash(msg, &spliced, &key, BPF_F_INGRESS) == SK_PASS)) {
 		s->redirecting = 1;
-		s->burst += msg->size;
+		s->burst += SPLICE_MESSAGE + msg->size;
 		count_n(s->mesh, SPLICE_MESSAGES, 1);
 		count_n(s->mesh, SPLICE_BYTES, msg->size);
 		return SK_PASS;

@@ -667,8 +667,11 @@ of(
      "\tif (!s->redirecting && from->write_seq != BPF_CORE_READ(to, copied_seq))\n"
      "\t\treturn SPLICE_UNREAD;\n", "", "splice_agent:each_message"),
     ("what is unread has no limit",
-     "\tif (s->burst + size > SPLICE_LIMIT)\n\t\treturn SPLICE_SPILLED;\n", "",
+     "\tif (s->burst + SPLICE_MESSAGE + size > SPLICE_LIMIT)\n\t\treturn SPLICE_SPILLED;\n", "",
      "splice_agent:each_message"),
+    ("a message costs nothing but its bytes",
+     "s->burst += SPLICE_MESSAGE + msg->size;", "s->burst += msg->size;",
+     "splice_agent:tiny_messages"),
     ("bulk goes by the queue",
      "\tif (empty && size > SPLICE_LARGE)\n\t\treturn SPLICE_BULK;\n", "",
      "splice_agent:each_message"),
