@@ -31,7 +31,7 @@ FUZZ_TARGETS = lists annotations manifests
 # Of `make e2e`: kind, or lab: a node without a cluster, made of this machine's own parts.
 CLUSTER = kind
 
-.PHONY: build help deps demo conformance test bench bench-control kernels check chart image e2e fuzz mutants fmt clean
+.PHONY: build help deps demo conformance test torture bench bench-control kernels check chart image e2e fuzz mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
@@ -59,10 +59,16 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	@$(MAKE) --no-print-directory check
 	cargo test --workspace --no-fail-fast
 	@$(MAKE) --no-print-directory conformance ARGS=--quiet
+	$(DEBUG)/torture --seconds 24
 	$(DEBUG)/bench --smoke --out $(DEBUG)/../bench-smoke
 	@$(MAKE) --no-print-directory e2e CLUSTER=lab ARGS=
 	@$(MAKE) --no-print-directory chart
 	$(if $(TEST_KERNELS),TESTS='$(VM_TESTS)' scripts/kernels.sh $(TEST_KERNELS))
+
+torture: SECONDS = 180
+torture: deps build ## checked connections while the agent and pods come and go (root); SECONDS= SEED= ARGS="--help"
+	cargo run --release -q -p sidestep-lab --bin torture -- --sidestep $(abspath $(BIN)) \
+		--seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: deps build ## interception and splicing against iptables (root): docs/performance.md; QUICK=1, ARGS="--help"
 	cargo run --release -q -p sidestep-lab --bin bench -- \

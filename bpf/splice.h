@@ -21,6 +21,8 @@
 #define SPLICE_GIVE_UP 5000000000ull /* ns: what is not eligible by then never is */
 #define SPLICE_LARGE (32 * 1024) /* bytes: a message above it is better off with TCP */
 #define SPLICE_LIMIT (64 * 1024) /* bytes: unread at the other end at most */
+/* Bytes that a message counts for by itself: the kernel takes a kilobyte and charges nobody. */
+#define SPLICE_MESSAGE 512
 #define SPLICE_PAGES 64 /* of the reader's pod's memory that must be free */
 
 /* The kernel's flags in the low bits of a pointer, SK_USER_DATA_PTRMASK. */
@@ -36,22 +38,28 @@ static __always_inline bool leg_on(__u32 which)
 	return leg && leg->on;
 }
 
+/* Is this an address of a pod of this node that may be spliced with? */
+static __always_inline bool is_neighbour(const struct addr *a)
+{
+	struct local_key key = { .netns = 0, .addr = *a };
+
+	return bpf_map_lookup_elem(&locals, &key);
+}
+
 /* Which leg a connection is; LEGS: none, or its other end is not on this node. */
 static __always_inline enum splice_leg leg_of(struct bpf_sock *sk, bool client, __u64 netns,
-					      const struct addr *local, const struct addr *remote)
+					      const struct pod *pod, const struct conn *c)
 {
-	struct local_key neighbour = { .netns = 0, .addr = *remote };
+	const struct addr *remote = client ? &c->dst : &c->src;
 	struct origdst *od = origdst_of(sk, 0);
 
 	/* An app that was sent to its proxy, and the socket that the proxy accepted. */
 	if (od)
-		return addr_is_via(client ? remote : local) ? LEG_APP : LEGS;
+		return addr_is_via(&c->dst) && c->dport == pod->out_port ? LEG_APP : LEGS;
 	/* The proxy's call to its app. */
-	if (addr_is_passthrough(client ? local : remote))
+	if (addr_is_passthrough(&c->src))
 		return LEG_APP;
-	if (pod_owns(netns, remote))
-		return LEGS;
-	return bpf_map_lookup_elem(&locals, &neighbour) ? LEG_SIDECAR : LEGS;
+	return !pod_owns(netns, remote) && is_neighbour(remote) ? LEG_SIDECAR : LEGS;
 }
 
 /* A connection is established: does it stay on this node? */
@@ -67,7 +75,7 @@ static __always_inline void splice_offer(struct bpf_sock_ops *ctx, bool client)
 	if (!pod || !sk || !(pod->flags & POD_SPLICE))
 		return;
 	c = sockops_conn(ctx, client);
-	leg = leg_of(sk, client, netns, client ? &c.src : &c.dst, client ? &c.dst : &c.src);
+	leg = leg_of(sk, client, netns, pod, &c);
 	if (leg == LEGS || !leg_on(leg))
 		return;
 	s = bpf_sk_storage_get(&splices, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
@@ -132,7 +140,9 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	if (!sk || !s)
 		return 0;
 	pod = pod_by_netns(BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie));
-	s->off = sweep_off || !pod || !(pod->flags & POD_SPLICE) || !leg_on(s->leg);
+	s->off =
+		sweep_off || !pod || !(pod->flags & POD_SPLICE) || !leg_on(s->leg) ||
+		(s->leg == LEG_SIDECAR && !is_neighbour(s->key.server ? &s->key.src : &s->key.dst));
 	if (s->state == SPLICE_IN && !queue_is_empty(sk))
 		splices_unread++;
 	if (s->off || !pod || s->state != SPLICE_CANDIDATE)
@@ -207,7 +217,7 @@ static __always_inline enum counter splice_verdict(struct splice *s, __u32 size,
 		s->burst = 0;
 	if (empty && size > SPLICE_LARGE)
 		return SPLICE_BULK;
-	if (s->burst + size > SPLICE_LIMIT)
+	if (s->burst + SPLICE_MESSAGE + size > SPLICE_LIMIT)
 		return SPLICE_SPILLED;
 	return COUNTERS;
 }
@@ -256,7 +266,7 @@ int redirect(struct sk_msg_md *msg)
 	if (why == COUNTERS &&
 	    (first || bpf_msg_redirect_hash(msg, &spliced, &key, BPF_F_INGRESS) == SK_PASS)) {
 		s->redirecting = 1;
-		s->burst += msg->size;
+		s->burst += SPLICE_MESSAGE + msg->size;
 		count_n(s->mesh, SPLICE_MESSAGES, 1);
 		count_n(s->mesh, SPLICE_BYTES, msg->size);
 		return SK_PASS;

@@ -17,7 +17,7 @@ use common::*;
 use serde_json::{Value, json};
 use sidestep::bpf::LAYOUT;
 use sidestep_e2e::{ApiServer, apiserver::Gone};
-use sidestep_lab::{Agent, Lab, Pod, PodNet, Process, wait_until};
+use sidestep_lab::{Agent, Lab, Pod, PodNet, Process, slowdown, wait_until};
 
 const NODE: &str = "lab";
 const BRIDGE: &str =
@@ -100,7 +100,8 @@ impl Cluster {
         let mut flags: Vec<OsString> = vec!["--kubernetes".into(), "--node-name".into()];
         flags.extend([NODE.into(), "--kubeconfig".into(), at("kubeconfig"), "--cni".into()]);
         flags.extend(["--cni-conf-dir".into(), at("net.d"), "--cni-bin-dir".into(), at("bin")]);
-        flags.extend(["--cni-socket".into(), at("cni.sock"), "--cni-timeout".into(), "2".into()]);
+        flags.extend(["--cni-socket".into(), at("cni.sock"), "--cni-timeout".into()]);
+        flags.push((2 * slowdown()).to_string().into());
         flags.extend(more.iter().map(Into::into));
         flags
     }

@@ -112,9 +112,6 @@ fn with_flows(node: &mut Splicing, act: impl FnOnce(&mut Splicing, &Flows<'_>)) 
         flows.wait_more(MORE);
         act(node, &flows);
         flows.wait_more(MORE);
-        if let Ok(status) = node.agent.status() {
-            println!("{}", status["counters"]["istio"]);
-        }
         drop(finish);
     });
 }
@@ -173,8 +170,8 @@ fn unload_waits_for_a_reader_that_has_stopped() {
     thread::scope(|scope| {
         let unload = scope.spawn(|| node.agent.command(&["unload"]));
         // It waits, and what is written meanwhile goes by TCP.
-        thread::sleep(Duration::from_millis(500));
-        assert!(!unload.is_finished(), "with redirected bytes unread");
+        let early = wait_until("its end", Duration::from_millis(500), || unload.is_finished());
+        early.expect_err("redirected bytes are unread");
         for Pair { client, server } in &pairs {
             put(client, b"meanwhile");
             let bytes = get(server, 6 + LARGE + 6 + 9);
@@ -249,6 +246,66 @@ fn pods_opt_out_and_in_while_they_talk() {
             busy(node, flows);
         }
     });
+}
+
+#[test]
+fn each_message_goes_where_it_should() {
+    let node = Splicing::start("messages", "sidecar");
+    let Pair { client, server } = node.pair(Leg::Sidecar);
+    let counters = || {
+        ["splice_messages", "splice_bulk", "splice_spilled", "splice_unread"]
+            .map(|name| node.counter(name))
+    };
+    let mut before = counters();
+    let mut since = || {
+        let now = counters();
+        let more: Vec<u64> = now.iter().zip(before).map(|(now, before)| now - before).collect();
+        before = now;
+        more
+    };
+    // More than a queue takes, in all.
+    for _ in 0..50 {
+        put(&client, &[1; 2000]);
+        get(&server, 2000);
+    }
+    assert_eq!(since(), [50, 0, 0, 0], "small ones, each of them read");
+    put(&client, &[1; LARGE]);
+    get(&server, LARGE);
+    put(&client, b"small");
+    get(&server, 5);
+    assert_eq!(since(), [1, 1, 0, 0], "a large one, read, and a small one");
+    put(&client, &[1; LARGE]);
+    put(&client, b"small");
+    get(&server, LARGE + 5);
+    assert_eq!(since(), [0, 1, 0, 1], "a small one behind a large one that is not read");
+    put(&client, &[1; 30_000]);
+    put(&client, &[1; 30_000]);
+    put(&client, &[1; 30_000]);
+    put(&client, &[1; 10]);
+    assert_eq!(since(), [2, 0, 1, 1], "more than a queue takes");
+    get(&server, 60_000);
+    put(&client, &[1; 10]);
+    assert_eq!(since(), [0, 0, 0, 1], "the queue is empty, TCP is not");
+    get(&server, 30_020);
+    put(&client, b"small");
+    get(&server, 5);
+    assert_eq!(since(), [1, 0, 0, 0], "all is read");
+}
+
+/// Each message in the queue takes about a kilobyte that no socket is charged for.
+#[test]
+fn tiny_messages_that_nobody_reads_are_few() {
+    let node = Splicing::start("tiny", "all");
+    for leg in [Leg::Sidecar, Leg::App] {
+        let Pair { client, server } = node.pair(leg);
+        let before = node.counter("splice_messages");
+        for _ in 0..60_000 {
+            put(&client, b"x");
+        }
+        let queued = node.counter("splice_messages") - before;
+        assert!((1..=256).contains(&queued), "{queued} messages in the queue");
+        assert!(get(&server, 60_000).iter().all(|byte| *byte == b'x'));
+    }
 }
 
 #[test]

@@ -513,6 +513,26 @@ fn observe(node: &Splicing, leg: Leg) -> Vec<String> {
     observed.collect()
 }
 
+/// It waits for word of the pages that it sent, which only TCP gives.
+#[test]
+fn who_sends_without_copying_stays_out() {
+    let node = Splicing::start("zerocopy", "all");
+    let pair = node.connect(Leg::Sidecar);
+    setsockopt_int(&pair.client, libc::SO_ZEROCOPY, 1);
+    let witness = node.connect(Leg::Sidecar);
+    // Both ends of the witness, and the other's server.
+    node.wait_sockets(3);
+    witness.prime();
+    let redirected = node.counter("splice_messages");
+    send(pair.client.as_raw_fd(), b"page", NOSIG | MsgFlags::from_bits_retain(libc::MSG_ZEROCOPY))
+        .expect("sent");
+    assert_eq!(get(&pair.server, 4), b"page");
+    assert!(ready(&pair.client, PollFlags::POLLPRI, patience()), "no word of the page");
+    put(&pair.server, b"answer");
+    assert_eq!(get(&pair.client, 6), b"answer");
+    assert_eq!(node.counter("splice_messages"), redirected);
+}
+
 #[test]
 fn each_call_is_as_on_plain_tcp_or_its_leg_is_off() {
     let node = Splicing::start("api", "all");

@@ -363,6 +363,7 @@ fn sockets_that_stay_out() {
     let half_blocking = node.connect_blocking(Leg::Sidecar, tcp);
     half_blocking.server.set_nonblocking(true).expect("non-blocking");
     let opted_out = node.connect(Leg::PlainSidecar);
+    let not_the_sidecars = node.connect_accepted_by(0, Leg::Sidecar, tcp);
     let mptcp = node.connect_by(Leg::Sidecar, |target| {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP));
         let socket = socket.expect("an MPTCP socket");
@@ -372,11 +373,11 @@ fn sockets_that_stay_out() {
     // This one is made last, and is spliced: by then the agent has looked at the others.
     let witness = node.connect(Leg::Sidecar);
     // Of the others, the ends that are as they should be are in: they have no peers.
-    node.wait_sockets(4);
+    node.wait_sockets(5);
     witness.prime();
     let redirected = node.counter("splice_messages");
     assert_eq!(redirected, 2, "{}", node.status());
-    for pair in [&mptcp, &opted_out] {
+    for pair in [&mptcp, &opted_out, &not_the_sidecars] {
         pair.prime();
         put(&pair.client, b"request");
         assert_eq!(get(&pair.server, 7), b"request");

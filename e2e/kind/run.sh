@@ -95,6 +95,9 @@ identity() {
         curl -sf --max-time 5 "http://server/header?key=$IDENTITY_HEADER"
 }
 through_mesh() { identity | grep -q client; }
+# CNI's configuration on a node, and whether the plugin is in it.
+conflist() { docker exec "$1" sh -c 'ls /etc/cni/net.d/*.conflist | head -n 1'; }
+chained() { docker exec "$1" grep -q sidestep-cni "$(conflist "$1")"; }
 past_mesh() {
     local seen
     seen=$(identity) && [[ $seen != *client* ]]
@@ -133,6 +136,9 @@ for node in $(nodes); do
         'mountpoint -q /sys/fs/bpf && [ "$(stat -f -c %T /sys/fs/bpf)" = bpf_fs ] || mount -t bpf bpf /sys/fs/bpf'
 done
 kind load image-archive "$archive" --name "$NAME"
+for node in $(nodes); do
+    docker exec "$node" cat "$(conflist "$node")" >"$OUT/$node.conflist"
+done
 kubectl create namespace "$NS"
 kubectl label namespace "$NS" pod-security.kubernetes.io/enforce=privileged
 # Before the mesh: Linkerd's own control plane is intercepted too.
@@ -143,12 +149,14 @@ case $mesh in
 istio)
     IDENTITY_HEADER=X-Forwarded-Client-Cert
     INIT_CONTAINER=istio-init
+    EXCLUDE=traffic.sidecar.istio.io/excludeOutboundPorts
     istioctl install -y --set profile=minimal --set values.pilot.cni.enabled=true
     kubectl label namespace default istio-injection=enabled
     ;;
 linkerd)
     IDENTITY_HEADER=L5d-Client-Id
     INIT_CONTAINER=linkerd-init
+    EXCLUDE=config.linkerd.io/skip-outbound-ports
     linkerd install --crds --set installGatewayAPI=true | kubectl apply -f -
     linkerd install --linkerd-cni-enabled | kubectl apply -f -
     # Not `linkerd check`: it insists on Linkerd's own CNI plugin.
@@ -158,6 +166,7 @@ linkerd)
 kuma)
     IDENTITY_HEADER=X-Forwarded-Client-Cert
     INIT_CONTAINER=kuma-init
+    EXCLUDE=traffic.kuma.io/exclude-outbound-ports
     kumactl install control-plane \
         --set controlPlane.envVars.KUMA_RUNTIME_KUBERNETES_INJECTOR_CNI_ENABLED=true |
         kubectl apply -f -
@@ -189,15 +198,32 @@ kubectl exec "$(pod client)" -c app -- sh -c \
     'n=0; while [ ! -e /tmp/stop ]; do curl -sf --max-time 5 http://server/hostname >/dev/null || echo failed; n=$((n + 1)); done; echo "requests: $n"' \
     >"$OUT/load.txt" &
 load=$!
-kubectl -n "$NS" rollout restart daemonset/sidestep
-kubectl -n "$NS" rollout status daemonset/sidestep --timeout "${PATIENCE}s"
+helm -n "$NS" upgrade sidestep charts/sidestep --set log.level=debug --wait --timeout "${PATIENCE}s"
+helm -n "$NS" rollback sidestep --wait --timeout "${PATIENCE}s"
 kubectl exec "$(pod client)" -c app -- touch /tmp/stop
 wait "$load"
-! grep -q failed "$OUT/load.txt" || die "$(grep -c failed "$OUT/load.txt") requests failed while the agent restarted"
+! grep -q failed "$OUT/load.txt" || die "$(grep -c failed "$OUT/load.txt") requests failed while the agent was replaced"
 grep -q 'requests: [1-9]' "$OUT/load.txt" || die "there was no load"
-pass "the agent restarts under load: $(grep requests "$OUT/load.txt"), none failed"
+pass "upgrade and rollback under load: $(grep requests "$OUT/load.txt"), none failed"
 
 client=$(pod client)
+kubectl annotate pod "$client" "$EXCLUDE=80"
+eventually past_mesh || die "the annotation $EXCLUDE did not take effect"
+kubectl annotate pod "$client" "$EXCLUDE-"
+eventually through_mesh || die "the annotation was taken away, and is still in effect"
+pass "a mesh's annotation takes effect in a running pod, both ways"
+
+node=$(node_of "$client")
+file=$(conflist "$node")
+docker exec -i "$node" sh -c "cat >'$file'" <"$OUT/$node.conflist"
+eventually chained "$node" || die "$file was overwritten, and stays so"
+kubectl delete pod "$client"
+kubectl rollout status deployment/client --timeout "${PATIENCE}s"
+client=$(pod client)
+eventually enrolled "$client" || die "$client is not in the status of its node"
+eventually through_mesh || die "a pod that started after that is not intercepted"
+pass "CNI's configuration is mended when it is overwritten"
+
 kubectl annotate pod "$client" sidestep.io/intercept=disabled
 eventually not_enrolled "$client" || die "the annotation did not take the pod out"
 past_mesh || die "a disabled pod's request fails, or still goes through its sidecar"

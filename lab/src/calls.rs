@@ -71,7 +71,7 @@ pub enum WriteCall {
     Writev,
     /// send(MSG_NOSIGNAL).
     Send,
-    /// send(MSG_MORE), but for the last part.
+    /// send(MSG_MORE) of a half, but for the last byte.
     More,
     /// sendmsg() from three buffers.
     Sendmsg,
@@ -245,19 +245,13 @@ pub fn write(mut stream: &TcpStream, call: WriteCall, bytes: &[u8]) -> io::Resul
         }
         WriteCall::Send => Ok(send(fd, bytes, MsgFlags::MSG_NOSIGNAL)?),
         WriteCall::More => {
-            // What is held back goes with the next call: the last one must not hold back.
-            let (first, last) = bytes.split_at(bytes.len() / 2);
+            // What is held back goes with the call that does not: that of the last byte.
+            let half = &bytes[..bytes.len() / 2];
+            if half.is_empty() {
+                return Ok(send(fd, bytes, MsgFlags::MSG_NOSIGNAL)?);
+            }
             let more = MsgFlags::MSG_NOSIGNAL | MsgFlags::from_bits_retain(MSG_MORE);
-            let n = if first.is_empty() { 0 } else { send(fd, first, more)? };
-            if n < first.len() {
-                return Ok(n);
-            }
-            match send(fd, last, MsgFlags::MSG_NOSIGNAL) {
-                Ok(m) => Ok(n + m),
-                // The next call says what is wrong.
-                Err(_) if n > 0 => Ok(n),
-                Err(err) => Err(err.into()),
-            }
+            Ok(send(fd, half, more)?)
         }
         WriteCall::Sendmsg => {
             let (a, rest) = bytes.split_at(bytes.len() / 3);

@@ -112,10 +112,33 @@ impl Splicing {
         leg: Leg,
         by: impl FnOnce(SocketAddr) -> TcpStream + Send,
     ) -> Pair {
+        self.connect_as(PROXY, leg, by)
+    }
+
+    /// As `connect_by`, accepted by another user than the sidecar's.
+    pub fn connect_accepted_by(
+        &self,
+        user: u32,
+        leg: Leg,
+        by: impl FnOnce(SocketAddr) -> TcpStream + Send,
+    ) -> Pair {
+        let pair = self.connect_as(user, leg, by);
+        for end in [&pair.client, &pair.server] {
+            end.set_nonblocking(true).expect("non-blocking");
+        }
+        pair
+    }
+
+    fn connect_as(
+        &self,
+        user: u32,
+        leg: Leg,
+        by: impl FnOnce(SocketAddr) -> TcpStream + Send,
+    ) -> Pair {
         let (from, uid, target, pod, listener) = self.ends(leg);
         let client = from.run(uid, uid, || by(target)).expect("runs");
         let accept = || listener.accept().expect("accepted").0;
-        let server = pod.run(PROXY, PROXY, accept).expect("runs");
+        let server = pod.run(user, user, accept).expect("runs");
         for end in [&client, &server] {
             end.set_nodelay(true).expect("TCP_NODELAY");
         }

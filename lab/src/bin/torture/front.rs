@@ -21,6 +21,10 @@ pub const APP_PORT: u16 = 8080;
 /// The port of a pod whose connections its sidecar answers itself.
 pub const SIDECAR_PORT: u16 = 9000;
 
+/// What a relay is told when one of its connections was reset.
+const RESET: [ErrorKind; 3] =
+    [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe, ErrorKind::NotConnected];
+
 /// Bytes that a relay holds for each direction.
 const HELD: usize = 64 << 10;
 
@@ -71,7 +75,7 @@ pub fn serve(mut listeners: Vec<(TcpListener, u16)>, traffic: &Arc<Traffic>) -> 
     // Two tokens for each relay.
     let mut next = listeners.len();
     let errors = |err: &io::Error| {
-        if !matches!(err.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) {
+        if !RESET.contains(&err.kind()) {
             traffic.problem(format!("a relay: {err}"));
         }
     };

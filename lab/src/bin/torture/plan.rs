@@ -197,8 +197,7 @@ fn body(rng: &mut Rng, ends: &mut [Part; 2]) {
                 let sender = rng.usize(..2);
                 let pause = Duration::from_millis(rng.u64(20..200));
                 ends[1 - sender].steps.push(Step::Pause(pause));
-                let small = ends[sender].write_size.min(ends[1 - sender].read_size) < 1 << 10;
-                let bytes = if small { size(rng, ends) } else { rng.u64(70 << 10..400 << 10) };
+                let bytes = rng.u64(70 << 10..400 << 10).min(limit(ends));
                 one_way(ends, sender, bytes);
             }
             5 => {
@@ -218,10 +217,17 @@ fn body(rng: &mut Rng, ends: &mut [Part; 2]) {
     }
 }
 
-/// Small ones are many, but small writes must not become too many.
+/// The most bytes that go in a while: small calls must not become too many, and through a buffer
+/// that is smaller than a segment TCP gets a few kilobytes each 200 ms.
+fn limit(ends: &[Part; 2]) -> u64 {
+    let call = ends.iter().map(|end| end.write_size.min(end.read_size)).min().unwrap_or(1);
+    let tiny = ends.iter().any(|end| end.buffers.is_some_and(|bytes| bytes < 256 << 10));
+    (call as u64 * 1000).clamp(16 << 10, if tiny { 32 << 10 } else { 2 << 20 })
+}
+
+/// Small ones are many.
 fn size(rng: &mut Rng, ends: &[Part; 2]) -> u64 {
-    let largest = ends.iter().map(|end| end.write_size.min(end.read_size)).min().unwrap_or(1);
-    let limit = (largest as u64 * 1000).clamp(1 << 14, 2 << 20);
+    let limit = limit(ends);
     let bits = rng.u32(0..=limit.ilog2());
     1 + rng.u64(..1 << bits)
 }
