@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use sidestep_lab::load::{self, LoadOpts, Mode};
 use sidestep_lab::{
-    APP, Envoy, EnvoyOpts, INBOUND, Lab, OUTBOUND, PROXY, PodNet, ServeOpts, Server, Talk, ask,
-    connect, http_get, iptables, teardown,
+    APP, Envoy, EnvoyOpts, INBOUND, Lab, OUTBOUND, PROXY, PodNet, ServeOpts, Server, Talk, Twin,
+    ask, connect, http_get, iptables, teardown,
 };
 
 fn own_leftovers() -> Result<Option<teardown::Leftover>> {
@@ -226,5 +226,39 @@ fn envoys_pass_calls_on() -> Result<()> {
     assert!(a.ask(APP, APP, own).is_err());
     let line = envoy_b.wait_log("the dialled port", |line| line.downstream_local == own)?;
     assert_eq!((line.upstream_host, line.flags.as_str()), (None, "UH"));
+    Ok(())
+}
+
+/// Through two Envoys that are dialled, without any interception: as bytes, and as HTTP.
+#[test]
+fn twins_pass_calls_on() -> Result<()> {
+    let lab = Lab::new("twins")?;
+    let a = lab.pod("app-a", PodNet::V4)?;
+    let b = lab.pod("app-b", PodNet::V4)?;
+    let app = SocketAddr::new(b.ipv4(), 8080);
+    let twins = [(9080, 10080, false), (9081, 10081, true)].map(|(near, far, http)| {
+        let far = SocketAddr::new(b.ipv4(), far);
+        let near = SocketAddr::from((Ipv4Addr::LOCALHOST, near));
+        [
+            Twin { listen: near, upstream: far, inbound: false, http },
+            Twin { listen: far, upstream: app, inbound: true, http },
+        ]
+    });
+    let opts = EnvoyOpts { concurrency: 1, access_log: false, ..EnvoyOpts::default() };
+    let side = |side: usize| twins.map(|twin| twin[side]);
+    let _near = Envoy::start_with(&a, opts, &side(0))?;
+    let far = Envoy::start_with(&b, opts, &side(1))?;
+    let _app = Server::start(
+        &b,
+        ServeOpts { talk: Talk::Echo, uid: APP, gid: APP, ..ServeOpts::on([app]) },
+    )?;
+    for (twin, http) in [(twins[0][0], "0"), (twins[1][0], "1")] {
+        let answer = a.run(APP, APP, || http_get(twin.listen))??;
+        assert_eq!(answer.peer, twin.listen);
+        assert_eq!(answer.seen.peer.ip(), IpAddr::V4(Ipv4Addr::new(127, 0, 0, 6)));
+        let stats = far.admin("/stats?filter=twin-10081.downstream_rq_total")?;
+        assert!(stats.trim_end().ends_with(http), "{stats}");
+    }
+    assert!(far.access_log()?.is_empty());
     Ok(())
 }

@@ -53,13 +53,13 @@ impl Environment {
         }
         let envoy = envoy::binary()?;
         let versions = [
-            said(sidestep, "--version")?,
-            format!("Envoy {}", version(&said(&envoy, "--version")?)),
-            said(Path::new("iptables"), "--version")?,
-            said(Path::new("nft"), "--version")?,
+            said(sidestep, &["--version"])?,
+            format!("Envoy {}", version(&said(&envoy, &["--version"])?)),
+            said(Path::new("iptables"), &["--version"])?,
+            said(Path::new("nft"), &["--version"])?,
         ];
         Ok(Self {
-            date: said(Path::new("date"), "--utc")?,
+            date: said(Path::new("date"), &["--utc", "+%F %H:%M UTC"])?,
             command: args.join(" "),
             kernel: read("/proc/sys/kernel/osrelease")?,
             cpu: field(&cpuinfo, "model name").unwrap_or_else(|| "unknown".to_owned()),
@@ -70,6 +70,16 @@ impl Environment {
             load_after: String::new(),
             seconds: 0,
             versions: versions.to_vec(),
+        })
+    }
+}
+
+impl Environment {
+    /// What makes its figures doubtful: others were at work as it began.
+    pub fn doubt(&self) -> Option<String> {
+        let load: f64 = self.load_before.split(' ').next()?.parse().ok()?;
+        (load > 0.5).then(|| {
+            format!("Other work was under way when it began (load average {load}): measure again.")
         })
     }
 }
@@ -89,9 +99,9 @@ fn read(path: &str) -> Result<String> {
     Ok(fs::read_to_string(path).with_context(|| format!("reading {path}"))?.trim().to_owned())
 }
 
-fn said(program: &Path, arg: &str) -> Result<String> {
+fn said(program: &Path, args: &[&str]) -> Result<String> {
     let out = Command::new(program)
-        .arg(arg)
+        .args(args)
         .output()
         .with_context(|| format!("running {}: `make deps` installs it", program.display()))?;
     Ok(String::from_utf8_lossy(&out.stdout).trim().to_owned())

@@ -222,3 +222,31 @@ fn settings(args: &Args) -> Result<Settings> {
     replace(&mut settings.proxies, &args.proxies);
     Ok(settings)
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn parsed(args: &[&str]) -> Result<Settings> {
+        settings(&Args::try_parse_from([&["bench"], args].concat())?)
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn what_is_named_is_all_that_is_measured() {
+        let args = ["--only", "bulk,stopped", "--modes", "iptables,all", "--rounds", "9"];
+        let settings = parsed(&args).expect("settings");
+        assert_eq!(settings.groups, [Group::Bulk, Group::Stopped]);
+        assert_eq!(settings.modes, [Mode::Iptables, Mode::All]);
+        assert_eq!(settings.rounds, 9);
+        assert!(parsed(&["--only", "nothing"]).is_err());
+        assert!(parsed(&["--rounds", "0"]).is_err());
+        assert!(parsed(&["--seconds", "inf"]).is_err());
+    }
+}

@@ -225,3 +225,20 @@ impl Pair {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_twin_is_read_as_it_is_written() {
+        for inbound in [false, true] {
+            let [listen, upstream] =
+                ["127.0.0.1:9080", "10.77.0.11:8080"].map(|text| text.parse().expect("an address"));
+            let twin = Twin { listen, upstream, inbound, http: false };
+            let TwinArg(read) = TwinArg::text(&twin).parse().expect("a twin");
+            assert_eq!((read.listen, read.upstream, read.inbound), (listen, upstream, inbound));
+        }
+        assert!("127.0.0.1:9080".parse::<TwinArg>().is_err());
+    }
+}

@@ -111,8 +111,9 @@ impl Report {
              {load_after}; {}.\n{rounds} rounds of {slice} s slices ({few_rounds} of stopped \
              readers, memory and growth).\n\nRatios are of the same round: median (middle half of \
              the rounds). direct: no sidecar. explicit: sidecars that are dialled.\noff, sidecar, \
-             all: Sidestep with that --splice.\n",
+             all: Sidestep with that --splice.\n{}",
             versions.join(", "),
+            self.environment.doubt().map(|doubt| format!("\n{doubt}\n")).unwrap_or_default(),
         )
     }
 
