@@ -296,8 +296,8 @@ fn each_message_goes_where_it_should() {
 #[test]
 fn tiny_messages_that_nobody_reads_are_few() {
     let node = Splicing::start("tiny", "all");
-    for leg in [Leg::Sidecar, Leg::App] {
-        let Pair { client, server } = node.pair(leg);
+    let pairs = [node.pair(Leg::Sidecar), node.pair(Leg::App)];
+    for Pair { client, server } in pairs {
         let before = node.counter("splice_messages");
         for _ in 0..60_000 {
             put(&client, b"x");
