@@ -335,9 +335,11 @@ int redirect(struct sk_msg_md *msg)
 	}
 tcp:
 	s->redirecting = 0;
-	s->bulk += msg->size;
-	if (s->bulk >= SPLICE_BULKY && !s->off)
-		splices_wanted = 1;
+	if (!s->off) {
+		s->bulk += msg->size;
+		if (s->bulk >= SPLICE_BULKY)
+			splices_wanted = 1;
+	}
 	count_n(s->mesh, why == COUNTERS ? SPLICE_NO_PEER : why, 1);
 	return SK_PASS;
 }
