@@ -5,6 +5,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
     time::Duration,
 };
 
@@ -35,7 +36,7 @@ use crate::{
         kubernetes::{self, Kubernetes},
         manifests::Manifests,
     },
-    splice::{self, Leg},
+    splice,
 };
 
 /// What the agent was told on the command line.
@@ -119,7 +120,6 @@ async fn serve(config: &Config) -> Result<()> {
     let _lock = pins.lock()?;
     let mut dataplane = Dataplane::load(pins)?;
     dataplane.attach(&cgroup)?;
-    decide_splices(&mut dataplane, config.splice)?;
     let events = dataplane.events()?;
     let metrics = Arc::new(Metrics::new(pins, cgroup.id()));
     let mut reconciler = Reconciler::new(source, dataplane, cgroup, Arc::clone(&metrics))?;
@@ -142,6 +142,7 @@ async fn serve(config: &Config) -> Result<()> {
         installer = Some(found);
     }
 
+    let mut tried = try_splices(config.splice);
     let mut resync = interval(RESYNC);
     resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut sweep = interval(SWEEP);
@@ -177,6 +178,7 @@ async fn serve(config: &Config) -> Result<()> {
                 more = chain(installer.as_ref());
                 reconciler.sync(Look::Changes, &more);
             }
+            Ok(found) = &mut tried, if !tried.is_terminated() => reconciler.splice(config.splice, &found),
             _ = sweep.tick() => reconciler.sweep_splices(),
             _ = resync.tick() => {
                 more = chain(installer.as_ref());
@@ -194,18 +196,19 @@ async fn serve(config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Tries what this kernel does to spliced sockets, and says which legs are spliced.
-fn decide_splices(dataplane: &mut Dataplane, mode: splice::Mode) -> Result<()> {
-    // Nothing is to be known where nothing is asked for.
-    let found = match mode {
-        splice::Mode::Off => Ok(Vec::new()),
-        _ => bpf::self_test().map_err(|error| format!("{error:#}")),
-    };
-    let states = splice::decide(mode, &found);
-    for (leg, state) in Leg::ALL.iter().zip(&states) {
-        info!(leg = leg.name(), on = state.on, why = state.why, "splice");
-    }
-    dataplane.set_legs(&states)
+/// Tries what this kernel does to spliced sockets. No pod waits for that: until it is known, what an
+/// earlier agent decided stands, or nothing is spliced.
+fn try_splices(mode: splice::Mode) -> oneshot::Receiver<splice::Found> {
+    let (tell, told) = oneshot::channel();
+    thread::spawn(move || {
+        // Nothing is to be known where nothing is asked for.
+        let found = match mode {
+            splice::Mode::Off => Ok(Vec::new()),
+            _ => bpf::self_test().map_err(|error| format!("{error:#}")),
+        };
+        let _ = tell.send(found);
+    });
+    told
 }
 
 /// Takes the plugin and the data plane away.

@@ -29,6 +29,7 @@ use crate::{
         kubernetes::Kubernetes,
         manifests::{Manifests, NETNS_ANNOTATION},
     },
+    splice::{self, Leg},
 };
 
 /// How long the pods of an agent with other maps may be missing.
@@ -177,6 +178,17 @@ impl Reconciler {
         }
         self.problems = problems;
         self.report();
+    }
+
+    /// Decides which legs are spliced, given what the self-test found.
+    pub fn splice(&mut self, mode: splice::Mode, found: &splice::Found) {
+        let states = splice::decide(mode, found);
+        for (leg, state) in Leg::ALL.iter().zip(&states) {
+            info!(leg = leg.name(), on = state.on, why = state.why, "splice");
+        }
+        if let Err(error) = self.dataplane.set_legs(&states) {
+            error!("cannot say what is spliced: {error:#}");
+        }
     }
 
     /// Splices connections that have settled, where there are any.

@@ -69,6 +69,9 @@ impl fmt::Display for Hazard {
     }
 }
 
+/// What the self-test found; where it could not be made, its error.
+pub type Found = Result<Vec<Hazard>, String>;
+
 /// Whether a leg is spliced, and why it is not.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct LegState {
@@ -78,13 +81,12 @@ pub struct LegState {
     pub why: String,
 }
 
-/// What to splice, given what the self-test found; where it could not be made, its error.
-/// In the order of [`Leg::ALL`].
-pub fn decide(mode: Mode, found: &Result<Vec<Hazard>, String>) -> [LegState; 2] {
+/// What to splice, in the order of [`Leg::ALL`].
+pub fn decide(mode: Mode, found: &Found) -> [LegState; 2] {
     Leg::ALL.map(|leg| decide_leg(mode, leg, found))
 }
 
-fn decide_leg(mode: Mode, leg: Leg, found: &Result<Vec<Hazard>, String>) -> LegState {
+fn decide_leg(mode: Mode, leg: Leg, found: &Found) -> LegState {
     let off = |why: String| LegState { on: false, why };
     match (mode, leg) {
         (Mode::Off, _) => return off("--splice off".into()),

@@ -59,10 +59,12 @@ impl Agent {
         Self::make(binary, lab, lab.cgroup(), Some(source), Vec::new())
     }
 
-    /// Like [`Agent::start`], with more flags for `run`.
+    /// Like [`Agent::start`], with more flags for `run`; waits until it is decided what is spliced.
     pub fn start_flags(binary: &Path, lab: &Lab, flags: &[&str]) -> Result<Self> {
         let flags = flags.iter().map(Into::into).collect();
-        Self::make(binary, lab, lab.cgroup(), None, flags)
+        let agent = Self::make(binary, lab, lab.cgroup(), None, flags)?;
+        agent.wait_log("splice leg=\"app\"")?;
+        Ok(agent)
     }
 
     fn make(
