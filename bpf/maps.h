@@ -123,6 +123,17 @@ struct {
 	__type(value, __u64);
 } spliced SEC(".maps");
 
+/*
+ * Ends of connections whose other end is leaving. sweep_splices alone: it visits one end at a
+ * time. An entry that is lost leaves its connection in the map, with TCP.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct splice_key);
+	__type(value, __u8);
+} leaving SEC(".maps");
+
 /* Which legs are spliced. Agent writes; sockops and sweep_splices read. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

@@ -23,6 +23,7 @@
 #define SPLICE_LIMIT (64 * 1024) /* bytes: unread at the other end at most */
 /* Bytes that a message counts for by itself: the kernel takes a kilobyte and charges nobody. */
 #define SPLICE_MESSAGE 512
+#define SPLICE_BULKY (4 << 20) /* bytes by TCP beyond those redirected: better out of the map */
 #define SPLICE_PAGES 64 /* of the reader's pod's memory that must be free */
 
 /* The kernel's flags in the low bits of a pointer, SK_USER_DATA_PTRMASK. */
@@ -95,11 +96,16 @@ static __always_inline void splice_offer(struct bpf_sock_ops *ctx, bool client)
 	splices_wanted = 1;
 }
 
-/* What was redirected to a socket and not read yet. */
+/* What a socket has while it is in the map. */
+static __always_inline struct sk_psock *psock_of(const struct sock *sk)
+{
+	return (void *)((__u64)BPF_CORE_READ(sk, sk_user_data) & ~SK_USER_DATA_FLAGS);
+}
+
+/* Is all that was redirected to a socket read? */
 static __always_inline bool queue_is_empty(const struct sock *sk)
 {
-	struct sk_psock *psock =
-		(void *)((__u64)BPF_CORE_READ(sk, sk_user_data) & ~SK_USER_DATA_FLAGS);
+	struct sk_psock *psock = psock_of(sk);
 
 	return !psock || BPF_CORE_READ(psock, ingress_msg.next) == &psock->ingress_msg;
 }
@@ -126,6 +132,47 @@ __u32 sweep_off = 0;
 __u32 splices_left = 0;
 __u32 splices_unread = 0;
 
+/*
+ * Out of the map again: the kernel's way to TCP is slower for sockets in it. With a socket goes its
+ * queue, so a connection leaves in steps, a sweep each at the least: both ends send by TCP; no
+ * call is under way that began before (each holds a reference); both queues are empty, and
+ * stay so. The agent is told of each end that has come so far, and takes both out.
+ */
+static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ctx,
+					 const struct sock *sk, struct splice *s)
+{
+	const struct sk_psock *psock = psock_of(sk);
+	struct splice_key key = s->key;
+
+	s->off = 1;
+	if (!psock) {
+		s->state = SPLICE_OUT;
+		count_n(s->mesh, SPLICE_LEFT, 1);
+		return;
+	}
+	splices_left++;
+	if (!s->quiet)
+		s->quiet = BPF_CORE_READ(psock, refcnt.refs.counter) == 1;
+	else if (queue_is_empty(sk))
+		bpf_seq_write(ctx->meta->seq, &key, sizeof(key));
+}
+
+/* Does a spliced connection leave, by its own or by its other end's doing? */
+static __always_inline bool splice_leaves(const struct sock *sk, struct splice *s)
+{
+	struct splice_key key = s->key;
+	__u8 one = 1;
+
+	if (bpf_map_lookup_elem(&leaving, &key)) {
+		bpf_map_delete_elem(&leaving, &key);
+		return true;
+	}
+	if (s->bulk < SPLICE_BULKY && splice_safe(sk))
+		return false;
+	key.server = !key.server;
+	return !bpf_map_update_elem(&leaving, &key, &one, BPF_ANY);
+}
+
 /* Puts what is eligible into the map, once it has settled, and takes pods' changes over. */
 SEC("iter/bpf_sk_storage_map")
 int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
@@ -143,8 +190,17 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	s->off =
 		sweep_off || !pod || !(pod->flags & POD_SPLICE) || !leg_on(s->leg) ||
 		(s->leg == LEG_SIDECAR && !is_neighbour(s->key.server ? &s->key.src : &s->key.dst));
-	if (s->state == SPLICE_IN && !queue_is_empty(sk))
+	if (!queue_is_empty(sk))
 		splices_unread++;
+	if (s->state == SPLICE_LEAVING) {
+		splice_leave(ctx, sk, s);
+		return 0;
+	}
+	if (s->state == SPLICE_IN && splice_leaves(sk, s)) {
+		s->state = SPLICE_LEAVING;
+		s->off = 1;
+		splices_left++;
+	}
 	if (s->off || !pod || s->state != SPLICE_CANDIDATE)
 		return 0;
 	age = bpf_ktime_get_ns() - s->since;
@@ -267,6 +323,7 @@ int redirect(struct sk_msg_md *msg)
 	    (first || bpf_msg_redirect_hash(msg, &spliced, &key, BPF_F_INGRESS) == SK_PASS)) {
 		s->redirecting = 1;
 		s->burst += SPLICE_MESSAGE + msg->size;
+		s->bulk -= s->bulk < msg->size ? s->bulk : msg->size;
 		count_n(s->mesh, SPLICE_MESSAGES, 1);
 		count_n(s->mesh, SPLICE_BYTES, msg->size);
 		return SK_PASS;
@@ -278,6 +335,11 @@ int redirect(struct sk_msg_md *msg)
 	}
 tcp:
 	s->redirecting = 0;
+	if (!s->off) {
+		s->bulk += msg->size;
+		if (s->bulk >= SPLICE_BULKY)
+			splices_wanted = 1;
+	}
 	count_n(s->mesh, why == COUNTERS ? SPLICE_NO_PEER : why, 1);
 	return SK_PASS;
 }

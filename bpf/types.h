@@ -191,6 +191,7 @@ _Static_assert(sizeof(struct splice_key) == 48, "splice_key");
 enum splice_state {
 	SPLICE_CANDIDATE = 1, /* the agent's next sweep looks at it */
 	SPLICE_IN, /* the socket is in the map */
+	SPLICE_LEAVING, /* on its way out of the map: it sends by TCP */
 	SPLICE_OUT, /* not eligible, for good */
 };
 
@@ -201,13 +202,14 @@ struct splice {
 	__u32 redirecting; /* 1: nothing of what this end sent is in TCP any more */
 	__u32 burst; /* bytes redirected since the other end was last seen to have read all */
 	__u64 since; /* when it was established, ns */
+	__u64 bulk; /* bytes that went by TCP, less those that were redirected */
 	__u64 peer; /* the kernel's address of the other end's socket; 0: not known yet */
 	enum splice_leg leg;
 	__u16 mesh; /* index into the counters */
-	__u16 pad;
+	__u16 quiet; /* leaving: no call that began before is under way any more */
 	struct splice_key key;
 };
-_Static_assert(sizeof(struct splice) == 88, "splice");
+_Static_assert(sizeof(struct splice) == 96, "splice");
 
 enum counter {
 	CAPTURED_OUTBOUND, /* connect: sent to the outbound listener */
@@ -225,6 +227,7 @@ enum counter {
 	SPLICE_SOCKETS, /* sockets that were spliced */
 	SPLICE_NOT_SAFE, /* not eligible: blocking, or with an option that splicing breaks */
 	SPLICE_NOT_PROXY, /* not eligible: between pods, but not between their proxies */
+	SPLICE_LEFT, /* sockets that left the map again: they send bulk, or have begun to block */
 	SPLICE_MAP_FULL, /* eligible, but there is no room in the map */
 	SPLICE_MESSAGES, /* messages that skipped the TCP/IP stack */
 	SPLICE_BYTES, /* their bytes */

@@ -75,8 +75,8 @@ pub struct Cluster {
 
 /// A namespace can appear, go or change its addresses with no change in the source.
 const RESYNC: Duration = Duration::from_secs(3);
-/// A connection that has settled is spliced after this time at the latest.
-const SWEEP: Duration = Duration::from_millis(500);
+/// Connections that want to be spliced, or not to be any more, are looked at this often at most.
+const SWEEP: Duration = Duration::from_millis(100);
 /// A burst of changes is one change.
 const SETTLE: Duration = Duration::from_millis(20);
 /// Requests of the CNI plugin that may wait.

@@ -36,6 +36,8 @@ const TAKE_OVER: Duration = Duration::from_secs(15);
 /// A pod that starts or ends may have no process for a moment, or its object may lag behind: that
 /// none is found is said at this look at everything.
 const MISSES: u32 = 2;
+/// The agent spends one part of so many on looking at connections to splice, at most.
+const SWEEP_SHARE: u32 = 50;
 /// A pod whose proxy does not listen is looked at this often at most.
 const SEARCH: Duration = Duration::from_millis(100);
 
@@ -83,6 +85,8 @@ pub struct Reconciler {
     pods: BTreeMap<u64, Enrolled>,
     /// When a pod's listeners were last looked for.
     searched: BTreeMap<(u64, u16), Instant>,
+    /// When connections to splice may be looked at again.
+    next_sweep: Instant,
     /// Since when an agent with other maps could be taken over from.
     taking_over: Option<Instant>,
     /// What the namespaces said when they were last visited, by the pod's uid.
@@ -121,6 +125,7 @@ impl Reconciler {
             applied: None,
             pods: BTreeMap::new(),
             searched: BTreeMap::new(),
+            next_sweep: Instant::now(),
             taking_over: None,
             visited: BTreeMap::new(),
             missing: BTreeMap::new(),
@@ -148,6 +153,12 @@ impl Reconciler {
     pub fn sync(&mut self, look: Look, more: &BTreeSet<Problem>) {
         let start = Instant::now();
         let mut problems = more.clone();
+        // A spliced socket may have begun to block: nothing but a look tells.
+        if look == Look::Everything
+            && let Err(error) = self.dataplane.want_sweep(true)
+        {
+            problems.insert(Problem::node(format!("{error:#}")));
+        }
         match self.try_sync(look, &mut problems) {
             Ok(true) => self.metrics.synced(start.elapsed()),
             Ok(false) => {}
@@ -170,11 +181,14 @@ impl Reconciler {
 
     /// Splices connections that have settled, where there are any.
     pub fn sweep_splices(&mut self) {
-        if self.dataplane.wants_sweep()
-            && let Err(error) = self.dataplane.sweep()
-        {
+        let start = Instant::now();
+        if start < self.next_sweep || !self.dataplane.wants_sweep() {
+            return;
+        }
+        if let Err(error) = self.dataplane.sweep() {
             warn!("cannot look at connections to splice: {error:#}");
         }
+        self.next_sweep = Instant::now() + start.elapsed() * SWEEP_SHARE;
     }
 
     /// Says how things stand to whoever asks the metrics.

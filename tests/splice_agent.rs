@@ -48,9 +48,9 @@ impl<'a> Flows<'a> {
         let pattern = Pattern::new(key);
         let mut position = 0;
         while !self.stop.load(Ordering::Relaxed) {
-            // Mostly small ones.
+            // Mostly small ones, or it would be bulk and leave.
             let dice = mix(key ^ (position << 8));
-            let most = if dice.is_multiple_of(16) { 2 * LARGE as u64 } else { 2000 };
+            let most = if dice.is_multiple_of(256) { 2 * LARGE as u64 } else { 2000 };
             let size = 1 + (dice >> 8) % most;
             put(to, &pattern.bytes(position, size as usize));
             position += size;
@@ -292,12 +292,58 @@ fn each_message_goes_where_it_should() {
     assert_eq!(since(), [1, 0, 0, 0], "all is read");
 }
 
+#[test]
+fn bulk_leaves_the_map_and_loses_nothing() {
+    let node = Splicing::start("bulk", "all");
+    for leg in [Leg::Sidecar, Leg::App] {
+        let others = node.sockets();
+        let Pair { client, server } = node.pair(leg);
+        let spliced = node.sockets();
+        let (sent, received) = (Pattern::new(1), Pattern::new(2));
+        // In the queue, and not read while its socket is to leave.
+        put(&server, &received.bytes(0, 1000));
+        let mut checker = Checker::new(sent);
+        let mut position = 0;
+        let mut send = |checker: &mut Checker, size: usize| {
+            put(&client, &sent.bytes(position, size));
+            position += size as u64;
+            checker.check(&get(&server, size));
+            assert_eq!(checker.damage(), None);
+        };
+        let left = || node.counter("splice_left");
+        let before = left();
+        for _ in 0..150 {
+            send(&mut checker, LARGE);
+        }
+        // Both ends are told to, and none goes while something is in its queue.
+        for _ in 0..50 {
+            send(&mut checker, LARGE);
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!((node.sockets(), left()), (spliced, before), "with unread bytes in a queue");
+        let mut back = Checker::new(received);
+        back.check(&get(&client, 1000));
+        assert_eq!(back.damage(), None);
+        wait_until("both ends to leave", Duration::from_secs(10), || node.sockets() == others)
+            .unwrap_or_else(|error| panic!("{error:#}: {}", node.agent.log_tail()));
+        wait_until("it to be counted", Duration::from_secs(10), || left() == before + 2)
+            .unwrap_or_else(|error| panic!("{error:#}: {}", left()));
+        // And both go on, as plain TCP.
+        let messages = node.counter("splice_messages");
+        send(&mut checker, LARGE);
+        send(&mut checker, 10);
+        put(&server, &received.bytes(1000, 10));
+        back.check(&get(&client, 10));
+        assert_eq!((back.damage(), node.counter("splice_messages")), (None, messages));
+    }
+}
+
 /// Each message in the queue takes about a kilobyte that no socket is charged for.
 #[test]
 fn tiny_messages_that_nobody_reads_are_few() {
     let node = Splicing::start("tiny", "all");
-    for leg in [Leg::Sidecar, Leg::App] {
-        let Pair { client, server } = node.pair(leg);
+    let pairs = [node.pair(Leg::Sidecar), node.pair(Leg::App)];
+    for Pair { client, server } in pairs {
         let before = node.counter("splice_messages");
         for _ in 0..60_000 {
             put(&client, b"x");

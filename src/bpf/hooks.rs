@@ -143,6 +143,7 @@ pub(crate) const HOOKS: &[Hook] = &[
 /// The map types that the programs use.
 pub(crate) const MAP_TYPES: &[(MapType, &str)] = &[
     (MapType::Hash, "hash"),
+    (MapType::LruHash, "lru_hash"),
     (MapType::LpmTrie, "lpm_trie"),
     (MapType::SkStorage, "sk_storage"),
     (MapType::Sockhash, "sockhash"),

@@ -71,7 +71,7 @@ use crate::{
 pub const LAYOUT: &str = "v2";
 
 /// The names of the kernel's counters, in the order of `enum counter`.
-const COUNTERS: [&str; 21] = [
+const COUNTERS: [&str; 22] = [
     "captured_outbound",
     "captured_self",
     "captured_dns",
@@ -86,6 +86,7 @@ const COUNTERS: [&str; 21] = [
     "splice_sockets",
     "splice_not_safe",
     "splice_not_proxy",
+    "splice_left",
     "splice_map_full",
     "splice_messages",
     "splice_bytes",

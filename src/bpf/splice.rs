@@ -2,7 +2,9 @@
 //! bpf/splice.h decides about the rest.
 
 use std::{
+    collections::BTreeSet,
     io::Read,
+    mem::size_of,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::Path,
     thread,
@@ -26,12 +28,21 @@ const DRAIN: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// What a sweep left.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Swept {
     /// Connections that are too young, or may become eligible.
     pub left: u32,
     /// Sockets with redirected data that is not read.
     pub unread: u32,
+    /// Ends of connections that may be taken out when the other end may, as the map's keys.
+    pub leave: BTreeSet<Vec<u8>>,
+}
+
+/// The key of a connection's other end.
+fn other_end(end: &[u8]) -> Result<Vec<u8>> {
+    let mut key: wire::splice_key = from_bytes(end)?;
+    key.server ^= 1;
+    Ok(as_bytes(&key).to_vec())
 }
 
 impl Dataplane {
@@ -63,15 +74,19 @@ impl Dataplane {
         })
     }
 
-    pub(super) fn want_sweep(&mut self, wanted: bool) -> Result<()> {
+    /// Whether the next sweep is to be made.
+    ///
+    /// # Errors
+    /// Where the object has no variables.
+    pub fn want_sweep(&mut self, wanted: bool) -> Result<()> {
         let variables = self.skel.maps.bss_data.as_mut().context("the object has no variables")?;
         // SAFETY: as in `wants_sweep`; the kernel's side only ever writes 1.
         unsafe { (&raw mut variables.splices_wanted).write_volatile(u32::from(wanted)) };
         Ok(())
     }
 
-    /// Puts connections that have settled and are eligible into the map, and takes what changed
-    /// about their pods over.
+    /// Puts connections that have settled and are eligible into the map, takes those out that are
+    /// better off without, and takes what changed about their pods over.
     ///
     /// # Errors
     /// Where the iterator fails.
@@ -80,6 +95,15 @@ impl Dataplane {
         self.want_sweep(false)?;
         let map = self.skel.maps.splices.as_fd().try_clone_to_owned()?;
         let swept = run_sweep(&mut self.skel, map.as_fd(), false)?;
+        let spliced = &self.skel.maps.spliced;
+        for end in &swept.leave {
+            let other = other_end(end)?;
+            // Without the other end, nothing comes to this one: only a sweep puts it there.
+            if swept.leave.contains(&other) || spliced.lookup(&other, MapFlags::ANY)?.is_none() {
+                // An end that has closed meanwhile is out.
+                let _ = spliced.delete(end);
+            }
+        }
         if swept.left > 0 {
             self.want_sweep(true)?;
         }
@@ -99,13 +123,16 @@ fn run_sweep(
     variables.splices_unread = 0;
     let link = skel.progs.sweep_splices.attach_iter(splices)?;
     // Reading it to the end is what runs the program.
-    Iter::new(&link)?.read_to_end(&mut Vec::new())?;
+    let mut keys = Vec::new();
+    Iter::new(&link)?.read_to_end(&mut keys)?;
+    let leave = keys.chunks_exact(size_of::<wire::splice_key>()).map(<[u8]>::to_vec).collect();
     let variables = skel.maps.bss_data.as_ref().context("the object has no variables")?;
     // SAFETY: valid, aligned u32s in a page that the kernel's side writes to.
     unsafe {
         Ok(Swept {
             left: (&raw const variables.splices_left).read_volatile(),
             unread: (&raw const variables.splices_unread).read_volatile(),
+            leave,
         })
     }
 }

@@ -151,9 +151,14 @@ impl Splicing {
         if leg.is_plain() {
             return connect();
         }
-        let before = self.sockets();
+        // All that ever were: one that was closed may be there for a moment yet.
+        let all = self.counter("splice_sockets") + 2 * count as u64;
         let pairs: Vec<Pair> = connect();
-        self.wait_sockets(before + 2 * count);
+        let what = format!("{count} connections to be spliced");
+        wait_until(&what, Duration::from_secs(10), || self.counter("splice_sockets") >= all)
+            .unwrap_or_else(|error| {
+                panic!("{error:#}: {}; {}", self.status(), self.agent.log_tail())
+            });
         let redirected = self.counter("splice_messages");
         pairs.iter().for_each(Pair::prime);
         let more = self.counter("splice_messages") - redirected;
