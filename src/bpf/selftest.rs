@@ -398,16 +398,25 @@ fn wait_all(bench: &Bench) -> Result<()> {
     Ok(())
 }
 
+/// The bytes that one of FIONREAD and TIOCOUTQ tells of.
+fn ioctl(socket: &TcpStream, request: libc::Ioctl) -> Result<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: the descriptor is open, and both requests write one int.
+    let rc = unsafe { libc::ioctl(socket.as_raw_fd(), request, &raw mut count) };
+    ensure!(rc == 0, "{}", std::io::Error::last_os_error());
+    Ok(usize::try_from(count)?)
+}
+
 fn fionread(bench: &Bench) -> Result<()> {
     let (mut writer, mut reader) = bench.pair()?;
     for size in [100, LARGE + 1] {
         put(&mut writer, &bytes(0, size))?;
         let start = Instant::now();
-        let mut there: libc::c_int = 0;
-        while there != size as libc::c_int {
-            // SAFETY: the descriptor is open, and FIONREAD writes one int.
-            let rc = unsafe { libc::ioctl(reader.as_raw_fd(), libc::FIONREAD, &raw mut there) };
-            ensure!(rc == 0, "{}", std::io::Error::last_os_error());
+        loop {
+            let there = ioctl(&reader, libc::FIONREAD)?;
+            if there == size {
+                break;
+            }
             ensure!(start.elapsed() < PATIENCE / 4, "{there} of {size} bytes");
         }
         expect(&mut reader, 0, size)?;
@@ -491,6 +500,11 @@ fn short_read(bench: &Bench) -> Result<()> {
     while sent < LIMIT + 10_000 {
         put(&mut writer, &bytes(sent, 1000))?;
         sent += 1000;
+    }
+    // What was spilled has to be there before the reader begins.
+    let start = Instant::now();
+    while ioctl(&writer, libc::TIOCOUTQ)? > 0 {
+        ensure!(start.elapsed() < PATIENCE, "what went by TCP does not arrive");
     }
     let (mut data, mut total) = ([0; 16384], 0);
     while total < sent {
