@@ -127,9 +127,11 @@ static __always_inline bool splice_safe(const struct sock *sk)
 
 /* Set by the agent: 1: take every connection out of use. */
 __u32 sweep_off = 0;
-/* Answers to the agent: connections that the next sweep should look at again, and sockets with
+/* Answers to the agent: connections that the next sweep should look at again, those
+ * that are on their way out, and sockets with
  * redirected data that is not read. */
 __u32 splices_left = 0;
+__u32 splices_leaving = 0;
 __u32 splices_unread = 0;
 
 /*
@@ -150,7 +152,7 @@ static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ct
 		count_n(s->mesh, SPLICE_LEFT, 1);
 		return;
 	}
-	splices_left++;
+	splices_leaving++;
 	if (!s->quiet)
 		s->quiet = BPF_CORE_READ(psock, refcnt.refs.counter) == 1;
 	else if (queue_is_empty(sk))
@@ -199,7 +201,7 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	if (s->state == SPLICE_IN && splice_leaves(sk, s)) {
 		s->state = SPLICE_LEAVING;
 		s->off = 1;
-		splices_left++;
+		splices_leaving++;
 	}
 	if (s->off || !pod || s->state != SPLICE_CANDIDATE)
 		return 0;

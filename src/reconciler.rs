@@ -38,7 +38,7 @@ const TAKE_OVER: Duration = Duration::from_secs(15);
 /// none is found is said at this look at everything.
 const MISSES: u32 = 2;
 /// The agent spends one part of so many on looking at connections to splice, at most.
-const SWEEP_SHARE: u32 = 50;
+const SWEEP_SHARE: u32 = 20;
 /// A pod whose proxy does not listen is looked at this often at most.
 const SEARCH: Duration = Duration::from_millis(100);
 

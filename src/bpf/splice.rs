@@ -24,6 +24,8 @@ use crate::splice::LegState;
 pub(super) const MAPS: [&str; 2] = ["spliced", "splices"];
 /// How long `unload` waits for redirected data to be read.
 const DRAIN: Duration = Duration::from_secs(10);
+/// How long a sweep goes on for connections that are on their way out of the map.
+const LINGER: Duration = Duration::from_millis(10);
 /// How often it looks.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -32,6 +34,8 @@ const LOOK: Duration = Duration::from_millis(20);
 pub(crate) struct Swept {
     /// Connections that are too young, or may become eligible.
     pub left: u32,
+    /// Sockets on their way out of the map.
+    pub leaving: u32,
     /// Sockets with redirected data that is not read.
     pub unread: u32,
     /// Ends of connections that may be taken out when the other end may, as the map's keys.
@@ -94,7 +98,21 @@ impl Dataplane {
         // What comes while it runs is for the next one.
         self.want_sweep(false)?;
         let map = self.skel.maps.splices.as_fd().try_clone_to_owned()?;
-        let swept = run_sweep(&mut self.skel, map.as_fd(), false)?;
+        let start = Instant::now();
+        let mut swept = self.sweep_once(map.as_fd())?;
+        // Leaving takes several looks, and bulk is slow meanwhile.
+        while swept.leaving > 0 && start.elapsed() < LINGER {
+            thread::sleep(Duration::from_millis(1));
+            swept = self.sweep_once(map.as_fd())?;
+        }
+        if swept.left + swept.leaving > 0 {
+            self.want_sweep(true)?;
+        }
+        Ok(())
+    }
+
+    fn sweep_once(&mut self, splices: BorrowedFd<'_>) -> Result<Swept> {
+        let swept = run_sweep(&mut self.skel, splices, false)?;
         let spliced = &self.skel.maps.spliced;
         for end in &swept.leave {
             let other = other_end(end)?;
@@ -104,10 +122,7 @@ impl Dataplane {
                 let _ = spliced.delete(end);
             }
         }
-        if swept.left > 0 {
-            self.want_sweep(true)?;
-        }
-        Ok(())
+        Ok(swept)
     }
 }
 
@@ -120,6 +135,7 @@ fn run_sweep(
     let variables = skel.maps.bss_data.as_mut().context("the object has no variables")?;
     variables.sweep_off = u32::from(off);
     variables.splices_left = 0;
+    variables.splices_leaving = 0;
     variables.splices_unread = 0;
     let link = skel.progs.sweep_splices.attach_iter(splices)?;
     // Reading it to the end is what runs the program.
@@ -131,6 +147,7 @@ fn run_sweep(
     unsafe {
         Ok(Swept {
             left: (&raw const variables.splices_left).read_volatile(),
+            leaving: (&raw const variables.splices_leaving).read_volatile(),
             unread: (&raw const variables.splices_unread).read_volatile(),
             leave,
         })
