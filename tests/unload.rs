@@ -45,6 +45,8 @@ fn nothing_is_left_and_open_connections_go_on() {
             .expect("runs")
             .expect("steered"),
     );
+    // The self-test has objects of its own.
+    node.agent.wait_log("splice leg=\"app\"").expect("it is decided what is spliced");
     let installed = kernel_objects();
     let names: Vec<_> = installed.difference(&before).map(|(_, _, name)| name.as_str()).collect();
     for name in ["connect4", "steer", "pods", "listeners"] {
