@@ -692,7 +692,8 @@ of(
     ("both ends have one key",
      "\tkey.server = !key.server;\n\tif (s->off)", "\tif (s->off)", "splice_agent:each_message"),
     ("a closed half is written to",
-     "!(sk->sk_shutdown & SEND_SHUTDOWN) &&", "", "splice_api:each_call"),
+     "!(sk->sk_shutdown & SEND_SHUTDOWN) &&", "", "splice_api:each_call",
+     "the reader has had the FIN by then: its state says the same"),
     # Which connections.
     ("every leg is on", "return leg && leg->on;", "return leg;", "splice_agent:a_mode"),
     ("the outbound listener is not asked for",
