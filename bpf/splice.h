@@ -127,9 +127,10 @@ static __always_inline bool splice_safe(const struct sock *sk)
 
 /* Set by the agent: 1: take every connection out of use. */
 __u32 sweep_off = 0;
-/* Answers to the agent: connections that the next sweep should look at again, those
- * that are on their way out, and sockets with
- * redirected data that is not read. */
+/*
+ * Answers to the agent: sockets that the next sweep should look at again, those that are on their
+ * way out, and those with redirected data that is not read.
+ */
 __u32 splices_left = 0;
 __u32 splices_leaving = 0;
 __u32 splices_unread = 0;
@@ -146,7 +147,6 @@ static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ct
 	const struct sk_psock *psock = psock_of(sk);
 	struct splice_key key = s->key;
 
-	s->off = 1;
 	if (!psock) {
 		s->state = SPLICE_OUT;
 		count_n(s->mesh, SPLICE_LEFT, 1);
@@ -189,20 +189,22 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	if (!sk || !s)
 		return 0;
 	pod = pod_by_netns(BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie));
-	s->off =
-		sweep_off || !pod || !(pod->flags & POD_SPLICE) || !leg_on(s->leg) ||
-		(s->leg == LEG_SIDECAR && !is_neighbour(s->key.server ? &s->key.src : &s->key.dst));
 	if (!queue_is_empty(sk))
 		splices_unread++;
+	/* Off for good: not for a moment may it be on again, or a message could follow. */
 	if (s->state == SPLICE_LEAVING) {
 		splice_leave(ctx, sk, s);
 		return 0;
 	}
 	if (s->state == SPLICE_IN && splice_leaves(sk, s)) {
-		s->state = SPLICE_LEAVING;
 		s->off = 1;
+		s->state = SPLICE_LEAVING;
 		splices_leaving++;
+		return 0;
 	}
+	s->off =
+		sweep_off || !pod || !(pod->flags & POD_SPLICE) || !leg_on(s->leg) ||
+		(s->leg == LEG_SIDECAR && !is_neighbour(s->key.server ? &s->key.src : &s->key.dst));
 	if (s->off || !pod || s->state != SPLICE_CANDIDATE)
 		return 0;
 	age = bpf_ktime_get_ns() - s->since;

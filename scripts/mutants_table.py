@@ -776,7 +776,7 @@ of(
     ("calls that are under way are not waited for",
      "s->quiet = BPF_CORE_READ(psock, refcnt.refs.counter) == 1;", "s->quiet = 1;",
      "splice_agent:bulk_leaves", "a call takes microseconds, and looks are a millisecond apart"),
-    ("who leaves is redirected all the same", "\ts->off = 1;\n\tif (!psock) {", "\tif (!psock) {",
+    ("who leaves is redirected all the same", "\t\ts->off = 1;\n\t\ts->state", "\t\ts->state",
      "splice_agent:bulk_leaves"),
     ("what was redirected does not count against bulk",
      "\t\ts->bulk -= s->bulk < msg->size ? s->bulk : msg->size;\n", "",
