@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::netns;
 use crate::pod::Pod;
@@ -247,6 +247,11 @@ impl Loop {
                 }
                 self.shared.open.store(conns.len(), Ordering::Relaxed);
             }
+        }
+        // A child that another thread is just starting has copies of these until it executes:
+        // closing alone would leave the ports taken for that time.
+        for listener in &self.listeners {
+            SockRef::from(listener).shutdown(Shutdown::Both)?;
         }
         Ok(())
     }
