@@ -6,6 +6,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "config.h"
+#include "kernel.h"
 #include "types.h"
 #include "maps.h"
 #include "pod.h"
@@ -26,11 +27,11 @@ int sock_ops(struct bpf_sock_ops *ctx)
 		origdst_offer(ctx);
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
-		splice_offer(ctx, true);
+		splice_note(ctx);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		origdst_take(ctx);
-		splice_offer(ctx, false);
+		splice_note(ctx);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		origdst_withdraw(ctx);

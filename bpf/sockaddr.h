@@ -53,19 +53,22 @@ __noinline __u32 id_in(__u64 address, __u32 id)
  */
 static __always_inline void owner_of_kernel(const struct sock *sk, struct outbound *c)
 {
-	struct user_namespace *ns;
+	const struct socket *socket = peek(sk, sk_socket);
+	const struct file *file = socket ? peek(socket, file) : NULL;
+	const struct user_namespace *ns;
 	const struct cred *cred;
-	struct file *file;
+	const struct net *net;
 
 	c->uid = c->gid = (__u32)-1;
-	file = BPF_CORE_READ(sk, sk_socket, file);
 	if (!file)
 		return;
-	cred = BPF_CORE_READ(file, f_cred);
-	c->uid = BPF_CORE_READ(cred, fsuid.val);
-	c->gid = BPF_CORE_READ(cred, fsgid.val);
-	ns = BPF_CORE_READ(sk, __sk_common.skc_net.net, user_ns);
-	if (BPF_CORE_READ(ns, level)) {
+	cred = peek(file, f_cred);
+	c->uid = peek(cred, fsuid.val);
+	c->gid = peek(cred, fsgid.val);
+	net = peek(sk, __sk_common.skc_net.net);
+	ns = peek(net, user_ns);
+	if (peek(ns, level)) {
+		ns = (const void *)number_of(ns);
 		c->uid = id_in((__u64)&ns->uid_map, c->uid);
 		c->gid = id_in((__u64)&ns->gid_map, c->gid);
 	}
@@ -74,11 +77,7 @@ static __always_inline void owner_of_kernel(const struct sock *sk, struct outbou
 /* The same, of a hook's socket. */
 static __always_inline void owner_of(struct bpf_sock *sk, struct outbound *c)
 {
-	struct sock *kernel_sk = NULL;
-
-	/* Read back from memory, the pointer is a plain number, which may be added to. */
-	bpf_probe_read_kernel(&kernel_sk, sizeof(kernel_sk), &sk);
-	owner_of_kernel(kernel_sk, c);
+	owner_of_kernel(kernel_ptr(number_of(sk), struct sock), c);
 }
 
 /* What policy wants to know, but for the owner. */

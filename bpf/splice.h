@@ -3,8 +3,9 @@
  * Splice: what one end of a connection sends goes straight to the other end's queue, where both
  * are on this node. docs/splice.md has the reasons.
  *
- * sock_ops marks connections that qualify by their addresses. The agent's sweep puts those that
- * have lived for a moment into the map, and only sockets whose state it can see to be safe.
+ * sock_ops notes which pods have new connections. The agent looks there for those that qualify by
+ * their addresses (find_splices), and its sweep puts what has lived for a moment into the map, and
+ * only sockets whose state it can see to be safe: a short connection costs nothing.
  * From then on redirect decides for each message: the other end's queue, or TCP as ever. Both
  * ways end at the same reader, who always empties the queue first. So:
  *
@@ -29,8 +30,22 @@
 /* The kernel's flags in the low bits of a pointer, SK_USER_DATA_PTRMASK. */
 #define SK_USER_DATA_FLAGS 7ul
 
-/* Some connection wants to be looked at. */
+/* Some pod has new connections; some connection wants to be looked at. */
+__u32 splices_fresh = 0;
 __u32 splices_wanted = 0;
+
+/* A connection is established: its pod is to be looked at. */
+static __always_inline void splice_note(struct bpf_sock_ops *ctx)
+{
+	__u64 netns = bpf_get_netns_cookie(ctx);
+	const struct pod *pod = pod_by_netns(netns);
+	__u8 one = 1;
+
+	if (!pod || !(pod->flags & POD_SPLICE) || bpf_map_lookup_elem(&fresh, &netns))
+		return;
+	bpf_map_update_elem(&fresh, &netns, &one, BPF_ANY);
+	splices_fresh = 1;
+}
 
 static __always_inline bool leg_on(__u32 which)
 {
@@ -47,67 +62,110 @@ static __always_inline bool is_neighbour(const struct addr *a)
 	return bpf_map_lookup_elem(&locals, &key);
 }
 
-/* Which leg a connection is; LEGS: none, or its other end is not on this node. */
-static __always_inline enum splice_leg leg_of(struct bpf_sock *sk, bool client, __u64 netns,
-					      const struct pod *pod, const struct conn *c)
+static __always_inline struct splice_key other_end(const struct splice_key *key)
 {
-	const struct addr *remote = client ? &c->dst : &c->src;
-	struct origdst *od = origdst_of(sk, 0);
-
-	/* An app that was sent to its proxy, and the socket that the proxy accepted. */
-	if (od)
-		return addr_is_via(&c->dst) && c->dport == pod->out_port ? LEG_APP : LEGS;
-	/* The proxy's call to its app. */
-	if (addr_is_passthrough(&c->src))
-		return LEG_APP;
-	return !pod_owns(netns, remote) && is_neighbour(remote) ? LEG_SIDECAR : LEGS;
+	return (struct splice_key){
+		.local = key->remote,
+		.remote = key->local,
+		.lport = key->rport,
+		.rport = key->lport,
+		.first_sent = key->first_received,
+		.first_received = key->first_sent,
+	};
 }
 
-/* A connection is established: does it stay on this node? */
-static __always_inline void splice_offer(struct bpf_sock_ops *ctx, bool client)
+/*
+ * The key of a connection's end; false: TCP's counts don't say where it began. What was
+ * acknowledged counts a client's SYN, and not a server's.
+ */
+static __always_inline bool splice_key_of(const struct tcp_sock *tp, struct splice_key *key)
 {
-	__u64 netns = bpf_get_netns_cookie(ctx);
-	const struct pod *pod = pod_by_netns(netns);
-	struct bpf_sock *sk = ctx->sk;
-	struct splice *s;
-	enum splice_leg leg;
-	struct conn c;
+	const struct sock_common *sk = &tp->inet_conn.icsk_inet.sk.__sk_common;
+	__u32 sent = tp->snd_nxt - (__u32)(tp->bytes_sent - tp->bytes_retrans);
+	__u32 acked = tp->snd_una - (__u32)tp->bytes_acked;
 
-	if (!pod || !sk || !(pod->flags & POD_SPLICE))
-		return;
-	c = sockops_conn(ctx, client);
-	leg = leg_of(sk, client, netns, pod, &c);
+	if (sk->skc_family == AF_INET6) {
+		/* v4-mapped, where it speaks IPv4 */
+		__builtin_memcpy(&key->local, &sk->skc_v6_rcv_saddr, sizeof(key->local));
+		__builtin_memcpy(&key->remote, &sk->skc_v6_daddr, sizeof(key->remote));
+	} else {
+		key->local = addr4(sk->skc_rcv_saddr);
+		key->remote = addr4(sk->skc_daddr);
+	}
+	key->lport = sk->skc_num;
+	key->rport = bpf_ntohs(sk->skc_dport);
+	key->first_sent = sent;
+	key->first_received = tp->rcv_nxt - (__u32)tp->bytes_received;
+	return sent == acked || sent == acked + 1;
+}
+
+/* Which leg an end is of; LEGS: none, or its other end is not on this node. */
+static __always_inline enum splice_leg leg_of(const struct origdst *od, __u64 netns,
+					      const struct pod *pod, const struct splice_key *key)
+{
+	/* An app that was sent to its proxy, and the socket that the proxy accepted. */
+	if (od && od->role == ROLE_CLIENT)
+		return addr_is_via(&key->remote) && key->rport == pod->out_port ? LEG_APP : LEGS;
+	if (od)
+		return addr_is_via(&key->local) && key->lport == pod->out_port ? LEG_APP : LEGS;
+	/* The proxy's call to its app. */
+	if (addr_is_passthrough(&key->local) || addr_is_passthrough(&key->remote))
+		return LEG_APP;
+	return !pod_owns(netns, &key->remote) && is_neighbour(&key->remote) ? LEG_SIDECAR : LEGS;
+}
+
+/*
+ * Marks the connections that stay on this node. An iterator sees the network namespace of the task
+ * that opened it: the agent opens it inside the pod's.
+ */
+SEC("iter/tcp")
+int find_splices(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *sk = ctx->sk_common;
+	struct splice_key key = {};
+	const struct pod *pod;
+	enum splice_leg leg;
+	struct tcp_sock *tp;
+	struct splice *s;
+	__u64 netns;
+
+	if (!sk || sk->skc_state != BPF_TCP_ESTABLISHED)
+		return 0;
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp || bpf_sk_storage_get(&splices, tp, NULL, 0))
+		return 0;
+	netns = sk->skc_net.net->net_cookie;
+	pod = pod_by_netns(netns);
+	if (!pod || !(pod->flags & POD_SPLICE) || !splice_key_of(tp, &key))
+		return 0;
+	leg = leg_of(bpf_sk_storage_get(&origdsts, tp, NULL, 0), netns, pod, &key);
 	if (leg == LEGS || !leg_on(leg))
-		return;
-	s = bpf_sk_storage_get(&splices, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+		return 0;
+	s = bpf_sk_storage_get(&splices, tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!s)
-		return;
-	s->key.src = c.src;
-	s->key.dst = c.dst;
-	s->key.sport = c.sport;
-	s->key.dport = c.dport;
-	s->key.client_isn = (client ? ctx->snd_una : ctx->rcv_nxt) - 1;
-	s->key.server_isn = (client ? ctx->rcv_nxt : ctx->snd_una) - 1;
-	s->key.server = !client;
+		return 0;
+	s->key = key;
 	s->leg = leg;
 	s->mesh = pod->mesh;
 	s->since = bpf_ktime_get_ns();
 	s->state = SPLICE_CANDIDATE;
-	splices_wanted = 1;
+	return 0;
 }
 
 /* What a socket has while it is in the map. */
-static __always_inline struct sk_psock *psock_of(const struct sock *sk)
+static __always_inline const struct sk_psock *psock_of(const struct sock *sk)
 {
-	return (void *)((__u64)BPF_CORE_READ(sk, sk_user_data) & ~SK_USER_DATA_FLAGS);
+	__u64 psock = (__u64)peek(sk, sk_user_data) & ~SK_USER_DATA_FLAGS;
+
+	return psock ? kernel_ptr(psock, struct sk_psock) : NULL;
 }
 
 /* Is all that was redirected to a socket read? */
 static __always_inline bool queue_is_empty(const struct sock *sk)
 {
-	struct sk_psock *psock = psock_of(sk);
+	const struct sk_psock *psock = psock_of(sk);
 
-	return !psock || BPF_CORE_READ(psock, ingress_msg.next) == &psock->ingress_msg;
+	return !psock || (__u64)peek(psock, ingress_msg.next) == (__u64)&psock->ingress_msg;
 }
 
 /*
@@ -115,13 +173,14 @@ static __always_inline bool queue_is_empty(const struct sock *sk)
  * EAGAIN for any wake-up that brings no data. Nor are sockets with an upper layer (kTLS), where
  * the program would see plain text, or that wait for word of pages that they sent.
  */
-static __always_inline bool splice_safe(const struct sock *sk)
+static __always_inline bool splice_safe(const struct tcp_sock *tp)
 {
-	const struct inet_connection_sock *icsk = (const void *)sk;
+	const struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+	const struct socket *socket = peek(sk, sk_socket);
+	const struct file *file = socket ? peek(socket, file) : NULL;
 
-	return BPF_CORE_READ(sk, sk_socket, file, f_flags) & O_NONBLOCK &&
-	       !BPF_CORE_READ(icsk, icsk_ulp_ops) &&
-	       !(BPF_CORE_READ(sk, __sk_common.skc_flags) &
+	return file && peek(file, f_flags) & O_NONBLOCK && !peek(tp, inet_conn.icsk_ulp_ops) &&
+	       !(peek(sk, __sk_common.skc_flags) &
 		 (1ul << bpf_core_enum_value(enum sock_flags, SOCK_ZEROCOPY)));
 }
 
@@ -154,13 +213,13 @@ static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ct
 	}
 	splices_leaving++;
 	if (!s->quiet)
-		s->quiet = BPF_CORE_READ(psock, refcnt.refs.counter) == 1;
+		s->quiet = peek(psock, refcnt.refs.counter) == 1;
 	else if (queue_is_empty(sk))
 		bpf_seq_write(ctx->meta->seq, &key, sizeof(key));
 }
 
 /* Does a spliced connection leave, by its own or by its other end's doing? */
-static __always_inline bool splice_leaves(const struct sock *sk, struct splice *s)
+static __always_inline bool splice_leaves(const struct tcp_sock *tp, struct splice *s)
 {
 	struct splice_key key = s->key;
 	__u8 one = 1;
@@ -169,9 +228,9 @@ static __always_inline bool splice_leaves(const struct sock *sk, struct splice *
 		bpf_map_delete_elem(&leaving, &key);
 		return true;
 	}
-	if (s->bulk < SPLICE_BULKY && splice_safe(sk))
+	if (s->bulk < SPLICE_BULKY && splice_safe(tp))
 		return false;
-	key.server = !key.server;
+	key = other_end(&key);
 	return !bpf_map_update_elem(&leaving, &key, &one, BPF_ANY);
 }
 
@@ -184,11 +243,14 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	struct outbound owner = {};
 	const struct pod *pod;
 	struct splice_key key;
-	__u64 age;
+	struct tcp_sock *tp;
+	__u64 netns, age;
 
-	if (!sk || !s)
+	tp = sk && s ? bpf_skc_to_tcp_sock(sk) : NULL;
+	if (!tp)
 		return 0;
-	pod = pod_by_netns(BPF_CORE_READ(sk, __sk_common.skc_net.net, net_cookie));
+	netns = sk->__sk_common.skc_net.net->net_cookie;
+	pod = pod_by_netns(netns);
 	if (!queue_is_empty(sk))
 		splices_unread++;
 	/* Off for good: not for a moment may it be on again, or a message could follow. */
@@ -196,25 +258,24 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 		splice_leave(ctx, sk, s);
 		return 0;
 	}
-	if (s->state == SPLICE_IN && splice_leaves(sk, s)) {
+	if (s->state == SPLICE_IN && splice_leaves(tp, s)) {
 		s->off = 1;
 		s->state = SPLICE_LEAVING;
 		splices_leaving++;
 		return 0;
 	}
-	s->off =
-		sweep_off || !pod || !(pod->flags & POD_SPLICE) || !leg_on(s->leg) ||
-		(s->leg == LEG_SIDECAR && !is_neighbour(s->key.server ? &s->key.src : &s->key.dst));
+	s->off = sweep_off || !pod || !(pod->flags & POD_SPLICE) || !leg_on(s->leg) ||
+		 (s->leg == LEG_SIDECAR && !is_neighbour(&s->key.remote));
 	if (s->off || !pod || s->state != SPLICE_CANDIDATE)
 		return 0;
 	age = bpf_ktime_get_ns() - s->since;
 	owner_of_kernel(sk, &owner);
-	if (age < SPLICE_SETTLE || (age < SPLICE_GIVE_UP && !splice_safe(sk))) {
+	if (age < SPLICE_SETTLE || (age < SPLICE_GIVE_UP && !splice_safe(tp))) {
 		splices_left++;
 		return 0;
 	}
 	s->state = SPLICE_OUT;
-	if (!splice_safe(sk)) {
+	if (!splice_safe(tp)) {
 		count(pod, SPLICE_NOT_SAFE);
 		return 0;
 	}
@@ -239,40 +300,41 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
  */
 static __always_inline bool splice_room(const struct sock *to)
 {
-	const struct mem_cgroup *group = BPF_CORE_READ(to, sk_memcg);
-	unsigned long *pressure = BPF_CORE_READ(to, __sk_common.skc_prot, memory_pressure);
+	const struct mem_cgroup *group = peek(to, sk_memcg);
+	const struct proto *proto = peek(to, __sk_common.skc_prot);
 	unsigned long short_of_it = 0;
 
-	bpf_probe_read_kernel(&short_of_it, sizeof(short_of_it), pressure);
+	bpf_probe_read_kernel(&short_of_it, sizeof(short_of_it), peek(proto, memory_pressure));
 	if (short_of_it)
 		return false;
-	return !group || BPF_CORE_READ(group, memory.usage.counter) + SPLICE_PAGES <
-				 (long)BPF_CORE_READ(group, memory.max);
+	return !group ||
+	       peek(group, memory.usage.counter) + SPLICE_PAGES < (long)peek(group, memory.max);
 }
 
 /* May this end send, and that one be sent to, other than by TCP? */
-static __always_inline bool splice_open(const struct tcp_sock *from, const struct sock *to)
+static __always_inline bool splice_open(const struct tcp_sock *from, const struct tcp_sock *to)
 {
-	const struct sock *sk = (const void *)from;
+	const struct sock *from_sk = &from->inet_conn.icsk_inet.sk;
+	const struct sock *to_sk = &to->inet_conn.icsk_inet.sk;
 
 	/* After shutdown, or with an upper layer, TCP has an answer of its own. */
-	return !(sk->sk_shutdown & SEND_SHUTDOWN) && !from->inet_conn.icsk_ulp_ops &&
-	       BPF_CORE_READ(to, __sk_common.skc_state) == BPF_TCP_ESTABLISHED &&
-	       !BPF_CORE_READ(to, sk_shutdown) && splice_safe(to) && splice_room(to);
+	return !(from_sk->sk_shutdown & SEND_SHUTDOWN) && !from->inet_conn.icsk_ulp_ops &&
+	       peek(to_sk, __sk_common.skc_state) == BPF_TCP_ESTABLISHED &&
+	       !peek(to_sk, sk_shutdown) && splice_safe(to) && splice_room(to_sk);
 }
 
 /* TCP or queue? A counter says why TCP; COUNTERS: the queue. */
 static __always_inline enum counter splice_verdict(struct splice *s, __u32 size,
 						   const struct tcp_sock *from)
 {
-	const struct tcp_sock *to = (const void *)s->peer;
+	const struct tcp_sock *to = kernel_ptr(s->peer, struct tcp_sock);
 	bool empty;
 
-	if (!s->redirecting && from->write_seq != BPF_CORE_READ(to, copied_seq))
+	if (!s->redirecting && from->write_seq != peek(to, copied_seq))
 		return SPLICE_UNREAD;
-	if (!splice_open(from, (const void *)to))
+	if (!splice_open(from, to))
 		return SPLICE_NO_PEER;
-	empty = queue_is_empty((const void *)to);
+	empty = queue_is_empty(&to->inet_conn.icsk_inet.sk);
 	if (empty)
 		s->burst = 0;
 	if (empty && size > SPLICE_LARGE)
@@ -288,11 +350,22 @@ static __always_inline enum counter splice_verdict(struct splice *s, __u32 size,
  */
 static __always_inline __u64 redirect_target(struct sk_msg_md *msg)
 {
-	const struct sk_msg *kernel_msg = NULL;
+	const struct sk_msg *kernel_msg = kernel_ptr(number_of(msg), struct sk_msg);
 
-	/* Read back from memory, the pointer is a plain number, which may be added to. */
-	bpf_probe_read_kernel(&kernel_msg, sizeof(kernel_msg), &msg);
-	return (__u64)BPF_CORE_READ(kernel_msg, sk_redir);
+	return number_of(peek(kernel_msg, sk_redir));
+}
+
+/* What went by TCP. */
+static __always_inline void splice_bulk(struct splice *s, __u32 size)
+{
+	struct event event = { .kind = EVENT_BULK };
+	bool was_bulky = s->bulk >= SPLICE_BULKY;
+
+	s->bulk += size;
+	if (was_bulky || s->bulk < SPLICE_BULKY)
+		return;
+	splices_wanted = 1;
+	bpf_ringbuf_output(&events, &event, sizeof(event), 0);
 }
 
 /* One decision for each message of a spliced socket. */
@@ -312,8 +385,7 @@ int redirect(struct sk_msg_md *msg)
 	from = bpf_skc_to_tcp_sock(sk);
 	if (!s || !from)
 		return SK_PASS;
-	key = s->key;
-	key.server = !key.server;
+	key = other_end(&s->key);
 	if (s->off)
 		goto tcp;
 	first = !s->peer;
@@ -334,16 +406,13 @@ int redirect(struct sk_msg_md *msg)
 	}
 	if (first) {
 		/* A redirection can't be taken back, only turned to this end's own TCP. */
-		key.server = !key.server;
+		key = s->key;
 		bpf_msg_redirect_hash(msg, &spliced, &key, 0);
 	}
 tcp:
 	s->redirecting = 0;
-	if (!s->off) {
-		s->bulk += msg->size;
-		if (s->bulk >= SPLICE_BULKY)
-			splices_wanted = 1;
-	}
+	if (!s->off)
+		splice_bulk(s, msg->size);
 	count_n(s->mesh, why == COUNTERS ? SPLICE_NO_PEER : why, 1);
 	return SK_PASS;
 }

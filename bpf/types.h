@@ -174,17 +174,18 @@ struct leg {
 _Static_assert(sizeof(struct leg) == 2048, "leg");
 
 /*
- * One end of a connection. The initial sequence numbers make it the connection's own: two pods
- * with the same addresses and ports, or an old connection and its successor, never meet.
+ * One end of a connection, as it sees it. The initial sequence numbers make it the connection's
+ * own: two pods with the same addresses and ports, or an old connection and its successor, never
+ * meet. The other end's has them the other way round.
  */
 struct splice_key {
-	struct addr src; /* the client's */
-	struct addr dst;
-	__u16 sport;
-	__u16 dport;
-	__u32 client_isn;
-	__u32 server_isn;
-	__u32 server; /* 1: the server's end, 0: the client's */
+	struct addr local;
+	struct addr remote;
+	__u16 lport;
+	__u16 rport;
+	__u32 first_sent; /* sequence number of the first byte that this end sent */
+	__u32 first_received;
+	__u32 pad;
 };
 _Static_assert(sizeof(struct splice_key) == 48, "splice_key");
 
@@ -201,7 +202,7 @@ struct splice {
 	enum splice_state state;
 	__u32 redirecting; /* 1: nothing of what this end sent is in TCP any more */
 	__u32 burst; /* bytes redirected since the other end was last seen to have read all */
-	__u64 since; /* when it was established, ns */
+	__u64 since; /* when it was first seen, ns */
 	__u64 bulk; /* bytes that went by TCP, less those that were redirected */
 	__u64 peer; /* the kernel's address of the other end's socket; 0: not known yet */
 	enum splice_leg leg;
@@ -240,6 +241,7 @@ enum counter {
 
 enum event_kind {
 	EVENT_NO_LISTENER = 1, /* look for a listener that was missed */
+	EVENT_BULK, /* a spliced connection is better off without */
 };
 
 struct event {

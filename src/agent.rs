@@ -156,7 +156,13 @@ async fn serve(config: &Config) -> Result<()> {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            refused = events.next() => reconciler.find_listeners(&refused?),
+            seen = events.next() => {
+                let seen = seen?;
+                reconciler.find_listeners(&seen.missed);
+                if seen.bulk {
+                    reconciler.splice_connections();
+                }
+            }
             Some(first) = requests.recv() => {
                 // Whatever waits meanwhile shares a sync with it.
                 let mut batch = vec![first];
@@ -179,7 +185,7 @@ async fn serve(config: &Config) -> Result<()> {
                 reconciler.sync(Look::Changes, &more);
             }
             Ok(found) = &mut tried, if !tried.is_terminated() => reconciler.splice(config.splice, &found),
-            _ = sweep.tick() => reconciler.sweep_splices(),
+            _ = sweep.tick() => reconciler.splice_connections(),
             _ = resync.tick() => {
                 more = chain(installer.as_ref());
                 reconciler.sync(Look::Everything, &more);

@@ -600,14 +600,12 @@ impl Dataplane {
     /// # Errors
     /// Where the ring can't be mapped; panics outside a tokio runtime.
     pub fn events(&self) -> Result<Events> {
-        let seen = Rc::new(RefCell::new(BTreeSet::new()));
+        let seen = Rc::new(RefCell::new(Seen::default()));
         let mut builder = RingBufferBuilder::new();
         let sink = Rc::clone(&seen);
         builder.add(&self.skel.maps.events, move |bytes| {
-            if let Ok(event) = wire::from_bytes::<wire::event>(bytes)
-                && event.kind.0 == wire::event_kind::EVENT_NO_LISTENER.0
-            {
-                sink.borrow_mut().insert((event.netns, event.port as u16));
+            if let Ok(event) = wire::from_bytes::<wire::event>(bytes) {
+                sink.borrow_mut().add(event);
             }
             0
         })?;
@@ -615,15 +613,37 @@ impl Dataplane {
     }
 }
 
-/// Pods whose proxy was looked for in vain.
+/// What the programs had to say.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// Pods whose proxy was looked for in vain, by cookie, and which of its listeners, by port.
+    pub missed: BTreeSet<(u64, u16)>,
+    /// A spliced connection carries bulk, and is better off without.
+    pub bulk: bool,
+}
+
+impl Seen {
+    fn add(&mut self, event: wire::event) {
+        match event.kind {
+            wire::event_kind::EVENT_NO_LISTENER => {
+                self.missed.insert((event.netns, event.port as u16));
+            }
+            wire::event_kind::EVENT_BULK => self.bulk = true,
+            // Another build's program.
+            _ => {}
+        }
+    }
+}
+
+/// The programs' words to the agent.
 pub struct Events {
     ring: RingBuffer<'static>,
-    seen: Rc<RefCell<BTreeSet<(u64, u16)>>>,
+    seen: Rc<RefCell<Seen>>,
     ready: AsyncFd<OwnedFd>,
 }
 
 impl Events {
-    fn new(ring: RingBuffer<'static>, seen: Rc<RefCell<BTreeSet<(u64, u16)>>>) -> Result<Self> {
+    fn new(ring: RingBuffer<'static>, seen: Rc<RefCell<Seen>>) -> Result<Self> {
         // SAFETY: the ring owns the descriptor and outlives the borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(ring.epoll_fd()) };
         let fd = fd.try_clone_to_owned().context("cannot duplicate the ring's descriptor")?;
@@ -632,11 +652,11 @@ impl Events {
         Ok(Self { ring, seen, ready })
     }
 
-    /// Waits for events: which pods, by cookie, and which listener of theirs, by port.
+    /// Waits for events.
     ///
     /// # Errors
     /// Where the ring can't be read.
-    pub async fn next(&self) -> Result<BTreeSet<(u64, u16)>> {
+    pub async fn next(&self) -> Result<Seen> {
         self.ready.readable().await?.clear_ready();
         self.ring.consume()?;
         Ok(self.seen.take())

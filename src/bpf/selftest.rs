@@ -107,12 +107,15 @@ impl<'a> Bench<'a> {
         let (server, _) = listener.accept()?;
         let number = self.pairs.get();
         self.pairs.set(number + 1);
-        for (end, socket) in [&client, &server].into_iter().enumerate() {
+        for (end, socket) in [(1, &client), (2, &server)] {
             socket.set_nonblocking(true)?;
             socket.set_nodelay(true)?;
+            // No real ones, but each the other's other end, and nobody else's.
             let key = wire::splice_key {
-                client_isn: number,
-                server: end as u32,
+                lport: end,
+                rport: 3 - end,
+                first_sent: number,
+                first_received: number,
                 ..wire::splice_key::default()
             };
             let splice = wire::splice {
