@@ -104,21 +104,7 @@ struct {
 	__type(value, __u64);
 } listeners SEC(".maps");
 
-/*
- * Network namespaces with new connections that may be spliced. sockops adds; the agent takes, and
- * has find_splices look.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MAX_PODS);
-	__type(key, __u64);
-	__type(value, __u8);
-} fresh SEC(".maps");
-
-/*
- * Sockets whose other end is on this node. find_splices makes them; sweep_splices and redirect use.
- */
+/* Sockets whose other end is on this node. sockops makes them; sweep_splices and redirect use. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

@@ -27,11 +27,14 @@ int sock_ops(struct bpf_sock_ops *ctx)
 		origdst_offer(ctx);
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
-		splice_note(ctx);
+		splice_watch(ctx);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		origdst_take(ctx);
-		splice_note(ctx);
+		splice_watch(ctx);
+		break;
+	case BPF_SOCK_OPS_RTT_CB:
+		splice_mark(ctx);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		origdst_withdraw(ctx);

@@ -3,9 +3,9 @@
  * Splice: what one end of a connection sends goes straight to the other end's queue, where both
  * are on this node. docs/splice.md has the reasons.
  *
- * sock_ops notes which pods have new connections. The agent looks there for those that qualify by
- * their addresses (find_splices), and its sweep puts what has lived for a moment into the map, and
- * only sockets whose state it can see to be safe: a short connection costs nothing.
+ * sock_ops marks connections that have something to say both ways and qualify by their addresses.
+ * The agent's sweep puts those that have settled into the map, and only sockets whose state it
+ * can see to be safe.
  * From then on redirect decides for each message: the other end's queue, or TCP as ever. Both
  * ways end at the same reader, who always empties the queue first. So:
  *
@@ -18,7 +18,9 @@
 
 #define O_NONBLOCK 00004000
 #define SEND_SHUTDOWN 2
-#define SPLICE_SETTLE 500000000ull /* ns: younger connections are left alone */
+#define SPLICE_TALK 16 /* segments with data each way: below it, a connection is left alone */
+#define SPLICE_MONOLOGUE 16384 /* segments one way alone: it is left alone for good */
+#define SPLICE_SETTLE 500000000ull /* ns from the mark on */
 #define SPLICE_GIVE_UP 5000000000ull /* ns: what is not eligible by then never is */
 #define SPLICE_LARGE (32 * 1024) /* bytes: a message above it is better off with TCP */
 #define SPLICE_LIMIT (64 * 1024) /* bytes: unread at the other end at most */
@@ -30,22 +32,8 @@
 /* The kernel's flags in the low bits of a pointer, SK_USER_DATA_PTRMASK. */
 #define SK_USER_DATA_FLAGS 7ul
 
-/* Some pod has new connections; some connection wants to be looked at. */
-__u32 splices_fresh = 0;
+/* Some connection wants to be looked at. */
 __u32 splices_wanted = 0;
-
-/* A connection is established: its pod is to be looked at. */
-static __always_inline void splice_note(struct bpf_sock_ops *ctx)
-{
-	__u64 netns = bpf_get_netns_cookie(ctx);
-	const struct pod *pod = pod_by_netns(netns);
-	__u8 one = 1;
-
-	if (!pod || !(pod->flags & POD_SPLICE) || bpf_map_lookup_elem(&fresh, &netns))
-		return;
-	bpf_map_update_elem(&fresh, &netns, &one, BPF_ANY);
-	splices_fresh = 1;
-}
 
 static __always_inline bool leg_on(__u32 which)
 {
@@ -115,41 +103,51 @@ static __always_inline enum splice_leg leg_of(const struct origdst *od, __u64 ne
 }
 
 /*
- * Marks the connections that stay on this node. An iterator sees the network namespace of the task
- * that opened it: the agent opens it inside the pod's.
+ * A connection is established. Most are gone after a request: it is looked at when it has said
+ * more, which TCP's measurements of the round trip tell at no cost.
  */
-SEC("iter/tcp")
-int find_splices(struct bpf_iter__tcp *ctx)
+static __always_inline void splice_watch(struct bpf_sock_ops *ctx)
 {
-	struct sock_common *sk = ctx->sk_common;
+	const struct pod *pod = pod_by_netns(bpf_get_netns_cookie(ctx));
+
+	if (pod && pod->flags & POD_SPLICE && (leg_on(LEG_SIDECAR) || leg_on(LEG_APP)))
+		bpf_sock_ops_cb_flags_set(ctx,
+					  ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_RTT_CB_FLAG);
+}
+
+/* Does a connection that talks stay on this node? */
+static __always_inline void splice_mark(struct bpf_sock_ops *ctx)
+{
+	__u32 in = ctx->data_segs_in, out = ctx->data_segs_out;
 	struct splice_key key = {};
+	struct bpf_sock *sk = ctx->sk;
 	const struct pod *pod;
 	enum splice_leg leg;
 	struct tcp_sock *tp;
 	struct splice *s;
 	__u64 netns;
 
-	if (!sk || sk->skc_state != BPF_TCP_ESTABLISHED)
-		return 0;
-	tp = bpf_skc_to_tcp_sock(sk);
-	if (!tp || bpf_sk_storage_get(&splices, tp, NULL, 0))
-		return 0;
-	netns = sk->skc_net.net->net_cookie;
+	if (out < SPLICE_TALK || (in < SPLICE_TALK && out < SPLICE_MONOLOGUE))
+		return;
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
+	netns = bpf_get_netns_cookie(ctx);
 	pod = pod_by_netns(netns);
-	if (!pod || !(pod->flags & POD_SPLICE) || !splice_key_of(tp, &key))
-		return 0;
-	leg = leg_of(bpf_sk_storage_get(&origdsts, tp, NULL, 0), netns, pod, &key);
+	tp = sk ? bpf_skc_to_tcp_sock(sk) : NULL;
+	/* Both ends come to the same conclusion. */
+	if (in < SPLICE_TALK || in >= SPLICE_MONOLOGUE || !pod || !tp || !splice_key_of(tp, &key))
+		return;
+	leg = leg_of(bpf_sk_storage_get(&origdsts, sk, NULL, 0), netns, pod, &key);
 	if (leg == LEGS || !leg_on(leg))
-		return 0;
-	s = bpf_sk_storage_get(&splices, tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+		return;
+	s = bpf_sk_storage_get(&splices, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!s)
-		return 0;
+		return;
 	s->key = key;
 	s->leg = leg;
 	s->mesh = pod->mesh;
 	s->since = bpf_ktime_get_ns();
 	s->state = SPLICE_CANDIDATE;
-	return 0;
+	splices_wanted = 1;
 }
 
 /* What a socket has while it is in the map. */

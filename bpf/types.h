@@ -202,7 +202,7 @@ struct splice {
 	enum splice_state state;
 	__u32 redirecting; /* 1: nothing of what this end sent is in TCP any more */
 	__u32 burst; /* bytes redirected since the other end was last seen to have read all */
-	__u64 since; /* when it was first seen, ns */
+	__u64 since; /* when it was marked, ns */
 	__u64 bulk; /* bytes that went by TCP, less those that were redirected */
 	__u64 peer; /* the kernel's address of the other end's socket; 0: not known yet */
 	enum splice_leg leg;

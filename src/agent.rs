@@ -160,7 +160,7 @@ async fn serve(config: &Config) -> Result<()> {
                 let seen = seen?;
                 reconciler.find_listeners(&seen.missed);
                 if seen.bulk {
-                    reconciler.splice_connections();
+                    reconciler.sweep_splices();
                 }
             }
             Some(first) = requests.recv() => {
@@ -185,7 +185,7 @@ async fn serve(config: &Config) -> Result<()> {
                 reconciler.sync(Look::Changes, &more);
             }
             Ok(found) = &mut tried, if !tried.is_terminated() => reconciler.splice(config.splice, &found),
-            _ = sweep.tick() => reconciler.splice_connections(),
+            _ = sweep.tick() => reconciler.sweep_splices(),
             _ = resync.tick() => {
                 more = chain(installer.as_ref());
                 reconciler.sync(Look::Everything, &more);

@@ -38,11 +38,7 @@ const TAKE_OVER: Duration = Duration::from_secs(15);
 /// none is found is said at this look at everything.
 const MISSES: u32 = 2;
 /// The agent spends one part of so many on looking at connections to splice, at most.
-const SPLICE_SHARE: u32 = 20;
-/// How often it asks which pods have new connections. They are left to settle for longer.
-const NEW_CONNECTIONS: Duration = Duration::from_millis(250);
-/// How long it looks through pods for such connections before others have their turn.
-const SPLICE_SLICE: Duration = Duration::from_millis(5);
+const SWEEP_SHARE: u32 = 20;
 /// A pod whose proxy does not listen is looked at this often at most.
 const SEARCH: Duration = Duration::from_millis(100);
 
@@ -90,14 +86,8 @@ pub struct Reconciler {
     pods: BTreeMap<u64, Enrolled>,
     /// When a pod's listeners were last looked for.
     searched: BTreeMap<(u64, u16), Instant>,
-    /// Whether any leg is spliced.
-    splicing: bool,
-    /// Pods that have connections to look for, by cookie.
-    fresh: BTreeSet<u64>,
-    /// When to ask for such pods again.
-    next_fresh: Instant,
     /// When connections to splice may be looked at again.
-    next_splice: Instant,
+    next_sweep: Instant,
     /// Since when an agent with other maps could be taken over from.
     taking_over: Option<Instant>,
     /// What the namespaces said when they were last visited, by the pod's uid.
@@ -136,10 +126,7 @@ impl Reconciler {
             applied: None,
             pods: BTreeMap::new(),
             searched: BTreeMap::new(),
-            splicing: false,
-            fresh: BTreeSet::new(),
-            next_fresh: Instant::now(),
-            next_splice: Instant::now(),
+            next_sweep: Instant::now(),
             taking_over: None,
             visited: BTreeMap::new(),
             missing: BTreeMap::new(),
@@ -202,49 +189,18 @@ impl Reconciler {
         if let Err(error) = self.dataplane.set_legs(&states) {
             error!("cannot say what is spliced: {error:#}");
         }
-        self.splicing = states.iter().any(|state| state.on);
-        self.fresh.extend(self.pods.keys());
     }
 
-    /// Looks for new connections that may be spliced, and splices those that have settled.
-    pub fn splice_connections(&mut self) {
+    /// Splices connections that have settled, where there are any.
+    pub fn sweep_splices(&mut self) {
         let start = Instant::now();
-        if start < self.next_splice {
+        if start < self.next_sweep || !self.dataplane.wants_sweep() {
             return;
         }
-        if self.splicing {
-            self.find_splices(start);
-        }
-        if self.dataplane.wants_sweep()
-            && let Err(error) = self.dataplane.sweep()
-        {
+        if let Err(error) = self.dataplane.sweep() {
             warn!("cannot look at connections to splice: {error:#}");
         }
-        self.next_splice = Instant::now() + start.elapsed() * SPLICE_SHARE;
-    }
-
-    fn find_splices(&mut self, start: Instant) {
-        if self.fresh.is_empty() && start >= self.next_fresh {
-            self.next_fresh = start + NEW_CONNECTIONS;
-            match self.dataplane.take_fresh() {
-                Ok(cookies) => self.fresh.extend(cookies),
-                Err(error) => warn!("cannot ask for new connections: {error:#}"),
-            }
-        }
-        while start.elapsed() < SPLICE_SLICE
-            && let Some(cookie) = self.fresh.pop_first()
-        {
-            let Some(pod) = self.pods.get(&cookie) else {
-                continue;
-            };
-            let found = Netns::open_as(&pod.netns.path, cookie)
-                .and_then(|netns| self.dataplane.find_splices(&netns));
-            if let Err(error) = found
-                && self.dataplane.netns_lives(cookie)
-            {
-                warn!(netns = %pod.netns.path.display(), "cannot look for connections to splice: {error:#}");
-            }
-        }
+        self.next_sweep = Instant::now() + start.elapsed() * SWEEP_SHARE;
     }
 
     /// Says how things stand to whoever asks the metrics.
@@ -672,10 +628,6 @@ impl Reconciler {
             }
             let enrolled = Enrolled { netns: candidate.netns.clone(), row: row.clone() };
             let known = self.pods.get(&cookie);
-            // It may have become one whose connections are spliced.
-            if known.is_none_or(|known| known.row != *row) {
-                self.fresh.insert(cookie);
-            }
             if known.is_some_and(|known| steered_ports(&known.row) == steered_ports(row)) {
                 self.pods.insert(cookie, enrolled);
                 continue;

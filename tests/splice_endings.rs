@@ -13,7 +13,7 @@ use std::{
 
 use common::{
     PROXY, addr, patience,
-    splicing::{LARGE, Leg, Pair, SEAM, Splicing, events, get, put, say, say_rest},
+    splicing::{LARGE, Leg, Pair, SEAM, Splicing, TALK, events, get, put, say, say_rest},
 };
 use nix::sys::epoll::EpollFlags;
 use sidestep_lab::{
@@ -286,7 +286,7 @@ fn loopback_tuples_of_two_pods_never_meet() {
         });
         let client = client.expect("runs");
         let server = pod.run(1000, 1000, || listener.accept().expect("accepted").0);
-        let pair = Pair { client, server: server.expect("runs") };
+        let pair = Pair { client, server: server.expect("runs") }.talk();
         pair.client.set_nonblocking(true).expect("non-blocking");
         pair.server.set_nonblocking(true).expect("non-blocking");
         pair
@@ -401,12 +401,42 @@ fn sockets_that_stay_out() {
     assert_eq!(node.counter("splice_messages"), redirected, "all that by plain TCP");
 }
 
+/// Most connections are gone after a request or two, and others speak one way alone.
+#[test]
+fn connections_with_little_to_say_stay_out() {
+    let node = Splicing::start("little", "all");
+    let tcp = |target: SocketAddr| TcpStream::connect(target).expect("connected");
+    let pair = node.connect_silent(Leg::Sidecar, tcp);
+    (0..TALK - 2).for_each(|_| pair.prime());
+    let one_way = node.connect_silent(Leg::Sidecar, tcp);
+    // SPLICE_MONOLOGUE of bpf/splice.h, and some.
+    for _ in 0..16_500 {
+        put(&one_way.client, b"more");
+        assert_eq!(get(&one_way.server, 4), b"more");
+    }
+    let witness = node.connect(Leg::Sidecar);
+    node.wait_sockets(2);
+    witness.prime();
+    assert_eq!(node.counter("splice_sockets"), 2, "{}", node.status());
+    // It has more to say, after a while.
+    pair.prime();
+    pair.prime();
+    node.wait_sockets(4);
+    // This one had its chance, or would be asked at each segment for ever.
+    let one_way = one_way.talk();
+    let witness = node.connect(Leg::Sidecar);
+    node.wait_sockets(6);
+    one_way.prime();
+    witness.prime();
+    assert_eq!(node.counter("splice_sockets"), 6, "{}", node.status());
+}
+
 #[test]
 fn fast_open_is_spliced_later_like_any_other() {
     let node = Splicing::start("tfo", "sidecar");
     node.a.sysctl("net.ipv4.tcp_fastopen", "1027").expect("client and server");
     node.b.sysctl("net.ipv4.tcp_fastopen", "1027").expect("client and server");
-    let pair = node.connect_by(Leg::Sidecar, |target| {
+    let pair = node.connect_silent(Leg::Sidecar, |target| {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
         nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::TcpFastOpenConnect, &true)
             .expect("TCP_FASTOPEN_CONNECT");
@@ -415,8 +445,9 @@ fn fast_open_is_spliced_later_like_any_other() {
         (&stream).write_all(b"early").expect("in the SYN");
         stream
     });
-    node.wait_sockets(2);
     assert_eq!(get(&pair.server, 5), b"early");
+    let pair = pair.talk();
+    node.wait_sockets(2);
     let before = node.counter("splice_messages");
     pair.prime();
     assert_eq!(node.counter("splice_messages"), before + 2);

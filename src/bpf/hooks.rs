@@ -71,6 +71,7 @@ pub(crate) const HOOKS: &[Hook] = &[
         helpers: &[
             NETNS_COOKIE,
             STORAGE,
+            AS_TCP,
             (libbpf_sys::BPF_FUNC_sock_hash_update, "bpf_sock_hash_update"),
         ],
     },
@@ -100,13 +101,6 @@ pub(crate) const HOOKS: &[Hook] = &[
     },
     Hook {
         program: "find_listeners",
-        attach: Attach::Iterator,
-        kind: ProgramType::Tracing,
-        decides: false,
-        helpers: &[],
-    },
-    Hook {
-        program: "find_splices",
         attach: Attach::Iterator,
         kind: ProgramType::Tracing,
         decides: false,

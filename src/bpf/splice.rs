@@ -18,7 +18,7 @@ use super::{
     Dataplane, Pins, children, open_node, skel,
     wire::{self, as_bytes, from_bytes},
 };
-use crate::{netns::Netns, splice::LegState};
+use crate::splice::LegState;
 
 /// Where spliced bytes are: a socket's queue goes with the map that it is in.
 pub(super) const MAPS: [&str; 2] = ["spliced", "splices"];
@@ -75,44 +75,6 @@ impl Dataplane {
             let key = (index as u32).to_ne_bytes();
             self.skel.maps.legs.update(&key, as_bytes(&leg), MapFlags::ANY)?;
         }
-        self.want_sweep(true)
-    }
-
-    /// The network namespaces that have had new connections since this was last asked.
-    ///
-    /// # Errors
-    /// Where the map can't be read or written.
-    pub fn take_fresh(&mut self) -> Result<Vec<u64>> {
-        let variables = self.skel.maps.bss_data.as_mut().context("the object has no variables")?;
-        // SAFETY: a valid, aligned u32 in a page that the kernel's side writes to.
-        unsafe {
-            let flag = &raw mut variables.splices_fresh;
-            if flag.read_volatile() == 0 {
-                return Ok(Vec::new());
-            }
-            flag.write_volatile(0);
-        }
-        let fresh = &self.skel.maps.fresh;
-        let mut cookies = Vec::new();
-        for key in fresh.keys().collect::<Vec<_>>() {
-            // First: a connection that comes later says so again.
-            fresh.delete(&key)?;
-            cookies.push(from_bytes(&key)?);
-        }
-        Ok(cookies)
-    }
-
-    /// Marks the connections of a pod that may be spliced, once they have settled.
-    ///
-    /// # Errors
-    /// Where the namespace can't be entered, or the iterator fails.
-    pub fn find_splices(&mut self, netns: &Netns) -> Result<()> {
-        let link = self.skel.progs.find_splices.attach()?;
-        netns.inside(|| -> Result<()> {
-            // Reading it to the end is what runs the program.
-            Iter::new(&link)?.read_to_end(&mut Vec::new())?;
-            Ok(())
-        })??;
         self.want_sweep(true)
     }
 

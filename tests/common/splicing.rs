@@ -23,6 +23,10 @@ pub const LARGE: usize = 40 << 10;
 /// Messages of which, unread, the first ones are in the queue and the last one is in TCP.
 pub const SEAM: [usize; 3] = [6, 60_000, 20_000];
 
+/// Messages each way that make a connection worth splicing: `SPLICE_TALK` of bpf/splice.h, and one
+/// more, for what is known of a message is known when it is acknowledged.
+pub const TALK: usize = 16 + 1;
+
 /// Keeps a pod's connections on TCP.
 pub const OPT_OUT: &str = "sidestep.io/splice";
 
@@ -92,18 +96,23 @@ impl Splicing {
         }
     }
 
-    /// A connection; it is not spliced yet.
+    /// A connection that has talked enough; it is not spliced yet.
     pub fn connect(&self, leg: Leg) -> Pair {
         self.connect_by(leg, |target| TcpStream::connect(target).expect("connected"))
     }
 
     /// As `connect`, by other means; non-blocking.
     pub fn connect_by(&self, leg: Leg, by: impl FnOnce(SocketAddr) -> TcpStream + Send) -> Pair {
-        let pair = self.connect_blocking(leg, by);
-        for end in [&pair.client, &pair.server] {
-            end.set_nonblocking(true).expect("non-blocking");
-        }
-        pair
+        self.connect_blocking(leg, by).non_blocking()
+    }
+
+    /// As `connect_by`, and nothing was said on it yet.
+    pub fn connect_silent(
+        &self,
+        leg: Leg,
+        by: impl FnOnce(SocketAddr) -> TcpStream + Send,
+    ) -> Pair {
+        self.connect_as(PROXY, leg, by).non_blocking()
     }
 
     /// As `connect_by`, and blocking.
@@ -112,7 +121,7 @@ impl Splicing {
         leg: Leg,
         by: impl FnOnce(SocketAddr) -> TcpStream + Send,
     ) -> Pair {
-        self.connect_as(PROXY, leg, by)
+        self.connect_as(PROXY, leg, by).talk()
     }
 
     /// As `connect_by`, accepted by another user than the sidecar's.
@@ -122,11 +131,7 @@ impl Splicing {
         leg: Leg,
         by: impl FnOnce(SocketAddr) -> TcpStream + Send,
     ) -> Pair {
-        let pair = self.connect_as(user, leg, by);
-        for end in [&pair.client, &pair.server] {
-            end.set_nonblocking(true).expect("non-blocking");
-        }
-        pair
+        self.connect_as(user, leg, by).talk().non_blocking()
     }
 
     fn connect_as(
@@ -202,6 +207,19 @@ fn listen(pod: &Pod, at: SocketAddr) -> TcpListener {
 }
 
 impl Pair {
+    fn non_blocking(self) -> Self {
+        for end in [&self.client, &self.server] {
+            end.set_nonblocking(true).expect("non-blocking");
+        }
+        self
+    }
+
+    /// Says enough both ways to be spliced.
+    pub fn talk(self) -> Self {
+        (0..TALK).for_each(|_| self.prime());
+        self
+    }
+
     /// A byte each way.
     pub fn prime(&self) {
         for (from, to) in [(&self.client, &self.server), (&self.server, &self.client)] {

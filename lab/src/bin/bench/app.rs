@@ -41,6 +41,9 @@ impl Service {
     }
 }
 
+/// A new connection says so much first, a small message each way at a time, in every mode: it is
+/// what makes one worth splicing (`SPLICE_TALK` of bpf/splice.h, and some).
+pub const TALK: usize = 24;
 /// Bytes that are read or written at once.
 const CHUNK: usize = 128 << 10;
 
@@ -116,6 +119,8 @@ struct State {
     written: usize,
     /// Of an HTTP request that is not complete.
     head: Vec<u8>,
+    /// Of [`TALK`] bytes, which come back.
+    talked: usize,
     received: u64,
     ending: bool,
 }
@@ -129,7 +134,7 @@ impl Conn {
             Service::Stopped if event.is_read_closed() || event.is_error() => {
                 return Err(ErrorKind::UnexpectedEof.into());
             }
-            Service::Stopped => return Ok(()),
+            Service::Stopped if self.state.talked == TALK => return Ok(()),
             _ => {}
         }
         let state = &mut self.state;
@@ -154,15 +159,16 @@ impl Conn {
                         state.out.extend_from_slice(&state.received.to_be_bytes());
                     }
                 }
-                Some(n) => {
-                    state.received += n as u64;
-                    match self.service {
-                        Service::Echo => state.out.extend_from_slice(&buffer[..n]),
-                        Service::Http => state.answer(&buffer[..n])?,
-                        Service::Source => return self.send_without_end(buffer),
-                        Service::Sink | Service::Stopped => {}
+                Some(n) => match self.service {
+                    Service::Echo => state.out.extend_from_slice(&buffer[..n]),
+                    Service::Http => state.answer(&buffer[..n])?,
+                    _ if state.talked < TALK => state.talk(&buffer[..n])?,
+                    Service::Source => {
+                        state.received += n as u64;
+                        return self.send_without_end(buffer);
                     }
-                }
+                    Service::Sink | Service::Stopped => state.received += n as u64,
+                },
             }
         }
     }
@@ -174,6 +180,15 @@ impl Conn {
 }
 
 impl State {
+    fn talk(&mut self, data: &[u8]) -> io::Result<()> {
+        self.talked += data.len();
+        self.out.extend_from_slice(data);
+        if self.talked > TALK {
+            return Err(io::Error::other("more came than was answered"));
+        }
+        Ok(())
+    }
+
     fn answer(&mut self, data: &[u8]) -> io::Result<()> {
         self.head.extend_from_slice(data);
         loop {

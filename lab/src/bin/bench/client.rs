@@ -12,7 +12,7 @@ use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token};
 use sidestep_lab::interrupted;
 
-use crate::app::would_block;
+use crate::app::{TALK, would_block};
 
 /// What hangs for so long has failed.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -89,6 +89,8 @@ struct Conn {
     missing: Option<usize>,
     head: Vec<u8>,
     began: Instant,
+    /// Requests that were answered while it was opened.
+    talked: usize,
 }
 
 impl Conn {
@@ -98,7 +100,15 @@ impl Conn {
             TcpStream::connect(target).with_context(|| format!("connecting to {target}"))?;
         let interest = Interest::READABLE | Interest::WRITABLE;
         poll.registry().register(&mut stream, Token(token), interest)?;
-        Ok(Self { stream, connected: false, sent: 0, missing: None, head: Vec::new(), began })
+        Ok(Self {
+            stream,
+            connected: false,
+            sent: 0,
+            missing: None,
+            head: Vec::new(),
+            began,
+            talked: 0,
+        })
     }
 
     /// Begins the next request.
@@ -200,7 +210,7 @@ impl Client {
         })
     }
 
-    /// Opens connections until there are `count`, each with a first request and its answer.
+    /// Opens connections until there are `count`, each with its first requests and answers.
     pub fn open(&mut self, count: usize) -> Result<()> {
         let request = Request::new(self.protocol, 64);
         let mut pending = 0;
@@ -217,9 +227,17 @@ impl Client {
                     continue; // answered already
                 }
                 let done = conn.go_on(event, &request, &mut self.buffer);
-                if done.with_context(|| format!("opening connection {}", event.token().0 + 1))? {
+                let done =
+                    done.with_context(|| format!("opening connection {}", event.token().0 + 1))?;
+                if !done {
+                    continue;
+                }
+                progress = Instant::now();
+                conn.talked += 1;
+                if conn.talked == TALK {
                     pending -= 1;
-                    progress = Instant::now();
+                } else {
+                    conn.ask(&request).context("a first request")?;
                 }
             }
             ensure!(
@@ -340,7 +358,7 @@ pub struct Bulk {
 }
 
 impl Bulk {
-    /// Connects.
+    /// Connects, and talks for a little.
     pub fn open(target: SocketAddr) -> Result<Self> {
         let mut poll = Poll::new().context("making an epoll")?;
         let mut events = Events::with_capacity(16);
@@ -352,10 +370,29 @@ impl Bulk {
                 return Err(err).with_context(|| format!("connecting to {target}"));
             }
             if stream.peer_addr().is_ok() {
-                stream.set_nodelay(true)?;
-                return Ok(Self { poll, events, stream });
+                break;
             }
             ensure!(start.elapsed() < PATIENCE, "connecting to {target} hangs");
+        }
+        stream.set_nodelay(true)?;
+        let mut bulk = Self { poll, events, stream };
+        for _ in 0..TALK {
+            bulk.talk().context("talking")?;
+        }
+        Ok(bulk)
+    }
+
+    /// A byte there and back.
+    fn talk(&mut self) -> Result<()> {
+        let sent = self.stream.write(b".").context("sending")?;
+        ensure!(sent == 1, "a byte could not be sent");
+        let start = Instant::now();
+        loop {
+            match would_block(self.stream.read(&mut [0; 2])).context("receiving")? {
+                Some(1) => return Ok(()),
+                Some(n) => bail!("{n} bytes came back of 1"),
+                None => self.wait(start, Duration::ZERO)?,
+            }
         }
     }
 
