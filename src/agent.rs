@@ -76,8 +76,6 @@ pub struct Cluster {
 
 /// A namespace can appear, go or change its addresses with no change in the source.
 const RESYNC: Duration = Duration::from_secs(3);
-/// Connections that want to be spliced, or not to be any more, are looked at this often at most.
-const SWEEP: Duration = Duration::from_millis(100);
 /// A burst of changes is one change.
 const SETTLE: Duration = Duration::from_millis(20);
 /// Requests of the CNI plugin that may wait.
@@ -145,8 +143,8 @@ async fn serve(config: &Config) -> Result<()> {
     let mut tried = try_splices(config.splice);
     let mut resync = interval(RESYNC);
     resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut sweep = interval(SWEEP);
-    sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let sweep = sleep(Duration::ZERO);
+    tokio::pin!(sweep);
     let mut more = BTreeSet::new();
     let settle = sleep(Duration::ZERO);
     tokio::pin!(settle);
@@ -160,7 +158,7 @@ async fn serve(config: &Config) -> Result<()> {
                 let seen = seen?;
                 reconciler.find_listeners(&seen.missed);
                 if seen.bulk {
-                    reconciler.sweep_splices();
+                    sweep.as_mut().reset(reconciler.take_bulk_out().into());
                 }
             }
             Some(first) = requests.recv() => {
@@ -185,7 +183,7 @@ async fn serve(config: &Config) -> Result<()> {
                 reconciler.sync(Look::Changes, &more);
             }
             Ok(found) = &mut tried, if !tried.is_terminated() => reconciler.splice(config.splice, &found),
-            _ = sweep.tick() => reconciler.sweep_splices(),
+            () = &mut sweep => sweep.as_mut().reset(reconciler.sweep_splices().into()),
             _ = resync.tick() => {
                 more = chain(installer.as_ref());
                 reconciler.sync(Look::Everything, &more);

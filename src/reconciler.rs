@@ -39,6 +39,11 @@ const TAKE_OVER: Duration = Duration::from_secs(15);
 const MISSES: u32 = 2;
 /// The agent spends one part of so many on looking at connections to splice, at most.
 const SWEEP_SHARE: u32 = 20;
+/// How often it does so.
+const SWEEP: Duration = Duration::from_millis(100);
+/// How soon it looks again at those that are on their way out of the map; then twice that, and so
+/// on: a reader that has stopped keeps its connection there.
+const LEAVING: Duration = Duration::from_millis(1);
 /// A pod whose proxy does not listen is looked at this often at most.
 const SEARCH: Duration = Duration::from_millis(100);
 
@@ -88,6 +93,8 @@ pub struct Reconciler {
     searched: BTreeMap<(u64, u16), Instant>,
     /// When connections to splice may be looked at again.
     next_sweep: Instant,
+    /// How long to wait if some are leaving still.
+    leaving: Duration,
     /// Since when an agent with other maps could be taken over from.
     taking_over: Option<Instant>,
     /// What the namespaces said when they were last visited, by the pod's uid.
@@ -127,6 +134,7 @@ impl Reconciler {
             pods: BTreeMap::new(),
             searched: BTreeMap::new(),
             next_sweep: Instant::now(),
+            leaving: LEAVING,
             taking_over: None,
             visited: BTreeMap::new(),
             missing: BTreeMap::new(),
@@ -191,16 +199,34 @@ impl Reconciler {
         }
     }
 
-    /// Splices connections that have settled, where there are any.
-    pub fn sweep_splices(&mut self) {
+    /// A spliced connection is better off without.
+    pub fn take_bulk_out(&mut self) -> Instant {
+        self.leaving = LEAVING;
+        self.sweep_splices()
+    }
+
+    /// Splices connections that have settled, where there are any. Says when to do so again.
+    pub fn sweep_splices(&mut self) -> Instant {
         let start = Instant::now();
-        if start < self.next_sweep || !self.dataplane.wants_sweep() {
-            return;
+        if start < self.next_sweep {
+            return self.next_sweep;
         }
-        if let Err(error) = self.dataplane.sweep() {
-            warn!("cannot look at connections to splice: {error:#}");
+        let mut wait = SWEEP;
+        if self.dataplane.wants_sweep() {
+            match self.dataplane.sweep() {
+                Ok(true) => {
+                    wait = self.leaving;
+                    self.leaving = SWEEP.min(self.leaving * 2);
+                }
+                Ok(false) => self.leaving = LEAVING,
+                Err(error) => warn!("cannot look at connections to splice: {error:#}"),
+            }
         }
-        self.next_sweep = Instant::now() + start.elapsed() * SWEEP_SHARE;
+        let end = Instant::now();
+        let spent = (end - start) * SWEEP_SHARE;
+        // An event may ask for it before.
+        self.next_sweep = end + spent;
+        end + spent.max(wait)
     }
 
     /// Says how things stand to whoever asks the metrics.

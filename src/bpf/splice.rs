@@ -24,8 +24,6 @@ use crate::splice::LegState;
 pub(super) const MAPS: [&str; 2] = ["spliced", "splices"];
 /// How long `unload` waits for redirected data to be read.
 const DRAIN: Duration = Duration::from_secs(10);
-/// How long a sweep goes on for connections that are on their way out of the map.
-const LINGER: Duration = Duration::from_millis(10);
 /// How often it looks.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -98,25 +96,20 @@ impl Dataplane {
     }
 
     /// Puts connections that have settled and are eligible into the map, takes those out that are
-    /// better off without, and takes what changed about their pods over.
+    /// better off without, and takes what changed about their pods over. Says whether some are on
+    /// their way out: that takes several looks, and bulk is slow meanwhile.
     ///
     /// # Errors
     /// Where the iterator fails.
-    pub fn sweep(&mut self) -> Result<()> {
+    pub fn sweep(&mut self) -> Result<bool> {
         // What comes while it runs is for the next one.
         self.want_sweep(false)?;
         let map = self.skel.maps.splices.as_fd().try_clone_to_owned()?;
-        let start = Instant::now();
-        let mut swept = self.sweep_once(map.as_fd())?;
-        // Leaving takes several looks, and bulk is slow meanwhile.
-        while swept.leaving > 0 && start.elapsed() < LINGER {
-            thread::sleep(Duration::from_millis(1));
-            swept = self.sweep_once(map.as_fd())?;
-        }
+        let swept = self.sweep_once(map.as_fd())?;
         if swept.left + swept.leaving > 0 {
             self.want_sweep(true)?;
         }
-        Ok(())
+        Ok(swept.leaving > 0)
     }
 
     fn sweep_once(&mut self, splices: BorrowedFd<'_>) -> Result<Swept> {
