@@ -194,6 +194,8 @@ pub struct Parsed {
     /// A field or annotation that can't be read. The policy then captures everything: a pod
     /// whose exclusions are unknown must not send anything past its proxy.
     pub policy_error: Option<FactsError>,
+    /// `sidestep.io/splice` can't be read. The pod's connections then stay with TCP.
+    pub splice_error: Option<FactsError>,
 }
 
 /// `namespace/name`, with Kubernetes' default namespace.
@@ -304,8 +306,9 @@ fn facts_of(
     let dns_port = read.or(dns_port(mesh, pod, proxy), None)?;
     let ips = read.or(pod_ips(pod), Vec::new())?;
     let ipv6 = read.or(ipv6(mesh, pod, proxy), Ipv6::Always)?;
+    let mut splice_error = None;
     let splice = annotation(pod, SPLICE).map_or(Ok(true), |text| switch(SPLICE, text));
-    let splice = read.or(splice, false)?;
+    let splice = Reader { error: &mut splice_error }.or(splice, false)?;
     let facts = PodFacts {
         name,
         uid: pod.metadata.uid.clone().unwrap_or_default(),
@@ -321,7 +324,7 @@ fn facts_of(
         policy: if error.is_some() { Policy::default() } else { policy },
         splice: splice && mesh.reads_until_empty,
     };
-    Ok(Some(Parsed { facts, policy_error: error }))
+    Ok(Some(Parsed { facts, policy_error: error, splice_error }))
 }
 
 /// Keeps the first thing that can't be read.
@@ -909,6 +912,20 @@ mod tests {
             let error = parsed.policy_error.expect("an error").to_string();
             assert!(error.contains(key) && error.contains(text), "{error}");
         }
+    }
+
+    #[test]
+    fn a_slip_about_splicing_costs_that_alone() {
+        let parsed = kuma(|p| {
+            p["metadata"]["annotations"][SPLICE] = "off".into();
+            p["metadata"]["annotations"]["traffic.kuma.io/exclude-outbound-ports"] = "80".into();
+        });
+        let parsed = parsed.expect("in the mesh");
+        assert!(!parsed.facts.splice, "what it asks for is not known");
+        assert_eq!(parsed.facts.policy.exclude_outbound_ports, ranges([(80, 80)]));
+        assert_eq!(parsed.policy_error, None);
+        let error = parsed.splice_error.expect("an error").to_string();
+        assert!(error.contains(SPLICE) && error.contains("off"), "{error}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::fmt;
 /// Why something is not as it should be. The names are those of Events and of the metrics' label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reason {
-    /// A field or annotation can't be read: everything is captured.
+    /// A field or annotation can't be read: everything is captured, or nothing spliced.
     InvalidPolicy,
     /// What the pod asks for is not implemented: it is left alone.
     Unsupported,

@@ -332,14 +332,17 @@ impl Reconciler {
         let Some(parsed) = facts::facts(&found.pod)? else {
             return Ok(None);
         };
-        if let Some(error) = parsed.policy_error {
-            problems.insert(Problem {
-                text: format!(
-                    "pod {}: everything is captured until this is mended: {error}",
-                    parsed.facts.name
-                ),
-                ..found.problem(Reason::InvalidPolicy, "")
-            });
+        let name = &parsed.facts.name;
+        for (error, meanwhile) in [
+            (parsed.policy_error, "everything is captured"),
+            (parsed.splice_error, "nothing is spliced"),
+        ] {
+            if let Some(error) = error {
+                problems.insert(Problem {
+                    text: format!("pod {name}: {meanwhile} until this is mended: {error}"),
+                    ..found.problem(Reason::InvalidPolicy, "")
+                });
+            }
         }
         Ok(Some(parsed.facts))
     }
