@@ -19,7 +19,6 @@
 #define O_NONBLOCK 00004000
 #define SEND_SHUTDOWN 2
 #define SPLICE_TALK 16 /* segments with data each way: below it, a connection is left alone */
-#define SPLICE_MONOLOGUE 16384 /* segments one way alone: it is left alone for good */
 #define SPLICE_SETTLE 500000000ull /* ns from the mark on */
 #define SPLICE_GIVE_UP 5000000000ull /* ns: what is not eligible by then never is */
 #define SPLICE_LARGE (32 * 1024) /* bytes: a message above it is better off with TCP */
@@ -103,8 +102,8 @@ static __always_inline enum splice_leg leg_of(const struct origdst *od, __u64 ne
 }
 
 /*
- * A connection is established. Most are gone after a request: it is looked at when it has said
- * more, which TCP's measurements of the round trip tell at no cost.
+ * A connection is established. Most are gone after a request: it is looked at once it has said
+ * more, which TCP's measurements of the round trip tell.
  */
 static __always_inline void splice_watch(struct bpf_sock_ops *ctx)
 {
@@ -115,34 +114,34 @@ static __always_inline void splice_watch(struct bpf_sock_ops *ctx)
 					  ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_RTT_CB_FLAG);
 }
 
-/* Does a connection that talks stay on this node? */
+/*
+ * Does a connection that talks stay on this node? It is decided once. The flag stays set: others at
+ * this hook may want it too.
+ */
 static __always_inline void splice_mark(struct bpf_sock_ops *ctx)
 {
-	__u32 in = ctx->data_segs_in, out = ctx->data_segs_out;
-	struct splice_key key = {};
 	struct bpf_sock *sk = ctx->sk;
-	const struct pod *pod;
-	enum splice_leg leg;
+	enum splice_leg leg = LEGS;
 	struct tcp_sock *tp;
+	const struct pod *pod;
 	struct splice *s;
 	__u64 netns;
 
-	if (out < SPLICE_TALK || (in < SPLICE_TALK && out < SPLICE_MONOLOGUE))
+	if (ctx->data_segs_out < SPLICE_TALK || ctx->data_segs_in < SPLICE_TALK)
 		return;
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
+	if (!sk || bpf_sk_storage_get(&splices, sk, NULL, 0))
+		return;
 	netns = bpf_get_netns_cookie(ctx);
 	pod = pod_by_netns(netns);
-	tp = sk ? bpf_skc_to_tcp_sock(sk) : NULL;
-	/* Both ends come to the same conclusion. */
-	if (in < SPLICE_TALK || in >= SPLICE_MONOLOGUE || !pod || !tp || !splice_key_of(tp, &key))
+	tp = bpf_skc_to_tcp_sock(sk);
+	s = bpf_sk_storage_get(&splices, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!pod || !tp || !s)
 		return;
-	leg = leg_of(bpf_sk_storage_get(&origdsts, sk, NULL, 0), netns, pod, &key);
+	if (splice_key_of(tp, &s->key))
+		leg = leg_of(bpf_sk_storage_get(&origdsts, sk, NULL, 0), netns, pod, &s->key);
+	s->state = SPLICE_OUT;
 	if (leg == LEGS || !leg_on(leg))
 		return;
-	s = bpf_sk_storage_get(&splices, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!s)
-		return;
-	s->key = key;
 	s->leg = leg;
 	s->mesh = pod->mesh;
 	s->since = bpf_ktime_get_ns();
@@ -232,6 +231,13 @@ static __always_inline bool splice_leaves(const struct tcp_sock *tp, struct spli
 	return !bpf_map_update_elem(&leaving, &key, &one, BPF_ANY);
 }
 
+static __always_inline int splice_refuse(struct splice *s, const struct pod *pod, enum counter why)
+{
+	s->state = SPLICE_OUT;
+	count(pod, why);
+	return 0;
+}
+
 /* Puts what is eligible into the map, once it has settled, and takes pods' changes over. */
 SEC("iter/bpf_sk_storage_map")
 int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
@@ -244,13 +250,18 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	struct tcp_sock *tp;
 	__u64 netns, age;
 
-	tp = sk && s ? bpf_skc_to_tcp_sock(sk) : NULL;
+	/* Of another layout's map, only the first field is known. */
+	if (!sk || !s || (!sweep_off && s->state == SPLICE_OUT))
+		return 0;
+	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return 0;
-	netns = sk->__sk_common.skc_net.net->net_cookie;
-	pod = pod_by_netns(netns);
 	if (!queue_is_empty(sk))
 		splices_unread++;
+	if (sweep_off) {
+		s->off = 1;
+		return 0;
+	}
 	/* Off for good: not for a moment may it be on again, or a message could follow. */
 	if (s->state == SPLICE_LEAVING) {
 		splice_leave(ctx, sk, s);
@@ -262,30 +273,25 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 		splices_leaving++;
 		return 0;
 	}
-	s->off = sweep_off || !pod || !(pod->flags & POD_SPLICE) || !leg_on(s->leg) ||
+	netns = sk->__sk_common.skc_net.net->net_cookie;
+	pod = pod_by_netns(netns);
+	s->off = !pod || !(pod->flags & POD_SPLICE) || !leg_on(s->leg) ||
 		 (s->leg == LEG_SIDECAR && !is_neighbour(&s->key.remote));
 	if (s->off || !pod || s->state != SPLICE_CANDIDATE)
 		return 0;
 	age = bpf_ktime_get_ns() - s->since;
-	owner_of_kernel(sk, &owner);
 	if (age < SPLICE_SETTLE || (age < SPLICE_GIVE_UP && !splice_safe(tp))) {
 		splices_left++;
 		return 0;
 	}
-	s->state = SPLICE_OUT;
-	if (!splice_safe(tp)) {
-		count(pod, SPLICE_NOT_SAFE);
-		return 0;
-	}
-	if (s->leg == LEG_SIDECAR && owner.uid != pod->proxy_uid) {
-		count(pod, SPLICE_NOT_PROXY);
-		return 0;
-	}
+	if (!splice_safe(tp))
+		return splice_refuse(s, pod, SPLICE_NOT_SAFE);
+	owner_of_kernel(sk, &owner);
+	if (s->leg == LEG_SIDECAR && owner.uid != pod->proxy_uid)
+		return splice_refuse(s, pod, SPLICE_NOT_PROXY);
 	key = s->key;
-	if (bpf_map_update_elem(&spliced, &key, sk, BPF_NOEXIST)) {
-		count(pod, SPLICE_MAP_FULL);
-		return 0;
-	}
+	if (bpf_map_update_elem(&spliced, &key, sk, BPF_NOEXIST))
+		return splice_refuse(s, pod, SPLICE_MAP_FULL);
 	s->state = SPLICE_IN;
 	count(pod, SPLICE_SOCKETS);
 	return 0;
