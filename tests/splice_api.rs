@@ -2,7 +2,7 @@
 //! is not. Where the kernel itself differs the row names the self-test's trial that finds it, so
 //! that the leg where it hurts is off.
 
-#![allow(unsafe_code, reason = "FIONREAD, recvmmsg and io_uring")]
+#![allow(unsafe_code, reason = "recvmmsg and io_uring")]
 
 mod common;
 
@@ -16,8 +16,8 @@ use std::{
 use common::{
     patience,
     splicing::{
-        LARGE, Leg, Pair, SEAM, Splicing, events, get, get_up_to, put, ready, say, say_rest,
-        settled,
+        LARGE, Leg, Pair, SEAM, Splicing, events, get, get_up_to, ioctl_int, put, ready, say,
+        say_rest, settled, unsent,
     },
 };
 use nix::{
@@ -424,20 +424,8 @@ fn ready_exactly(stream: &TcpStream, wanted: EpollFlags) -> bool {
     settled(true, || events(stream, wanted, Duration::ZERO).contains(wanted))
 }
 
-fn ioctl_int(stream: &TcpStream, request: libc::Ioctl) -> usize {
-    let mut value: libc::c_int = 0;
-    // SAFETY: both requests write one int.
-    let rc = unsafe { libc::ioctl(stream.as_raw_fd(), request, &raw mut value) };
-    assert_eq!(rc, 0, "{}", std::io::Error::last_os_error());
-    usize::try_from(value).expect("no negative number")
-}
-
 fn pending(stream: &TcpStream) -> usize {
     ioctl_int(stream, libc::FIONREAD)
-}
-
-fn unsent(stream: &TcpStream) -> usize {
-    ioctl_int(stream, libc::TIOCOUTQ)
 }
 
 fn setsockopt_int(stream: &TcpStream, option: libc::c_int, value: libc::c_int) {

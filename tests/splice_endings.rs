@@ -13,12 +13,12 @@ use std::{
 
 use common::{
     PROXY, addr, patience,
-    splicing::{LARGE, Leg, Pair, SEAM, Splicing, TALK, events, get, put, say, say_rest},
+    splicing::{LARGE, Leg, Pair, SEAM, Splicing, TALK, events, get, put, say, say_rest, unsent},
 };
 use nix::sys::epoll::EpollFlags;
 use sidestep_lab::{
     calls::{self, ReadCall, WriteCall},
-    wait_for,
+    wait_for, wait_until,
 };
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
@@ -84,6 +84,8 @@ const ROWS: &[Row] = &[
     }),
     row("reset behind bytes in the queue and in TCP", |writer, reader| {
         SEAM.iter().for_each(|size| put(&writer, &vec![1; *size]));
+        // What TCP has not sent by then, it never will.
+        wait_until("all to be sent", patience(), || unsent(&writer) == 0).expect("sent");
         reset(writer);
         ended(&reader);
         say_rest(&reader)

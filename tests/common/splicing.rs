@@ -3,7 +3,7 @@
 use std::{
     io::{self, ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd},
     thread,
     time::{Duration, Instant},
 };
@@ -236,6 +236,21 @@ impl Pair {
         }
         self
     }
+}
+
+/// What an ioctl that tells one number tells.
+#[allow(unsafe_code, reason = "no safe wrapper knows FIONREAD and TIOCOUTQ of a socket")]
+pub fn ioctl_int(stream: &TcpStream, request: libc::Ioctl) -> usize {
+    let mut value: libc::c_int = 0;
+    // SAFETY: both requests write one int.
+    let rc = unsafe { libc::ioctl(stream.as_raw_fd(), request, &raw mut value) };
+    assert_eq!(rc, 0, "{}", io::Error::last_os_error());
+    usize::try_from(value).expect("no negative number")
+}
+
+/// Bytes in TCP that the other end has not acknowledged.
+pub fn unsent(stream: &TcpStream) -> usize {
+    ioctl_int(stream, libc::TIOCOUTQ)
 }
 
 /// Waits until one of the events, or an error; false: in vain.
