@@ -80,6 +80,7 @@ file file
 shellcheck shellcheck
 cpio cpio
 xz-utils xz
+zstd zstd
 protobuf-compiler protoc
 qemu-system-x86 qemu-system-x86_64
 END
@@ -87,7 +88,7 @@ END
     [ -e /usr/share/fonts/truetype/dejavu/DejaVuSans.ttf ] || echo fonts-dejavu-core
     # The machines of scripts/kernels.sh have nothing else to start with.
     have busybox && file -L "$(command -v busybox)" | grep -q 'statically linked' || echo busybox-static
-    # Their kernels are Debian's, also where this system is not.
+    # Some of their kernels are Debian's, also where this system is not.
     [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
     # For the machines as well: a client of an API server wants some.
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates

@@ -8,7 +8,7 @@
 # the verifier of any kernel counted, the running one's too, to bpf/budget.txt:
 # run all for that, as root.
 #
-# The kernels are Debian's for clouds (see debian-kernel.sh). A machine is a
+# The kernels are Debian's and Ubuntu's for clouds (see distro-kernel.sh). A machine is a
 # kernel and an initramfs. Its processor is emulated, because /dev/kvm is not to
 # be had everywhere: the tests get more time and less bulk (SLOWDOWN).
 #
@@ -19,11 +19,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Name, Debian suite, and whether Sidestep is to run there or to refuse.
+# Name, suite of Debian or Ubuntu, and whether Sidestep is to run there or to refuse.
 kernels() {
     cat <<'END'
 5.10 bullseye-security refuse
+5.15 jammy-updates run
 6.1 bookworm-security run
+6.8 noble-updates run
 6.12 trixie-security run
 7.x trixie-backports run
 END
@@ -154,6 +156,7 @@ make_modules() {
         case $path in
         *.ko) cp "$path" "$dir/modules/" ;;
         *.xz) xz -dc "$path" >"$dir/modules/$module.ko" ;;
+        *.zst) zstd -qdc "$path" >"$dir/modules/$module.ko" ;;
         '') ;;
         *) die "unknown compression: $path" ;;
         esac
@@ -168,7 +171,7 @@ make_modules() {
 # tests said, and $OUT/NAME.console, what the kernel said.
 run_machine() {
     local name=$1 dir=$LAB_DIR/kernels/$2 expect=$3
-    scripts/debian-kernel.sh "$2" amd64 "$dir"
+    scripts/distro-kernel.sh "$2" amd64 "$dir"
     make_modules "$dir/modules" "$OUT/modules.cpio"
     cat "$OUT/base.cpio" "$OUT/modules.cpio" >"$OUT/initramfs"
     rm -f "$OUT/$name".{log,console}

@@ -6,7 +6,7 @@
 #                                downloaded and unpacked, never installed or run
 #
 # Needs bpftool; aarch64 also needs apt-get, dpkg and python3.
-# Environment: DEBIAN_SUITE (default trixie-security), and see debian-kernel.sh.
+# Environment: DEBIAN_SUITE (default trixie-security), and see distro-kernel.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -79,7 +79,7 @@ x86_64)
     dump /sys/kernel/btf/vmlinux x86_64
     ;;
 aarch64)
-    scripts/debian-kernel.sh "${DEBIAN_SUITE:-trixie-security}" arm64 "$tmp/kernel"
+    scripts/distro-kernel.sh "${DEBIAN_SUITE:-trixie-security}" arm64 "$tmp/kernel"
     say "from $(cat "$tmp/kernel/VERSION")"
     cut_btf "$tmp/kernel/vmlinuz" "$tmp/btf"
     dump "$tmp/btf" aarch64

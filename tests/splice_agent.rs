@@ -248,6 +248,21 @@ fn pods_opt_out_and_in_while_they_talk() {
     });
 }
 
+/// Neither by it nor to it.
+#[test]
+fn nobody_splices_with_a_pod_that_has_opted_out() {
+    let mut node = Splicing::start("optone", "sidecar");
+    let pair = node.pair(Leg::Sidecar);
+    let manifest = annotated(node.a.manifest(), OPT_OUT, "disabled");
+    node.agent.add_manifest("a", &manifest).expect("manifest");
+    wait_until("both ends to stop", Duration::from_secs(10), || {
+        let before = node.counter("splice_messages");
+        pair.prime();
+        node.counter("splice_messages") == before
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", node.status()));
+}
+
 #[test]
 fn each_message_goes_where_it_should() {
     let node = Splicing::start("messages", "sidecar");

@@ -403,6 +403,21 @@ fn sockets_that_stay_out() {
     assert_eq!(node.counter("splice_messages"), redirected, "all that by plain TCP");
 }
 
+/// Some make their sockets non-blocking only when they have accepted and talked.
+#[test]
+fn a_socket_that_blocks_is_waited_for() {
+    let node = Splicing::start("late", "sidecar");
+    let late = node
+        .connect_blocking(Leg::Sidecar, |target| TcpStream::connect(target).expect("connected"));
+    let _witness = node.connect(Leg::Sidecar);
+    // The agent has looked at both by then.
+    node.wait_sockets(2);
+    for end in [&late.client, &late.server] {
+        end.set_nonblocking(true).expect("non-blocking");
+    }
+    node.wait_sockets(4);
+}
+
 /// Most connections are gone after a request or two, and others speak one way alone.
 #[test]
 fn connections_with_little_to_say_stay_out() {

@@ -1,36 +1,48 @@
 #!/usr/bin/env bash
-# Fetches the kernel that a Debian suite has for clouds and unpacks it: it is
-# neither installed nor run.
+# Fetches the kernel that a suite of Debian or Ubuntu has for virtual machines and
+# unpacks it: it is neither installed nor run.
 #
-#   scripts/debian-kernel.sh SUITE ARCH DIR
+#   scripts/distro-kernel.sh SUITE ARCH DIR
 #
 # gives DIR/vmlinuz, DIR/modules (what /lib/modules/VERSION is) and DIR/VERSION
 # (the package's name and version). Does nothing for a week after that. The
 # newest kernel is found through the meta package, whatever its name.
 #
-# Needs apt-get and dpkg, no root.
-# Environment: DEBIAN_MIRROR, such as scheme://host; by default the mirror that
-#              this system's own apt uses.
+# Needs apt-get and dpkg, no root; for Ubuntu's kernels curl as well.
+# Environment: DEBIAN_MIRROR, UBUNTU_MIRROR, such as scheme://host; by default the
+#              mirror that this system's own apt uses, or archive.ubuntu.com.
 set -euo pipefail
 
-say() { printf 'debian-kernel.sh: %s\n' "$*" >&2; }
+say() { printf 'distro-kernel.sh: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-[ $# = 3 ] || die "usage: scripts/debian-kernel.sh SUITE ARCH DIR"
+[ $# = 3 ] || die "usage: scripts/distro-kernel.sh SUITE ARCH DIR"
 suite=$1 arch=$2 dir=$3
 
 [ -z "$(find "$dir/VERSION" -mtime -7 2>/dev/null)" ] || exit 0
 
-archive=debian
-case $suite in *-security) archive=debian-security ;; esac
+case $suite in
+*-security) distro=Debian archive=debian-security ;;
+focal* | jammy* | noble*) distro=Ubuntu archive=ubuntu ;;
+*) distro=Debian archive=debian ;;
+esac
 
 # The part before /debian of the archive's address, as apt has it.
-mirror() {
-    apt-get indextargets --format "\$(SITE)" 'Identifier: Packages' 'Origin: Debian' |
+own_mirror() {
+    apt-get indextargets --format "\$(SITE)" 'Identifier: Packages' "Origin: $distro" |
         sed -n "s,/$archive\$,,p" | head -n 1
 }
-mirror=${DEBIAN_MIRROR:-$(mirror)}
-[ -n "$mirror" ] || die "this system's apt has no Debian mirror: name one by DEBIAN_MIRROR"
+if [ $distro = Debian ]; then
+    meta=linux-image-cloud-$arch
+    keys=/usr/share/keyrings/debian-archive-keyring.gpg
+    mirror=${DEBIAN_MIRROR:-$(own_mirror)}
+    [ -n "$mirror" ] || die "this system's apt has no Debian mirror: name one by DEBIAN_MIRROR"
+else
+    meta=linux-image-virtual
+    keys=/usr/share/keyrings/ubuntu-archive-keyring.gpg
+    mirror=${UBUNTU_MIRROR:-$(own_mirror)}
+    mirror=${mirror:-http://archive.ubuntu.com}
+fi
 
 # apt gets a configuration and a state of its own: of this system's, only the
 # keyring that checks the signatures is read, and nothing is changed.
@@ -38,7 +50,15 @@ tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 mkdir -p "$tmp"/{lists/partial,cache/archives/partial,root}
 : >"$tmp/status"
-keys=/usr/share/keyrings/debian-archive-keyring.gpg
+if [ $distro = Ubuntu ] && [ ! -e $keys ]; then
+    # Debian has no package with Ubuntu's keys. This one is known by its sum.
+    package=pool/main/u/ubuntu-keyring/ubuntu-keyring_2023.11.28.1_all.deb
+    curl -fsSL --retry 3 -o "$tmp/keyring" "$mirror/ubuntu/$package" || die "cannot fetch $package"
+    echo "36de43b15853ccae0028e9a767613770c704833f82586f28eb262f0311adb8a8  $tmp/keyring" |
+        sha256sum --check --quiet || die "$package is another one"
+    dpkg -x "$tmp/keyring" "$tmp/keys"
+    keys=$tmp/keys$keys
+fi
 echo "deb [arch=$arch signed-by=$keys] $mirror/$archive $suite main" >"$tmp/sources.list"
 cat >"$tmp/apt.conf" <<END
 APT::Architecture "$arch";
@@ -66,8 +86,8 @@ depends() {
 fetch() {
     local image version parts deb kernel modules
     apt-get -qq update >&2 || return 1
-    image=$(depends "linux-image-cloud-$arch" linux-image)
-    [ -n "$image" ] || { say "$suite: linux-image-cloud-$arch names no image"; return 1; }
+    image=$(depends "$meta" linux-image)
+    [ -n "$image" ] || { say "$suite: $meta names no image"; return 1; }
     version=$(apt-cache show --no-all-versions "$image" | sed -n 's/^Version: //p')
     # From 7.x on it is only a name for packages with the kernel and its modules.
     mapfile -t parts < <(depends "$image" linux-binary linux-modules)
