@@ -20,6 +20,8 @@
 
 /* The cookie of the network namespace that this instance is linked to. */
 const volatile __u64 netns_cookie;
+/* Whether this kernel tells the interface that a connection comes from (Linux 5.17). */
+const volatile __u8 tells_interface;
 /* Unused: a ring has no value type, and the skeleton knows only the types of variables. */
 const volatile struct event event_layout;
 
@@ -89,6 +91,7 @@ int steer(struct bpf_sk_lookup *ctx)
 {
 	const struct pod *pod;
 	struct addr src, dst;
+	__u32 ifindex = 0;
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
@@ -110,8 +113,9 @@ int steer(struct bpf_sk_lookup *ctx)
 		steer_own(ctx, pod, &src, &dst);
 		return SK_PASS;
 	}
-	if (!inbound_steered(pod, netns_cookie, &src, &dst, ctx->local_port,
-			     ctx->ingress_ifindex)) {
+	if (tells_interface)
+		ifindex = ctx->ingress_ifindex;
+	if (!inbound_steered(pod, netns_cookie, &src, &dst, ctx->local_port, ifindex)) {
 		count(pod, PASSED_INBOUND);
 		return SK_PASS;
 	}

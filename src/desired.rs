@@ -209,9 +209,20 @@ pub enum Refusal {
         /// Its size.
         limit: usize,
     },
+    /// The pod exempts interfaces, and the kernel has no way to know one.
+    #[error(
+        "{key} {names:?}: this kernel does not tell from which interface a connection comes, which \
+         takes Linux 5.17"
+    )]
+    Interfaces {
+        /// The annotation.
+        key: &'static str,
+        /// The interfaces.
+        names: String,
+    },
 }
 
-/// The sizes of the kernel's maps.
+/// What the kernel can do: the sizes of its maps, and what not every kernel has.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Pods.
@@ -226,6 +237,8 @@ pub struct Limits {
     pub uid_rules: usize,
     /// Exempt interfaces of all pods.
     pub excluded_ifs: usize,
+    /// Whether it tells from which interface a new connection comes.
+    pub tells_interface: bool,
 }
 
 /// How long the texts of a [`Record`] may be; `struct pod_record` of bpf/types.h.
@@ -325,6 +338,13 @@ fn enrol(
     rules.ranges(RuleSet::OutExcludeCidrs, &policy.exclude_outbound_ranges);
     rules.ranges(RuleSet::InExcludeCidrs, &policy.exclude_inbound_ranges);
     rules.users(&policy.exclude_outbound_for_uids);
+    if let Some(key) = facts.mesh.keys.exclude_interfaces
+        && !policy.exclude_interfaces.is_empty()
+        && !limits.tells_interface
+    {
+        let names = Vec::from_iter(policy.exclude_interfaces.iter().cloned()).join(",");
+        return Err(Refusal::Interfaces { key, names });
+    }
     // An interface that is not there yet is exempt once it is: namespaces are looked at again.
     let excluded_ifs: BTreeSet<(u64, u32)> = policy
         .exclude_interfaces
@@ -545,6 +565,7 @@ mod tests {
         cidr_rules: 64,
         uid_rules: 64,
         excluded_ifs: 4,
+        tells_interface: true,
     };
 
     fn candidate(name: &str, cookie: u64, ip: &str) -> Candidate {
@@ -658,6 +679,19 @@ mod tests {
         let out = plain(&pods);
         assert_eq!(out.pods.len(), 4);
         assert!(matches!(out.refused[..], [(_, Refusal::Full { map: "pods", limit: 4 })]));
+    }
+
+    #[test]
+    fn exempt_interfaces_take_a_kernel_that_tells_them() {
+        let mut pod = candidate("ns/a", 7, "10.0.0.7");
+        pod.facts.policy.exclude_interfaces = ["net1".to_owned()].into();
+        let limits = Limits { tells_interface: false, ..LIMITS };
+        let other = candidate("ns/b", 8, "10.0.0.8");
+        let out = desired(&[pod, other], &BTreeSet::new(), &BTreeMap::new(), &limits);
+        assert_eq!(out.pods.keys().collect::<Vec<_>>(), [&8]);
+        let [(pod, refusal)] = &out.refused[..] else { panic!("{:?}", out.refused) };
+        let text = refusal.to_string();
+        assert!(pod == "ns/a" && text.contains("excludeInterfaces \"net1\""), "{pod}: {text}");
     }
 
     #[test]

@@ -251,7 +251,7 @@ fn pods_opt_out_and_in_while_they_talk() {
 /// Neither by it nor to it.
 #[test]
 fn nobody_splices_with_a_pod_that_has_opted_out() {
-    let mut node = Splicing::start("optone", "sidecar");
+    let node = Splicing::start("optone", "sidecar");
     let pair = node.pair(Leg::Sidecar);
     let manifest = annotated(node.a.manifest(), OPT_OUT, "disabled");
     node.agent.add_manifest("a", &manifest).expect("manifest");

@@ -36,12 +36,14 @@ use std::{
     },
     path::{Path, PathBuf},
     rc::Rc,
+    sync::{Mutex, OnceLock, PoisonError},
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{
     Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, RingBuffer, RingBufferBuilder, TC_EGRESS,
     TcHook, TcHookBuilder,
+    btf::{Btf, types::Struct},
     query::LinkTypeInfo,
     skel::{OpenSkel, Skel, SkelBuilder},
 };
@@ -111,9 +113,26 @@ const LISTENER_SLOTS: u32 = 16;
 /// beside the error that the caller reports.
 pub fn log_libbpf() {
     libbpf_rs::set_print(Some((PrintLevel::Debug, |level, text| match level {
-        PrintLevel::Warn => tracing::debug!(target: "libbpf", "{}", text.trim_end()),
+        PrintLevel::Warn => {
+            if let Some(word) = last_word(&text) {
+                *LAST_WORD.lock().unwrap_or_else(PoisonError::into_inner) = Some(word);
+            }
+            tracing::debug!(target: "libbpf", "{}", text.trim_end());
+        }
         _ => tracing::trace!(target: "libbpf", "{}", text.trim_end()),
     })));
+}
+
+/// Which program a kernel's verifier refused last, and why: libbpf's error is a number alone.
+static LAST_WORD: Mutex<Option<String>> = Mutex::new(None);
+
+/// The program's name, and the verifier's last word about it, of libbpf's message with its log.
+fn last_word(text: &str) -> Option<String> {
+    let (head, log) = text.split_once("-- BEGIN PROG LOAD LOG --")?;
+    let name = head.split('\'').nth(1)?;
+    let words = log.lines().map(str::trim).filter(|line| !line.is_empty());
+    let words = words.take_while(|line| !line.starts_with("processed ")).last()?;
+    Some(format!("{name}: {words}"))
 }
 
 /// Where maps and links are pinned.
@@ -434,6 +453,7 @@ impl Dataplane {
             cidr_rules: maps.cidr_rules.max_entries() as usize,
             uid_rules: maps.uid_rules.max_entries() as usize,
             excluded_ifs: maps.excluded_ifs.max_entries() as usize,
+            tells_interface: tells_interface(),
         }
     }
 
@@ -528,9 +548,7 @@ impl Dataplane {
     /// Where the kernel refuses to load or to attach.
     pub fn attach_inbound(&self, cookie: u64, netns: &Netns) -> Result<()> {
         let mut storage = MaybeUninit::uninit();
-        let mut open = skel_inbound::InboundSkelBuilder::default().open(&mut storage)?;
-        open.maps.rodata_data.as_mut().context("the inbound object has no rodata")?.netns_cookie =
-            cookie;
+        let mut open = open_inbound(&mut storage, cookie)?;
         for mut map in open.open_object_mut().maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             if !name.contains('.') {
@@ -685,6 +703,31 @@ pub fn detach_dns(netns: &Netns) -> Result<()> {
     })
 }
 
+/// Whether this kernel tells a program from which interface a new connection comes (Linux 5.17).
+fn tells_interface() -> bool {
+    static TELLS: OnceLock<bool> = OnceLock::new();
+    *TELLS.get_or_init(|| {
+        Btf::from_vmlinux().is_ok_and(|types| {
+            let context = types.type_by_name::<Struct<'_>>("bpf_sk_lookup");
+            context.is_some_and(|context| {
+                context.iter().any(|field| field.name == Some("ingress_ifindex".as_ref()))
+            })
+        })
+    })
+}
+
+/// The program for the namespace with this cookie.
+fn open_inbound(
+    storage: &mut MaybeUninit<libbpf_rs::OpenObject>,
+    cookie: u64,
+) -> Result<skel_inbound::OpenInboundSkel<'_>> {
+    let mut open = skel_inbound::InboundSkelBuilder::default().open(storage)?;
+    let constants = open.maps.rodata_data.as_mut().context("the inbound object has no rodata")?;
+    constants.netns_cookie = cookie;
+    constants.tells_interface = u8::from(tells_interface());
+    Ok(open)
+}
+
 fn open_node() -> Result<skel::OpenSidestepSkel<'static>> {
     // A skeleton borrows its object; there is one for the life of the process.
     let storage = Box::leak(Box::new(MaybeUninit::uninit()));
@@ -697,10 +740,20 @@ fn open_node() -> Result<skel::OpenSidestepSkel<'static>> {
 /// # Errors
 /// The kernel's refusal.
 pub fn try_load() -> Result<Vec<ProgramCost>> {
+    load_all().map_err(|error| {
+        let word = LAST_WORD.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match word {
+            Some(word) => error.context(word),
+            None => error,
+        }
+    })
+}
+
+fn load_all() -> Result<Vec<ProgramCost>> {
     let mut storage = MaybeUninit::uninit();
     let node = skel::SidestepSkelBuilder::default().open(&mut storage)?.load()?;
     let mut storage = MaybeUninit::uninit();
-    let pod = skel_inbound::InboundSkelBuilder::default().open(&mut storage)?.load()?;
+    let pod = open_inbound(&mut storage, 0)?.load()?;
     let programs = node.object().progs().chain(pod.object().progs());
     programs.map(|program| cost::of(&program)).collect()
 }
@@ -974,6 +1027,16 @@ fn netns_of(link: &Link) -> Result<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refusal_names_the_program_and_the_verifiers_last_word() {
+        let text = "libbpf: prog 'steer': -- BEGIN PROG LOAD LOG --\n0: (b7) r0 = 1\n\
+                    invalid bpf_context access off=64 size=4\nprocessed 2 insns (limit 1000000)\n\
+                    -- END PROG LOAD LOG --\n";
+        let found = last_word(text).expect("a refusal");
+        assert_eq!(found, "steer: invalid bpf_context access off=64 size=4");
+        assert_eq!(last_word("libbpf: prog 'steer': failed to load: -13\n"), None);
+    }
 
     #[test]
     fn every_program_has_its_row_and_every_row_its_program() {
