@@ -6,5 +6,6 @@ pub mod apiserver;
 pub mod cri;
 pub mod kubelet;
 pub mod lab;
+pub mod usage;
 
 pub use apiserver::ApiServer;

@@ -7,6 +7,7 @@ mod scenarios;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -31,6 +32,10 @@ enum Command {
         /// Where the logs of failed scenarios are kept
         #[arg(long, value_name = "DIR", default_value = "target/e2e-logs")]
         logs: PathBuf,
+        /// For how long the API server is away in the scenario api-away, in seconds; an hour is
+        /// 3600
+        #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+        away: u64,
     },
     /// Say what each scenario shows
     List,
@@ -60,7 +65,9 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     match Cli::parse().command {
-        Command::Run { only, binary, logs } => scenarios::run(&binary, &only, &logs),
+        Command::Run { only, binary, logs, away } => {
+            scenarios::run(&binary, &only, &logs, Duration::from_secs(away))
+        }
         Command::List => {
             for scenario in scenarios::all() {
                 println!("{:<24} {}", scenario.name, scenario.doc);

@@ -24,7 +24,11 @@ use kube::{
         watcher,
     },
 };
-use tokio::{sync::mpsc, task, time::timeout};
+use tokio::{
+    sync::mpsc,
+    task,
+    time::{sleep, timeout},
+};
 use tracing::{info, warn};
 
 use super::{Snapshot, SourcePod};
@@ -32,6 +36,8 @@ use crate::{facts, problem::Problem};
 
 /// How long a single question to the API server may take.
 const ANSWER: Duration = Duration::from_secs(5);
+/// Before a list that the API server asks for by 410.
+const RELIST: Duration = Duration::from_secs(1);
 /// Events that wait for the API server; what comes on top is in the log alone.
 const EVENTS: usize = 256;
 /// What an Event's note may hold.
@@ -306,20 +312,26 @@ fn follow<K: 'static>(
     });
 }
 
-/// A watch that begins anew where the API server answers its start with 410: a watcher would ask
-/// for the same version for ever. Told so by an event, it lists again by itself.
+/// A watch that lists again where the API server has forgotten its version, which it says by 410.
+/// To a watcher that is one failure more: after a long absence it would wait for another minute
+/// first. And where its start is answered so, it would ask for the same version for ever.
 fn relisting<K, W>(make: impl Fn() -> W) -> impl Stream<Item = watcher::Result<watcher::Event<K>>>
 where
     W: Stream<Item = watcher::Result<watcher::Event<K>>>,
 {
     stream::unfold((Box::pin(make()), make), async |(mut watch, make)| {
-        let event = watch.next().await?;
-        if let Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) = &event
-            && status.code == 410
-        {
-            watch = Box::pin(make());
+        loop {
+            match watch.next().await? {
+                Err(watcher::Error::WatchStartFailed(kube::Error::Api(status)))
+                    if status.code == 410 =>
+                {
+                    watch = Box::pin(make());
+                }
+                Err(watcher::Error::WatchError(status)) if status.code == 410 => {}
+                event => return Some((event, (watch, make))),
+            }
+            sleep(RELIST).await;
         }
-        Some((event, (watch, make)))
     })
 }
 

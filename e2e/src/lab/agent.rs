@@ -15,6 +15,7 @@ use sidestep_lab::agent::{BPFFS, mount_bpffs};
 use sidestep_lab::{Service, wait_until};
 
 use super::{NODE, Node};
+use crate::usage::Usage;
 
 /// Where the agent answers `/readyz` and `/metrics`.
 const HTTP: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9465);
@@ -165,6 +166,21 @@ impl Agent {
     /// Whether it runs.
     pub fn is_running(&mut self) -> bool {
         self.service.as_mut().is_some_and(|service| service.is_running())
+    }
+
+    /// What its process uses.
+    pub fn usage(&self) -> Result<Usage> {
+        let pid = self.service.as_ref().context("the agent does not run")?.pid();
+        let read = |file: &str| {
+            let path = format!("/proc/{pid}/{file}");
+            fs::read_to_string(&path).with_context(|| format!("reading {path}"))
+        };
+        Usage::parse(&read("stat")?, &read("status")?)
+    }
+
+    /// All that it has written since it was started first.
+    pub fn log(&self) -> String {
+        self.service.as_ref().map(|service| service.log()).unwrap_or_default()
     }
 
     /// SIGKILL: the programs stay attached.

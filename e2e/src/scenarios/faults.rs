@@ -2,18 +2,18 @@
 
 use std::fs;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use sidestep_e2e::apiserver::Gone;
-use sidestep_e2e::lab::{IMAGE, NODE, Node};
+use sidestep_e2e::lab::{Agent, IMAGE, NODE, Node};
 use sidestep_lab::{wait_for, wait_until};
 
 use super::changes::{conflist, is_chained};
 use super::pods::{
-    PORT, answered, app, container, injected, intercepted, istio, istio_proxy, mesh_pod, server,
-    soon_answered,
+    PORT, SOON, answered, answered_within, app, container, injected, intercepted, istio,
+    istio_proxy, mesh_pod, server, soon_answered,
 };
 use super::{Row, World};
 
@@ -45,11 +45,18 @@ fn api_away(world: &mut World) -> Result<()> {
     let own = mesh_pod(node, "cart")?;
     soon_answered(node, "cart", target, "outbound")?;
     node.server().stop()?;
-    intercepted(node, "cart", own, target).context("without an API server")?;
+    look_on(node, &mut agent, own, target, world.away).context("without an API server")?;
     exclude(node, "8080")?;
     node.server().compact(Gone::Event);
     node.server().resume()?;
-    soon_answered(node, "cart", target, "app").with_context(|| agent.log_tail())?;
+    let back = Instant::now();
+    // The pauses between its tries get longer, up to a minute: kube's 30 s, and up to as much
+    // again by chance.
+    let patience = (SOON + 2 * world.away).min(Duration::from_secs(60) + SOON);
+    answered_within(node, "cart", target, "app", patience).with_context(|| agent.log_tail())?;
+    if !world.away.is_zero() {
+        println!("       caught up within {:.1} s", back.elapsed().as_secs_f64());
+    }
     // And while the watch runs.
     exclude(node, "")?;
     node.server().compact(Gone::Event);
@@ -59,6 +66,61 @@ fn api_away(world: &mut World) -> Result<()> {
     node.server().delete("pods", "shop", "cart")?;
     node.server().resume()?;
     agent.wait_enrolled("cart", false)
+}
+
+/// How often interception is looked at while the API server is away.
+const LOOK: Duration = Duration::from_secs(5);
+/// What the agent may use meanwhile: memory on top, and processor time, the latter in percent.
+const MORE_KIB: u64 = 2048;
+const CPU_PERCENT: u32 = 3;
+/// And how many lines of log: what is wrong is said once, not with every try.
+const LINES: usize = 10;
+
+/// For as long as that, and at least once: new connections are intercepted, the kernel has the
+/// pods as they were, and the agent lives and does not grow.
+fn look_on(
+    node: &Node,
+    agent: &mut Agent,
+    own: SocketAddr,
+    server: SocketAddr,
+    time: Duration,
+) -> Result<()> {
+    let (start, before) = (Instant::now(), agent.usage()?);
+    let pods = agent.status()?["pods"].clone();
+    let lines = agent.log().lines().count();
+    let mut looks = 0;
+    loop {
+        intercepted(node, "cart", own, server)?;
+        let now = &agent.status()?["pods"];
+        ensure!(*now == pods, "the kernel had the pods {pods:#}, and has {now:#}");
+        ensure!(agent.is_running(), "the agent has ended; {}", agent.log_tail());
+        let (code, body) = agent.get(node, "/readyz")?;
+        ensure!(code == 200, "the agent is not ready: {body}");
+        looks += 1;
+        let left = time.saturating_sub(start.elapsed());
+        if left.is_zero() {
+            break;
+        }
+        let next = Instant::now() + LOOK.min(left);
+        wait_until("the next look", 2 * LOOK, || Instant::now() >= next)?;
+    }
+    let after = agent.usage()?;
+    let (passed, cpu) = (start.elapsed(), after.cpu - before.cpu);
+    let said = agent.log().lines().count() - lines;
+    if !time.is_zero() {
+        println!(
+            "       away {passed:.0?}: looked {looks} times; the agent used {:.2} % of a processor, \
+             {} KiB before and {} KiB after, and wrote {said} lines",
+            100.0 * cpu.as_secs_f64() / passed.as_secs_f64(),
+            before.rss_kib,
+            after.rss_kib,
+        );
+    }
+    ensure!(cpu <= Duration::from_secs(1) + passed * CPU_PERCENT / 100, "it used {cpu:?}");
+    let limit = before.rss_kib + MORE_KIB;
+    ensure!(after.rss_kib <= limit, "it grew from {} to {} KiB", before.rss_kib, after.rss_kib);
+    ensure!(said <= LINES, "it wrote {said} lines; {}", agent.log_tail());
+    Ok(())
 }
 
 fn api_gone_status(world: &mut World) -> Result<()> {

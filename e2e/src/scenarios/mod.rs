@@ -8,7 +8,7 @@ mod pods;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use sidestep_e2e::lab::{Agent, AgentOpts, Node};
@@ -20,6 +20,8 @@ pub struct World {
     pub binary: PathBuf,
     /// The node; gone when a scenario took it down itself.
     pub node: Node,
+    /// For how long the API server is away; none: for moments.
+    pub away: Duration,
 }
 
 impl World {
@@ -57,7 +59,7 @@ pub fn all() -> Vec<Scenario> {
 type Row = (&'static str, &'static str, fn(&mut World) -> Result<()>);
 
 /// Runs those whose names contain `only`, a line for each. Logs of failures are kept in `logs`.
-pub fn run(binary: &Path, only: &str, logs: &Path) -> Result<()> {
+pub fn run(binary: &Path, only: &str, logs: &Path, away: Duration) -> Result<()> {
     stop_on_signals()?;
     let chosen: Vec<Scenario> =
         all().into_iter().filter(|scenario| scenario.name.contains(only)).collect();
@@ -65,7 +67,7 @@ pub fn run(binary: &Path, only: &str, logs: &Path) -> Result<()> {
     let mut failed = 0;
     for scenario in &chosen {
         let start = Instant::now();
-        let result = run_one(binary, scenario, &logs.join(scenario.name));
+        let result = run_one(binary, scenario, &logs.join(scenario.name), away);
         let seconds = start.elapsed().as_secs_f64();
         match &result {
             Ok(()) => println!("ok     {:<24} {seconds:5.1} s", scenario.name),
@@ -83,8 +85,8 @@ pub fn run(binary: &Path, only: &str, logs: &Path) -> Result<()> {
     Ok(())
 }
 
-fn run_one(binary: &Path, scenario: &Scenario, logs: &Path) -> Result<()> {
-    let mut world = World { binary: binary.to_owned(), node: Node::start()? };
+fn run_one(binary: &Path, scenario: &Scenario, logs: &Path, away: Duration) -> Result<()> {
+    let mut world = World { binary: binary.to_owned(), node: Node::start()?, away };
     let result = (scenario.run)(&mut world);
     if result.is_err() {
         let _ = fs::remove_dir_all(logs);

@@ -10,6 +10,8 @@ use sidestep_lab::{APP, PROXY, Seen, wait_for};
 
 /// Where the apps serve: their user may have no lower port.
 pub const PORT: u16 = 8080;
+/// How long a change may take to be in force.
+pub const SOON: Duration = Duration::from_secs(10);
 
 /// Starts a pod outside any mesh that serves on [`PORT`], waits until it does, and gives its
 /// address.
@@ -80,8 +82,19 @@ pub fn answered(node: &Node, pod: &str, target: SocketAddr, by: &str) -> Result<
 
 /// The same, but `by` may take some seconds to begin.
 pub fn soon_answered(node: &Node, pod: &str, target: SocketAddr, by: &str) -> Result<()> {
+    answered_within(node, pod, target, by, SOON)
+}
+
+/// The same, but `by` may take that long to begin.
+pub fn answered_within(
+    node: &Node,
+    pod: &str,
+    target: SocketAddr,
+    by: &str,
+    patience: Duration,
+) -> Result<()> {
     let mut last = None;
-    wait_for(&format!("{by} to answer {pod}"), Duration::from_secs(10), || {
+    wait_for(&format!("{by} to answer {pod}"), patience, || {
         let result = answered(node, pod, target, by);
         last = result.as_ref().err().map(|err| format!("{err:#}"));
         result.ok()
