@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use sidestep_e2e::lab::Node;
+use sidestep_e2e::Node;
 use sidestep_lab::{APP, PROXY, Seen, wait_for};
 
 /// Where the apps serve: their user may have no lower port.
@@ -18,7 +18,7 @@ pub const SOON: Duration = Duration::from_secs(10);
 pub fn server(node: &Node, name: &str) -> Result<SocketAddr> {
     node.create_pod(name, Value::Null, json!({"containers": [app(&["serve", "0.0.0.0:8080"])]}))?;
     let addr = SocketAddr::new(node.wait_running(name)?, PORT);
-    node.wait_answer(addr)?;
+    node.wait_answer(name, addr)?;
     Ok(addr)
 }
 
@@ -68,14 +68,14 @@ pub fn native(inits: &[Value], app: Value) -> Value {
 pub fn mesh_pod(node: &Node, name: &str) -> Result<SocketAddr> {
     node.create_pod(name, istio(), injected(app(&["serve", "0.0.0.0:8080"])))?;
     let addr = SocketAddr::new(node.wait_running(name)?, PORT);
-    node.wait_answer(addr)?;
+    node.wait_answer(name, addr)?;
     Ok(addr)
 }
 
 /// Asks from the pod as its app; fails unless `by` answers at once. A proxy must also know the
 /// original destination.
 pub fn answered(node: &Node, pod: &str, target: SocketAddr, by: &str) -> Result<Seen> {
-    let seen = node.ask(pod, APP, target)?.seen;
+    let seen = node.ask(pod, APP, target)?;
     check(&seen, target, by).with_context(|| format!("{pod} asking {target}"))?;
     Ok(seen)
 }
@@ -114,8 +114,8 @@ fn check(seen: &Seen, target: SocketAddr, by: &str) -> Result<()> {
 /// calls goes straight out, and who calls it reaches the sidecar.
 pub fn intercepted(node: &Node, pod: &str, own: SocketAddr, server: SocketAddr) -> Result<()> {
     answered(node, pod, server, "outbound")?;
-    let direct = node.ask(pod, PROXY, server)?.seen;
+    let direct = node.ask(pod, PROXY, server)?;
     check(&direct, server, "app").context("the sidecar's own call")?;
-    let inbound = node.lab().on_node(|| sidestep_lab::ask(own, None))??.seen;
+    let inbound = node.ask_from_node(pod, own)?;
     check(&inbound, own, "inbound").with_context(|| format!("the node asking {pod}"))
 }
