@@ -1,6 +1,9 @@
 //! A cluster of kind's, which `e2e/kind/run.sh` makes: its worker is the node, and the chart
 //! brings the agent.
 
+#[cfg(test)]
+mod tests;
+
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;

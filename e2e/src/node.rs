@@ -35,7 +35,7 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// What a cluster is made of.
 enum Cluster {
-    Lab(LabNode),
+    Lab(Box<LabNode>),
     Kind(Kind),
 }
 
@@ -53,13 +53,17 @@ impl Node {
     pub fn lab() -> Result<Self> {
         let lab = LabNode::start()?;
         let kubeconfig = Kubeconfig::read_from(lab.kubeconfig())?;
-        Self::new(Cluster::Lab(lab), Some(kubeconfig))
+        Self::new(Cluster::Lab(Box::new(lab)), Some(kubeconfig))
     }
 
     /// The worker of a kind cluster, which the kubeconfig in use is about. What earlier scenarios
     /// left is removed.
     pub fn kind(cluster: &str) -> Result<Self> {
-        let node = Self::new(Cluster::Kind(Kind::new(cluster)), None)?;
+        Self::of_kind(Kind::new(cluster), None)
+    }
+
+    pub(crate) fn of_kind(kind: Kind, kubeconfig: Option<Kubeconfig>) -> Result<Self> {
+        let node = Self::new(Cluster::Kind(kind), kubeconfig)?;
         node.make_namespace()?;
         Ok(node)
     }
@@ -83,9 +87,6 @@ impl Node {
 
     /// With the namespace `shop` and nothing in it.
     fn make_namespace(&self) -> Result<()> {
-        for pod in self.uids.take().into_keys().filter(|name| name.contains('/')) {
-            self.delete::<Pod>(&pod)?;
-        }
         let namespaces = |client| Api::<Namespace>::all(client);
         let delete = self.api(async |client| {
             let deleted = namespaces(client).delete(NAMESPACE, &DeleteParams::default()).await;
@@ -111,6 +112,14 @@ impl Node {
         match &self.cluster {
             Cluster::Lab(lab) => Ok(lab),
             Cluster::Kind(_) => bail!("this is for the lab's node"),
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn as_kind(&self) -> Option<&Kind> {
+        match &self.cluster {
+            Cluster::Lab(_) => None,
+            Cluster::Kind(kind) => Some(kind),
         }
     }
 
@@ -410,6 +419,18 @@ impl Node {
         match &self.cluster {
             Cluster::Lab(lab) => lab.keep_logs(dir),
             Cluster::Kind(kind) => kind.keep_logs(dir),
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Cluster::Kind(_) = self.cluster {
+            for pod in self.uids.take().keys() {
+                if let Err(err) = self.delete::<Pod>(pod) {
+                    eprintln!("e2e: deleting the pod {pod}: {err:#}");
+                }
+            }
         }
     }
 }
