@@ -104,7 +104,7 @@ ifeq ($(CLUSTER),lab)
 	cargo build -q -p sidestep-e2e
 	$(DEBUG)/e2e run --binary $(abspath $(BIN)) $(ARGS)
 else
-	@e2e/kind/run.sh $(MESH)
+	@ARGS='$(ARGS)' e2e/kind/run.sh $(MESH)
 endif
 
 # Without a sanitizer, which a stable compiler doesn't have: what is fuzzed is safe Rust.

@@ -1,7 +1,5 @@
 //! The agent under test, as scenarios see it: in the lab a process, with kind the chart's pod.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sidestep_lab::wait_until;
@@ -102,7 +100,7 @@ impl<'a> Agent<'a> {
     pub fn wait_enrolled(&mut self, pod: &str, wanted: bool) -> Result<()> {
         let what = format!("{pod} to be {}", if wanted { "enrolled" } else { "gone" });
         let mut last = Ok(Value::Null);
-        wait_until(&what, Duration::from_secs(15), || {
+        wait_until(&what, self.node.patience(), || {
             last = self.status();
             let Ok(status) = &last else { return false };
             let entry = entry(status, pod);

@@ -49,6 +49,7 @@ fn api_away(world: &World) -> Result<()> {
     let target = server(node, "server")?;
     let own = mesh_pod(node, "cart")?;
     soon_answered(node, "cart", target, "outbound")?;
+    let gone = Instant::now();
     node.stop_api()?;
     look_on(node, &mut agent, own, target, world.away).context("without an API server")?;
     match node.server() {
@@ -67,7 +68,7 @@ fn api_away(world: &World) -> Result<()> {
     let back = Instant::now();
     // The pauses between its tries get longer, up to a minute: kube's 30 s, and up to as much
     // again by chance.
-    let patience = (SOON + 2 * world.away).min(Duration::from_secs(60) + SOON);
+    let patience = (SOON + 2 * gone.elapsed()).min(Duration::from_secs(60) + SOON);
     answered_within(node, "cart", target, "app", patience).with_context(|| agent.log_tail())?;
     if !world.away.is_zero() {
         println!("       caught up within {:.1} s", back.elapsed().as_secs_f64());
@@ -269,9 +270,9 @@ fn agent_away(world: &World) -> Result<()> {
     node.create_pod("cart", istio(), spec)?;
     // It is told why, and tried again.
     let refused = wait_for("CNI to refuse", node.patience(), || {
-        let events = node.events("cart");
-        let said = events.iter().filter(|event| event.starts_with("FailedCreatePodSandBox"));
-        (said.count() >= 2).then_some(events)
+        let mut events = node.events("cart");
+        events.retain(|event| event.starts_with("FailedCreatePodSandBox"));
+        (events.len() >= 2).then_some(events)
     })?;
     ensure!(refused.iter().all(|event| event.contains("sidestep")), "events: {refused:#?}");
     ensure!(node.pod("cart")?["status"]["phase"] == "Pending", "the pod has started");
