@@ -36,6 +36,9 @@ use crate::{facts, problem::Problem};
 
 /// How long a single question to the API server may take.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long the API server may say nothing to a list or a watch: it ends each watch itself after
+/// 290 seconds.
+const SILENCE: Duration = Duration::from_secs(300);
 /// Before a list that the API server asks for by 410.
 const RELIST: Duration = Duration::from_secs(1);
 /// Events that wait for the API server; what comes on top is in the log alone.
@@ -388,8 +391,17 @@ async fn client(config: &Config) -> Result<Client> {
             )
         })?,
     };
-    Client::try_from(config)
+    Client::try_from(limited(config, SILENCE))
         .map_err(|error| anyhow!("cannot make a client of the API server: {error}"))
+}
+
+/// With an end to waiting. An API server that took a request and has died since, without a word,
+/// would else be waited for as long as the agent lives.
+fn limited(mut config: kube::Config, silence: Duration) -> kube::Config {
+    config.read_timeout = Some(silence);
+    // Counted from the request on, not from when its connection was last used.
+    config.reset_reader_on_write = true;
+    config
 }
 
 /// A node of another name than the API server's has no pods: better said at once.
@@ -487,9 +499,23 @@ fn keep_container(container: Container) -> Container {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use serde_json::json;
 
     use super::*;
+
+    #[tokio::test]
+    async fn an_api_server_that_never_answers_is_not_waited_for() {
+        // Connections are taken, and requests, and that is all.
+        let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let url = format!("http://{}", silent.local_addr().expect("an address"));
+        let config = kube::Config::new(url.parse().expect("a URL"));
+        let client = Client::try_from(limited(config, Duration::from_millis(100)));
+        let pods = Api::<Pod>::all(client.expect("a client"));
+        let listed = timeout(ANSWER, pods.list(&Default::default())).await;
+        listed.expect("it waits for ever").expect_err("nobody answered");
+    }
 
     #[test]
     fn what_is_dropped_changes_no_facts() {
