@@ -97,7 +97,7 @@ chart: ## lint, render, validate and pack the Helm chart: target/chart
 image: build ## a container image as an OCI archive: target/image; takes no docker
 	@scripts/image.py $(BIN) $${CARGO_TARGET_DIR:-target}/image
 
-e2e: ## in a kind cluster under a real mesh, MESH=istio; CLUSTER=lab: without a cluster (root)
+e2e: ## scenarios in a kind cluster, and under a real mesh, MESH=istio; CLUSTER=lab: without a cluster (root)
 ifeq ($(CLUSTER),lab)
 	@scripts/deps.sh --e2e
 	$(MAKE) --no-print-directory build

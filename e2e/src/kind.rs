@@ -4,6 +4,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::cell::RefCell;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -38,6 +39,8 @@ pub struct Kind {
     control_plane: Shell,
     /// This machine, which has helm.
     here: Shell,
+    /// What the last agent wrote that was uninstalled.
+    agent_log: RefCell<String>,
 }
 
 impl Kind {
@@ -55,6 +58,7 @@ impl Kind {
             shell: exec(&node),
             control_plane: exec(&other),
             here: Shell::new(&[], Arc::clone(&run)),
+            agent_log: RefCell::default(),
             node,
         }
     }
@@ -96,13 +100,15 @@ impl Kind {
         })
     }
 
-    /// Writes the logs of the node's pods to a file in `dir`.
+    /// Writes the logs of the scenario's pods, and the agent's, to files in `dir`.
     pub fn keep_logs(&self, dir: &Path) -> Result<()> {
-        let script = "tail -n +1 /var/log/pods/shop_*/*/*.log /var/log/pods/sidestep_*/*/*.log";
-        let text = self.shell.script(script, &[])?;
+        let pods = self.shell.script("tail -n +1 /var/log/pods/shop_*/*/*.log", &[])?;
         fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
-        let file = dir.join("node.log");
-        fs::write(&file, text).with_context(|| format!("writing {}", file.display()))
+        for (name, text) in [("pods.log", &pods), ("agent.log", &*self.agent_log.borrow())] {
+            let file = dir.join(name);
+            fs::write(&file, text).with_context(|| format!("writing {}", file.display()))?;
+        }
+        Ok(())
     }
 }
 
@@ -129,9 +135,10 @@ impl<'a> Release<'a> {
 
     fn label(&self, value: Option<&str>) -> Result<()> {
         let patch = json!({"metadata": {"labels": {LABEL: value}}});
+        let (name, params, patch) =
+            (self.kind.node(), PatchParams::default(), Patch::Merge(&patch));
         self.node.api(async |client| {
-            let (params, patch) = (PatchParams::default(), Patch::Merge(&patch));
-            Api::<ApiNode>::all(client).patch(&self.kind.node, &params, &patch).await.map(drop)
+            Api::<ApiNode>::all(client).patch(name, &params, &patch).await.map(drop)
         })
     }
 
@@ -194,7 +201,9 @@ impl Install for Release<'_> {
         if !self.installed {
             return Ok(());
         }
-        // A scenario may have failed while it was away.
+        // It goes with the pod.
+        self.kind.agent_log.replace(self.log());
+        // A scenario may have failed while the API server was away.
         self.node.resume_api()?;
         self.helm("uninstall", &["--ignore-not-found"])?;
         self.wait_gone()?;

@@ -136,10 +136,10 @@ impl Node {
         }
     }
 
-    /// How long a pod may take to come up or go.
+    /// How long a pod or the agent may take to come up or go.
     pub fn patience(&self) -> Duration {
         match &self.cluster {
-            Cluster::Lab(_) => Duration::from_secs(20),
+            Cluster::Lab(_) => Duration::from_secs(30),
             Cluster::Kind(_) => Duration::from_secs(120),
         }
     }

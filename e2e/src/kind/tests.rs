@@ -186,7 +186,7 @@ fn the_release_and_the_nodes_label() -> Result<()> {
     release.uninstall()?;
     assert!(label(&server)?.is_null());
     let told = taken(&commands);
-    assert_eq!(told[1..], [format!("{helm} uninstall sidestep --ignore-not-found {end}")]);
+    assert_eq!(told[2..], [format!("{helm} uninstall sidestep --ignore-not-found {end}")]);
     release.uninstall()?;
     assert!(taken(&commands).is_empty(), "it is done once");
     Ok(())
