@@ -39,6 +39,8 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// How long the API server may say nothing to a list or a watch: it ends each watch itself after
 /// 290 seconds.
 const SILENCE: Duration = Duration::from_secs(300);
+/// A watch that can't be had fails more often than this: kube pauses for a minute at most.
+const QUIET: Duration = Duration::from_secs(SILENCE.as_secs() + 100);
 /// Before a list that the API server asks for by 410.
 const RELIST: Duration = Duration::from_secs(1);
 /// Events that wait for the API server; what comes on top is in the log alone.
@@ -291,7 +293,9 @@ fn note(failing: &Mutex<Failing>, what: &'static str, error: Option<String>) {
     }
 }
 
-/// Follows a watch for ever, and tells of each change. Fails never: errors are noted.
+/// Follows a watch for ever, and tells of each change. Fails never: errors are noted. A watch that
+/// goes on where it was cut off tells nothing before the next change: that no try has failed for
+/// long enough is how its end of trouble is known.
 fn follow<K: 'static>(
     what: &'static str,
     watch: impl Stream<Item = watcher::Result<watcher::Event<K>>> + 'static + Send,
@@ -302,12 +306,13 @@ fn follow<K: 'static>(
     task::spawn(async move {
         let watch = watch.default_backoff();
         pin_mut!(watch);
-        while let Some(event) = watch.next().await {
-            match event {
+        loop {
+            match timeout(QUIET, watch.next()).await {
+                Ok(None) => return,
                 // A relist is nothing until it is complete.
-                Ok(watcher::Event::Init | watcher::Event::InitApply(_)) => continue,
-                Ok(_) => note(&failing, what, None),
-                Err(error) => note(&failing, what, Some(watch_error(what, &error))),
+                Ok(Some(Ok(watcher::Event::Init | watcher::Event::InitApply(_)))) => continue,
+                Ok(Some(Ok(_))) | Err(_) => note(&failing, what, None),
+                Ok(Some(Err(error))) => note(&failing, what, Some(watch_error(what, &error))),
             }
             // One that is not read yet is enough.
             let _ = changed.try_send(());
@@ -504,6 +509,20 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_that_goes_on_where_it_was_is_no_problem_for_long() {
+        let failing = Arc::new(Mutex::new(Failing::default()));
+        let (changed, mut told) = mpsc::channel(1);
+        let cut = watcher::Error::NoResourceVersion;
+        let watch = stream::iter([Err::<watcher::Event<Pod>, _>(cut)]).chain(stream::pending());
+        follow("pods", watch, &failing, &changed);
+        told.recv().await.expect("told");
+        assert_eq!(lock(&failing).now.len(), 1);
+        told.recv().await.expect("told");
+        assert!(lock(&failing).now.is_empty());
+        assert_eq!(lock(&failing).counts["pods"], 1);
+    }
 
     #[tokio::test]
     async fn an_api_server_that_never_answers_is_not_waited_for() {
