@@ -97,14 +97,14 @@ chart: ## lint, render, validate and pack the Helm chart: target/chart
 image: build ## a container image as an OCI archive: target/image; takes no docker
 	@scripts/image.py $(BIN) $${CARGO_TARGET_DIR:-target}/image
 
-e2e: ## in a kind cluster under a real mesh, MESH=istio; CLUSTER=lab: without a cluster (root)
+e2e: ## scenarios in a kind cluster, and under a real mesh, MESH=istio; CLUSTER=lab: without a cluster (root)
 ifeq ($(CLUSTER),lab)
 	@scripts/deps.sh --e2e
 	$(MAKE) --no-print-directory build
 	cargo build -q -p sidestep-e2e
 	$(DEBUG)/e2e run --binary $(abspath $(BIN)) $(ARGS)
 else
-	@e2e/kind/run.sh $(MESH)
+	@ARGS='$(ARGS)' e2e/kind/run.sh $(MESH)
 endif
 
 # Without a sanitizer, which a stable compiler doesn't have: what is fuzzed is safe Rust.

@@ -228,12 +228,23 @@ def check_bare(r):
     r.check("excluded", r.args_of("--cni-exclude"), [])
 
 
+def check_e2e(r):
+    """What e2e/src/kind.rs takes for granted."""
+    for kind in ["DaemonSet", "ClusterRole"]:
+        r.check(f"name of the {kind}", r.one(kind)["metadata"]["name"], "sidestep")
+    r.check("nodes", r.pod["nodeSelector"].get("sidestep-e2e"), "here")
+    labels = r.daemonset["spec"]["template"]["metadata"]["labels"]
+    r.check("label", labels.get("app.kubernetes.io/name"), "sidestep")
+    r.check("image", (r.agent["image"].split(":")[0], r.agent["imagePullPolicy"]), ("sidestep", "Never"))
+
+
 CHECKS = {
     "default": check_default,
     "cni-off": check_cni_off,
     "metrics": check_metrics,
     "custom": check_custom,
     "bare": check_bare,
+    "e2e": check_e2e,
 }
 
 

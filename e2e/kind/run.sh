@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Runs Sidestep in a kind cluster of its own, under a real mesh, by the chart.
+# Runs the scenarios in a kind cluster of its own, then those that take a real
+# mesh: `e2e run --cluster kind` has the former, the latter are below.
 #
-#   e2e/kind/run.sh [istio|linkerd|kuma]
+#   e2e/kind/run.sh [istio|linkerd|kuma|none]
 #
-# Default: the first mesh whose CLI is in PATH (istioctl, linkerd, kumactl). Exits
-# with 2 where docker, kind or a mesh's CLI is missing, with 1 where a scenario
-# fails; then logs are in target/e2e-kind.
+# Default: the first mesh whose CLI is in PATH (istioctl, linkerd, kumactl); none
+# leaves what takes a mesh out. Exits with 2 where docker, kind or the mesh's CLI
+# is missing, with 1 where a scenario fails; then logs are in target/e2e-kind.
 #
 # Environment: KEEP=1 leaves the cluster; CLUSTER_NAME (default sidestep-e2e) is
-# created and deleted, and must not exist.
+# created and deleted, and must not exist; ARGS is for `e2e run`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -37,8 +38,8 @@ if [ -z "$mesh" ]; then
             break
         fi
     done
-elif [ -z "${CLI[$mesh]:-}" ]; then
-    say "no such mesh: $mesh (istio, linkerd or kuma)"
+elif [ "$mesh" != none ] && [ -z "${CLI[$mesh]:-}" ]; then
+    say "no such mesh: $mesh (istio, linkerd, kuma or none)"
     exit 2
 fi
 missing=()
@@ -49,8 +50,8 @@ elif ! docker info >/dev/null 2>&1; then
 fi
 have kind || missing+=("kind (https://kind.sigs.k8s.io)")
 if [ -z "$mesh" ]; then
-    missing+=("a mesh's CLI: istioctl, linkerd or kumactl")
-elif ! have "${CLI[$mesh]}"; then
+    missing+=("a mesh's CLI: istioctl, linkerd or kumactl (MESH=none: without a mesh)")
+elif [ "$mesh" != none ] && ! have "${CLI[$mesh]}"; then
     missing+=("${CLI[$mesh]}")
 fi
 if [ ${#missing[@]} -gt 0 ]; then
@@ -88,16 +89,12 @@ status_of() {
     kubectl -n "$NS" exec "$(agent_on "$(node_of "$1")")" -- /sidestep status --output json
 }
 enrolled() { status_of "$1" | grep -q "\"pod\": *\"default/$1\""; }
-not_enrolled() { status_of "$1" | grep -q '"installed": *true' && ! enrolled "$1"; }
 # The header that the server's sidecar adds says which identity the client's had.
 identity() {
     kubectl exec "$(pod client)" -c app -- \
         curl -sf --max-time 5 "http://server/header?key=$IDENTITY_HEADER"
 }
 through_mesh() { identity | grep -q client; }
-# CNI's configuration on a node, and whether the plugin is in it.
-conflist() { docker exec "$1" sh -c 'ls /etc/cni/net.d/*.conflist | head -n 1'; }
-chained() { docker exec "$1" grep -q sidestep-cni "$(conflist "$1")"; }
 past_mesh() {
     local seen
     seen=$(identity) && [[ $seen != *client* ]]
@@ -127,6 +124,9 @@ finish() {
 make image
 archive=$(echo "${CARGO_TARGET_DIR:-target}"/image/sidestep-*.tar)
 [ -f "$archive" ] || die "make image left no archive, or several: $archive"
+cargo build -q -p sidestep-e2e
+e2e=${CARGO_TARGET_DIR:-target}/debug/e2e
+"$e2e" image "$OUT/pod.tar"
 
 trap finish EXIT
 kind create cluster --name "$NAME" --config e2e/kind/cluster.yaml --wait "${PATIENCE}s"
@@ -136,13 +136,19 @@ for node in $(nodes); do
         'mountpoint -q /sys/fs/bpf && [ "$(stat -f -c %T /sys/fs/bpf)" = bpf_fs ] || mount -t bpf bpf /sys/fs/bpf'
 done
 kind load image-archive "$archive" --name "$NAME"
-for node in $(nodes); do
-    docker exec "$node" cat "$(conflist "$node")" >"$OUT/$node.conflist"
-done
-kubectl create namespace "$NS"
-kubectl label namespace "$NS" pod-security.kubernetes.io/enforce=privileged
+kind load image-archive "$OUT/pod.tar" --name "$NAME"
+
+# shellcheck disable=SC2086 # Several arguments.
+"$e2e" run --cluster kind --kind-name "$NAME" --logs "$OUT/scenarios" ${ARGS:-}
+
+# --- Under a real mesh ---------------------------------------------------------------
+
+if [ "$mesh" = none ]; then
+    say "MESH=none: not run under a real mesh"
+    exit
+fi
 # Before the mesh: Linkerd's own control plane is intercepted too.
-helm -n "$NS" install sidestep charts/sidestep --wait --timeout "${PATIENCE}s"
+helm -n "$NS" install sidestep charts/sidestep --create-namespace --wait --timeout "${PATIENCE}s"
 pass "the agent is ready on $(nodes | wc -l) nodes"
 
 case $mesh in
@@ -175,8 +181,6 @@ kuma)
     kubectl label namespace default kuma.io/sidecar-injection=enabled
     ;;
 esac
-
-# --- Scenarios ----------------------------------------------------------------------
 
 kubectl apply -f e2e/kind/apps.yaml
 # The mesh's validating init container ends only if traffic is intercepted already.
@@ -212,34 +216,3 @@ eventually past_mesh || die "the annotation $EXCLUDE did not take effect"
 kubectl annotate pod "$client" "$EXCLUDE-"
 eventually through_mesh || die "the annotation was taken away, and is still in effect"
 pass "a mesh's annotation takes effect in a running pod, both ways"
-
-node=$(node_of "$client")
-file=$(conflist "$node")
-docker exec -i "$node" sh -c "cat >'$file'" <"$OUT/$node.conflist"
-eventually chained "$node" || die "$file was overwritten, and stays so"
-kubectl delete pod "$client"
-kubectl rollout status deployment/client --timeout "${PATIENCE}s"
-client=$(pod client)
-eventually enrolled "$client" || die "$client is not in the status of its node"
-eventually through_mesh || die "a pod that started after that is not intercepted"
-pass "CNI's configuration is mended when it is overwritten"
-
-kubectl annotate pod "$client" sidestep.io/intercept=disabled
-eventually not_enrolled "$client" || die "the annotation did not take the pod out"
-past_mesh || die "a disabled pod's request fails, or still goes through its sidecar"
-kubectl annotate pod "$client" sidestep.io/intercept-
-eventually enrolled "$client" || die "the pod did not come back"
-eventually through_mesh || die "the pod came back, but not its interception"
-pass "the break-glass annotation works, both ways"
-
-clean() {
-    local node
-    for node in $(nodes); do
-        docker exec "$node" sh -c '! [ -e /sys/fs/bpf/sidestep ] &&
-            ! [ -e /opt/cni/bin/sidestep-cni ] &&
-            ! grep -rqs sidestep-cni /etc/cni/net.d' || return 1
-    done
-}
-helm -n "$NS" uninstall sidestep --wait --timeout "${PATIENCE}s"
-eventually clean || die "something of Sidestep is left on a node"
-pass "helm uninstall leaves the nodes clean"

@@ -32,8 +32,6 @@ pub struct SandboxInfo {
     pub ips: Vec<String>,
     /// Its network namespace; none when it is the host's.
     pub netns: Option<PathBuf>,
-    /// The pause process.
-    pub pid: Option<u64>,
 }
 
 impl Cri {
@@ -74,7 +72,7 @@ impl Cri {
         let namespaces = info["runtimeSpec"]["linux"]["namespaces"].as_array();
         let network = namespaces.into_iter().flatten().find(|space| space["type"] == "network");
         let netns = network.and_then(|space| space["path"].as_str()).map(PathBuf::from);
-        Ok(SandboxInfo { ips, netns, pid: info["pid"].as_u64() })
+        Ok(SandboxInfo { ips, netns })
     }
 
     /// All sandboxes, or those of one pod.

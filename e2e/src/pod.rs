@@ -36,7 +36,7 @@ enum Mode {
         role: Role,
     },
     /// Connect again and again until SIGTERM, a line for each: `ok LINE` or `failed ERROR`. The
-    /// exit status is 1 when any failed
+    /// exit status is 1 when the last failed: the first may be too early for a sidecar
     Loop {
         /// Where to connect to
         target: SocketAddr,
@@ -101,7 +101,7 @@ fn wait_for_sigterm<T>(start: impl FnOnce() -> Result<T>) -> Result<()> {
 fn keep_asking(target: SocketAddr, limit: Option<Duration>) -> ExitCode {
     let (start, mut failed) = (Instant::now(), false);
     while !interrupted() && limit.is_none_or(|limit| start.elapsed() < limit) {
-        failed |= ask_once(target).is_none();
+        failed = ask_once(target).is_none();
         let next = Instant::now() + PAUSE;
         let _ = wait_until("the next one", PAUSE, || Instant::now() >= next);
     }

@@ -24,7 +24,11 @@ use kube::{
         watcher,
     },
 };
-use tokio::{sync::mpsc, task, time::timeout};
+use tokio::{
+    sync::mpsc,
+    task,
+    time::{sleep, timeout},
+};
 use tracing::{info, warn};
 
 use super::{Snapshot, SourcePod};
@@ -32,6 +36,13 @@ use crate::{facts, problem::Problem};
 
 /// How long a single question to the API server may take.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long the API server may say nothing to a list or a watch: it ends each watch itself after
+/// 290 seconds.
+const SILENCE: Duration = Duration::from_secs(300);
+/// A watch that can't be had fails more often than this: kube pauses for a minute at most.
+const QUIET: Duration = Duration::from_secs(SILENCE.as_secs() + 100);
+/// Before a list that the API server asks for by 410.
+const RELIST: Duration = Duration::from_secs(1);
 /// Events that wait for the API server; what comes on top is in the log alone.
 const EVENTS: usize = 256;
 /// What an Event's note may hold.
@@ -282,7 +293,9 @@ fn note(failing: &Mutex<Failing>, what: &'static str, error: Option<String>) {
     }
 }
 
-/// Follows a watch for ever, and tells of each change. Fails never: errors are noted.
+/// Follows a watch for ever, and tells of each change. Fails never: errors are noted. A watch that
+/// goes on where it was cut off tells nothing before the next change: that no try has failed for
+/// long enough is how its end of trouble is known.
 fn follow<K: 'static>(
     what: &'static str,
     watch: impl Stream<Item = watcher::Result<watcher::Event<K>>> + 'static + Send,
@@ -293,12 +306,13 @@ fn follow<K: 'static>(
     task::spawn(async move {
         let watch = watch.default_backoff();
         pin_mut!(watch);
-        while let Some(event) = watch.next().await {
-            match event {
+        loop {
+            match timeout(QUIET, watch.next()).await {
+                Ok(None) => return,
                 // A relist is nothing until it is complete.
-                Ok(watcher::Event::Init | watcher::Event::InitApply(_)) => continue,
-                Ok(_) => note(&failing, what, None),
-                Err(error) => note(&failing, what, Some(watch_error(what, &error))),
+                Ok(Some(Ok(watcher::Event::Init | watcher::Event::InitApply(_)))) => continue,
+                Ok(Some(Ok(_))) | Err(_) => note(&failing, what, None),
+                Ok(Some(Err(error))) => note(&failing, what, Some(watch_error(what, &error))),
             }
             // One that is not read yet is enough.
             let _ = changed.try_send(());
@@ -306,20 +320,26 @@ fn follow<K: 'static>(
     });
 }
 
-/// A watch that begins anew where the API server answers its start with 410: a watcher would ask
-/// for the same version for ever. Told so by an event, it lists again by itself.
+/// A watch that lists again where the API server has forgotten its version, which it says by 410.
+/// To a watcher that is one failure more: after a long absence it would wait for another minute
+/// first. And where its start is answered so, it would ask for the same version for ever.
 fn relisting<K, W>(make: impl Fn() -> W) -> impl Stream<Item = watcher::Result<watcher::Event<K>>>
 where
     W: Stream<Item = watcher::Result<watcher::Event<K>>>,
 {
     stream::unfold((Box::pin(make()), make), async |(mut watch, make)| {
-        let event = watch.next().await?;
-        if let Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) = &event
-            && status.code == 410
-        {
-            watch = Box::pin(make());
+        loop {
+            match watch.next().await? {
+                Err(watcher::Error::WatchStartFailed(kube::Error::Api(status)))
+                    if status.code == 410 =>
+                {
+                    watch = Box::pin(make());
+                }
+                Err(watcher::Error::WatchError(status)) if status.code == 410 => {}
+                event => return Some((event, (watch, make))),
+            }
+            sleep(RELIST).await;
         }
-        Some((event, (watch, make)))
     })
 }
 
@@ -376,8 +396,17 @@ async fn client(config: &Config) -> Result<Client> {
             )
         })?,
     };
-    Client::try_from(config)
+    Client::try_from(limited(config, SILENCE))
         .map_err(|error| anyhow!("cannot make a client of the API server: {error}"))
+}
+
+/// With an end to waiting. An API server that took a request and has died since, without a word,
+/// would else be waited for as long as the agent lives.
+fn limited(mut config: kube::Config, silence: Duration) -> kube::Config {
+    config.read_timeout = Some(silence);
+    // Counted from the request on, not from when its connection was last used.
+    config.reset_reader_on_write = true;
+    config
 }
 
 /// A node of another name than the API server's has no pods: better said at once.
@@ -475,9 +504,37 @@ fn keep_container(container: Container) -> Container {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use serde_json::json;
 
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_that_goes_on_where_it_was_is_no_problem_for_long() {
+        let failing = Arc::new(Mutex::new(Failing::default()));
+        let (changed, mut told) = mpsc::channel(1);
+        let cut = watcher::Error::NoResourceVersion;
+        let watch = stream::iter([Err::<watcher::Event<Pod>, _>(cut)]).chain(stream::pending());
+        follow("pods", watch, &failing, &changed);
+        told.recv().await.expect("told");
+        assert_eq!(lock(&failing).now.len(), 1);
+        told.recv().await.expect("told");
+        assert!(lock(&failing).now.is_empty());
+        assert_eq!(lock(&failing).counts["pods"], 1);
+    }
+
+    #[tokio::test]
+    async fn an_api_server_that_never_answers_is_not_waited_for() {
+        // Connections are taken, and requests, and that is all.
+        let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let url = format!("http://{}", silent.local_addr().expect("an address"));
+        let config = kube::Config::new(url.parse().expect("a URL"));
+        let client = Client::try_from(limited(config, Duration::from_millis(100)));
+        let pods = Api::<Pod>::all(client.expect("a client"));
+        let listed = timeout(ANSWER, pods.list(&Default::default())).await;
+        listed.expect("it waits for ever").expect_err("nobody answered");
+    }
 
     #[test]
     fn what_is_dropped_changes_no_facts() {

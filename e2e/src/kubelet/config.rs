@@ -89,7 +89,7 @@ impl PodIdentity {
 
     /// The directory of its containers' output.
     pub fn directory(&self) -> String {
-        format!("{}_{}", self.namespace, self.name)
+        format!("{}_{}_{}", self.namespace, self.name, self.uid)
     }
 
     /// A container of this pod.
@@ -115,7 +115,7 @@ impl PodIdentity {
                 .map(|var| KeyValue { key: var.name, value: var.value.unwrap_or_default() })
                 .collect(),
             labels,
-            log_path: format!("{}.log", container.name),
+            log_path: format!("{}/0.log", container.name),
             linux: Some(LinuxContainerConfig {
                 security_context: Some(LinuxContainerSecurityContext {
                     capabilities: added.map(|add_capabilities| Capability {

@@ -42,7 +42,7 @@ pub struct KubeletOpts {
     pub socket: PathBuf,
     /// The cgroup below which pods get theirs, with a slash in front.
     pub cgroup_parent: String,
-    /// Where containers' output goes, as `NAMESPACE_POD/CONTAINER.log`.
+    /// Where containers' output goes, as `NAMESPACE_POD_UID/CONTAINER/0.log`.
     pub logs: PathBuf,
 }
 

@@ -1,5 +1,6 @@
 //! The life of one pod.
 
+use std::fs;
 use std::future::Future;
 use std::sync::Arc;
 
@@ -133,6 +134,8 @@ impl Worker {
         container: &Container,
     ) -> Result<Started> {
         let config = self.pod.container(container);
+        let logs = self.context.opts.logs.join(self.pod.directory()).join(&container.name);
+        fs::create_dir_all(&logs).with_context(|| format!("making {}", logs.display()))?;
         let id = cri
             .start_container(sandbox, config, sandbox_config.clone())
             .await

@@ -83,17 +83,13 @@ impl Containerd {
         self.dir.join("bin")
     }
 
-    /// Where the next address is chosen from: a file with the last one that was given.
-    pub fn last_ip_file(&self) -> PathBuf {
-        self.dir.join("ipam/e2e/last_reserved_ip.0")
-    }
-
     /// Imports an image from an archive.
     pub fn import(&self, archive: &Path) -> Result<()> {
         let out = Command::new("ctr")
             .arg("--address")
             .arg(self.socket())
-            .args(["--namespace", "k8s.io", "images", "import"])
+            // As kind does.
+            .args(["--namespace", "k8s.io", "images", "import", "--all-platforms", "--digests"])
             .arg(archive)
             .output()
             .context("running ctr")?;

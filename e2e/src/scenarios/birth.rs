@@ -1,13 +1,11 @@
 //! Pods that come: each is taken over before its first process, or as soon as it is seen.
 
-use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use sidestep_e2e::lab::Node;
-use sidestep_lab::{APP, Lab};
+use sidestep_e2e::Node;
+use sidestep_lab::APP;
 
 use super::pods::{
     PORT, answered, app, container, injected, intercepted, istio, mesh_pod, native, server,
@@ -29,7 +27,7 @@ pub const SCENARIOS: &[Row] = &[
     ("two-meshes", "pods of two meshes share a node", two_meshes),
 ];
 
-fn fresh_pod(world: &mut World) -> Result<()> {
+fn fresh_pod(world: &World) -> Result<()> {
     let (node, mut agent) = (&world.node, world.agent()?);
     let target = server(node, "server")?;
     // No sidecar runs yet: so nobody answers, the server least of all.
@@ -49,14 +47,15 @@ fn fresh_pod(world: &mut World) -> Result<()> {
     intercepted(node, "cart", own, target)?;
     answered(node, "server", own, "inbound")?;
 
-    let netns = node.netns("cart")?;
+    let netns = agent.netns("cart")?;
+    ensure!(node.shell().exists(&netns)?, "{netns} is not there");
     node.delete_pod("cart")?;
     agent.wait_enrolled("cart", false)?;
-    ensure!(!netns.exists(), "the agent keeps {}", netns.display());
+    ensure!(!node.shell().exists(&netns)?, "the agent keeps {netns}");
     Ok(())
 }
 
-fn older_pods(world: &mut World) -> Result<()> {
+fn older_pods(world: &World) -> Result<()> {
     let node = &world.node;
     let target = server(node, "server")?;
     let own = mesh_pod(node, "cart")?;
@@ -69,7 +68,7 @@ fn older_pods(world: &mut World) -> Result<()> {
     Ok(())
 }
 
-fn native_sidecar(world: &mut World) -> Result<()> {
+fn native_sidecar(world: &World) -> Result<()> {
     let (node, _agent) = (&world.node, world.agent()?);
     let target = server(node, "server")?.to_string();
     // The sidecar has just been started, perhaps it doesn't listen yet: so for a second.
@@ -82,7 +81,7 @@ fn native_sidecar(world: &mut World) -> Result<()> {
     pod.map(drop)
 }
 
-fn short_job(world: &mut World) -> Result<()> {
+fn short_job(world: &World) -> Result<()> {
     let (node, mut agent) = (&world.node, world.agent()?);
     let target = server(node, "server")?.to_string();
     for number in 0..3 {
@@ -111,7 +110,7 @@ fn all_by(node: &Node, pod: &str, container: &str, by: &str) -> Result<()> {
     Ok(())
 }
 
-fn ip_reuse(world: &mut World) -> Result<()> {
+fn ip_reuse(world: &World) -> Result<()> {
     let (node, mut agent) = (&world.node, world.agent()?);
     let target = server(node, "server")?;
     let own = mesh_pod(node, "db-0")?;
@@ -140,43 +139,37 @@ fn ip_reuse(world: &mut World) -> Result<()> {
 fn give_next(node: &Node, ip: IpAddr) -> Result<()> {
     let IpAddr::V4(ip) = ip else { bail!("{ip} is no IPv4 address") };
     let before = Ipv4Addr::from(u32::from(ip) - 1);
-    let file = node.containerd().last_ip_file();
-    fs::write(&file, before.to_string()).with_context(|| format!("writing {}", file.display()))?;
+    let shell = node.shell();
+    shell.write(&node.last_ip_file()?, &before.to_string())?;
     // So soon, the neighbours would still send to the interface that had the address.
-    node.lab().on_node(forget_neighbours)??;
-    Lab::in_netns(&node.netns("server")?, 0, 0, forget_neighbours)?
+    let flush = ["ip", "neighbour", "flush", "all"];
+    shell.run(&flush)?;
+    let pid = node.process("server")?.to_string();
+    shell.run(&[&["nsenter", "-t", &pid, "--net", "--"][..], &flush].concat()).map(drop)
 }
 
-/// Of the network namespace of this thread.
-fn forget_neighbours() -> Result<()> {
-    let status = Command::new("ip").args(["neighbour", "flush", "all"]).status();
-    let status = status.context("running ip neighbour flush")?;
-    ensure!(status.success(), "ip neighbour flush all: {status}");
-    Ok(())
-}
-
-fn host_network(world: &mut World) -> Result<()> {
+fn host_network(world: &World) -> Result<()> {
     let (node, mut agent) = (&world.node, world.agent()?);
     let target = server(node, "server")?;
-    let mut spec = injected(app(&["serve", "10.77.0.1:8083"]));
+    let mut spec = injected(app(&["serve", "0.0.0.0:8083"]));
     spec["hostNetwork"] = json!(true);
     node.create_pod("host", istio(), spec)?;
     let own = SocketAddr::new(node.wait_running("host")?, 8083);
-    node.wait_answer(own)?;
+    node.wait_answer("host", own)?;
     // Another pod is through, so the agent has seen this one.
     mesh_pod(node, "cart")?;
     agent.wait_enrolled("cart", true)?;
     agent.wait_enrolled("host", false)?;
-    for address in [target, own] {
-        let seen = node.lab().on_node(|| sidestep_lab::ask(address, None))??.seen;
+    for (pod, address) in [("server", target), ("host", own)] {
+        let seen = node.ask_from_node(pod, address)?;
         ensure!(seen.by.as_deref() == Some("app"), "the node asking {address}: {seen}");
     }
-    let seen = node.ask("server", APP, own)?.seen;
+    let seen = node.ask("server", APP, own)?;
     ensure!(seen.by.as_deref() == Some("app"), "a pod asking the host: {seen}");
     Ok(())
 }
 
-fn two_meshes(world: &mut World) -> Result<()> {
+fn two_meshes(world: &World) -> Result<()> {
     let (node, mut agent) = (&world.node, world.agent()?);
     let target = server(node, "server")?;
     let own = mesh_pod(node, "cart")?;
@@ -194,9 +187,9 @@ fn two_meshes(world: &mut World) -> Result<()> {
     }
     intercepted(node, "cart", own, target)?;
     // Each mesh's own users are exempt, the other's are not.
-    let seen = node.ask("web", 2102, target)?.seen;
+    let seen = node.ask("web", 2102, target)?;
     ensure!(seen.by.as_deref() == Some("app"), "Linkerd's own call: {seen}");
-    let seen = node.ask("web", 1337, target)?.seen;
+    let seen = node.ask("web", 1337, target)?;
     ensure!(seen.by.as_deref() == Some("outbound"), "uid 1337 in Linkerd's pod: {seen}");
     answered(node, "server", web, "inbound").map(drop)
 }

@@ -1,11 +1,9 @@
 //! What people change while pods run.
 
-use std::fs;
-use std::path::PathBuf;
-
 use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
-use sidestep_e2e::lab::Node;
+use sidestep_e2e::Node;
 
 use super::pods::{answered, intercepted, mesh_pod, server, soon_answered};
 use super::{Row, World};
@@ -13,13 +11,13 @@ use super::{Row, World};
 pub const SCENARIOS: &[Row] = &[
     ("live-annotation", "a changed annotation takes effect in a running pod", live_annotation),
     ("break-glass", "a pod's annotation and a namespace's label take it out", break_glass),
-    ("uninstall", "unload leaves a clean node and CNI's configuration as it was", uninstall),
-    ("daemonset-gone", "SIGTERM after the DaemonSet is gone leaves a clean node", daemonset_gone),
+    ("uninstall", "uninstalling leaves a clean node and CNI's configuration as it was", uninstall),
+    ("daemonset-gone", "an agent whose DaemonSet is deleted leaves a clean node", daemonset_gone),
 ];
 
 const OWN_KEY: &str = "sidestep.io/intercept";
 
-fn live_annotation(world: &mut World) -> Result<()> {
+fn live_annotation(world: &World) -> Result<()> {
     let (node, _agent) = (&world.node, world.agent()?);
     let target = server(node, "server")?;
     mesh_pod(node, "cart")?;
@@ -34,10 +32,10 @@ fn live_annotation(world: &mut World) -> Result<()> {
 
 fn annotate(node: &Node, key: &str, value: &Value) -> Result<()> {
     let patch = json!({"metadata": {"annotations": {key: value}}});
-    node.server().patch("pods", "shop", "cart", &patch).map(drop)
+    node.patch::<Pod>("cart", &patch)
 }
 
-fn break_glass(world: &mut World) -> Result<()> {
+fn break_glass(world: &World) -> Result<()> {
     let (node, _agent) = (&world.node, world.agent()?);
     let target = server(node, "server")?;
     mesh_pod(node, "cart")?;
@@ -47,54 +45,39 @@ fn break_glass(world: &mut World) -> Result<()> {
     annotate(node, OWN_KEY, &Value::Null)?;
     soon_answered(node, "cart", target, "outbound")?;
 
-    let label = |value: Value| {
-        let patch = json!({"metadata": {"labels": {OWN_KEY: value}}});
-        node.server().patch("namespaces", "", "shop", &patch).map(drop)
-    };
+    let label =
+        |value: Value| node.patch_namespace(&json!({"metadata": {"labels": {OWN_KEY: value}}}));
     label(json!("disabled"))?;
     soon_answered(node, "cart", target, "app")?;
     label(Value::Null)?;
     soon_answered(node, "cart", target, "outbound")
 }
 
-/// The first configuration of CNI, and what is in it.
-pub fn conflist(node: &Node) -> Result<(PathBuf, Value)> {
-    let file = node.containerd().cni_conf_dir().join("10-e2e.conflist");
-    let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
-    let value = serde_json::from_str(&text).with_context(|| format!("{}", file.display()))?;
-    Ok((file, value))
-}
-
-/// Whether the agent's plugin is in it.
+/// Whether the agent's plugin is in CNI's configuration.
 pub fn is_chained(conflist: &Value) -> bool {
     let plugins = conflist["plugins"].as_array();
     plugins.is_some_and(|plugins| plugins.iter().any(|plugin| plugin["type"] == "sidestep-cni"))
 }
 
-fn uninstall(world: &mut World) -> Result<()> {
+fn uninstall(world: &World) -> Result<()> {
     let node = &world.node;
-    let (_, before) = conflist(node)?;
+    let (_, before) = node.conflist()?;
     let mut agent = world.agent()?;
     let target = server(node, "server")?;
     let own = mesh_pod(node, "cart")?;
     soon_answered(node, "cart", target, "outbound")?;
     intercepted(node, "cart", own, target)?;
-    ensure!(is_chained(&conflist(node)?.1), "the plugin is not in the configuration");
-    agent.unload()?;
+    ensure!(is_chained(&node.conflist()?.1), "the plugin is not in the configuration");
+    agent.uninstall()?;
     clean(node, &before)?;
-    ensure!(!agent.bpffs().exists(), "pins are left");
+    agent.ensure_no_pins()?;
     plain(node)
 }
 
-fn daemonset_gone(world: &mut World) -> Result<()> {
+fn daemonset_gone(world: &World) -> Result<()> {
     let node = &world.node;
-    let (_, before) = conflist(node)?;
-    node.server().put(json!({
-        "apiVersion": "apps/v1",
-        "kind": "DaemonSet",
-        "metadata": {"name": "sidestep", "namespace": "kube-system"},
-    }))?;
-    let mut agent = world.agent_with(&["--daemonset", "kube-system/sidestep"])?;
+    let (_, before) = node.conflist()?;
+    let mut agent = world.agent()?;
     let target = server(node, "server")?;
     mesh_pod(node, "cart")?;
     soon_answered(node, "cart", target, "outbound")?;
@@ -102,23 +85,22 @@ fn daemonset_gone(world: &mut World) -> Result<()> {
     // A new version: the data plane stays in force meanwhile.
     agent.terminate()?;
     answered(node, "cart", target, "outbound")?;
-    ensure!(is_chained(&conflist(node)?.1), "an update took the plugin out");
-    agent.launch(node)?;
-    agent.wait_ready(node)?;
+    ensure!(is_chained(&node.conflist()?.1), "an update took the plugin out");
+    agent.launch()?;
+    agent.wait_ready()?;
 
-    node.server().delete("daemonsets.apps", "kube-system", "sidestep")?;
-    agent.terminate()?;
+    agent.delete_daemonset()?;
     clean(node, &before)?;
-    ensure!(!agent.bpffs().exists(), "pins are left");
+    agent.ensure_no_pins()?;
     plain(node)
 }
 
 /// CNI's files are as they were.
 fn clean(node: &Node, before: &Value) -> Result<()> {
-    let (file, after) = conflist(node)?;
-    ensure!(after == *before, "{} is now {after:#}", file.display());
-    let plugin = node.containerd().cni_bin_dir().join("sidestep-cni");
-    ensure!(!plugin.exists(), "{} is left", plugin.display());
+    let (file, after) = node.conflist()?;
+    ensure!(after == *before, "{file} is now {after:#}");
+    let plugin = node.plugin();
+    ensure!(!node.shell().exists(&plugin)?, "{plugin} is left");
     Ok(())
 }
 

@@ -5,18 +5,20 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use sidestep_e2e::lab::Node;
+use sidestep_e2e::Node;
 use sidestep_lab::{APP, PROXY, Seen, wait_for};
 
 /// Where the apps serve: their user may have no lower port.
 pub const PORT: u16 = 8080;
+/// How long a change may take to be in force.
+pub const SOON: Duration = Duration::from_secs(10);
 
 /// Starts a pod outside any mesh that serves on [`PORT`], waits until it does, and gives its
 /// address.
 pub fn server(node: &Node, name: &str) -> Result<SocketAddr> {
     node.create_pod(name, Value::Null, json!({"containers": [app(&["serve", "0.0.0.0:8080"])]}))?;
     let addr = SocketAddr::new(node.wait_running(name)?, PORT);
-    node.wait_answer(addr)?;
+    node.wait_answer(name, addr)?;
     Ok(addr)
 }
 
@@ -66,22 +68,33 @@ pub fn native(inits: &[Value], app: Value) -> Value {
 pub fn mesh_pod(node: &Node, name: &str) -> Result<SocketAddr> {
     node.create_pod(name, istio(), injected(app(&["serve", "0.0.0.0:8080"])))?;
     let addr = SocketAddr::new(node.wait_running(name)?, PORT);
-    node.wait_answer(addr)?;
+    node.wait_answer(name, addr)?;
     Ok(addr)
 }
 
 /// Asks from the pod as its app; fails unless `by` answers at once. A proxy must also know the
 /// original destination.
 pub fn answered(node: &Node, pod: &str, target: SocketAddr, by: &str) -> Result<Seen> {
-    let seen = node.ask(pod, APP, target)?.seen;
+    let seen = node.ask(pod, APP, target)?;
     check(&seen, target, by).with_context(|| format!("{pod} asking {target}"))?;
     Ok(seen)
 }
 
 /// The same, but `by` may take some seconds to begin.
 pub fn soon_answered(node: &Node, pod: &str, target: SocketAddr, by: &str) -> Result<()> {
+    answered_within(node, pod, target, by, SOON)
+}
+
+/// The same, but `by` may take that long to begin.
+pub fn answered_within(
+    node: &Node,
+    pod: &str,
+    target: SocketAddr,
+    by: &str,
+    patience: Duration,
+) -> Result<()> {
     let mut last = None;
-    wait_for(&format!("{by} to answer {pod}"), Duration::from_secs(10), || {
+    wait_for(&format!("{by} to answer {pod}"), patience, || {
         let result = answered(node, pod, target, by);
         last = result.as_ref().err().map(|err| format!("{err:#}"));
         result.ok()
@@ -101,8 +114,8 @@ fn check(seen: &Seen, target: SocketAddr, by: &str) -> Result<()> {
 /// calls goes straight out, and who calls it reaches the sidecar.
 pub fn intercepted(node: &Node, pod: &str, own: SocketAddr, server: SocketAddr) -> Result<()> {
     answered(node, pod, server, "outbound")?;
-    let direct = node.ask(pod, PROXY, server)?.seen;
+    let direct = node.ask(pod, PROXY, server)?;
     check(&direct, server, "app").context("the sidecar's own call")?;
-    let inbound = node.lab().on_node(|| sidestep_lab::ask(own, None))??.seen;
+    let inbound = node.ask_from_node(pod, own)?;
     check(&inbound, own, "inbound").with_context(|| format!("the node asking {pod}"))
 }

@@ -7,17 +7,15 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
+use sidestep_e2e::usage;
 use sidestep_lab::interrupted;
 
 use crate::node::Node;
 
-/// `USER_HZ`: the unit of times in /proc, the same on all architectures that Rust knows.
-const TICKS: f64 = 100.0;
-
 /// The process at one moment.
 pub struct Usage {
     at: Instant,
-    cpu_seconds: f64,
+    cpu: Duration,
     syncs: f64,
     sync_seconds: f64,
     received: u64,
@@ -45,14 +43,11 @@ impl Usage {
     /// As it is.
     pub fn now(node: &Node) -> Result<Self> {
         let pid = node.agent.pid().context("the agent has ended")?;
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).context("the agent's stat")?;
-        // The name may have spaces, and ends with the last parenthesis; utime is field 14.
-        let (_, rest) = stat.rsplit_once(')').context("no stat")?;
-        let fields: Vec<&str> = rest.split_whitespace().collect();
-        let ticks = |n: usize| -> Result<f64> { Ok(fields.get(n).context("no field")?.parse()?) };
-        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let rss = rss.and_then(|text| text.trim().strip_suffix(" kB")).context("no VmRSS")?;
+        let read = |file: &str| {
+            fs::read_to_string(format!("/proc/{pid}/{file}"))
+                .with_context(|| format!("the agent's {file}"))
+        };
+        let used = usage::Usage::parse(&read("stat")?, &read("status")?)?;
         let metrics = node.metrics()?;
         let metric = |name: &str| -> Result<f64> {
             let line = metrics.lines().find_map(|line| line.strip_prefix(name));
@@ -60,11 +55,11 @@ impl Usage {
         };
         Ok(Self {
             at: Instant::now(),
-            cpu_seconds: (ticks(11)? + ticks(12)?) / TICKS,
+            cpu: used.cpu,
             syncs: metric("sidestep_sync_seconds_count ")?,
             sync_seconds: metric("sidestep_sync_seconds_sum ")?,
             received: node.received(pid)?,
-            rss_kib: rss.parse()?,
+            rss_kib: used.rss_kib,
         })
     }
 
@@ -74,7 +69,7 @@ impl Usage {
         let syncs = end.syncs - self.syncs;
         Spent {
             seconds,
-            cpu_percent: (end.cpu_seconds - self.cpu_seconds) / seconds * 100.0,
+            cpu_percent: (end.cpu - self.cpu).as_secs_f64() / seconds * 100.0,
             syncs,
             sync_mean_ms: (end.sync_seconds - self.sync_seconds) / syncs.max(1.0) * 1000.0,
             received_bytes: end.received.saturating_sub(self.received),

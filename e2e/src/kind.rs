@@ -1,0 +1,257 @@
+//! A cluster of kind's, which `e2e/kind/run.sh` makes: its worker is the node, and the chart
+//! brings the agent.
+
+#[cfg(test)]
+mod tests;
+
+use std::cell::RefCell;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::core::v1::{Node as ApiNode, Pod};
+use k8s_openapi::api::rbac::v1::ClusterRole;
+use kube::Api;
+use kube::api::{ListParams, Patch, PatchParams};
+use serde_json::{Value, json};
+use sidestep_lab::wait_until;
+
+use crate::Node;
+use crate::agent::Install;
+use crate::shell::{Run, Shell, run, text_of};
+
+/// The release, its namespace, and so the names of what the chart makes.
+const RELEASE: &str = "sidestep";
+/// The DaemonSet, as [`Node`] names objects.
+const DAEMONSET: &str = "sidestep/sidestep";
+/// The label of nodes that are to have an agent: `charts/sidestep/ci/e2e.yaml`.
+const LABEL: &str = "sidestep-e2e";
+/// Where the kubelet starts the API server from, and a place beside it.
+const MANIFEST: &str = "/etc/kubernetes/manifests/kube-apiserver.yaml";
+const ASIDE: &str = "/etc/kubernetes/kube-apiserver.yaml";
+
+/// The cluster.
+pub struct Kind {
+    node: String,
+    shell: Shell,
+    control_plane: Shell,
+    /// This machine, which has helm.
+    here: Shell,
+    /// What the last agent wrote that was uninstalled.
+    agent_log: RefCell<String>,
+}
+
+impl Kind {
+    /// By its name.
+    pub fn new(name: &str) -> Self {
+        Self::with(name, Arc::new(run))
+    }
+
+    fn with(name: &str, run: Run) -> Self {
+        let (node, other) = (format!("{name}-worker"), format!("{name}-control-plane"));
+        let exec = |node: &str| {
+            Shell::new(&["docker", "exec", "--privileged", "-i", node], Arc::clone(&run))
+        };
+        Self {
+            shell: exec(&node),
+            control_plane: exec(&other),
+            here: Shell::new(&[], Arc::clone(&run)),
+            agent_log: RefCell::default(),
+            node,
+        }
+    }
+
+    /// The name of the node.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// For commands on the node.
+    pub fn shell(&self) -> &Shell {
+        &self.shell
+    }
+
+    /// Takes the API server from its kubelet.
+    pub fn stop_api(&self) -> Result<()> {
+        self.control_plane.run(&["mv", MANIFEST, ASIDE]).map(drop)
+    }
+
+    /// Gives it back, if it was taken.
+    pub fn resume_api(&self) -> Result<()> {
+        let script = "if [ -e \"$1\" ]; then mv \"$1\" \"$2\"; fi";
+        self.control_plane.script(script, &[ASIDE, MANIFEST]).map(drop)
+    }
+
+    /// Whether the agent may list pods, by its ClusterRole.
+    pub fn allow_lists(&self, node: &Node, allowed: bool) -> Result<()> {
+        node.api(async |client| {
+            let roles = Api::<ClusterRole>::all(client);
+            let mut rules = roles.get(RELEASE).await?.rules.unwrap_or_default();
+            for rule in &mut rules {
+                if rule.resources.iter().flatten().any(|resource| resource == "pods") {
+                    rule.verbs.retain(|verb| verb != "list");
+                    rule.verbs.extend(allowed.then(|| "list".to_owned()));
+                }
+            }
+            let patch = json!({"rules": rules});
+            roles.patch(RELEASE, &PatchParams::default(), &Patch::Merge(&patch)).await.map(drop)
+        })
+    }
+
+    /// Writes the logs of the scenario's pods, and the agent's, to files in `dir`.
+    pub fn keep_logs(&self, dir: &Path) -> Result<()> {
+        let pods = self.shell.script("tail -n +1 /var/log/pods/shop_*/*/*.log", &[])?;
+        fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+        for (name, text) in [("pods.log", &pods), ("agent.log", &*self.agent_log.borrow())] {
+            let file = dir.join(name);
+            fs::write(&file, text).with_context(|| format!("writing {}", file.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// The chart's release. The node's label decides whether its agent is there: when it goes, the
+/// DaemonSet ends its pod as for a new version.
+pub struct Release<'a> {
+    node: &'a Node,
+    kind: &'a Kind,
+    cni_timeout: u32,
+    installed: bool,
+    layout: Option<String>,
+}
+
+impl<'a> Release<'a> {
+    /// One that is still to be installed.
+    pub fn new(node: &'a Node, kind: &'a Kind, cni_timeout: u32) -> Self {
+        Self { node, kind, cni_timeout, installed: false, layout: None }
+    }
+
+    fn helm(&self, verb: &str, args: &[&str]) -> Result<()> {
+        let common = ["helm", "--namespace", RELEASE, verb, RELEASE];
+        self.kind.here.run(&[&common, args, &["--wait", "--timeout", "180s"]].concat()).map(drop)
+    }
+
+    fn label(&self, value: Option<&str>) -> Result<()> {
+        let patch = json!({"metadata": {"labels": {LABEL: value}}});
+        let (name, params, patch) =
+            (self.kind.node(), PatchParams::default(), Patch::Merge(&patch));
+        self.node.api(async |client| {
+            Api::<ApiNode>::all(client).patch(name, &params, &patch).await.map(drop)
+        })
+    }
+
+    fn wait_gone(&self) -> Result<()> {
+        let agents = ListParams::default()
+            .labels("app.kubernetes.io/name=sidestep")
+            .fields(&format!("spec.nodeName={}", self.kind.node));
+        let gone = || {
+            let pods = self
+                .node
+                .api(async |client| Api::<Pod>::namespaced(client, RELEASE).list(&agents).await);
+            pods.is_ok_and(|pods| pods.items.is_empty())
+        };
+        wait_until("the agent's pod to be gone", self.node.patience(), gone)
+    }
+}
+
+impl Install for Release<'_> {
+    fn launch(&mut self) -> Result<()> {
+        self.label(Some("here"))?;
+        if !self.installed {
+            // Before it is: what fails half way is to be removed as well.
+            self.installed = true;
+            let timeout = format!("cni.timeoutSeconds={}", self.cni_timeout);
+            let values = ["--values", "charts/sidestep/ci/e2e.yaml", "--set", &timeout];
+            self.helm(
+                "install",
+                &[&["charts/sidestep", "--create-namespace"][..], &values].concat(),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn kill9(&mut self) -> Result<()> {
+        let pid = self.pid().context("the agent does not run")?;
+        self.kind.shell.run(&["kill", "-9", &pid.to_string()])?;
+        // Or the kubelet starts it again.
+        self.terminate()
+    }
+
+    fn terminate(&mut self) -> Result<()> {
+        self.label(None)?;
+        self.wait_gone()
+    }
+
+    fn upgrade_to(&mut self, layout: Option<&str>) -> Result<()> {
+        self.layout = layout.map(str::to_owned);
+        let daemonset = self.node.get::<DaemonSet>(DAEMONSET)?.context("there is no DaemonSet")?;
+        let template = daemonset.spec.context("a DaemonSet without spec")?.template;
+        let containers = with_layout(json!(template.spec.unwrap_or_default().containers), layout);
+        let patch = json!({"spec": {"template": {"spec": {"containers": containers}}}});
+        self.node.patch::<DaemonSet>(DAEMONSET, &patch)?;
+        wait_until("the agent to be replaced", self.node.patience(), || {
+            let daemonset = self.node.get::<DaemonSet>(DAEMONSET);
+            daemonset.is_ok_and(|daemonset| daemonset.is_some_and(|one| is_rolled_out(&one)))
+        })
+    }
+
+    fn uninstall(&mut self) -> Result<()> {
+        if !self.installed {
+            return Ok(());
+        }
+        // It goes with the pod.
+        self.kind.agent_log.replace(self.log());
+        // A scenario may have failed while the API server was away.
+        self.node.resume_api()?;
+        self.helm("uninstall", &["--ignore-not-found"])?;
+        self.wait_gone()?;
+        self.installed = false;
+        self.label(None)
+    }
+
+    fn delete_daemonset(&mut self) -> Result<()> {
+        self.node.delete::<DaemonSet>(DAEMONSET)?;
+        self.wait_gone()
+    }
+
+    fn pid(&mut self) -> Option<u32> {
+        self.kind.shell.run(&["pgrep", "-o", "-x", "sidestep"]).ok()?.trim().parse().ok()
+    }
+
+    fn sidestep(&mut self, args: &[&str]) -> Result<String> {
+        let pid = self.pid().context("the agent does not run")?.to_string();
+        let mut argv = vec!["nsenter", "-t", &pid, "--mount", "--", "/sidestep"];
+        argv.extend(args);
+        argv.extend(self.layout.iter().flat_map(|layout| ["--layout", layout]));
+        self.kind.shell.run(&argv)
+    }
+
+    fn log(&self) -> String {
+        let log = self.kind.shell.script("cat /var/log/pods/sidestep_*/agent/*.log", &[]);
+        log.map_or_else(|err| format!("{err:#}"), |log| text_of(&log))
+    }
+
+    fn bpffs(&self) -> String {
+        "/sys/fs/bpf/sidestep".to_owned()
+    }
+}
+
+/// Containers of the DaemonSet, whose agent is to use that layout; none: its own.
+fn with_layout(mut containers: Value, layout: Option<&str>) -> Value {
+    if let Some(args) = containers[0]["args"].as_array_mut() {
+        args.retain(|arg| !arg.as_str().is_some_and(|arg| arg.starts_with("--layout=")));
+        args.extend(layout.map(|layout| json!(format!("--layout={layout}"))));
+    }
+    containers
+}
+
+/// Whether all its pods are of its last version, and ready.
+fn is_rolled_out(daemonset: &DaemonSet) -> bool {
+    let Some(status) = &daemonset.status else { return false };
+    let wanted = status.desired_number_scheduled;
+    status.observed_generation == daemonset.metadata.generation
+        && status.updated_number_scheduled == Some(wanted)
+        && status.number_available == Some(wanted)
+}
