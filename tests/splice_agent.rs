@@ -146,6 +146,17 @@ fn the_agent_is_killed_and_restarted() {
 }
 
 #[test]
+fn another_mode_holds_for_what_is_open() {
+    let mut node = Splicing::start("mode", "all");
+    with_flows(&mut node, |node, flows| {
+        node.agent.restart_with(&["--splice", "off"]).expect("starts");
+        quiet(node, flows);
+        node.agent.restart_with(&["--splice", "all"]).expect("starts");
+        busy(node, flows);
+    });
+}
+
+#[test]
 fn unload_in_mid_stream() {
     let mut node = Splicing::start("unload", "all");
     with_flows(&mut node, |node, flows| {

@@ -405,17 +405,22 @@ fn sockets_that_stay_out() {
 
 /// Some make their sockets non-blocking only when they have accepted and talked.
 #[test]
-fn a_socket_that_blocks_is_waited_for() {
+fn a_socket_that_blocks_is_waited_for_but_not_for_ever() {
     let node = Splicing::start("late", "sidecar");
-    let late = node
-        .connect_blocking(Leg::Sidecar, |target| TcpStream::connect(target).expect("connected"));
+    let connect =
+        || node.connect_blocking(Leg::Sidecar, |to| TcpStream::connect(to).expect("connected"));
+    let (late, blocking) = (connect(), connect());
     let _witness = node.connect(Leg::Sidecar);
-    // The agent has looked at both by then.
+    // The agent has looked at all of them by then.
     node.wait_sockets(2);
     for end in [&late.client, &late.server] {
         end.set_nonblocking(true).expect("non-blocking");
     }
     node.wait_sockets(4);
+    let given_up = || node.counter("splice_not_safe") == 2;
+    wait_until("two to be given up", Duration::from_secs(30), given_up).expect("given up");
+    assert_eq!(node.sockets(), 4);
+    blocking.prime();
 }
 
 /// Most connections are gone after a request or two, and others speak one way alone.

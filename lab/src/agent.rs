@@ -125,6 +125,12 @@ impl Agent {
         Ok(())
     }
 
+    /// Starts it again with other flags than those of [`Agent::start_flags`].
+    pub fn restart_with(&mut self, flags: &[&str]) -> Result<()> {
+        self.flags = flags.iter().map(Into::into).collect();
+        self.restart()
+    }
+
     /// Starts it again as a build whose maps have another layout than its own, or as itself.
     pub fn upgrade_to(&mut self, layout: Option<&str>) -> Result<()> {
         self.terminate()?;
