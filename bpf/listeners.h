@@ -22,8 +22,24 @@ static __always_inline void listener_add(struct bpf_sock_ops *ctx)
 	}
 }
 
-/* The port that the agent looks for listeners on. */
+/* The namespace and the port that the agent looks for listeners on. */
+__u64 wanted_netns = 0;
 __u16 wanted_port = 0;
+
+static __always_inline void listener_found(struct sock_common *sk)
+{
+	struct listener_key key = { .netns = sk->skc_net.net->net_cookie };
+
+	if (key.netns != wanted_netns)
+		return;
+	key.family = sk->skc_family;
+	key.port = sk->skc_num;
+	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
+		key.slot = slot;
+		if (!bpf_map_update_elem(&listeners, &key, sk, BPF_NOEXIST))
+			return;
+	}
+}
 
 /*
  * Adds the listeners that are older than the hooks. An iterator sees the network namespace of
@@ -33,17 +49,26 @@ SEC("iter/tcp")
 int find_listeners(struct bpf_iter__tcp *ctx)
 {
 	struct sock_common *sk = ctx->sk_common;
-	struct listener_key key = {};
 
-	if (!sk || sk->skc_state != BPF_TCP_LISTEN || sk->skc_num != wanted_port)
-		return 0;
-	key.netns = sk->skc_net.net->net_cookie;
-	key.family = sk->skc_family;
-	key.port = sk->skc_num;
-	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
-		key.slot = slot;
-		if (!bpf_map_update_elem(&listeners, &key, sk, BPF_NOEXIST))
-			return 0;
-	}
+	if (sk && sk->skc_state == BPF_TCP_LISTEN && sk->skc_num == wanted_port)
+		listener_found(sk);
+	return 0;
+}
+
+/*
+ * The same by the open files of all tasks, where iter/tcp runs with the socket's spin lock held
+ * (until Linux 6.4): the map takes it as well, and the processor would wait for itself for ever.
+ */
+SEC("iter/task_file")
+int find_listeners_by_file(struct bpf_iter__task_file *ctx)
+{
+	struct file *file = ctx->file;
+	struct socket *socket = file ? bpf_sock_from_file(file) : NULL;
+	struct sock *sk = socket ? socket->sk : NULL;
+
+	if (sk && sk->sk_protocol == IPPROTO_TCP &&
+	    (sk->__sk_common.skc_family == AF_INET || sk->__sk_common.skc_family == AF_INET6) &&
+	    sk->__sk_common.skc_state == BPF_TCP_LISTEN && sk->__sk_common.skc_num == wanted_port)
+		listener_found(&sk->__sk_common);
 	return 0;
 }

@@ -582,9 +582,9 @@ of(
      "bpf_sock_hash_update(ctx, &listeners, &key, BPF_NOEXIST)",
      "bpf_sock_hash_update(ctx, &listeners, &key, BPF_ANY)", "inbound:a_reuseport"),
     ("connections are taken for listeners",
-     "if (!sk || sk->skc_state != BPF_TCP_LISTEN || sk", "if (!sk || sk",
+     "if (sk && sk->skc_state == BPF_TCP_LISTEN && sk", "if (sk && sk",
      "inbound:only_the_proxys"),
-    ("listeners of any port are found", " || sk->skc_num != wanted_port)", ")",
+    ("listeners of any port are found", "LISTEN && sk->skc_num == wanted_port)", "LISTEN)",
      "inbound:only_the_proxys"),
     ("one listener is found",
      "\t\tkey.slot = slot;\n\t\tif (!bpf_map_update_elem", "\t\tkey.slot = slot * 0;\n"

@@ -107,6 +107,13 @@ pub(crate) const HOOKS: &[Hook] = &[
         helpers: &[],
     },
     Hook {
+        program: "find_listeners_by_file",
+        attach: Attach::Iterator,
+        kind: ProgramType::Tracing,
+        decides: false,
+        helpers: &[],
+    },
+    Hook {
         program: "sweep_splices",
         attach: Attach::Iterator,
         kind: ProgramType::Tracing,

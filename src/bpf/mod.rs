@@ -43,7 +43,10 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{
     Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, RingBuffer, RingBufferBuilder, TC_EGRESS,
     TcHook, TcHookBuilder,
-    btf::{Btf, types::Struct},
+    btf::{
+        Btf,
+        types::{Func, Struct},
+    },
     query::LinkTypeInfo,
     skel::{OpenSkel, Skel, SkelBuilder},
 };
@@ -453,7 +456,7 @@ impl Dataplane {
             cidr_rules: maps.cidr_rules.max_entries() as usize,
             uid_rules: maps.uid_rules.max_entries() as usize,
             excluded_ifs: maps.excluded_ifs.max_entries() as usize,
-            tells_interface: tells_interface(),
+            tells_interface: kernel().tells_interface,
         }
     }
 
@@ -587,14 +590,20 @@ impl Dataplane {
         if listeners(&self.skel.maps.listeners, cookie, port) > 0 {
             return Ok(());
         }
-        self.skel.maps.bss_data.as_mut().context("the object has no variables")?.wanted_port = port;
-        let link = self.skel.progs.find_listeners.attach()?;
-        netns.inside(|| -> Result<()> {
-            // Reading it to the end is what runs the program.
-            let mut output = Vec::new();
-            Iter::new(&link)?.read_to_end(&mut output)?;
+        let variables = self.skel.maps.bss_data.as_mut().context("the object has no variables")?;
+        variables.wanted_netns = cookie;
+        variables.wanted_port = port;
+        // Reading it to the end is what runs the program.
+        let read = |link: &Link| -> Result<()> {
+            Iter::new(link)?.read_to_end(&mut Vec::new())?;
             Ok(())
-        })?
+        };
+        if kernel().iterates_unlocked {
+            let link = self.skel.progs.find_listeners.attach()?;
+            netns.inside(|| read(&link))?
+        } else {
+            read(&self.skel.progs.find_listeners_by_file.attach()?)
+        }
     }
 
     /// Puts this build's filter for DNS answers in force on the pod's lo; one that is there
@@ -703,16 +712,28 @@ pub fn detach_dns(netns: &Netns) -> Result<()> {
     })
 }
 
-/// Whether this kernel tells a program from which interface a new connection comes (Linux 5.17).
-fn tells_interface() -> bool {
-    static TELLS: OnceLock<bool> = OnceLock::new();
-    *TELLS.get_or_init(|| {
-        Btf::from_vmlinux().is_ok_and(|types| {
-            let context = types.type_by_name::<Struct<'_>>("bpf_sk_lookup");
-            context.is_some_and(|context| {
+/// What not every kernel can do, by its own types.
+struct Kernel {
+    /// A program is told from which interface a new connection comes (Linux 5.17).
+    tells_interface: bool,
+    /// iter/tcp holds no spin lock while a program looks at a socket. The function that is asked for
+    /// came with that, in Linux 6.5; kernels with the correction alone are taken for older.
+    iterates_unlocked: bool,
+}
+
+fn kernel() -> &'static Kernel {
+    static KERNEL: OnceLock<Kernel> = OnceLock::new();
+    KERNEL.get_or_init(|| {
+        let types = Btf::from_vmlinux().ok();
+        let types = types.as_ref();
+        let context = types.and_then(|types| types.type_by_name::<Struct<'_>>("bpf_sk_lookup"));
+        let destroy = types.and_then(|types| types.type_by_name::<Func<'_>>("bpf_sock_destroy"));
+        Kernel {
+            tells_interface: context.is_some_and(|context| {
                 context.iter().any(|field| field.name == Some("ingress_ifindex".as_ref()))
-            })
-        })
+            }),
+            iterates_unlocked: destroy.is_some(),
+        }
     })
 }
 
@@ -724,7 +745,7 @@ fn open_inbound(
     let mut open = skel_inbound::InboundSkelBuilder::default().open(storage)?;
     let constants = open.maps.rodata_data.as_mut().context("the inbound object has no rodata")?;
     constants.netns_cookie = cookie;
-    constants.tells_interface = u8::from(tells_interface());
+    constants.tells_interface = u8::from(kernel().tells_interface);
     Ok(open)
 }
 
