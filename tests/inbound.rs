@@ -268,15 +268,40 @@ fn excluded_and_included_inbound_ports() {
         ("includeInboundPorts", "8080", [true, false]),
         ("includeInboundPorts", "", [false, false]),
         ("includeInboundPorts", "*", [true, true]),
-        ("excludeInterfaces", "lo,eth0", [false, false]),
-        ("excludeInterfaces", "eth1", [true, true]),
     ] {
-        let mut manifest = node.a.manifest();
-        manifest["metadata"]["annotations"][format!("traffic.sidecar.istio.io/{key}")] =
-            value.into();
-        node.agent.add_manifest("a", &manifest).expect("a manifest");
+        annotate(&node, key, value);
         let what = format!("{key}={value:?}: {expected:?}");
         wait_until(&what, SOON, || [steered(8080), steered(9090)] == expected)
+            .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
+    }
+}
+
+fn annotate(node: &Node, key: &str, value: &str) {
+    let mut manifest = node.a.manifest();
+    manifest["metadata"]["annotations"][format!("traffic.sidecar.istio.io/{key}")] = value.into();
+    node.agent.add_manifest("a", &manifest).expect("a manifest");
+}
+
+#[test]
+fn excluded_interfaces() {
+    let node = one_enrolled("ifs");
+    let _sidecar = Sidecar::start(&node.a);
+    let _app = node.a.serve(any(addr(node.a.ipv4(), 0), 8080), APP, APP).expect("app");
+    let steered = || {
+        let answer = node.b.ask(0, 0, addr(node.a.ipv4(), 8080)).expect("answered");
+        answer.seen.orig.is_some()
+    };
+    if kernel_before(5, 17) {
+        annotate(&node, "excludeInterfaces", "eth0");
+        node.agent
+            .wait_log("excludeInterfaces \"eth0\": this kernel does not tell")
+            .expect("refused");
+        assert!(steered(), "as it was");
+        return;
+    }
+    for (value, expected) in [("lo,eth0", false), ("eth1", true)] {
+        annotate(&node, "excludeInterfaces", value);
+        wait_until(&format!("{value:?}: {expected}"), SOON, || steered() == expected)
             .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
     }
 }

@@ -276,6 +276,9 @@ fn annotations_decide_and_changes_take_effect_on_the_next_connection() {
         ("includeOutboundIPRanges", "fd96::/64", 0..1),
         ("includeOutboundIPRanges", "", 0..3),
     ] {
+        if key == "excludeInterfaces" && kernel_before(5, 17) {
+            continue; // refused there: inbound.rs
+        }
         set(&mut node, key, value);
         for (n, (target, _)) in remotes(&node.a, 80).into_iter().enumerate() {
             let mapped_as_v4 = n == 2 && direct.contains(&0);

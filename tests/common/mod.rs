@@ -42,6 +42,16 @@ pub fn patience() -> Duration {
     Duration::from_secs(3) * slowdown()
 }
 
+/// Whether the running kernel is older than that version. For what a kernel can't do at all: the
+/// agent itself never asks for versions.
+pub fn kernel_before(major: u32, minor: u32) -> bool {
+    let uname = nix::sys::utsname::uname().expect("uname");
+    let release = uname.release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().expect("a number"));
+    let mut next = || numbers.next().expect("two numbers");
+    (next(), next()) < (major, minor)
+}
+
 /// A test's bulk: less where the machine is emulated.
 pub fn bulk(count: u16) -> u16 {
     count / u16::try_from(slowdown()).expect("a small number")
