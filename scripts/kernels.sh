@@ -41,6 +41,7 @@ edges beside_the_meshs_own_rules: iptables and the many modules that it takes ar
 edges hundreds_of_pods_and_ten_thousand_connections: it is about bulk, which takes too long when emulated
 @5.15 outbound a_call_within_the_pod_leaves_by_lo_whatever_the_routes_say: pods that exempt an interface are refused there
 @5.15 sockets sockets_bound_to_an_exempt_device_are_direct: the same
+@5.15 sockets mptcp_sockets_are_captured_and_told_the_truth: nothing leads from a subflow to its connection there
 END
 }
 

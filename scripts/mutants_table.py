@@ -729,7 +729,7 @@ of(
     ("who hears little is marked", "SPLICE_TALK || ctx->data_segs_in < SPLICE_TALK)", "SPLICE_TALK)",
      "splice_endings:little"),
     ("a mark is made anew", "if (!sk || bpf_sk_storage_get(&splices, sk, NULL, 0))", "if (!sk)",
-     "splice_agent:each_message"),
+     "splice_agent:bulk_leaves"),
     ("a connection that leaves the node is looked at for ever",
      "\ts->state = SPLICE_OUT;\n\tif (leg == LEGS", "\tif (leg == LEGS", "splice_endings",
      "it saves the sweep a look"),

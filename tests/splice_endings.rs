@@ -435,6 +435,8 @@ fn connections_with_little_to_say_stay_out() {
         put(&one_way.client, b"more");
         assert_eq!(get(&one_way.server, 4), b"more");
     }
+    put(&one_way.server, b"done");
+    assert_eq!(get(&one_way.client, 4), b"done");
     let witness = node.connect(Leg::Sidecar);
     node.wait_sockets(2);
     witness.prime();
