@@ -795,7 +795,8 @@ of(
     # Out of the map again.
     ("bulk stays in the map", "if (s->bulk < SPLICE_BULKY && splice_safe(tp))", "if (true)",
      "splice_agent:bulk_leaves"),
-    ("the agent is not told of bulk", "\tbpf_ringbuf_output(&events, &event, sizeof(event), 0);\n", "",
+    ("the agent is not told of bulk", "\tbpf_ringbuf_output(&events, &event, sizeof(event), 0);\n",
+     "\tif (!size)\n\t\tbpf_ringbuf_output(&events, &event, sizeof(event), 0);\n",
      "splice_agent:bulk_leaves", "the agent looks every 100 milliseconds as well"),
     ("the other end is not told that one leaves", "if (bpf_map_lookup_elem(&leaving, &key)) {",
      "if (false) {", "splice_agent:bulk_leaves"),
