@@ -31,8 +31,8 @@ impl Resolver {
         let threads = localhosts
             .into_iter()
             .map(|at: SocketAddr| {
-                let socket = node.a.run(PROXY, PROXY, || UdpSocket::bind(at)).expect("runs");
-                let (socket, stop) = (socket.expect("a resolver"), Arc::clone(&stop));
+                let socket = node.a.run(PROXY, PROXY, || udp(at)).expect("runs");
+                let stop = Arc::clone(&stop);
                 socket.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout");
                 thread::spawn(move || {
                     let mut question = [0; 512];
@@ -268,8 +268,7 @@ fn remote_servers(node: &Node) -> Vec<JoinHandle<()>> {
         .iter()
         .map(|server| {
             node.lab.add_node_address(server.ip()).expect("an address");
-            let socket = node.lab.on_node(|| UdpSocket::bind(server)).expect("runs");
-            let socket = socket.expect("a server");
+            let socket = node.lab.on_node(|| udp(*server)).expect("runs");
             socket
                 .set_read_timeout(Some(Duration::from_millis(500) * sidestep_lab::slowdown()))
                 .expect("timeout");
@@ -492,7 +491,7 @@ fn datagrams_that_are_no_answers_keep_their_source() {
                 assert_eq!(from, server);
                 let port = socket.local_addr().expect("an address").port();
                 for (from, to) in from_localhost.into_iter().chain(from_others) {
-                    let other = UdpSocket::bind(from).expect("a socket");
+                    let other = udp(from);
                     other.send_to(b"hello", addr(to, port)).expect("sent");
                     let told = socket.recv_from(&mut [0; 64]).map(|(_, from)| from);
                     let told = told.unwrap_or_else(|error| panic!("{from} to {to}: {error}"));

@@ -80,8 +80,7 @@ fn i2_exempt_ports_are_untouched() {
 fn i3_udp_is_untouched() {
     let node = one_enrolled("i3");
     for target in addresses(&node.a, 8080) {
-        let server = node.a.run(APP, APP, || std::net::UdpSocket::bind(any(target, 8080)));
-        let server = server.expect("runs").expect("a UDP server");
+        let server = node.a.run(APP, APP, || udp(any(target, 8080))).expect("runs");
         server.set_read_timeout(Some(Duration::from_millis(100))).expect("timeout");
         let from = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let socket = node.lab.on_node(|| std::net::UdpSocket::bind(from)).expect("runs");

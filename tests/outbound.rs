@@ -203,8 +203,7 @@ fn t12_udp_is_untouched() {
     for (target, own) in remotes(&node.a, 443) {
         let canonical = canonical(target);
         node.lab.add_node_address(canonical.ip()).ok();
-        let server = node.lab.on_node(|| std::net::UdpSocket::bind(canonical)).expect("runs");
-        let server = server.expect("a UDP server");
+        let server = node.lab.on_node(|| udp(canonical)).expect("runs");
         server.set_read_timeout(Some(Duration::from_millis(100))).expect("timeout");
         let from = node.a.run(APP, APP, || {
             let any = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };

@@ -5,7 +5,8 @@
 pub mod splicing;
 
 use std::{
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    io::ErrorKind,
+    net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
     path::{Path, PathBuf},
     sync::LazyLock,
     time::Duration,
@@ -14,7 +15,9 @@ use std::{
 use libbpf_rs::MapHandle;
 use serde_json::{Value, json};
 use sidestep::bpf::LAYOUT;
-use sidestep_lab::{Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, slowdown, wait_until};
+use sidestep_lab::{
+    Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, slowdown, wait_for, wait_until,
+};
 
 /// An app's user.
 pub const APP: u32 = 1000;
@@ -50,6 +53,16 @@ pub fn kernel_before(major: u32, minor: u32) -> bool {
     let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().expect("a number"));
     let mut next = || numbers.next().expect("two numbers");
     (next(), next()) < (major, minor)
+}
+
+/// A UDP socket at an address that may have been bound a moment ago: a child that another test is
+/// just starting has a copy of that socket until it executes.
+pub fn udp(at: SocketAddr) -> UdpSocket {
+    let bind = || match UdpSocket::bind(at) {
+        Err(error) if error.kind() == ErrorKind::AddrInUse => None,
+        result => Some(result),
+    };
+    wait_for(&format!("{at} to be free"), SOON, bind).expect("free").expect("a UDP socket")
 }
 
 /// A test's bulk: less where the machine is emulated.
