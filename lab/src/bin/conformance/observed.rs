@@ -47,6 +47,11 @@ impl Display for Field {
 pub struct Observed(BTreeMap<Field, String>);
 
 impl Observed {
+    /// Whether nobody said anything in time.
+    pub fn timed_out(&self) -> bool {
+        self.0.get(&Field::Outcome).is_some_and(|outcome| outcome == "timeout")
+    }
+
     pub fn new(outcome: impl Into<String>) -> Self {
         Self::default().with(Field::Outcome, outcome)
     }
