@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use sidestep_lab::{Pod, interrupted};
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::end::{self, How, Outcome, STALLED};
 use crate::front::{SIDECAR_PORT, service};
@@ -230,7 +230,15 @@ fn open(target: SocketAddr, part: &Part) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
+/// A reset is sent once. Where it gets lost, TCP alone tells nobody who only reads.
+pub fn ask_when_idle(socket: SockRef<'_>) -> io::Result<()> {
+    let asking = TcpKeepalive::new();
+    let asking = asking.with_time(Duration::from_secs(2)).with_interval(Duration::from_secs(1));
+    socket.set_tcp_keepalive(&asking)
+}
+
 fn prepare(stream: &TcpStream, part: &Part) -> io::Result<()> {
+    ask_when_idle(SockRef::from(stream))?;
     stream.set_nodelay(part.write_size < 64 << 10)?;
     if let Some(bytes) = part.buffers {
         let socket = SockRef::from(stream);
