@@ -175,6 +175,7 @@ impl Traffic {
         head[..8].copy_from_slice(&plan.number.to_ne_bytes());
         head[8..].copy_from_slice(&serial.to_ne_bytes());
         stream.write_all(&head).context("sending the connection's number")?;
+        talk(&mut stream).context("talking")?;
         let Ok(Answer::Started) = answers.recv_timeout(ANSWERED) else {
             bail!("it was opened, and nobody has answered for {ANSWERED:?}");
         };
@@ -198,6 +199,11 @@ impl Traffic {
                 stream.read_exact(&mut head)?;
                 let number = u64::from_ne_bytes(head);
                 stream.read_exact(&mut head)?;
+                for _ in 0..TALK {
+                    let mut byte = [0];
+                    stream.read_exact(&mut byte)?;
+                    stream.write_all(&byte)?;
+                }
                 Ok((number, u64::from_ne_bytes(head)))
             };
             let (number, serial) = match number() {
@@ -220,6 +226,19 @@ impl Traffic {
             let _ = sender.send(Answer::Ended(outcome));
         });
     }
+}
+
+/// So much small talk makes a connection worth splicing: `SPLICE_TALK` of bpf/splice.h, and some.
+const TALK: usize = 24;
+
+fn talk(stream: &mut TcpStream) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(ANSWERED))?;
+    for _ in 0..TALK {
+        stream.write_all(b".")?;
+        stream.read_exact(&mut [0])?;
+    }
+    stream.set_nonblocking(true)
 }
 
 fn open(target: SocketAddr, part: &Part) -> io::Result<TcpStream> {
