@@ -59,8 +59,10 @@ impl Lab {
             }
         }
         node.sysctl("net.ipv6.conf.default.accept_dad", "0")?;
+        // A bridge without an address of its own has its lowest port's. When that goes, which is some
+        // time after its pod, the others' neighbour entries lead nowhere for half a minute.
         node.ip("link set lo up\n\
-             link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n\
+             link add br0 address 02:00:0a:4d:00:01 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n\
              addr add 10.77.0.1/16 dev br0\n\
              addr add fd77::1/64 dev br0 nodad\n\
              link set br0 up\n")?;

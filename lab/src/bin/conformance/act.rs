@@ -15,31 +15,40 @@ use crate::observed::{Field, Observed};
 use crate::row::{Act, Dial, Kind, Manner, Mesh, Place, Who};
 use crate::world::Stage;
 
-/// Nothing here is far away.
-const TIMEOUT: Duration = Duration::from_millis(1500);
-
-/// Does it once, with addresses of this kind.
-pub fn perform(stage: &Stage<'_>, mesh: Mesh, act: &Act, kind: Kind) -> Result<Vec<Observed>> {
+/// Does it once, with addresses of this kind; what takes longer than `patience` is a timeout.
+pub fn perform(
+    stage: &Stage<'_>,
+    mesh: Mesh,
+    act: &Act,
+    kind: Kind,
+    patience: Duration,
+) -> Result<Vec<Observed>> {
     match act {
-        Act::Tcp(dial) => Ok(vec![tcp(stage, mesh, dial, kind)?]),
+        Act::Tcp(dial) => Ok(vec![tcp(stage, mesh, dial, kind, patience)?]),
         Act::Udp { who, port, manner, source, .. } => {
             let targets: Vec<SocketAddr> = Stage::targets(act)
                 .into_iter()
                 .map(|place| stage.address(place, kind, *port, *who))
                 .collect::<Result<_>>()?;
             let source = source.map(|place| stage.address(place, kind, 0, *who)).transpose()?;
-            let answers = stage.run(mesh, *who, || udp(&targets, *manner, source))??;
+            let answers = stage.run(mesh, *who, || udp(&targets, *manner, source, patience))??;
             Ok(answers.into_iter().map(|answer| answer.observed(stage)).collect())
         }
     }
 }
 
-fn tcp(stage: &Stage<'_>, mesh: Mesh, dial: &Dial, kind: Kind) -> Result<Observed> {
+fn tcp(
+    stage: &Stage<'_>,
+    mesh: Mesh,
+    dial: &Dial,
+    kind: Kind,
+    patience: Duration,
+) -> Result<Observed> {
     let target = stage.address(dial.to, kind, dial.port, dial.who)?;
     let source = dial.source.map(|place| stage.address(place, kind, 0, dial.who)).transpose()?;
     let maker = dial.maker.unwrap_or(dial.who);
     let socket = stage.run(mesh, maker, || make(target, source, dial))??;
-    let (result, local, peer) = stage.run(mesh, dial.who, || greet(socket, target))??;
+    let (result, local, peer) = stage.run(mesh, dial.who, || greet(socket, target, patience))??;
     let with_port =
         |address: SocketAddr| format!("{}:{}", stage.name(address.ip()), address.port());
     let seen = match result {
@@ -80,11 +89,11 @@ fn make(target: SocketAddr, source: Option<SocketAddr>, dial: &Dial) -> Result<S
 /// What the server said, or why there is none; and the client's own and its peer's address.
 type Greeting = (Result<Seen, String>, SocketAddr, SocketAddr);
 
-fn greet(socket: Socket, target: SocketAddr) -> Result<Greeting> {
-    if let Err(err) = socket.connect_timeout(&target.into(), TIMEOUT) {
+fn greet(socket: Socket, target: SocketAddr, patience: Duration) -> Result<Greeting> {
+    if let Err(err) = socket.connect_timeout(&target.into(), patience) {
         return Ok((Err(error_name(&err)), target, target));
     }
-    socket.set_read_timeout(Some(TIMEOUT))?;
+    socket.set_read_timeout(Some(patience))?;
     let stream = TcpStream::from(socket);
     let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
     let mut line = String::new();
@@ -140,6 +149,7 @@ fn udp(
     targets: &[SocketAddr],
     manner: Manner,
     source: Option<SocketAddr>,
+    patience: Duration,
 ) -> Result<Vec<UdpAnswer>> {
     let first = *targets.first().context("a target")?;
     let any = match first {
@@ -147,7 +157,7 @@ fn udp(
         SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
     let socket = UdpSocket::bind(source.unwrap_or((any, 0).into()))?;
-    socket.set_read_timeout(Some(TIMEOUT))?;
+    socket.set_read_timeout(Some(patience))?;
     let mut dialled = None;
     let sent: io::Result<()> = match manner {
         Manner::Connected => socket.connect(first).and_then(|()| {

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
@@ -35,6 +35,11 @@ const MARKER: &str = "<!-- What follows is written by a run. -->";
 
 /// Each has a node of its own.
 const THREADS: usize = 2;
+
+/// How long a row's connections may take at the first look, and at further ones where that was too
+/// short for what the contract says. Nothing here is far away.
+const PATIENCE: [Duration; 3] =
+    [Duration::from_millis(1500), Duration::from_secs(5), Duration::from_secs(15)];
 
 /// Compares what the meshes' iptables rules do with what Sidestep does, row by row.
 #[derive(Parser)]
@@ -192,17 +197,20 @@ fn group(world: &mut World, setup: &Setup, rows: &[&Row]) -> Result<Outcomes> {
             stage.clean()?;
             for kind in row.kinds {
                 let name = || format!("{} {}", row.name(), kind.name());
-                let look = || -> Result<_> {
-                    let observed =
-                        act::perform(&stage, setup.mesh, &row.act, *kind).with_context(name)?;
+                let look = |patience| -> Result<_> {
+                    let observed = act::perform(&stage, setup.mesh, &row.act, *kind, patience)
+                        .with_context(name)?;
                     let contradiction = contradiction(&stage, row, *kind, pass, &observed)?;
                     Ok((observed, contradiction))
                 };
-                let (mut observed, mut contradiction) = look()?;
-                // A busy machine may have lost a packet.
-                if contradiction.is_some() && observed.iter().any(Observed::timed_out) {
+                let (mut observed, mut contradiction) = look(PATIENCE[0])?;
+                // A busy machine may have lost a packet, or not have run the server.
+                for patience in &PATIENCE[1..] {
+                    if contradiction.is_none() || !observed.iter().any(Observed::timed_out) {
+                        break;
+                    }
                     stage.clean()?;
-                    (observed, contradiction) = look()?;
+                    (observed, contradiction) = look(*patience)?;
                 }
                 let outcome = outcomes.entry((row.name(), *kind)).or_default();
                 outcome.contradiction = outcome.contradiction.take().or(contradiction);
