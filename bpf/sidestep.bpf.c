@@ -18,6 +18,7 @@
 #include "layouts.h"
 #include "listeners.h"
 #include "splice.h"
+#include "reset.h"
 
 SEC("sockops")
 int sock_ops(struct bpf_sock_ops *ctx)

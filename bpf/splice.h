@@ -27,6 +27,7 @@
 #define SPLICE_MESSAGE 512
 #define SPLICE_BULKY (4 << 20) /* bytes by TCP beyond those redirected: better out of the map */
 #define SPLICE_PAGES 64 /* of the reader's pod's memory that must be free */
+#define SPLICE_PRIORITY 0x53696465 /* of packets of sockets in SPLICE_RESET; any number above 6 */
 
 /* The kernel's flags in the low bits of a pointer, SK_USER_DATA_PTRMASK. */
 #define SK_USER_DATA_FLAGS 7ul

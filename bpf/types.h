@@ -194,6 +194,7 @@ enum splice_state {
 	SPLICE_IN, /* the socket is in the map */
 	SPLICE_LEAVING, /* on its way out of the map: it sends by TCP */
 	SPLICE_OUT, /* not eligible, for good */
+	SPLICE_RESET, /* released with unread bytes: its FIN is to be a reset */
 };
 
 /* A socket whose other end is on this node; lives and dies with it. */

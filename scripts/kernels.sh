@@ -203,7 +203,7 @@ judge() {
         grep -q '^Nothing is installed' "$log" || echo "status found something after that"
         return
     fi
-    grep -q 'MISSING  DNS filter on lo .*module sch_ingress' "$log" ||
+    grep -q 'MISSING  filters on devices .*module sch_ingress' "$log" ||
         echo "check did not miss the modules before they were loaded"
     while read -r step status; do
         [ "$step" = budget ] && [ -n "$update" ] && continue

@@ -814,3 +814,33 @@ of(
     ("what goes by TCP while it is switched off is bulk", "\tif (!s->off)\n\t\tsplice_bulk", "\tif (true)\n\t\tsplice_bulk",
      "splice_agent:opt_out", "a pod that opts in again would be spliced for new connections alone"),
 )
+
+ENDING = "splice_endings:each_ending"
+UNREAD6 = "splice_endings:unread"
+
+of(
+    "reset.h",
+    ("a socket that closes with unread bytes is not remembered",
+     "\ts->state = SPLICE_RESET;\n", "", ENDING),
+    ("its packets are not told from others", "\tctx->priority = SPLICE_PRIORITY;\n", "", ENDING),
+    ("a socket that has read everything is reset",
+     "queue_is_empty(kernel_ptr(number_of(ctx), struct sock))", "!ctx", ENDING),
+    ("sockets that never were in the map are looked at",
+     "(s->state != SPLICE_IN && s->state != SPLICE_LEAVING)", "!s->state", ENDING,
+     "saves a look: they have no queue"),
+    ("a packet that is no FIN is made a reset", " || !(fin & bpf_htons(TCP_FIN))", "",
+     "splice_endings", "what is in TCP is lost then, as it is without splicing"),
+    ("the FIN stays one", "reset = (fin & ~bpf_htons(TCP_FIN | TCP_PSH)) | bpf_htons(TCP_RST);",
+     "reset = fin | bpf_htons(TCP_RST);", ENDING, "what has both is a reset to the kernel"),
+    ("the checksum stays",
+     "bpf_l4_csum_replace(skb, tcp + offsetof(struct tcphdr, check), fin, reset,\n"
+     "\t\t\t\t    sizeof(reset))", "(!fin)", ENDING,
+     "it is not made before the packet has left the filter"),
+    ("no reset over IPv4", "skb->protocol == bpf_htons(ETH_P_IP))", "skb->protocol == 1)", ENDING),
+    ("no reset over IPv6", "skb->protocol == bpf_htons(ETH_P_IPV6) &&", "skb->protocol == 1 &&",
+     UNREAD6),
+    ("every packet's socket is looked up", "\tif (skb->priority != SPLICE_PRIORITY)\n",
+     "\tif (skb->priority == 1)\n", ENDING, "saves a look-up"),
+    ("a FIN that is sent again is made a reset again", "\t\ts->state = SPLICE_OUT;\n",
+     "\t\t(void)s;\n", UNREAD6),
+)

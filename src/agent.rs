@@ -182,7 +182,10 @@ async fn serve(config: &Config) -> Result<()> {
                 more = chain(installer.as_ref());
                 reconciler.sync(Look::Changes, &more);
             }
-            Ok(found) = &mut tried, if !tried.is_terminated() => reconciler.splice(config.splice, &found),
+            Ok(found) = &mut tried, if !tried.is_terminated() => {
+                reconciler.splice(config.splice, &found);
+                reconciler.sync(Look::Changes, &more);
+            }
             () = &mut sweep => sweep.as_mut().reset(reconciler.sweep_splices().into()),
             _ = resync.tick() => {
                 more = chain(installer.as_ref());

@@ -68,7 +68,7 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
         }),
     );
     if !programs.is_empty() {
-        add("DNS filter on lo", bpf::try_filter().map(|()| String::new()));
+        add("filters on devices", bpf::try_filters().map(|()| String::new()));
     }
     add("network namespace identity", bpf::current_netns_cookie().map(|_| String::new()));
     let kernel = uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();

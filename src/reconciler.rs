@@ -21,7 +21,7 @@ use crate::{
     desired::{Candidate, Desired, NetnsFacts, PodRow, Record, desired},
     facts::{self, FactsError, PodFacts},
     metrics::{Fill, Metrics},
-    netns::{self, Netns},
+    netns::{self, LO, Netns},
     places::{Place, Places},
     problem::{Problem, Reason},
     source::{
@@ -51,6 +51,18 @@ const SEARCH: Duration = Duration::from_millis(100);
 struct Enrolled {
     netns: NetnsFacts,
     row: PodRow,
+    /// Devices with the filter for spliced connections, by index.
+    filtered: Vec<u32>,
+}
+
+impl Enrolled {
+    /// The devices that spliced connections have on these legs: apps and their sidecars talk over
+    /// lo, sidecars with each other over the others.
+    fn spliced_devices(&self, legs: &BTreeMap<Leg, bool>) -> Vec<u32> {
+        let leg = |device| if device == LO { Leg::App } else { Leg::Sidecar };
+        let devices = self.netns.interfaces.values().copied();
+        devices.filter(|device| self.row.splice && legs.get(&leg(*device)) == Some(&true)).collect()
+    }
 }
 
 /// The listeners that connections may have to be handed to: inbound, outbound, DNS.
@@ -91,6 +103,8 @@ pub struct Reconciler {
     pods: BTreeMap<u64, Enrolled>,
     /// When a pod's listeners were last looked for.
     searched: BTreeMap<(u64, u16), Instant>,
+    /// Which legs are spliced; empty: that is not known yet.
+    legs: BTreeMap<Leg, bool>,
     /// When connections to splice may be looked at again.
     next_sweep: Instant,
     /// How long to wait if some are leaving still.
@@ -133,6 +147,7 @@ impl Reconciler {
             applied: None,
             pods: BTreeMap::new(),
             searched: BTreeMap::new(),
+            legs: BTreeMap::new(),
             next_sweep: Instant::now(),
             leaving: LEAVING,
             taking_over: None,
@@ -193,6 +208,7 @@ impl Reconciler {
         let states = splice::decide(mode, found);
         for (leg, state) in Leg::ALL.iter().zip(&states) {
             info!(leg = leg.name(), on = state.on, why = state.why, "splice");
+            self.legs.insert(*leg, state.on);
         }
         if let Err(error) = self.dataplane.set_legs(&states) {
             error!("cannot say what is spliced: {error:#}");
@@ -608,9 +624,9 @@ impl Reconciler {
             }
             info!(pod = %owner.pod, "no longer enrolled");
             if let Some(pod) = self.pods.get(cookie) {
-                // A namespace that is gone took its filter along.
+                // A namespace that is gone took its filters along.
                 let netns = Netns::open_as(&pod.netns.path, *cookie);
-                let _ = netns.and_then(|netns| bpf::detach_dns(&netns));
+                let _ = netns.and_then(|netns| bpf::detach_filters(&netns));
             }
         }
         self.owners.retain(|cookie, _| keep.contains(cookie));
@@ -619,6 +635,7 @@ impl Reconciler {
         let stays = |cookie: &u64| goal.pods.contains_key(cookie) || keep.contains(cookie);
         self.pods.retain(|cookie, _| stays(cookie));
         self.searched.retain(|(cookie, _), _| stays(cookie));
+        self.filter(problems);
         Ok(())
     }
 
@@ -655,8 +672,12 @@ impl Reconciler {
             if record.pod != candidate.facts.name {
                 continue;
             }
-            let enrolled = Enrolled { netns: candidate.netns.clone(), row: row.clone() };
             let known = self.pods.get(&cookie);
+            let enrolled = Enrolled {
+                netns: candidate.netns.clone(),
+                row: row.clone(),
+                filtered: known.map(|known| known.filtered.clone()).unwrap_or_default(),
+            };
             if known.is_some_and(|known| steered_ports(&known.row) == steered_ports(row)) {
                 self.pods.insert(cookie, enrolled);
                 continue;
@@ -681,6 +702,31 @@ impl Reconciler {
                 Err(error) => {
                     let text = format!("INBOUND IS NOT INTERCEPTED: {error:#}");
                     problems.insert(problem(Reason::InboundNotIntercepted, record, &text));
+                }
+            }
+        }
+    }
+
+    /// Puts the filter in force that spliced connections need when they end, on devices that do
+    /// not have it yet. It stays for as long as the pod: some may be spliced still.
+    fn filter(&mut self, problems: &mut BTreeSet<Problem>) {
+        for (cookie, pod) in &mut self.pods {
+            let devices = pod.spliced_devices(&self.legs);
+            let fresh: Vec<u32> =
+                devices.into_iter().filter(|device| !pod.filtered.contains(device)).collect();
+            if fresh.is_empty() {
+                continue;
+            }
+            let done = Netns::open_as(&pod.netns.path, *cookie)
+                .and_then(|netns| self.dataplane.attach_reset(&netns, &fresh));
+            match done {
+                Ok(()) => pod.filtered.extend(fresh),
+                Err(_) if !pod.netns.path.exists() => {}
+                Err(error) => {
+                    if let Some(record) = self.owners.get(cookie) {
+                        let text = format!("{error:#}");
+                        problems.insert(problem(Reason::NetworkNamespace, record, &text));
+                    }
                 }
             }
         }

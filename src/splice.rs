@@ -22,7 +22,7 @@ pub enum Mode {
 }
 
 /// A part of the path of a connection that stays on the node; `enum splice_leg` of bpf/types.h.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Leg {
     /// A pod's sidecar to another pod's sidecar.
     Sidecar,

@@ -3,8 +3,9 @@
 mod common;
 
 use std::{
-    io::Write,
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    fs,
+    io::{self, Write},
+    net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::OwnedFd,
     process::{Child, Command},
     thread,
@@ -12,11 +13,12 @@ use std::{
 };
 
 use common::{
-    PROXY, addr, patience,
+    APP, PROXY, REMOTE6, addr, ip, patience,
     splicing::{LARGE, Leg, Pair, SEAM, Splicing, TALK, events, get, put, say, say_rest, unsent},
 };
 use nix::sys::epoll::EpollFlags;
 use sidestep_lab::{
+    Pod,
     calls::{self, ReadCall, WriteCall},
     wait_for, wait_until,
 };
@@ -42,7 +44,7 @@ const fn hazard(
     Row { name, trial: Some(trial), act }
 }
 
-const UNREAD: &str = "closing with unread bytes";
+const SHUT_DOWN: &str = "shutting down, then closing with unread bytes";
 
 const ROWS: &[Row] = &[
     row("end behind queued bytes", |writer, reader| {
@@ -144,7 +146,7 @@ const ROWS: &[Row] = &[
         ended(&writer);
         say_rest(&writer)
     }),
-    hazard("the reader closes with queued bytes", UNREAD, |writer, reader| {
+    row("the reader closes with queued bytes", |writer, reader| {
         put(&writer, b"never read");
         arrived(&reader);
         drop(reader);
@@ -152,12 +154,53 @@ const ROWS: &[Row] = &[
         let rest = say_rest(&writer);
         format!("{rest}; {}", say((&writer).write(b"x")))
     }),
-    hazard("the reader is killed with queued bytes", UNREAD, |writer, reader| {
+    row("the reader is killed with queued bytes", |writer, reader| {
         put(&writer, b"never read");
         arrived(&reader);
         kill(holder(reader));
         ended(&writer);
         say_rest(&writer)
+    }),
+    row(
+        "the reader closes with queued bytes, and the writer waits for an answer",
+        |writer, reader| {
+            put(&writer, b"never read");
+            arrived(&reader);
+            let waits = writer.try_clone().expect("a clone");
+            waits.set_nonblocking(false).expect("blocking");
+            let answer =
+                thread::spawn(move || say(calls::read(&waits, ReadCall::Read, &mut [0; 8])));
+            drop(reader);
+            answer.join().expect("no panic")
+        },
+    ),
+    row("the reader answers, and closes with queued bytes", |writer, reader| {
+        put(&writer, b"never read");
+        arrived(&reader);
+        put(&reader, b"queued");
+        drop(reader);
+        ended(&writer);
+        let all = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP;
+        let seen = events(&writer, all, Duration::ZERO);
+        format!("{seen:?} {}", say_rest(&writer))
+    }),
+    row("the reader answers much, and closes with queued bytes", |writer, reader| {
+        put(&writer, b"never read");
+        arrived(&reader);
+        SEAM.iter().for_each(|size| put(&reader, &vec![1; *size]));
+        wait_until("all to be sent", patience(), || unsent(&reader) == 0).expect("sent");
+        drop(reader);
+        ended(&writer);
+        say_rest(&writer)
+    }),
+    hazard("the reader shuts down, then closes with queued bytes", SHUT_DOWN, |writer, reader| {
+        put(&writer, b"never read");
+        arrived(&reader);
+        reader.shutdown(Shutdown::Write).expect("shut down");
+        ended(&writer);
+        drop(reader);
+        let seen = events(&writer, EpollFlags::empty(), Duration::from_millis(200));
+        format!("{seen:?} {} {}", say_rest(&writer), say((&writer).write(b"x")))
     }),
     row("the reader closes with bytes in TCP", |writer, reader| {
         put(&writer, &[1; LARGE]);
@@ -244,6 +287,53 @@ fn each_ending_is_as_on_plain_tcp_or_its_leg_is_off() {
         }
     }
     assert!(wrong.is_empty(), "the self-test knows of {known}\n{}", wrong.join("\n"));
+}
+
+/// The reset is made of a packet, which is another one here.
+#[test]
+fn closing_with_unread_bytes_over_ipv6() {
+    let node = Splicing::start("reset6", "all");
+    let listen = |pod: &Pod, port| {
+        let listener = pod.run(PROXY, PROXY, || -> io::Result<TcpListener> {
+            let socket = Socket::new(Domain::IPV6, Type::STREAM, None)?;
+            socket.set_only_v6(true)?;
+            socket.bind(&addr(Ipv6Addr::UNSPECIFIED, port).into())?;
+            socket.listen(1)?;
+            Ok(socket.into())
+        });
+        listener.expect("runs").expect("listens")
+    };
+    let connect = |user, to, server: &Pod, listener: TcpListener| {
+        let client = node.a.run(user, user, || TcpStream::connect(to)).expect("runs");
+        let accepted = server.run(PROXY, PROXY, || listener.accept()).expect("runs");
+        let pair =
+            Pair { client: client.expect("connected"), server: accepted.expect("accepted").0 };
+        pair.talk().non_blocking()
+    };
+    let legs = [
+        connect(PROXY, addr(node.b.ipv6(), 9000), &node.b, listen(&node.b, 15006)),
+        connect(APP, addr(ip(REMOTE6), 80), &node.a, listen(&node.a, 15001)),
+    ];
+    node.wait_sockets(4);
+    for pair in legs {
+        pair.prime();
+        let before = node.counter("splice_messages");
+        put(&pair.client, b"never read");
+        arrived(&pair.server);
+        assert_eq!(node.counter("splice_messages"), before + 1);
+        drop(pair.server);
+        ended(&pair.client);
+        assert_eq!(say_rest(&pair.client), "0 bytes, ECONNRESET, then 0");
+    }
+    // The ends that closed have got an answer as well.
+    let waits = |pod: &Pod| {
+        let sockets = pod.run(0, 0, || fs::read_to_string("/proc/thread-self/net/tcp6"));
+        let sockets = sockets.expect("runs").expect("read");
+        // "number: local remote state ...": FIN_WAIT1.
+        sockets.lines().any(|line| line.split_whitespace().nth(3) == Some("04"))
+    };
+    wait_until("the closed ends to go", patience(), || !waits(&node.a) && !waits(&node.b))
+        .expect("they go");
 }
 
 /// Its sockets have the addresses of those before, and other sequence numbers.

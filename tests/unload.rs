@@ -4,14 +4,18 @@ mod common;
 
 use std::{
     collections::BTreeSet,
-    io::{BufRead, BufReader, Write},
+    error::Error,
+    io::{self, BufRead, BufReader, Write},
     net::TcpStream,
     time::Duration,
 };
 
 use common::*;
+use futures_util::TryStreamExt;
 use libbpf_rs::query::{LinkInfoIter, LinkTypeInfo, MapInfoIter, ProgInfoIter};
-use sidestep_lab::wait_until;
+use rtnetlink::packet_route::tc::TcMessage;
+use sidestep_lab::{Pod, wait_until};
+use tokio::runtime::Builder;
 
 /// Every program and map of the machine, and its links to cgroups and namespaces.
 fn kernel_objects() -> BTreeSet<(&'static str, u32, String)> {
@@ -23,6 +27,20 @@ fn kernel_objects() -> BTreeSet<(&'static str, u32, String)> {
         .filter(|link| matches!(link.info, LinkTypeInfo::Cgroup(_) | LinkTypeInfo::NetNs(_)))
         .map(|link| ("link", link.id, String::new()));
     programs.chain(maps).chain(links).collect()
+}
+
+/// What is on the way out of the pod's devices.
+fn qdiscs(pod: &Pod) -> Vec<String> {
+    let list = || -> Result<Vec<TcMessage>, Box<dyn Error + Send + Sync>> {
+        let runtime = Builder::new_current_thread().enable_io().build()?;
+        Ok(runtime.block_on(async {
+            let (connection, handle, _) = rtnetlink::new_connection()?;
+            tokio::spawn(connection);
+            handle.qdisc().get().execute().try_collect().await.map_err(io::Error::other)
+        })?)
+    };
+    let all = pod.run(0, 0, list).expect("runs").expect("listed");
+    all.iter().map(|qdisc| format!("{:?}", qdisc.attributes.first())).collect()
 }
 
 #[test]
@@ -47,6 +65,9 @@ fn nothing_is_left_and_open_connections_go_on() {
     );
     // The self-test has objects of its own.
     node.agent.wait_log("splice leg=\"app\"").expect("it is decided what is spliced");
+    let clsact = || qdiscs(&node.a).iter().filter(|kind| kind.contains("clsact")).count();
+    wait_until("a filter for the sidecar leg", Duration::from_secs(5), || clsact() > 0)
+        .expect("a filter");
     let installed = kernel_objects();
     let names: Vec<_> = installed.difference(&before).map(|(_, _, name)| name.as_str()).collect();
     for name in ["connect4", "steer", "pods", "listeners"] {
@@ -61,6 +82,7 @@ fn nothing_is_left_and_open_connections_go_on() {
     let said = node.agent.command(&["unload"]).expect("unloads");
     assert!(said.contains("pins removed"), "{said}");
     assert!(!node.agent.bpffs().exists());
+    assert_eq!(clsact(), 0, "{:?}", qdiscs(&node.a));
     wait_until("the kernel to free everything", Duration::from_secs(5), || {
         kernel_objects().is_subset(&before)
     })

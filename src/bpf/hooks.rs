@@ -9,8 +9,8 @@ pub(crate) enum Attach {
     Cgroup,
     /// A pod's network namespace; pinned under the namespace's cookie.
     Netns,
-    /// The way out of lo in a pod's network namespace, where the pod's DNS is captured.
-    Lo,
+    /// The way out of a pod's network devices.
+    Devices,
     /// Nothing: the agent runs it when it wants to know something.
     Iterator,
     /// A map of sockets: it sees what they send.
@@ -82,6 +82,13 @@ pub(crate) const HOOKS: &[Hook] = &[
         decides: false,
         helpers: &[NETNS_COOKIE, STORAGE],
     },
+    Hook {
+        program: "sock_release",
+        attach: Attach::Cgroup,
+        kind: ProgramType::CgroupSock,
+        decides: false,
+        helpers: &[STORAGE, READ_KERNEL],
+    },
     sock_addr("getpeername4", &[STORAGE]),
     sock_addr("getpeername6", &[STORAGE]),
     sock_addr("getsockname4", &[STORAGE]),
@@ -134,10 +141,17 @@ pub(crate) const HOOKS: &[Hook] = &[
     },
     Hook {
         program: "dns_reply",
-        attach: Attach::Lo,
+        attach: Attach::Devices,
         kind: ProgramType::SchedCls,
         decides: false,
         helpers: &[STORAGE, (libbpf_sys::BPF_FUNC_sk_lookup_udp, "bpf_sk_lookup_udp")],
+    },
+    Hook {
+        program: "reset",
+        attach: Attach::Devices,
+        kind: ProgramType::SchedCls,
+        decides: false,
+        helpers: &[STORAGE],
     },
     Hook {
         program: "steer",

@@ -7,6 +7,7 @@
 
 mod cookie;
 mod cost;
+mod filters;
 mod hooks;
 mod maps;
 mod selftest;
@@ -41,8 +42,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{
-    Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, RingBuffer, RingBufferBuilder, TC_EGRESS,
-    TcHook, TcHookBuilder,
+    Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, RingBuffer, RingBufferBuilder,
     btf::{
         Btf,
         types::{Func, Struct},
@@ -58,9 +58,11 @@ use tokio::io::unix::AsyncFd;
 
 pub use cookie::current_netns_cookie;
 pub use cost::ProgramCost;
+pub use filters::{detach_dns, detach_filters};
 pub use selftest::self_test;
 
 use self::{
+    filters::Filter,
     hooks::{Attach, HOOKS, Hook},
     maps::Entries,
 };
@@ -68,7 +70,7 @@ use crate::{
     cgroup::Cgroup,
     desired::{Desired, Limits, Record},
     mesh,
-    netns::{self, Netns},
+    netns::{self, LO, Netns},
     splice::LegState,
 };
 
@@ -100,14 +102,6 @@ const COUNTERS: [&str; 22] = [
     "splice_unread",
     "splice_no_peer",
 ];
-
-/// The index of lo, in every network namespace.
-const LO: i32 = 1;
-/// Handle and priority of the DNS filter on lo, plus the layout's number: behind what others put
-/// first.
-const DNS_FILTER: u32 = 0x5353;
-/// Layouts that have a filter of their own.
-const LAYOUTS: u32 = 64;
 
 /// Slots for a pod's listeners; `LISTENER_SLOTS` of bpf/maps.h.
 const LISTENER_SLOTS: u32 = 16;
@@ -161,12 +155,6 @@ impl Pins {
         let names = layouts.iter().filter_map(|path| path.file_name()?.to_str());
         let others = names.filter(|name| *name != self.layout);
         Ok(others.map(|name| Self::new(&self.root, name)).collect())
-    }
-
-    /// Where this layout's DNS filters are among the others.
-    fn dns_filter(&self) -> u32 {
-        let number = self.layout.strip_prefix('v').and_then(|number| number.parse().ok());
-        DNS_FILTER + number.unwrap_or(0) % LAYOUTS
     }
 
     fn maps(&self) -> PathBuf {
@@ -606,22 +594,6 @@ impl Dataplane {
         }
     }
 
-    /// Puts this build's filter for DNS answers in force on the pod's lo; one that is there
-    /// already is replaced in one step.
-    ///
-    /// # Errors
-    /// Where the namespace can't be entered, or the kernel refuses.
-    pub fn attach_dns(&self, netns: &Netns) -> Result<()> {
-        let program = self.skel.progs.dns_reply.as_fd();
-        let place = self.pins.dns_filter();
-        netns.inside(|| -> Result<()> {
-            let mut hook = lo_filter(program, place);
-            hook.create().context("cannot add a clsact qdisc to lo")?;
-            hook.attach().context("cannot attach the DNS filter to lo")?;
-            Ok(())
-        })?
-    }
-
     /// The kernel's events.
     ///
     /// # Errors
@@ -688,28 +660,6 @@ impl Events {
         self.ring.consume()?;
         Ok(self.seen.take())
     }
-}
-
-/// The agent's place among the filters on the way out of lo.
-fn lo_filter(program: BorrowedFd<'_>, place: u32) -> TcHook {
-    let mut builder = TcHookBuilder::new(program);
-    builder.ifindex(LO).replace(true).handle(place).priority(place);
-    builder.hook(TC_EGRESS)
-}
-
-/// Takes the filter for DNS answers off a pod's lo, where there is one.
-///
-/// # Errors
-/// Where the namespace can't be entered.
-pub fn detach_dns(netns: &Netns) -> Result<()> {
-    netns.inside(|| {
-        for number in 0..LAYOUTS {
-            // The kernel finds the filter by its place; the descriptor is not looked at.
-            let mut hook = lo_filter(std::io::stderr().as_fd(), DNS_FILTER + number);
-            // There may be none.
-            let _ = hook.detach();
-        }
-    })
 }
 
 /// What not every kernel can do, by its own types.
@@ -779,20 +729,17 @@ fn load_all() -> Result<Vec<ProgramCost>> {
     programs.map(|program| cost::of(&program)).collect()
 }
 
-/// Attaches the filter for DNS answers to the lo of a network namespace that is made for that
-/// and goes at once.
+/// Attaches the filters to the lo of a network namespace that is made for that and goes at once.
 ///
 /// # Errors
 /// Where the kernel refuses: what it takes may be in modules that are not there.
-pub fn try_filter() -> Result<()> {
+pub fn try_filters() -> Result<()> {
     let mut storage = MaybeUninit::uninit();
     let node = skel::SidestepSkelBuilder::default().open(&mut storage)?.load()?;
-    let program = node.progs.dns_reply.as_fd();
-    netns::in_new(|| -> Result<()> {
-        let mut hook = lo_filter(program, DNS_FILTER);
-        hook.create().context("clsact qdisc (module sch_ingress)")?;
-        hook.attach().context("eBPF filter (module cls_bpf)")?;
-        Ok(())
+    let (dns, reset) = (node.progs.dns_reply.as_fd(), node.progs.reset.as_fd());
+    netns::in_new(|| {
+        filters::put(Filter::Dns, dns, 0, LO)?;
+        filters::put(Filter::Reset, reset, 0, LO)
     })?
 }
 
@@ -940,8 +887,8 @@ pub fn unload(pins: &Pins) -> Result<Unloaded> {
     let mut removed = 0;
     if let Ok(map) = MapHandle::from_pinned_path(pins.map("pod_records")) {
         for record in records(&map)?.values() {
-            // A namespace that is gone took its filter along.
-            let _ = Netns::open(&record.netns).and_then(|netns| detach_dns(&netns));
+            // A namespace that is gone took its filters along.
+            let _ = Netns::open(&record.netns).and_then(|netns| detach_filters(&netns));
         }
     }
     let keep: &[&str] = if unread > 0 { &splice::MAPS } else { &[] };

@@ -207,7 +207,7 @@ fn listen(pod: &Pod, at: SocketAddr) -> TcpListener {
 }
 
 impl Pair {
-    fn non_blocking(self) -> Self {
+    pub fn non_blocking(self) -> Self {
         for end in [&self.client, &self.server] {
             end.set_nonblocking(true).expect("non-blocking");
         }

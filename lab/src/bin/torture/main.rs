@@ -175,8 +175,7 @@ impl Run {
             agent.wait_enrolled(pod)?;
         }
         let mut rng = Rng::with_seed(seed);
-        let spliced = mode != Mode::Off;
-        let opts = Opts { seed, only: args.only, short_reads: args.short_reads, spliced };
+        let opts = Opts { seed, only: args.only, short_reads: args.short_reads };
         let traffic = Traffic::new(opts, &pods);
         let before = memory::tcp()?;
         let mut memory = Memory { before, most: before, after: before };

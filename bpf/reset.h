@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Closing with unread bytes. TCP then sends a reset in place of its FIN, so that the other end can
+ * tell that they were lost. It looks at its own queue alone: bytes that were redirected are in
+ * another one. So the FIN of a socket that is released with some of those is made a reset on its
+ * way out of the pod's device.
+ *
+ * The first FIN alone: it is sent again after a while, as TCP knows nothing of the reset, and the
+ * answer to that one, from where no connection is any more, ends this end too.
+ */
+#pragma once
+
+#define TCP_FIN 0x0001
+#define TCP_PSH 0x0008
+#define TCP_RST 0x0004
+
+/* The last time that a process has to do with a socket; then the kernel closes it. */
+SEC("cgroup/sock_release")
+int sock_release(struct bpf_sock *ctx)
+{
+	struct splice *s = bpf_sk_storage_get(&splices, ctx, NULL, 0);
+
+	if (!s || (s->state != SPLICE_IN && s->state != SPLICE_LEAVING) ||
+	    queue_is_empty(kernel_ptr(number_of(ctx), struct sock)))
+		return 1;
+	s->state = SPLICE_RESET;
+	/* Its packets are told from others by it: only a privileged process may set such a one. */
+	ctx->priority = SPLICE_PRIORITY;
+	return 1;
+}
+
+/* Makes a FIN a reset, given where its TCP header is. */
+static __always_inline bool fin_to_reset(struct __sk_buff *skb, __u32 tcp)
+{
+	const __u32 at = tcp + offsetof(struct tcphdr, ack_seq) + sizeof(__be32);
+	__be16 fin, reset;
+
+	/* The word that has the flags. */
+	if (bpf_skb_load_bytes(skb, at, &fin, sizeof(fin)) || !(fin & bpf_htons(TCP_FIN)))
+		return false;
+	reset = (fin & ~bpf_htons(TCP_FIN | TCP_PSH)) | bpf_htons(TCP_RST);
+	return !bpf_l4_csum_replace(skb, tcp + offsetof(struct tcphdr, check), fin, reset,
+				    sizeof(reset)) &&
+	       !bpf_skb_store_bytes(skb, at, &reset, sizeof(reset), 0);
+}
+
+static __always_inline bool reset_instead(struct __sk_buff *skb)
+{
+	const __u32 l3 = sizeof(struct ethhdr);
+	struct ipv6hdr ip6;
+	struct iphdr ip;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		return !bpf_skb_load_bytes(skb, l3, &ip, sizeof(ip)) &&
+		       fin_to_reset(skb, l3 + ip.ihl * 4);
+	return skb->protocol == bpf_htons(ETH_P_IPV6) &&
+	       !bpf_skb_load_bytes(skb, l3, &ip6, sizeof(ip6)) && ip6.nexthdr == IPPROTO_TCP &&
+	       fin_to_reset(skb, l3 + sizeof(ip6));
+}
+
+/* On the way out of a pod's devices. Everything passes. */
+SEC("tc")
+int reset(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk;
+	struct splice *s;
+
+	if (skb->priority != SPLICE_PRIORITY)
+		return -1; /* TC_ACT_UNSPEC: other filters have their turn */
+	sk = skb->sk;
+	if (!sk)
+		return -1;
+	s = bpf_sk_storage_get(&splices, sk, NULL, 0);
+	if (s && s->state == SPLICE_RESET && reset_instead(skb))
+		s->state = SPLICE_OUT;
+	return -1;
+}
