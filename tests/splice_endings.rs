@@ -44,6 +44,7 @@ const fn hazard(
     Row { name, trial: Some(trial), act }
 }
 
+const BLOCKS: &str = "a blocking read that is woken without data";
 const SHUT_DOWN: &str = "shutting down, then closing with unread bytes";
 
 const ROWS: &[Row] = &[
@@ -161,8 +162,9 @@ const ROWS: &[Row] = &[
         ended(&writer);
         say_rest(&writer)
     }),
-    row(
+    hazard(
         "the reader closes with queued bytes, and the writer waits for an answer",
+        BLOCKS,
         |writer, reader| {
             put(&writer, b"never read");
             arrived(&reader);
