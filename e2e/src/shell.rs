@@ -1,14 +1,11 @@
 //! Commands on a node, whichever way they get there: by `nsenter` in the lab, by `docker exec`
 //! with kind. Nodes have a shell, coreutils, util-linux, iproute2 and procps.
 
-use std::io::Write as _;
 use std::net::SocketAddr;
-use std::process::{Command, Stdio};
 use std::str::FromStr as _;
 use std::sync::Arc;
-use std::thread;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use sidestep_lab::Seen;
 
 /// Runs a command with this input to its end, and gives what it wrote to stdout. Fails with what
@@ -126,26 +123,7 @@ pub fn text_of(log: &str) -> String {
 
 /// Runs a command on this machine: a [`Run`].
 pub fn run(argv: &[String], input: &str) -> Result<String> {
-    let (program, args) = argv.split_first().context("no command")?;
-    let mut child = Command::new(program)
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("running {program}"))?;
-    let mut stdin = child.stdin.take().context("it has an input")?;
-    let out = thread::scope(|scope| {
-        // It may end without reading.
-        scope.spawn(move || stdin.write_all(input.as_bytes()));
-        child.wait_with_output()
-    });
-    let out = out.with_context(|| format!("running {program}"))?;
-    let (said, errors) =
-        (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
-    let words = format!("{}{}", said, errors);
-    ensure!(out.status.success(), "{}: {}: {}", argv.join(" "), out.status, words.trim());
-    Ok(said.into_owned())
+    sidestep_lab::feed(argv, input)
 }
 
 #[cfg(test)]
@@ -163,7 +141,7 @@ mod tests {
         assert!(shell.exists(&file)?);
         assert_eq!(shell.read(&file)?, "two $HOME\n");
         let err = shell.script("echo no >&2; exit 3", &[]).expect_err("it fails").to_string();
-        assert!(err.contains("3: no"), "{err}");
+        assert!(err.contains("3): no"), "{err}");
         // Nobody has this pod, and nobody listens there.
         assert!(shell.process("00000000-0000-0000-0000-000000000000").is_err());
         assert!(shell.http("/readyz").is_err());

@@ -29,6 +29,7 @@ mod wait;
 pub use agent::Agent;
 pub use cgroup::ChildCgroup;
 pub use client::{Answer, ask, connect, http_get};
+pub use cmd::feed;
 pub use envoy::{Envoy, EnvoyOpts, Twin};
 pub use lab::{Lab, Service};
 pub use pod::{Pod, PodNet};
