@@ -49,13 +49,17 @@ static __always_inline bool reset_instead(struct __sk_buff *skb)
 	const __u32 l3 = sizeof(struct ethhdr);
 	struct ipv6hdr ip6;
 	struct iphdr ip;
+	__be16 proto;
 
-	if (skb->protocol == bpf_htons(ETH_P_IP))
+	/* Tunnels have no Ethernet header, and no other end of a spliced connection. */
+	if (bpf_skb_load_bytes(skb, offsetof(struct ethhdr, h_proto), &proto, sizeof(proto)) ||
+	    proto != skb->protocol)
+		return false;
+	if (proto == bpf_htons(ETH_P_IP))
 		return !bpf_skb_load_bytes(skb, l3, &ip, sizeof(ip)) &&
 		       fin_to_reset(skb, l3 + ip.ihl * 4);
-	return skb->protocol == bpf_htons(ETH_P_IPV6) &&
-	       !bpf_skb_load_bytes(skb, l3, &ip6, sizeof(ip6)) && ip6.nexthdr == IPPROTO_TCP &&
-	       fin_to_reset(skb, l3 + sizeof(ip6));
+	return proto == bpf_htons(ETH_P_IPV6) && !bpf_skb_load_bytes(skb, l3, &ip6, sizeof(ip6)) &&
+	       ip6.nexthdr == IPPROTO_TCP && fin_to_reset(skb, l3 + sizeof(ip6));
 }
 
 /* On the way out of a pod's devices. Everything passes. */
