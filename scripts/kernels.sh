@@ -203,8 +203,13 @@ judge() {
         grep -q '^Nothing is installed' "$log" || echo "status found something after that"
         return
     fi
-    grep -q 'MISSING  filters on devices .*module sch_ingress' "$log" ||
-        echo "check did not miss the modules before they were loaded"
+    # Later kernels have links in their place.
+    case $1 in
+    5.15 | 6.1)
+        grep -q 'MISSING  filters on devices .*module sch_ingress' "$log" ||
+            echo "check did not miss the modules before they were loaded"
+        ;;
+    esac
     while read -r step status; do
         [ "$step" = budget ] && [ -n "$update" ] && continue
         [ "$status" = 0 ] || echo "$step failed ($status)"

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use nix::{
     ifaddrs::getifaddrs,
@@ -20,10 +20,7 @@ use nix::{
 };
 use rtnetlink::{
     LinkUnspec, RouteMessageBuilder,
-    packet_route::{
-        route::{RouteAddress, RouteAttribute, RouteProtocol, RouteScope, RouteType},
-        tc::{TcAttribute, TcMessage},
-    },
+    packet_route::route::{RouteAddress, RouteAttribute, RouteProtocol, RouteScope, RouteType},
 };
 
 use crate::{
@@ -130,15 +127,6 @@ impl Netns {
         self.inside(|| netlink(work))?
     }
 
-    /// Takes the clsact qdiscs, which filters need, off devices that have no filter.
-    ///
-    /// # Errors
-    /// Where the namespace can't be entered, or the kernel refuses.
-    pub fn remove_idle_qdiscs(&self) -> Result<()> {
-        self.with_netlink(remove_idle_qdiscs)
-            .with_context(|| format!("cannot remove idle qdiscs in {}", self.path.display()))
-    }
-
     /// Prepares lo for captured connections: routes that make the ranges they are sent to local
     /// and that prefer the pod's address as source, and the address that the proxy calls the app
     /// from over IPv6 (Istio's own init adds that one too). Idempotent.
@@ -240,24 +228,6 @@ async fn routes(handle: rtnetlink::Handle) -> Result<Vec<(IpNet, u32)>> {
         }
     }
     Ok(found)
-}
-
-async fn remove_idle_qdiscs(handle: rtnetlink::Handle) -> Result<()> {
-    let qdiscs: Vec<TcMessage> = handle.qdisc().get().execute().try_collect().await?;
-    let is_clsact =
-        |qdisc: &TcMessage| qdisc.attributes.contains(&TcAttribute::Kind("clsact".into()));
-    for mut qdisc in qdiscs.into_iter().filter(is_clsact) {
-        let device = qdisc.header.index;
-        let filters = || handle.traffic_filter(device).get();
-        let mut all = filters().ingress().execute().chain(filters().egress().execute());
-        if all.try_next().await?.is_none() {
-            qdisc.attributes.clear();
-            let mut request = handle.qdisc().del(device);
-            *request.message_mut() = qdisc;
-            request.execute().await?;
-        }
-    }
-    Ok(())
 }
 
 async fn prepare(

@@ -687,9 +687,9 @@ impl Reconciler {
                     self.dataplane.find_listeners(cookie, &netns, port)?;
                 }
                 if row.dns_port == 0 {
-                    bpf::detach_dns(&netns)?;
+                    self.dataplane.detach_dns(cookie, &netns)?;
                 } else {
-                    self.dataplane.attach_dns(&netns)?;
+                    self.dataplane.attach_dns(cookie, &netns)?;
                 }
                 self.dataplane.attach_inbound(cookie, &netns)
             });
@@ -718,7 +718,7 @@ impl Reconciler {
                 continue;
             }
             let done = Netns::open_as(&pod.netns.path, *cookie)
-                .and_then(|netns| self.dataplane.attach_reset(&netns, &fresh));
+                .and_then(|netns| self.dataplane.attach_reset(*cookie, &netns, &fresh));
             match done {
                 Ok(()) => pod.filtered.extend(fresh),
                 Err(_) if !pod.netns.path.exists() => {}

@@ -17,45 +17,54 @@ use common::*;
 use libbpf_rs::MapCore;
 use sidestep_lab::{ServeOpts, Server, Talk, wait_for, wait_until};
 
+/// Answers datagrams until it is dropped.
+struct Responder {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Responder {
+    fn start(socket: UdpSocket, answer: impl Fn(&[u8]) -> Vec<u8> + Send + 'static) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&stop);
+        socket.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout");
+        let thread = thread::spawn(move || {
+            let mut question = [0; 512];
+            while !told.load(Ordering::Relaxed) {
+                if let Ok((len, client)) = socket.recv_from(&mut question) {
+                    socket.send_to(&answer(&question[..len]), client).expect("answered");
+                }
+            }
+        });
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("its thread");
+        }
+    }
+}
+
 /// The sidecar's DNS listener: on localhost alone, as Istio's agent has it. Echoes.
 struct Resolver {
-    stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<()>>,
+    _udp: [Responder; 2],
     tcp: Server,
 }
 
 impl Resolver {
     fn start(node: &Node) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
         let localhosts = ["127.0.0.1:15053", "[::1]:15053"].map(|at| at.parse().expect("address"));
-        let threads = localhosts
-            .into_iter()
-            .map(|at: SocketAddr| {
-                let socket = node.a.run(PROXY, PROXY, || udp(at)).expect("runs");
-                let stop = Arc::clone(&stop);
-                socket.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout");
-                thread::spawn(move || {
-                    let mut question = [0; 512];
-                    while !stop.load(Ordering::Relaxed) {
-                        if let Ok((len, client)) = socket.recv_from(&mut question) {
-                            socket.send_to(&question[..len], client).expect("answered");
-                        }
-                    }
-                })
-            })
-            .collect();
+        let udp = localhosts.map(|at: SocketAddr| {
+            let socket = node.a.run(PROXY, PROXY, || udp(at)).expect("runs");
+            Responder::start(socket, <[u8]>::to_vec)
+        });
         let opts = ServeOpts { talk: Talk::OriginalDst, ..ServeOpts::on(localhosts) };
         let tcp = Server::start(&node.a, ServeOpts { uid: PROXY, gid: PROXY, ..opts });
-        Self { stop, threads, tcp: tcp.expect("a TCP resolver") }
-    }
-}
-
-impl Drop for Resolver {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            thread.join().expect("the resolver's thread");
-        }
+        Self { _udp: udp, tcp: tcp.expect("a TCP resolver") }
     }
 }
 
@@ -262,29 +271,14 @@ fn captured(node: &Node, uid: u32, gid: u32, server: SocketAddr) -> bool {
 }
 
 /// Servers off the pod that answer for themselves.
-fn remote_servers(node: &Node) -> Vec<JoinHandle<()>> {
-    let own: Vec<_> = servers(1).into_iter().map(canonical).collect();
-    own[..2]
-        .iter()
-        .map(|server| {
-            node.lab.add_node_address(server.ip()).expect("an address");
-            let socket = node.lab.on_node(|| udp(*server)).expect("runs");
-            socket
-                .set_read_timeout(Some(Duration::from_millis(500) * sidestep_lab::slowdown()))
-                .expect("timeout");
-            thread::spawn(move || {
-                let mut idle = 0;
-                while idle < 10 {
-                    match socket.recv_from(&mut [0; 64]) {
-                        Ok((_, client)) => {
-                            socket.send_to(b"REMOTE", client).expect("answered");
-                        }
-                        Err(_) => idle += 1,
-                    }
-                }
-            })
-        })
-        .collect()
+fn remote_servers(node: &Node) -> Vec<Responder> {
+    let own = servers(1).into_iter().map(canonical).take(2);
+    own.map(|server| {
+        node.lab.add_node_address(server.ip()).expect("an address");
+        let socket = node.lab.on_node(|| udp(server)).expect("runs");
+        Responder::start(socket, |_| b"REMOTE".to_vec())
+    })
+    .collect()
 }
 
 #[test]
@@ -433,7 +427,7 @@ fn answers_that_wait_are_told_apart_however_many_questions_there_were() {
         let [first, second] = servers.map(|server| addr(ip(server), 53));
         let listener = node.a.run(PROXY, PROXY, || UdpSocket::bind(listener)).expect("runs");
         let listener = listener.expect("a listener");
-        listener.set_read_timeout(Some(Duration::from_secs(3))).expect("timeout");
+        listener.set_read_timeout(Some(patience())).expect("timeout");
         node.a
             .run(APP, APP, || {
                 let socket = unconnected(first);

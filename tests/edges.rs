@@ -41,7 +41,7 @@ fn a_reused_pod_ip_survives_the_late_delete_of_its_old_pod() {
     node.agent.wait_enrolled(&node.a).expect("enrolled");
     node.a.ip("link set eth0 down").expect("cut off");
     let address = node.a.ipv4();
-    node.b.ip(&format!("addr add {address}/16 dev eth0")).expect("reused");
+    node.b.add_address(address, 16, "eth0", "").expect("reused");
     let mut manifest = node.b.manifest();
     manifest["status"]["podIPs"] = serde_json::json!([{ "ip": address }]);
     node.agent.add_manifest("b", &manifest).expect("the new pod");

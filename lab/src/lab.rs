@@ -112,8 +112,7 @@ impl Lab {
 
     /// Gives the node one more address, such as a ClusterIP that a test wants answered.
     pub fn add_node_address(&self, ip: IpAddr) -> Result<()> {
-        let (bits, nodad) = if ip.is_ipv4() { (32, "") } else { (128, " nodad") };
-        self.inner.node.ip(&format!("addr add {ip}/{bits} dev lo{nodad}\n"))
+        self.inner.node.add_address(ip, if ip.is_ipv4() { 32 } else { 128 }, "lo", "")
     }
 
     /// The cgroup that this process and all processes of its pods are in: what the agent's

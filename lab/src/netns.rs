@@ -1,15 +1,21 @@
 //! Threads in another network namespace and with another file system uid and gid.
 
 use std::fs::{self, File};
+use std::net::IpAddr;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 
 use crate::cmd;
+use crate::wait::wait_until;
+
+/// A route to an address of the machine's own.
+const RTF_LOCAL: u32 = 0x8000_0000;
 
 /// Where `ip netns` keeps its namespaces.
 pub(crate) const DIR: &str = "/run/netns";
@@ -37,6 +43,34 @@ impl Netns {
     /// Runs lines of `ip` commands inside.
     pub(crate) fn ip(&self, batch: &str) -> Result<()> {
         cmd::feed(&["ip", "-n", &self.name, "-batch", "-"], batch).map(drop)
+    }
+
+    /// Gives a device an address, which is in force when this returns. `more` is what `ip addr add`
+    /// is told besides.
+    pub(crate) fn add_address(&self, ip: IpAddr, bits: u8, device: &str, more: &str) -> Result<()> {
+        let nodad = if ip.is_ipv6() { "nodad" } else { "" };
+        self.ip(&format!("addr add {ip}/{bits} dev {device} {nodad} {more}\n"))?;
+        self.wait_local(ip)
+    }
+
+    /// Waits until an address is in force: the kernel makes an IPv6 address' route some time after
+    /// it has said that it is there, and answers "unreachable" until then.
+    pub(crate) fn wait_local(&self, ip: IpAddr) -> Result<()> {
+        let IpAddr::V6(ip) = ip else { return Ok(()) };
+        // "destination prefixlength ... flags device", in hexadecimal
+        let (destination, host) = (format!("{:032x}", u128::from(ip)), "80");
+        let is_local = |line: &str| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let flags = fields.get(8).and_then(|flags| u32::from_str_radix(flags, 16).ok());
+            fields.starts_with(&[&destination, host])
+                && flags.is_some_and(|flags| flags & RTF_LOCAL != 0)
+        };
+        self.run(0, 0, || {
+            wait_until(&format!("{ip} to be local"), Duration::from_secs(10), || {
+                let routes = fs::read_to_string("/proc/thread-self/net/ipv6_route");
+                routes.unwrap_or_default().lines().any(is_local)
+            })
+        })?
     }
 
     /// Runs a command inside (its mount namespace stays ours, unlike with `ip netns exec`).

@@ -16,6 +16,9 @@ use crate::netns::Netns;
 use crate::process::Process;
 use crate::server::{ServeOpts, Server, Talk};
 
+/// The node, as pods know it.
+const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1);
+
 /// Which addresses a pod gets.
 #[derive(Clone, Copy, Debug)]
 pub struct PodNet {
@@ -69,14 +72,17 @@ impl Pod {
         if !net.v6 {
             netns.sysctl("net.ipv6.conf.eth0.disable_ipv6", "1")?;
         }
-        let mut batch = "link set lo up\nlink set eth0 up\n".to_owned();
+        netns.ip("link set lo up\nlink set eth0 up\n")?;
         if let Some(ip) = v4 {
-            batch += &format!("addr add {ip}/16 dev eth0\nroute add default via 10.77.0.1\n");
+            netns.add_address(ip.into(), 16, "eth0", "")?;
+            netns.ip("route add default via 10.77.0.1\n")?;
         }
         if let Some(ip) = v6 {
-            batch += &format!("addr add {ip}/64 dev eth0 nodad\nroute add default via fd77::1\n");
+            netns.add_address(ip.into(), 64, "eth0", "")?;
+            netns.ip("route add default via fd77::1\n")?;
+            // With its first port the bridge, and so its address, comes up.
+            lab.node.wait_local(GATEWAY6.into())?;
         }
-        netns.ip(&batch)?;
         Ok(Self { name: name.to_owned(), uid, cgroup, netns, v4, v6, lab })
     }
 
@@ -178,7 +184,13 @@ impl Pod {
         self.netns.sysctl(key, value)
     }
 
-    /// Runs one `ip` command in the pod, without the word `ip`: `addr add ::6/128 dev lo`.
+    /// Gives a device of the pod an address, which is in force when this returns. `more` is what
+    /// `ip addr add` is told besides.
+    pub fn add_address(&self, ip: IpAddr, bits: u8, device: &str, more: &str) -> Result<()> {
+        self.netns.add_address(ip, bits, device, more)
+    }
+
+    /// Runs one `ip` command in the pod, without the word `ip`: `route add unreachable 192.0.2.1`.
     pub fn ip(&self, command: &str) -> Result<()> {
         self.netns.ip(&format!("{command}\n"))
     }

@@ -1,17 +1,25 @@
-//! The filters on the way out of a pod's network devices.
+//! The filters on the way out of a pod's network devices: links (tcx, Linux 6.6), which are pinned
+//! like others, or filters of a clsact qdisc. To make or remove such a qdisc loses packets that are
+//! under way at that moment: so it is made once, and stays with its device.
 
 use std::{
-    io,
-    os::fd::{AsFd, BorrowedFd},
+    ffi::CString,
+    fs, io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::{Path, PathBuf},
+    ptr,
 };
 
-use anyhow::{Context, Result};
-use libbpf_rs::{TC_EGRESS, TcHook, TcHookBuilder};
+use anyhow::{Context, Result, bail, ensure};
+use libbpf_rs::{Link, Program, TC_EGRESS, TcHook, TcHookBuilder, libbpf_sys, query::LinkTypeInfo};
 
-use super::{Dataplane, Pins};
+use super::{Dataplane, Pins, children, kernel, remove_link};
 use crate::netns::{LO, Netns};
 
-/// Layouts that have filters of their own.
+/// Layouts that have filters of their own in qdiscs.
 const LAYOUTS: u32 = 16;
 
 /// A filter, by its program.
@@ -26,7 +34,15 @@ pub(super) enum Filter {
 impl Filter {
     const ALL: [Self; 2] = [Self::Dns, Self::Reset];
 
-    /// Its handle and priority, plus the layout's number: behind what others put first.
+    /// What its pins' names begin with.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Dns => "dns",
+            Self::Reset => "reset",
+        }
+    }
+
+    /// Its handle and priority in a qdisc, plus the layout's number: behind what others put first.
     const fn place(self) -> u32 {
         match self {
             Self::Dns => 0x5353,
@@ -34,8 +50,7 @@ impl Filter {
         }
     }
 
-    /// The agent's place among the filters of a device.
-    pub(super) fn hook(self, program: BorrowedFd<'_>, layout: u32, device: u32) -> TcHook {
+    fn hook(self, program: BorrowedFd<'_>, layout: u32, device: u32) -> TcHook {
         let mut builder = TcHookBuilder::new(program);
         let place = self.place() + layout;
         builder.ifindex(device.cast_signed()).replace(true).handle(place).priority(place);
@@ -43,10 +58,21 @@ impl Filter {
     }
 }
 
-/// This layout's number among those that have filters.
-fn layout(pins: &Pins) -> u32 {
-    let number = pins.layout.strip_prefix('v').and_then(|number| number.parse().ok());
-    number.unwrap_or(0) % LAYOUTS
+/// Whether a pin of that name is a filter's.
+pub(super) fn is_filter(name: &str) -> bool {
+    Filter::ALL.iter().any(|filter| name.starts_with(&format!("{}-", filter.name())))
+}
+
+impl Pins {
+    /// This layout's number among those that have filters in qdiscs.
+    fn number(&self) -> u32 {
+        let number = self.layout.strip_prefix('v').and_then(|number| number.parse().ok());
+        number.unwrap_or(0) % LAYOUTS
+    }
+
+    fn filter(&self, filter: Filter, cookie: u64, device: u32) -> PathBuf {
+        self.link(&format!("{}-{cookie:x}-{device}", filter.name()))
+    }
 }
 
 impl Dataplane {
@@ -55,9 +81,8 @@ impl Dataplane {
     ///
     /// # Errors
     /// Where the namespace can't be entered, or the kernel refuses.
-    pub fn attach_dns(&self, netns: &Netns) -> Result<()> {
-        let program = self.skel.progs.dns_reply.as_fd();
-        self.filter(Filter::Dns, program, netns, &[LO])
+    pub fn attach_dns(&self, cookie: u64, netns: &Netns) -> Result<()> {
+        self.filter(Filter::Dns, cookie, netns, LO)
             .context("cannot attach the filter for DNS answers to lo")
     }
 
@@ -66,55 +91,117 @@ impl Dataplane {
     ///
     /// # Errors
     /// As of [`Dataplane::attach_dns`].
-    pub fn attach_reset(&self, netns: &Netns, devices: &[u32]) -> Result<()> {
-        let program = self.skel.progs.reset.as_fd();
-        self.filter(Filter::Reset, program, netns, devices)
-            .context("cannot attach the filter for spliced connections' ends")
+    pub fn attach_reset(&self, cookie: u64, netns: &Netns, devices: &[u32]) -> Result<()> {
+        devices.iter().try_for_each(|device| {
+            self.filter(Filter::Reset, cookie, netns, *device).with_context(|| {
+                format!("cannot attach the filter for spliced connections to device {device}")
+            })
+        })
     }
 
-    fn filter(
-        &self,
-        filter: Filter,
-        program: BorrowedFd<'_>,
-        netns: &Netns,
-        devices: &[u32],
-    ) -> Result<()> {
-        let layout = layout(&self.pins);
-        netns.inside(|| {
-            devices.iter().try_for_each(|device| put(filter, program, layout, *device))
-        })?
+    fn filter(&self, filter: Filter, cookie: u64, netns: &Netns, device: u32) -> Result<()> {
+        let program: &Program = match filter {
+            Filter::Dns => &self.skel.progs.dns_reply,
+            Filter::Reset => &self.skel.progs.reset,
+        };
+        let fd = program.as_fd();
+        if !kernel().links_filters {
+            let layout = self.pins.number();
+            return netns.inside(|| put(filter, fd, layout, device))?;
+        }
+        let pin = self.pins.filter(filter, cookie, device);
+        if pin.exists() {
+            let mut link = Link::open(&pin)?;
+            if device_of(&link)? == device {
+                return Ok(link.update_prog(program)?);
+            }
+            fs::remove_file(&pin)?;
+        }
+        let link = netns.inside(|| link(fd, device))??;
+        pin_link(&link, &pin)
+    }
+
+    /// Takes the filter for DNS answers off a pod's lo, where there is one.
+    ///
+    /// # Errors
+    /// Where the namespace can't be entered, or the kernel refuses.
+    pub fn detach_dns(&self, cookie: u64, netns: &Netns) -> Result<()> {
+        let pin = self.pins.filter(Filter::Dns, cookie, LO);
+        if pin.exists() {
+            remove_link(&pin)?;
+        }
+        if kernel().links_filters { Ok(()) } else { netns.inside(|| remove(Filter::Dns, LO)) }
+    }
+
+    /// Takes all links of filters off the devices of a pod that leaves.
+    pub(super) fn remove_filters(&self, cookie: u64) -> Result<()> {
+        for pin in children(&self.pins.links())? {
+            let name = pin.file_name().unwrap_or_default().to_string_lossy();
+            if is_filter(&name) && name.split('-').nth(1) == Some(&format!("{cookie:x}")) {
+                remove_link(&pin)?;
+            }
+        }
+        Ok(())
     }
 }
 
-/// Attaches a filter to a device of the calling thread's namespace.
-pub(super) fn put(filter: Filter, program: BorrowedFd<'_>, layout: u32, device: u32) -> Result<()> {
-    let mut hook = filter.hook(program, layout, device);
-    hook.create()
-        .with_context(|| format!("clsact qdisc of device {device} (module sch_ingress)"))?;
-    hook.attach().with_context(|| format!("eBPF filter of device {device} (module cls_bpf)"))?;
+/// The device of a filter's link; 0: it is gone.
+fn device_of(link: &Link) -> Result<u32> {
+    match link.info()?.info {
+        LinkTypeInfo::Tcx(info) => Ok(info.ifindex),
+        other => bail!("a link of another kind is pinned there: {other:?}"),
+    }
+}
+
+/// Links a filter to a device of the calling thread's namespace, behind those of others.
+fn link(program: BorrowedFd<'_>, device: u32) -> Result<OwnedFd> {
+    // SAFETY: the program's descriptor is open, and options may be none.
+    let fd = unsafe {
+        libbpf_sys::bpf_link_create(
+            program.as_raw_fd(),
+            device.cast_signed(),
+            libbpf_sys::BPF_TCX_EGRESS,
+            ptr::null(),
+        )
+    };
+    ensure!(fd >= 0, "tcx link: {}", io::Error::from_raw_os_error(-fd));
+    // SAFETY: the kernel has just made it, for nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn pin_link(link: &OwnedFd, pin: &Path) -> Result<()> {
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    // SAFETY: the descriptor is open, and the path ends with a NUL.
+    let rc = unsafe { libbpf_sys::bpf_obj_pin(link.as_raw_fd(), path.as_ptr()) };
+    let error = io::Error::from_raw_os_error(-rc);
+    ensure!(rc == 0, "cannot pin {}: {error}", pin.display());
     Ok(())
 }
 
-/// Takes the filter for DNS answers off a pod's lo, where there is one.
+/// Adds a filter to a device's qdisc in the calling thread's namespace.
+fn put(filter: Filter, program: BorrowedFd<'_>, layout: u32, device: u32) -> Result<()> {
+    let mut hook = filter.hook(program, layout, device);
+    hook.create().context("clsact qdisc (module sch_ingress)")?;
+    hook.attach().context("eBPF filter (module cls_bpf)")?;
+    Ok(())
+}
+
+/// Tries a filter on lo of the calling thread's namespace.
+pub(super) fn try_on_lo(filter: Filter, program: BorrowedFd<'_>) -> Result<()> {
+    if kernel().links_filters { link(program, LO).map(drop) } else { put(filter, program, 0, LO) }
+}
+
+/// Takes the filters out of the qdiscs of a pod's devices, any layout's.
 ///
 /// # Errors
 /// Where the namespace can't be entered.
-pub fn detach_dns(netns: &Netns) -> Result<()> {
-    netns.inside(|| remove(Filter::Dns, LO))
-}
-
-/// Takes all filters off a pod's devices, and what they needed where nobody else does.
-///
-/// # Errors
-/// Where the namespace can't be entered, or the kernel refuses.
 pub fn detach_filters(netns: &Netns) -> Result<()> {
     let devices = netns.facts()?.interfaces;
     netns.inside(|| {
         for device in devices.values() {
             Filter::ALL.into_iter().for_each(|filter| remove(filter, *device));
         }
-    })?;
-    netns.remove_idle_qdiscs()
+    })
 }
 
 fn remove(filter: Filter, device: u32) {

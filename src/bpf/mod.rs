@@ -58,7 +58,7 @@ use tokio::io::unix::AsyncFd;
 
 pub use cookie::current_netns_cookie;
 pub use cost::ProgramCost;
-pub use filters::{detach_dns, detach_filters};
+pub use filters::detach_filters;
 pub use selftest::self_test;
 
 use self::{
@@ -70,7 +70,7 @@ use crate::{
     cgroup::Cgroup,
     desired::{Desired, Limits, Record},
     mesh,
-    netns::{self, LO, Netns},
+    netns::{self, Netns},
     splice::LegState,
 };
 
@@ -305,7 +305,7 @@ impl Dataplane {
         for pin in children(&self.pins.links())? {
             let name = pin.file_name().unwrap_or_default().to_string_lossy();
             let known = HOOKS.iter().any(|hook| hook.program == name);
-            if !known && !name.starts_with("steer-") {
+            if !known && !name.starts_with("steer-") && !filters::is_filter(&name) {
                 tracing::info!(hook = %name, "is no program of this build: taken away");
                 remove_link(&pin)?;
             }
@@ -516,6 +516,7 @@ impl Dataplane {
         for cookie in steered(&self.pins)? {
             if !desired.pods.contains_key(&cookie) && !keep.contains(&cookie) {
                 self.remove_inbound(cookie)?;
+                self.remove_filters(cookie)?;
             }
         }
         for (map, diff) in plan.iter().rev() {
@@ -669,6 +670,8 @@ struct Kernel {
     /// iter/tcp holds no spin lock while a program looks at a socket. The function that is asked for
     /// came with that, in Linux 6.5; kernels with the correction alone are taken for older.
     iterates_unlocked: bool,
+    /// Filters can be links to devices (tcx, Linux 6.6).
+    links_filters: bool,
 }
 
 fn kernel() -> &'static Kernel {
@@ -677,12 +680,14 @@ fn kernel() -> &'static Kernel {
         let types = Btf::from_vmlinux().ok();
         let types = types.as_ref();
         let context = types.and_then(|types| types.type_by_name::<Struct<'_>>("bpf_sk_lookup"));
+        let tcx = types.and_then(|types| types.type_by_name::<Struct<'_>>("tcx_link"));
         let destroy = types.and_then(|types| types.type_by_name::<Func<'_>>("bpf_sock_destroy"));
         Kernel {
             tells_interface: context.is_some_and(|context| {
                 context.iter().any(|field| field.name == Some("ingress_ifindex".as_ref()))
             }),
             iterates_unlocked: destroy.is_some(),
+            links_filters: tcx.is_some(),
         }
     })
 }
@@ -738,8 +743,8 @@ pub fn try_filters() -> Result<()> {
     let node = skel::SidestepSkelBuilder::default().open(&mut storage)?.load()?;
     let (dns, reset) = (node.progs.dns_reply.as_fd(), node.progs.reset.as_fd());
     netns::in_new(|| {
-        filters::put(Filter::Dns, dns, 0, LO)?;
-        filters::put(Filter::Reset, reset, 0, LO)
+        filters::try_on_lo(Filter::Dns, dns)?;
+        filters::try_on_lo(Filter::Reset, reset)
     })?
 }
 

@@ -6,7 +6,7 @@ mod kuma;
 mod linkerd;
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use anyhow::{Context, Result};
 
@@ -73,7 +73,7 @@ pub fn install(pod: &Pod, rules: &dyn RuleSet, v6: bool) -> Result<()> {
     if v6 {
         restore("ip6tables-restore", Family::V6)?;
         if rules.needs_passthrough() {
-            pod.ip("addr add ::6/128 dev lo nodad")?;
+            pod.add_address(Ipv6Addr::from(6).into(), 128, "lo", "")?;
         }
     }
     Ok(())

@@ -73,8 +73,8 @@ impl World {
         self.pods += 1;
         let pod = self.lab.pod(&format!("pod{}", self.pods), PodNet::DUAL)?;
         let secondary = [secondary4(pod.ipv4())?, secondary6(pod.ipv6())?];
-        pod.ip(&format!("addr add {}/32 dev eth0", secondary[0]))?;
-        pod.ip(&format!("addr add {}/128 dev eth0 nodad preferred_lft 0", secondary[1]))?;
+        pod.add_address(secondary[0], 32, "eth0", "")?;
+        pod.add_address(secondary[1], 128, "eth0", "preferred_lft 0")?;
         for kind in [Kind::V4, Kind::V6] {
             let to = fixed(Place::Unroutable, kind).context("an address")?;
             pod.ip(&format!("route add unreachable {to}"))?;
