@@ -217,6 +217,19 @@ static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ct
 		bpf_seq_write(ctx->meta->seq, &key, sizeof(key));
 }
 
+/*
+ * Is TCP short of memory? Then its own sockets go on little by little, and wake who waits to write
+ * when there is more: those in the map do neither.
+ */
+static __always_inline bool tcp_is_short(const struct sock *sk)
+{
+	unsigned long pressure = 0;
+
+	bpf_probe_read_kernel(&pressure, sizeof(pressure),
+			      sk->__sk_common.skc_prot->memory_pressure);
+	return pressure;
+}
+
 /* Does a spliced connection leave, by its own or by its other end's doing? */
 static __always_inline bool splice_leaves(const struct tcp_sock *tp, struct splice *s)
 {
@@ -227,7 +240,7 @@ static __always_inline bool splice_leaves(const struct tcp_sock *tp, struct spli
 		bpf_map_delete_elem(&leaving, &key);
 		return true;
 	}
-	if (s->bulk < SPLICE_BULKY && splice_safe(tp))
+	if (s->bulk < SPLICE_BULKY && splice_safe(tp) && !tcp_is_short(&tp->inet_conn.icsk_inet.sk))
 		return false;
 	key = other_end(&key);
 	return !bpf_map_update_elem(&leaving, &key, &one, BPF_ANY);
@@ -282,7 +295,7 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	if (s->off || !pod || s->state != SPLICE_CANDIDATE)
 		return 0;
 	age = bpf_ktime_get_ns() - s->since;
-	if (age < SPLICE_SETTLE || (age < SPLICE_GIVE_UP && !splice_safe(tp))) {
+	if (age < SPLICE_SETTLE || (age < SPLICE_GIVE_UP && !splice_safe(tp)) || tcp_is_short(sk)) {
 		splices_left++;
 		return 0;
 	}

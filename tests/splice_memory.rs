@@ -5,17 +5,24 @@
 
 mod common;
 
-use std::{cell::Cell, fs, io::ErrorKind, net::TcpStream};
+use std::{cell::Cell, fs, io::ErrorKind, net::TcpStream, time::Duration};
 
 use common::{
-    PROXY, kernel_before,
+    PROXY, kernel_before, patience,
     splicing::{Leg, Pair, Splicing, get, put},
 };
-use nix::{setsockopt_impl, sockopt_impl, sys::socket::setsockopt};
+use nix::{
+    setsockopt_impl, sockopt_impl,
+    sys::{
+        epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+        socket::setsockopt,
+    },
+};
 use sidestep_lab::{
     MemoryCgroups,
     calls::{self, WriteCall},
     pattern::Pattern,
+    wait_until,
 };
 
 /// Bytes of a message: more than a socket has been charged for in advance.
@@ -47,7 +54,8 @@ fn redirected(node: &Splicing, act: impl FnOnce()) -> u64 {
 /// Writes as much as there is room for, and tells how much that was.
 fn write(writer: &TcpStream, bytes: &[u8]) -> usize {
     let mut written = 0;
-    for message in bytes.chunks(MESSAGE) {
+    while written < bytes.len() {
+        let message = &bytes[written..bytes.len().min(written + MESSAGE)];
         match calls::write(writer, WriteCall::Write, message) {
             Ok(n) => written += n,
             Err(error) if error.kind() == ErrorKind::WouldBlock => break,
@@ -57,8 +65,8 @@ fn write(writer: &TcpStream, bytes: &[u8]) -> usize {
     written
 }
 
-/// Writes to a reader that does not read for as long as memory is short: the writer may have to wait, as
-/// with plain TCP. Then all is well again.
+/// Writes to a reader that does not read for as long as memory is short: the writer may have to
+/// wait, as with plain TCP. Then all is well again.
 fn survives(node: &Splicing, pair: &Pair, shortage: impl FnOnce(), plenty: impl FnOnce()) {
     assert_eq!(redirected(node, || pair.prime()), 2, "{}", node.status());
     let bytes = Pattern::new(1).bytes(0, MESSAGE * MESSAGES);
@@ -157,7 +165,7 @@ fn tcp_is_at_its_limit() {
     let node = Splicing::start("tcp-mem", "sidecar");
     let groups = MemoryCgroups::new("tcp-mem", 1).expect("cgroups");
     let pair = connect(&node, &groups);
-    // The writer has what it needs, and the reader has not: or the writer would have to wait anyway.
+    // The writer has what it needs, and the reader has not: or the writer would wait anyway.
     if kernel_before(5, 16) {
         // Those keep up to two megabytes that a socket was charged for once.
         put(&pair.client, &[0; 4 * MESSAGE]);
@@ -170,4 +178,49 @@ fn tcp_is_at_its_limit() {
         let shortage = || limited.set(Some(TcpMem::set(&limits)));
         survives(&node, &pair, shortage, || drop(limited.take()));
     }
+}
+
+/// TCP itself wakes who waits to write when there is memory again, and a socket in the map is not
+/// woken.
+#[test]
+#[ignore = "limits TCP's memory in the whole machine: scripts/kernels.sh runs it"]
+fn nothing_stays_spliced_while_tcp_is_short() {
+    let node = Splicing::start("short", "sidecar");
+    let pair = node.pair(Leg::Sidecar).roomy();
+    // More than processors keep for themselves, which does not count.
+    let other = node.connect(Leg::PlainSidecar).roomy();
+    if kernel_before(5, 16) {
+        write(&other.client, &[0; 200_000]);
+    } else {
+        setsockopt(&other.client, ReserveMem, &(8 << 20)).expect("SO_RESERVE_MEM");
+    }
+    let short = TcpMem::set("1 1 1000000");
+    put(&other.server, &[0; 100_000]);
+    node.wait_sockets(0);
+    // Another one, which would be settled in half a second, waits for better times.
+    let sockets = node.counter("splice_sockets");
+    let fresh = node.connect(Leg::Sidecar);
+    let came = || node.counter("splice_sockets") > sockets;
+    wait_until("nothing", Duration::from_secs(1), came).expect_err("it came into the map");
+
+    let bytes = Pattern::new(2).bytes(0, 20 * MESSAGE);
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("epoll");
+    let edge = EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
+    epoll.add(&pair.client, EpollEvent::new(edge, 0)).expect("added");
+    let limit = EpollTimeout::try_from(patience()).expect("a short time");
+    let wait = || epoll.wait(&mut [EpollEvent::empty()], limit).expect("epoll");
+    assert_eq!(wait(), 1, "there is room");
+    let none = TcpMem::set("1 1 1");
+    let mut written = write(&pair.client, &bytes);
+    assert!(written < bytes.len(), "TCP was not short");
+    drop(none);
+    drop(short);
+    while written < bytes.len() {
+        assert_eq!(wait(), 1, "the writer was not woken after {written} bytes");
+        written += write(&pair.client, &bytes[written..]);
+    }
+    assert!(get(&pair.server, bytes.len()) == bytes, "other bytes were read than were written");
+
+    node.wait_sockets(2);
+    assert_eq!(redirected(&node, || fresh.prime()), 2, "{}", node.status());
 }
