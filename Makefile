@@ -21,8 +21,8 @@ DEBUG = $${CARGO_TARGET_DIR:-target}/debug
 
 # What `make test` runs in virtual machines; TEST_KERNELS= leaves them out.
 TEST_KERNELS = 6.1
-# Which files of tests it runs there: the data path. `make kernels` runs all.
-VM_TESTS     = budget inbound outbound unload sockets
+# Which files of tests it runs there: the data path, and what is for there alone. `make kernels` runs all.
+VM_TESTS     = budget inbound outbound unload sockets splice_memory
 
 # Of `make fuzz`, in all. Each target has its seeds in fuzz/seeds and what it found in fuzz/corpus.
 SECONDS      = 60

@@ -26,7 +26,8 @@
 /* Bytes that a message counts for by itself: the kernel takes a kilobyte and charges nobody. */
 #define SPLICE_MESSAGE 512
 #define SPLICE_BULKY (4 << 20) /* bytes by TCP beyond those redirected: better out of the map */
-#define SPLICE_PAGES 64 /* of the reader's pod's memory that must be free */
+#define SPLICE_PAGES 1024 /* that must be free below TCP's limit and each of the reader's */
+#define SPLICE_GROUPS 16 /* memory cgroups above each other: a pod's are five, in kind nine */
 #define SPLICE_PRIORITY 0x53696465 /* of packets of sockets in SPLICE_RESET; any number above 6 */
 
 /* The kernel's flags in the low bits of a pointer, SK_USER_DATA_PTRMASK. */
@@ -216,6 +217,19 @@ static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ct
 		bpf_seq_write(ctx->meta->seq, &key, sizeof(key));
 }
 
+/*
+ * Is TCP short of memory? Then its own sockets go on little by little, and wake who waits to write
+ * when there is more: those in the map do neither.
+ */
+static __always_inline bool tcp_is_short(const struct sock *sk)
+{
+	unsigned long pressure = 0;
+
+	bpf_probe_read_kernel(&pressure, sizeof(pressure),
+			      sk->__sk_common.skc_prot->memory_pressure);
+	return pressure;
+}
+
 /* Does a spliced connection leave, by its own or by its other end's doing? */
 static __always_inline bool splice_leaves(const struct tcp_sock *tp, struct splice *s)
 {
@@ -226,7 +240,7 @@ static __always_inline bool splice_leaves(const struct tcp_sock *tp, struct spli
 		bpf_map_delete_elem(&leaving, &key);
 		return true;
 	}
-	if (s->bulk < SPLICE_BULKY && splice_safe(tp))
+	if (s->bulk < SPLICE_BULKY && splice_safe(tp) && !tcp_is_short(&tp->inet_conn.icsk_inet.sk))
 		return false;
 	key = other_end(&key);
 	return !bpf_map_update_elem(&leaving, &key, &one, BPF_ANY);
@@ -281,7 +295,7 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	if (s->off || !pod || s->state != SPLICE_CANDIDATE)
 		return 0;
 	age = bpf_ktime_get_ns() - s->since;
-	if (age < SPLICE_SETTLE || (age < SPLICE_GIVE_UP && !splice_safe(tp))) {
+	if (age < SPLICE_SETTLE || (age < SPLICE_GIVE_UP && !splice_safe(tp)) || tcp_is_short(sk)) {
 		splices_left++;
 		return 0;
 	}
@@ -298,22 +312,80 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	return 0;
 }
 
+/* cgroup v1 with a limit of TCP's own, and kernels that may lack it. */
+struct mem_cgroup___v1 {
+	bool tcpmem_active;
+} __attribute__((preserve_access_index));
+
+/* How far a memory cgroup is from its limit, in pages, and the one above. */
+struct headroom {
+	long usage;
+	long max;
+	const struct page_counter *parent;
+};
+
+static __always_inline struct headroom headroom_of(const struct page_counter *counter)
+{
+	char copy[256] __attribute__((aligned(8)));
+
+	if (CASTS)
+		return (struct headroom){
+			.usage = counter->usage.counter,
+			.max = (long)counter->max,
+			.parent = counter->parent,
+		};
+	/* Where each read is a call: one for all. The kernels without casts have no larger ones. */
+	bpf_probe_read_kernel(copy, bpf_core_type_size(struct page_counter), counter);
+#define COPIED(type, field) (*(type *)(copy + bpf_core_field_offset(struct page_counter, field)))
+	return (struct headroom){
+		.usage = COPIED(long, usage),
+		.max = COPIED(long, max),
+		.parent = COPIED(const struct page_counter *, parent),
+	};
+#undef COPIED
+}
+
 /*
- * Is there memory for a message? The kernel would fail the writer's call with ENOMEM where TCP
- * makes it wait: so nothing is redirected while TCP is short of memory, or the reader's pod is
- * close to its limit.
+ * Is there room below every limit that counts for the reader, its pod's and those above? In a tree
+ * that is deeper than is known, there is none; nor in cgroup v1, where TCP alone has limits.
  */
-static __always_inline bool splice_room(const struct sock *to)
+static __always_inline bool groups_have_room(const struct sock *to)
 {
 	const struct mem_cgroup *group = peek(to, sk_memcg);
-	const struct proto *proto = peek(to, __sk_common.skc_prot);
-	unsigned long short_of_it = 0;
+	const struct page_counter *counter;
 
-	bpf_probe_read_kernel(&short_of_it, sizeof(short_of_it), peek(proto, memory_pressure));
-	if (short_of_it)
+	if (!group)
+		return true;
+	if (bpf_core_field_exists(struct mem_cgroup___v1, tcpmem_active) &&
+	    peek(kernel_ptr(group, struct mem_cgroup___v1), tcpmem_active))
 		return false;
-	return !group ||
-	       peek(group, memory.usage.counter) + SPLICE_PAGES < (long)peek(group, memory.max);
+	counter = &group->memory;
+	for (int i = 0; i < SPLICE_GROUPS; i++) {
+		struct headroom room = headroom_of(counter);
+
+		if (room.usage + SPLICE_PAGES >= room.max)
+			return false;
+		if (!room.parent)
+			return true;
+		counter = room.parent;
+	}
+	return false;
+}
+
+/*
+ * Is there memory for a message? The kernel would fail the writer's call with ENOMEM where TCP
+ * makes it wait, or first kill a process of the reader's pod. So nothing is redirected unless TCP
+ * is below tcp_mem[0], where no charge fails, and the reader is below all of its limits. What is
+ * left free is for what others charge between this look and the kernel's charge: a dozen
+ * processors' messages (17 pages) and stocks (64) at once.
+ */
+static __always_inline bool splice_room(const struct sock *from, const struct sock *to)
+{
+	const struct proto *tcp = from->__sk_common.skc_prot;
+	long limit = 0;
+
+	bpf_probe_read_kernel(&limit, sizeof(limit), tcp->sysctl_mem);
+	return tcp->memory_allocated->counter + SPLICE_PAGES < limit && groups_have_room(to);
 }
 
 /* May this end send, and that one be sent to, other than by TCP? */
@@ -325,7 +397,7 @@ static __always_inline bool splice_open(const struct tcp_sock *from, const struc
 	/* After shutdown, or with an upper layer, TCP has an answer of its own. */
 	return !(from_sk->sk_shutdown & SEND_SHUTDOWN) && !from->inet_conn.icsk_ulp_ops &&
 	       peek(to_sk, __sk_common.skc_state) == BPF_TCP_ESTABLISHED &&
-	       !peek(to_sk, sk_shutdown) && splice_safe(to) && splice_room(to_sk);
+	       !peek(to_sk, sk_shutdown) && splice_safe(to) && splice_room(from_sk, to_sk);
 }
 
 /* TCP or queue? A counter says why TCP; COUNTERS: the queue. */

@@ -23,6 +23,8 @@ mount -t tmpfs tmp /tmp
 mount -t tmpfs tmp /var/tmp
 mount -t tmpfs run /run
 chmod 1777 /tmp /var/tmp
+# As on a node: its pods' memory is limited.
+echo +memory >/sys/fs/cgroup/cgroup.subtree_control
 ip link set lo up
 echo vm >/etc/hostname
 

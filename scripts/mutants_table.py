@@ -660,6 +660,8 @@ of(
 )
 
 NO_KTLS = "the kernels that the tests run on have no kTLS"
+# Each of these was tried there by hand.
+IN_MACHINES = "it takes limits of a whole machine; in those of scripts/kernels.sh, splice_memory notices: "
 
 of(
     "splice.h",
@@ -766,14 +768,30 @@ of(
      "\tif (!splice_safe(tp))\n\t\treturn splice_refuse(s, pod, SPLICE_NOT_SAFE);\n", "",
      "splice_endings:waited_for"),
     # Each message.
-    ("TCP is never short of memory", "\tif (short_of_it)\n\t\treturn false;\n", "",
-     "splice_agent:each_message", "the whole machine's TCP would have to be short of memory"),
-    ("a pod's memory has no limit",
-     "return !group ||\n"
-     "\t       peek(group, memory.usage.counter)",
-     "return true ||\n"
-     "\t       peek(group, memory.usage.counter)", "splice_agent:each_message",
-     "where the memory controller is cgroup v1's, sockets have no such limit"),
+    ("no limit of the reader's is looked at",
+     "\t\tif (room.usage + SPLICE_PAGES >= room.max)\n\t\t\treturn false;\n", "",
+     "splice_agent:each_message", IN_MACHINES + "the_readers_pod_is_at_its_limit"),
+    ("the reader's own limit is the only one",
+     "\t\tif (!room.parent)\n\t\t\treturn true;\n", "\t\treturn true;\n",
+     "splice_agent:each_message", IN_MACHINES + "what_the_readers_pod_is_in_is_at_its_limit"),
+    ("the last page below a limit is taken",
+     "room.usage + SPLICE_PAGES >= room.max", "room.usage >= room.max",
+     "splice_agent:each_message", IN_MACHINES + "the_readers_pod_is_at_its_limit"),
+    ("limits that are not known don't count",
+     "\t\tcounter = room.parent;\n\t}\n\treturn false;\n",
+     "\t\tcounter = room.parent;\n\t}\n\treturn true;\n",
+     "splice_agent:each_message", IN_MACHINES + "a_reader_deep_below_the_root_stays_with_tcp"),
+    ("TCP's own limit is not looked at",
+     "tcp->memory_allocated->counter + SPLICE_PAGES < limit && ", "",
+     "splice_agent:each_message", IN_MACHINES + "tcp_is_at_its_limit"),
+    ("the last page of TCP's is taken",
+     "tcp->memory_allocated->counter + SPLICE_PAGES < limit", "tcp->memory_allocated->counter < limit",
+     "splice_agent:each_message", IN_MACHINES + "tcp_is_at_its_limit"),
+    ("TCP's limits in cgroup v1 are no matter",
+     "\t    peek(kernel_ptr(group, struct mem_cgroup___v1), tcpmem_active))\n\t\treturn false;\n",
+     "\t    peek(kernel_ptr(group, struct mem_cgroup___v1), tcpmem_active))\n\t\treturn true;\n",
+     "splice_agent:each_message",
+     "few machines have both hierarchies; tried by hand on one: the writer is told ENOMEM"),
     ("the writer's upper layer is no matter", "!from->inet_conn.icsk_ulp_ops &&", "true &&",
      "splice_api:each_call", NO_KTLS),
     ("a direction that was redirected asks TCP again",
@@ -793,8 +811,13 @@ of(
      "splice_agent:each_message",
      "what is redirected is not in write_seq: TCP is asked again, with the same answer"),
     # Out of the map again.
-    ("bulk stays in the map", "if (s->bulk < SPLICE_BULKY && splice_safe(tp))", "if (true)",
+    ("bulk stays in the map", "if (s->bulk < SPLICE_BULKY && splice_safe(tp) && ", "if (",
      "splice_agent:bulk_leaves"),
+    ("connections stay in the map while TCP is short of memory",
+     " && !tcp_is_short(&tp->inet_conn.icsk_inet.sk))", ")",
+     "splice_agent:bulk_leaves", IN_MACHINES + "nothing_stays_spliced_while_tcp_is_short"),
+    ("connections come into the map while TCP is short of memory", " || tcp_is_short(sk)) {", ") {",
+     "splice_agent:bulk_leaves", IN_MACHINES + "nothing_stays_spliced_while_tcp_is_short"),
     ("the agent is not told of bulk", "\tbpf_ringbuf_output(&events, &event, sizeof(event), 0);\n",
      "\tif (!size)\n\t\tbpf_ringbuf_output(&events, &event, sizeof(event), 0);\n",
      "splice_agent:bulk_leaves", "the agent looks every 100 milliseconds as well"),

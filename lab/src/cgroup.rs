@@ -64,12 +64,7 @@ impl LabCgroup {
             return Ok(Self { dir: shared.dir.clone() });
         }
         let root = v2_root()?;
-        let own = fs::read_to_string("/proc/self/cgroup").context("reading /proc/self/cgroup")?;
-        let home = own
-            .lines()
-            .find_map(|line| line.strip_prefix("0::/"))
-            .map(|path| root.join(path))
-            .context("this process is in no v2 cgroup")?;
+        let home = own()?;
         let dir = root.join(format!("{PREFIX}{}", process::id()));
         fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
         if let Err(err) = enter(&dir) {
@@ -147,6 +142,77 @@ impl Drop for ChildCgroup {
             eprintln!("lab: {err:#}");
         }
     }
+}
+
+/// Cgroups below the root, each in the one before, whose memory can be limited. A machine whose
+/// memory controller belongs to cgroup v1 can't have them.
+pub struct MemoryCgroups {
+    dirs: Vec<PathBuf>,
+}
+
+impl MemoryCgroups {
+    /// Makes so many. `name` is unique in this process.
+    pub fn new(name: &str, depth: usize) -> Result<Self> {
+        let mut parent = v2_root()?;
+        let mut groups = Self { dirs: Vec::new() };
+        for level in 0..depth {
+            let controllers = parent.join("cgroup.subtree_control");
+            fs::write(&controllers, "+memory")
+                .with_context(|| format!("writing {}", controllers.display()))?;
+            parent.push(match level {
+                0 => format!("{PREFIX}{}-{name}", process::id()),
+                _ => "child".to_owned(),
+            });
+            fs::create_dir(&parent).with_context(|| format!("making {}", parent.display()))?;
+            groups.dirs.push(parent.clone());
+        }
+        Ok(groups)
+    }
+
+    /// Does `work` while this process is in the innermost: sockets that it makes are charged there,
+    /// also when it has left.
+    pub fn within<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
+        let home = own()?;
+        enter(self.dirs.last().context("no cgroup")?)?;
+        let result = work();
+        enter(&home)?;
+        Ok(result)
+    }
+
+    /// Sets the limit of the cgroup at this level, counted from the outermost: bytes, or "max".
+    pub fn limit(&self, level: usize, limit: &str) -> Result<()> {
+        let file = self.dirs.get(level).context("no such level")?.join("memory.max");
+        fs::write(&file, limit).with_context(|| format!("writing {}", file.display()))
+    }
+
+    /// The bytes that are charged to the cgroup at this level.
+    pub fn usage(&self, level: usize) -> Result<u64> {
+        let file = self.dirs.get(level).context("no such level")?.join("memory.current");
+        let text = fs::read_to_string(&file);
+        text.with_context(|| format!("reading {}", file.display()))?
+            .trim()
+            .parse()
+            .with_context(|| format!("the number in {}", file.display()))
+    }
+}
+
+impl Drop for MemoryCgroups {
+    fn drop(&mut self) {
+        let removed = self.dirs.first().map_or(Ok(()), |dir| remove(dir));
+        if let Err(err) = removed {
+            eprintln!("lab: {err:#}");
+        }
+    }
+}
+
+/// The cgroup that this process is in.
+fn own() -> Result<PathBuf> {
+    let own = fs::read_to_string("/proc/self/cgroup").context("reading /proc/self/cgroup")?;
+    let root = v2_root()?;
+    own.lines()
+        .find_map(|line| line.strip_prefix("0::/"))
+        .map(|path| root.join(path))
+        .context("this process is in no v2 cgroup")
 }
 
 /// Moves this process into the cgroup `dir`.

@@ -27,7 +27,7 @@ pub mod teardown;
 mod wait;
 
 pub use agent::Agent;
-pub use cgroup::ChildCgroup;
+pub use cgroup::{ChildCgroup, MemoryCgroups};
 pub use client::{Answer, ask, connect, http_get};
 pub use cmd::feed;
 pub use envoy::{Envoy, EnvoyOpts, Twin};

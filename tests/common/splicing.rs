@@ -140,14 +140,24 @@ impl Splicing {
         leg: Leg,
         by: impl FnOnce(SocketAddr) -> TcpStream + Send,
     ) -> Pair {
-        let (from, uid, target, pod, listener) = self.ends(leg);
+        let client = self.dial(leg, by);
+        Pair { client, server: self.accept(leg, user) }
+    }
+
+    /// The client's end, which `accept` has the other one of.
+    pub fn dial(&self, leg: Leg, by: impl FnOnce(SocketAddr) -> TcpStream + Send) -> TcpStream {
+        let (from, uid, target, ..) = self.ends(leg);
         let client = from.run(uid, uid, || by(target)).expect("runs");
+        client.set_nodelay(true).expect("TCP_NODELAY");
+        client
+    }
+
+    pub fn accept(&self, leg: Leg, user: u32) -> TcpStream {
+        let (.., pod, listener) = self.ends(leg);
         let accept = || listener.accept().expect("accepted").0;
         let server = pod.run(user, user, accept).expect("runs");
-        for end in [&client, &server] {
-            end.set_nodelay(true).expect("TCP_NODELAY");
-        }
-        Pair { client, server }
+        server.set_nodelay(true).expect("TCP_NODELAY");
+        server
     }
 
     /// So many connections, which are spliced when this returns, unless they are plain.
