@@ -133,11 +133,19 @@ impl Dataplane {
         if kernel().links_filters { Ok(()) } else { netns.inside(|| remove(Filter::Dns, LO)) }
     }
 
-    /// Takes all links of filters off the devices of a pod that leaves.
-    pub(super) fn remove_filters(&self, cookie: u64) -> Result<()> {
+    /// Takes the links of filters off devices of pods that are not enrolled. A pod's open connections
+    /// are spliced until they end, also where it has left: their filter goes with its device.
+    pub(super) fn remove_filters(&self, enrolled: impl Fn(u64) -> bool) -> Result<()> {
         for pin in children(&self.pins.links())? {
             let name = pin.file_name().unwrap_or_default().to_string_lossy();
-            if is_filter(&name) && name.split('-').nth(1) == Some(&format!("{cookie:x}")) {
+            let mut parts = name.split('-').skip(1);
+            let cookie = parts.next().and_then(|cookie| u64::from_str_radix(cookie, 16).ok());
+            if !is_filter(&name) || cookie.is_some_and(&enrolled) {
+                continue;
+            }
+            let stays = name.starts_with(Filter::Reset.name())
+                && Link::open(&pin).map_err(Into::into).and_then(|link| device_of(&link))? != 0;
+            if !stays {
                 remove_link(&pin)?;
             }
         }

@@ -516,9 +516,9 @@ impl Dataplane {
         for cookie in steered(&self.pins)? {
             if !desired.pods.contains_key(&cookie) && !keep.contains(&cookie) {
                 self.remove_inbound(cookie)?;
-                self.remove_filters(cookie)?;
             }
         }
+        self.remove_filters(|cookie| desired.pods.contains_key(&cookie) || keep.contains(&cookie))?;
         for (map, diff) in plan.iter().rev() {
             maps::delete(*map, diff)?;
         }

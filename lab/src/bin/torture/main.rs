@@ -25,7 +25,7 @@ use sidestep_lab::{APP, Agent, Lab, PROXY, Pod, PodNet, interrupted, stop_on_sig
 
 use crate::chaos::Event;
 use crate::plan::{Ending, PODS};
-use crate::traffic::{ENDED, Opts, Tally, Traffic};
+use crate::traffic::{BROKEN_PIPE, Opts, Tally, Traffic};
 
 /// Failures that are shown in full.
 const SHOWN: usize = 20;
@@ -265,12 +265,12 @@ impl Run {
         if self.spliced == (redirected == 0) {
             failures.push(format!("{redirected} messages were redirected"));
         }
-        let unread = self.tally.endings.iter().filter(|((how, _), _)| *how == Ending::Unread);
-        let all: u64 = unread.clone().map(|(_, count)| *count).sum();
-        let ended: u64 =
-            unread.filter(|((_, kind), _)| *kind == ENDED).map(|(_, count)| *count).sum();
-        if ended * 10 > all {
-            failures.push(format!("{ended} of {all} ended where TCP resets"));
+        let resets = self.tally.endings.iter().filter(|((how, _), _)| how.resets());
+        let all: u64 = resets.clone().map(|(_, count)| *count).sum();
+        let broken = resets.filter(|((_, kind), _)| *kind == BROKEN_PIPE);
+        let broken: u64 = broken.map(|(_, count)| *count).sum();
+        if broken * 100 > all {
+            failures.push(format!("{broken} of {all} were told EPIPE alone"));
         }
         let Memory { before, most, after } = self.memory;
         if most > before + EACH * self.clients {

@@ -48,8 +48,8 @@ pub struct Opts {
     pub only: Option<u64>,
     /// All read as Tokio does.
     pub short_reads: bool,
-    /// They may be spliced: a few of those that close with unread bytes end the connection, where
-    /// TCP resets it. What is redirected while a socket is being closed, nobody sees.
+    /// They may be spliced: a message that is on its way to the other end's queue while that one
+    /// closes is answered EPIPE by the kernel. TCP takes it, and tells of the reset afterwards.
     pub spliced: bool,
 }
 
@@ -277,8 +277,8 @@ fn judge(ends: &[Outcome; 2], kind: &'static str) -> Vec<String> {
 }
 
 const FAILED: &str = "failed";
-/// By an end where TCP resets.
-pub const ENDED: &str = "an end, some bytes";
+/// A reset, as a writer may be told of it.
+pub const BROKEN_PIPE: &str = "EPIPE, some bytes";
 
 /// In a word, what came of it.
 fn kind(plan: &Plan, ends: &[Outcome; 2], spliced: bool) -> &'static str {
@@ -289,11 +289,7 @@ fn kind(plan: &Plan, ends: &[Outcome; 2], spliced: bool) -> &'static str {
         (false, []) if all => "all bytes",
         (true, [How::Reset]) if all => "reset, all bytes",
         (true, [How::Reset]) => "reset, some bytes",
-        (true, [How::Eof | How::Failed(Some(Errno::EPIPE))])
-            if spliced && plan.ending == Ending::Unread =>
-        {
-            ENDED
-        }
+        (true, [How::Failed(Some(Errno::EPIPE))]) if spliced => BROKEN_PIPE,
         _ => FAILED,
     }
 }
