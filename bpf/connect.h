@@ -8,9 +8,8 @@ static __always_inline struct addr via_for(struct bpf_sock_addr *ctx, const stru
 {
 	bool is4 = addr_is4(&c->dst);
 	const struct addr *own = is4 ? &pod->ip4 : &pod->ip6;
-	__u64 cookie = bpf_get_socket_cookie(ctx);
-	struct addr via = { { bpf_htonl(VIA6_HI), bpf_htonl(VIA6_LO),
-			      bpf_htonl((__u32)(cookie >> 32)), bpf_htonl((__u32)cookie) } };
+	__u32 which = (__u32)bpf_get_socket_cookie(ctx) & VIA_USED;
+	struct addr via = { { bpf_htonl(VIA6_HI), bpf_htonl(VIA6_LO), 0, bpf_htonl(which) } };
 
 	/* A server on localhost that is captured (DNS): the source stays localhost as well. */
 	if (addr_is_loopback(&c->dst))
@@ -18,7 +17,7 @@ static __always_inline struct addr via_for(struct bpf_sock_addr *ctx, const stru
 	/* Bound to a device, the kernel finds only that device's own addresses. */
 	if (c->ifindex)
 		return *own;
-	return is4 ? addr4(bpf_htonl(VIA4_NET | ((__u32)cookie & ~VIA4_MASK))) : via;
+	return is4 ? addr4(bpf_htonl(VIA4_NET | which)) : via;
 }
 
 static __always_inline int connect_tcp(struct bpf_sock_addr *ctx, int family, const struct pod *pod,

@@ -392,6 +392,10 @@ fn twenty_thousand_short_connections_leave_ports_to_spare() {
             })
             .expect("runs");
     }
+    // TCP remembers each pair of addresses. For captured connections there are 64 of either family,
+    // and each is seen from both ends.
+    let remembered = node.a.ip("tcp_metrics show").expect("what TCP remembers").lines().count();
+    assert!((2..=4 * 64 + 8).contains(&remembered), "{remembered} pairs of addresses");
 }
 
 #[test]

@@ -40,9 +40,9 @@ impl Netns {
         path(&self.name)
     }
 
-    /// Runs lines of `ip` commands inside.
-    pub(crate) fn ip(&self, batch: &str) -> Result<()> {
-        cmd::feed(&["ip", "-n", &self.name, "-batch", "-"], batch).map(drop)
+    /// Runs lines of `ip` commands inside, and gives what they printed.
+    pub(crate) fn ip(&self, batch: &str) -> Result<String> {
+        cmd::feed(&["ip", "-n", &self.name, "-batch", "-"], batch)
     }
 
     /// Gives a device an address, which is in force when this returns. `more` is what `ip addr add`

@@ -191,7 +191,8 @@ impl Pod {
     }
 
     /// Runs one `ip` command in the pod, without the word `ip`: `route add unreachable 192.0.2.1`.
-    pub fn ip(&self, command: &str) -> Result<()> {
+    /// Gives what it printed.
+    pub fn ip(&self, command: &str) -> Result<String> {
         self.netns.ip(&format!("{command}\n"))
     }
 
