@@ -4,11 +4,12 @@
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Shutdown};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use mio::event::Event;
-use mio::net::{TcpListener, TcpStream};
-use mio::{Events, Interest, Poll, Token};
+use mio::net::TcpStream;
 use slab::Slab;
+
+use crate::serve::{self, Connections, Sockets};
 
 /// What it does on a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,60 +50,34 @@ const CHUNK: usize = 128 << 10;
 
 /// Serves on all ports of this address. Returns only when it fails.
 pub fn serve(ip: IpAddr) -> Result<()> {
-    let mut poll = Poll::new().context("making an epoll")?;
-    let mut listeners = Vec::new();
-    for (number, service) in Service::EVERY.into_iter().enumerate() {
-        let addr = (ip, service.port()).into();
-        let mut listener =
-            TcpListener::bind(addr).with_context(|| format!("listening on {addr}"))?;
-        poll.registry().register(&mut listener, Token(number), Interest::READABLE)?;
-        listeners.push((listener, service));
-    }
-    let mut conns: Slab<Conn> = Slab::new();
-    let mut events = Events::with_capacity(1024);
-    let mut buffer = vec![0; CHUNK];
-    loop {
-        match poll.poll(&mut events, None) {
-            Err(err) if err.kind() == ErrorKind::Interrupted => continue,
-            result => result?,
-        }
-        // First what is open: a number that becomes free may be given again below.
-        for event in &events {
-            let Token(number) = event.token();
-            if number < listeners.len() {
-                continue;
-            }
-            let key = number - listeners.len();
-            if conns.get_mut(key).is_some_and(|conn| conn.go_on(event, &mut buffer).is_err()) {
-                conns.remove(key);
-            }
-        }
-        for event in &events {
-            let Some((listener, service)) = listeners.get(event.token().0) else { continue };
-            while let Some(mut stream) = accept(listener)? {
-                let entry = conns.vacant_entry();
-                let token = Token(listeners.len() + entry.key());
-                let interest = Interest::READABLE | Interest::WRITABLE;
-                poll.registry().register(&mut stream, token, interest)?;
-                entry.insert(Conn { stream, service: *service, state: State::default() });
-            }
-        }
-    }
+    let addrs = Service::EVERY.map(|service| ((ip, service.port()).into(), service));
+    serve::serve(addrs, &mut App { conns: Slab::new(), buffer: vec![0; CHUNK] })
 }
 
-/// The next connection, if one waits.
-pub fn accept(listener: &TcpListener) -> io::Result<Option<TcpStream>> {
-    loop {
-        match listener.accept() {
-            Ok((stream, _)) => {
-                // A peer that is gone already is noticed at the first read.
-                let _ = stream.set_nodelay(true);
-                return Ok(Some(stream));
-            }
-            Err(err) if err.kind() == ErrorKind::WouldBlock => return Ok(None),
-            Err(err)
-                if matches!(err.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => {}
-            Err(err) => return Err(err),
+struct App {
+    conns: Slab<Conn>,
+    buffer: Vec<u8>,
+}
+
+impl Connections for App {
+    type Kind = Service;
+
+    fn add(
+        &mut self,
+        mut stream: TcpStream,
+        service: Service,
+        sockets: &Sockets<'_>,
+    ) -> Result<()> {
+        let entry = self.conns.vacant_entry();
+        sockets.register(&mut stream, entry.key())?;
+        entry.insert(Conn { stream, service, state: State::default() });
+        Ok(())
+    }
+
+    fn go_on(&mut self, number: usize, event: &Event) {
+        let Some(conn) = self.conns.get_mut(number) else { return };
+        if conn.go_on(event, &mut self.buffer).is_err() {
+            self.conns.remove(number);
         }
     }
 }

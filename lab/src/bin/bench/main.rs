@@ -13,6 +13,7 @@ mod progress;
 mod relay;
 mod report;
 mod sample;
+mod serve;
 mod usage;
 mod world;
 

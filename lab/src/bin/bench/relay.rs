@@ -1,19 +1,20 @@
 //! The bare relay: the least that a sidecar can be. One thread, non-blocking sockets, one read
 //! and one write for each piece of data; it never uses splice(2).
 
-use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr};
 use std::str::FromStr;
 
 use anyhow::{Context, Result};
-use mio::net::{TcpListener, TcpStream};
-use mio::{Events, Interest, Poll, Token};
+use mio::event::Event;
+use mio::net::TcpStream;
 use nix::sys::socket::{SockaddrIn, getsockopt, setsockopt, sockopt};
 use sidestep_lab::{INBOUND, OUTBOUND, Twin};
 use slab::Slab;
 use socket2::{Domain, Socket, Type};
 
-use crate::app::{accept, would_block};
+use crate::app::would_block;
+use crate::serve::{Connections, Sockets, serve};
 
 /// Where it dials its own application from, as Istio's sidecar does.
 const PASSTHROUGH: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 6);
@@ -64,55 +65,36 @@ pub fn relay(twins: &[TwinArg]) -> Result<()> {
     routes.extend(twins.iter().map(|TwinArg(twin)| {
         (twin.listen, Route { upstream: Some(twin.upstream), inbound: twin.inbound })
     }));
-    let mut poll = Poll::new().context("making an epoll")?;
-    let mut listeners = Vec::new();
-    for (number, (addr, route)) in routes.into_iter().enumerate() {
-        let mut listener =
-            TcpListener::bind(addr).with_context(|| format!("listening on {addr}"))?;
-        poll.registry().register(&mut listener, Token(number), Interest::READABLE)?;
-        listeners.push((listener, route));
+    serve(routes, &mut Relay { pairs: Slab::new(), buffer: vec![0; CHUNK] })
+}
+
+struct Relay {
+    pairs: Slab<Pair>,
+    buffer: Vec<u8>,
+}
+
+impl Connections for Relay {
+    type Kind = Route;
+
+    fn add(&mut self, near: TcpStream, route: Route, sockets: &Sockets<'_>) -> Result<()> {
+        let far = dial(&near, route).context("relay")?;
+        let entry = self.pairs.vacant_entry();
+        let first = 2 * entry.key();
+        let pair = entry.insert(Pair::new(near, far));
+        for (side, end) in pair.ends.iter_mut().enumerate() {
+            sockets.register(end, first + side)?;
+        }
+        Ok(())
     }
-    let mut pairs: Slab<Pair> = Slab::new();
-    let mut events = Events::with_capacity(1024);
-    let mut buffer = vec![0; CHUNK];
-    loop {
-        match poll.poll(&mut events, None) {
-            Err(err) if err.kind() == ErrorKind::Interrupted => continue,
-            result => result?,
-        }
-        // First what is open: a number that becomes free may be given again below.
-        for event in &events {
-            let Token(number) = event.token();
-            if number < listeners.len() {
-                continue;
-            }
-            let (key, side) = ((number - listeners.len()) / 2, (number - listeners.len()) % 2);
-            // The other end's event of the same batch may have removed the pair.
-            let Some(pair) = pairs.get_mut(key) else { continue };
-            let more = pair.go_on(side, event.is_readable(), event.is_writable(), &mut buffer);
-            // An end that was reset is over, also while the other one takes nothing.
-            if event.is_error() || !more.unwrap_or(false) {
-                pairs.remove(key);
-            }
-        }
-        for event in &events {
-            let Some((listener, route)) = listeners.get(event.token().0) else { continue };
-            while let Some(near) = accept(listener)? {
-                let far = match dial(&near, *route) {
-                    Ok(far) => far,
-                    Err(err) => {
-                        eprintln!("relay: {err:#}");
-                        continue;
-                    }
-                };
-                let entry = pairs.vacant_entry();
-                let first = listeners.len() + 2 * entry.key();
-                let pair = entry.insert(Pair::new(near, far));
-                for (side, end) in pair.ends.iter_mut().enumerate() {
-                    let interest = Interest::READABLE | Interest::WRITABLE;
-                    poll.registry().register(end, Token(first + side), interest)?;
-                }
-            }
+
+    fn go_on(&mut self, number: usize, event: &Event) {
+        let (key, side) = (number / 2, number % 2);
+        // The other end's event of the same batch may have removed the pair.
+        let Some(pair) = self.pairs.get_mut(key) else { return };
+        let more = pair.go_on(side, event.is_readable(), event.is_writable(), &mut self.buffer);
+        // An end that was reset is over, also while the other one takes nothing.
+        if event.is_error() || !more.unwrap_or(false) {
+            self.pairs.remove(key);
         }
     }
 }

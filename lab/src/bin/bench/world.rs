@@ -375,7 +375,8 @@ impl InForce {
     }
 }
 
-/// How many established connections to any of `peers` the sidecar of the pod has made.
+/// How many connections to any of `peers` the sidecar of the pod has made that have not ended: the
+/// last words of one need the mode's rules as well.
 fn made_by_sidecar(pod: &Pod, peers: &[SocketAddr]) -> Result<usize> {
     let text = pod.run(0, 0, || fs::read_to_string("/proc/thread-self/net/tcp"))?;
     let text = text.context("reading /proc/net/tcp")?;
@@ -389,13 +390,13 @@ fn as_proc_has_it(addr: &SocketAddr) -> Option<String> {
     Some(format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), addr.port()))
 }
 
-/// Whether a line of /proc/net/tcp is an established connection of the sidecar's user to one of
-/// `peers`.
+/// Whether a line of /proc/net/tcp is a connection of the sidecar's user to one of `peers`, in any
+/// state but TIME_WAIT.
 fn is_sidecars(line: &str, peers: &[String]) -> bool {
     // "sl local remote state queues timer retransmits uid ..."
     let fields: Vec<&str> = line.split_whitespace().collect();
     let [_, _, to, state, _, _, _, uid, ..] = fields[..] else { return false };
-    state == "01" && uid == PROXY.to_string() && peers.iter().any(|peer| peer == to)
+    state != "06" && uid == PROXY.to_string() && peers.iter().any(|peer| peer == to)
 }
 
 #[cfg(test)]
@@ -411,6 +412,7 @@ mod tests {
         if cfg!(target_endian = "little") {
             assert!(is_sidecars(line, &peers));
             assert!(!is_sidecars(&line.replace("1337", "1000"), &peers));
+            assert!(is_sidecars(&line.replace(" 01 ", " 05 "), &peers)); // FIN_WAIT2
             assert!(!is_sidecars(&line.replace(" 01 ", " 06 "), &peers));
             assert!(!is_sidecars(&line.replace(":1F90", ":1F91"), &peers));
         }
