@@ -19,7 +19,8 @@
  * A captured connection is sent to one of 64 addresses within a range that is local to the pod: by
  * the kernel's own table for IPv4, by a route that the agent adds for IPv6. 64, rather than
  * 127.0.0.1 for all: so many times as many connections can be open as the pod has ephemeral ports,
- * to whatever destinations. No more, for TCP remembers each address that it had to do with. The
+ * to whatever destinations. No more, for TCP remembers each address that it had to do with; but a
+ * socket that is bound to a port of its own may share it with many, and gets one of 65,536. The
  * agent's routes for both ranges prefer the pod's address as source, so that the proxy sees the
  * pod as its peer.
  */
@@ -27,7 +28,8 @@
 #define VIA4_MASK 0xffff0000
 #define VIA6_HI 0xfd536964 /* fd53:6964:6573:7465::/64 */
 #define VIA6_LO 0x65737465
-#define VIA_USED 63 /* the bits of either that tell connections apart */
+#define VIA_FEW 63 /* the bits of either that tell connections apart */
+#define VIA_MANY 0xffff /* where the application has chosen the port */
 
 /* Where the DNS listener's answers to an unconnected socket come: the last address is a slot. */
 #define TOKEN4_NET 0x7f80ff00 /* 127.128.255.0/24, fd53:6964:6573:7465::/120 */

@@ -8,7 +8,8 @@ static __always_inline struct addr via_for(struct bpf_sock_addr *ctx, const stru
 {
 	bool is4 = addr_is4(&c->dst);
 	const struct addr *own = is4 ? &pod->ip4 : &pod->ip6;
-	__u32 which = (__u32)bpf_get_socket_cookie(ctx) & VIA_USED;
+	__u32 bits = ctx->sk->src_port ? VIA_MANY : VIA_FEW;
+	__u32 which = (__u32)bpf_get_socket_cookie(ctx) & bits;
 	struct addr via = { { bpf_htonl(VIA6_HI), bpf_htonl(VIA6_LO), 0, bpf_htonl(which) } };
 
 	/* A server on localhost that is captured (DNS): the source stays localhost as well. */

@@ -373,6 +373,30 @@ fn a_hundred_ports_carry_four_hundred_connections() {
     assert_eq!(sidecar.outbound.seen().len(), 3 * 4 * usize::from(ports));
 }
 
+/// What is captured goes to one port, but each connection has a destination of its own.
+#[test]
+fn one_source_port_reaches_three_hundred_destinations() {
+    let node = Node::enrolled("source-port");
+    let sidecar = Sidecar::start(&node.a);
+    for (from, to) in [(node.a.ipv4(), ip(REMOTE4)), (node.a.ipv6(), ip(REMOTE6))] {
+        node.a
+            .run(APP, APP, || {
+                let mut open = Vec::new();
+                for port in 1000..1300 {
+                    let socket = socket(addr(to, port), Protocol::TCP);
+                    socket.set_reuse_address(true).expect("SO_REUSEADDR");
+                    socket.bind(&addr(from, 7000).into()).expect("bound");
+                    let (stream, seen) = greeting(socket, addr(to, port)).expect("connected");
+                    assert_eq!(seen.original(), Some(addr(to, port)));
+                    assert_eq!(seen.peer, addr(from, 7000));
+                    open.push(stream);
+                }
+            })
+            .expect("runs");
+    }
+    assert_eq!(sidecar.outbound.seen().len(), 600);
+}
+
 #[test]
 fn twenty_thousand_short_connections_leave_ports_to_spare() {
     let node = Node::enrolled("timewait");
