@@ -6,7 +6,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
 TARGET := $(shell uname -m)-unknown-linux-gnu
-BIN    := target/$(TARGET)/release/sidestep
+BIN    := $(or $(CARGO_TARGET_DIR),target)/$(TARGET)/release/sidestep
 
 # A fully static glibc binary. The target must be named, or cargo would apply
 # the flag to build scripts and proc macros as well.
