@@ -151,6 +151,18 @@ struct {
 	__type(value, struct pod_record);
 } pod_records SEC(".maps");
 
+/*
+ * Namespaces with filters in qdiscs, also of pods that are not enrolled any more; agent only. Empty
+ * where filters are links, which are pinned.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS * 2);
+	__type(key, __u64);
+	__type(value, struct pod_record);
+} filtered SEC(".maps");
+
 /* Index: mesh * COUNTERS + enum counter. Programs write; agent reads. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

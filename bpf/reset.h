@@ -20,12 +20,13 @@ int sock_release(struct bpf_sock *ctx)
 {
 	struct splice *s = bpf_sk_storage_get(&splices, ctx, NULL, 0);
 
-	if (!s || (s->state != SPLICE_IN && s->state != SPLICE_LEAVING) ||
-	    queue_is_empty(kernel_ptr(number_of(ctx), struct sock)))
+	if (!s || (s->state != SPLICE_IN && s->state != SPLICE_LEAVING))
 		return 1;
-	s->state = SPLICE_RESET;
-	/* Its packets are told from others by it: only a privileged process may set such a one. */
+	/* From here on, the other end sends by TCP; and packets are told from other sockets' by it.
+	 */
 	ctx->priority = SPLICE_PRIORITY;
+	if (!queue_is_empty(kernel_ptr(number_of(ctx), struct sock)))
+		s->state = SPLICE_RESET;
 	return 1;
 }
 

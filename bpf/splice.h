@@ -18,6 +18,9 @@
 
 #define O_NONBLOCK 00004000
 #define SEND_SHUTDOWN 2
+#define SOCK_NOSPACE 2 /* bit of a socket's flags: its writer was told to wait */
+#define SOL_TCP 6
+#define TCP_NOTSENT_LOWAT 25
 #define SPLICE_TALK 16 /* segments with data each way: below it, a connection is left alone */
 #define SPLICE_SETTLE 500000000ull /* ns from the mark on */
 #define SPLICE_GIVE_UP 5000000000ull /* ns: what is not eligible by then never is */
@@ -28,7 +31,8 @@
 #define SPLICE_BULKY (4 << 20) /* bytes by TCP beyond those redirected: better out of the map */
 #define SPLICE_PAGES 1024 /* that must be free below TCP's limit and each of the reader's */
 #define SPLICE_GROUPS 16 /* memory cgroups above each other: a pod's are five, in kind nine */
-#define SPLICE_PRIORITY 0x53696465 /* of packets of sockets in SPLICE_RESET; any number above 6 */
+/* Of spliced sockets that are released, and their packets: above 6, it takes a privilege to set. */
+#define SPLICE_PRIORITY 0x53696465
 
 /* The kernel's flags in the low bits of a pointer, SK_USER_DATA_PTRMASK. */
 #define SK_USER_DATA_FLAGS 7ul
@@ -193,6 +197,9 @@ __u32 splices_left = 0;
 __u32 splices_leaving = 0;
 __u32 splices_unread = 0;
 
+/* Unused: the skeleton knows only the types of variables. */
+const volatile struct swept swept_layout;
+
 /*
  * Out of the map again: the kernel's way to TCP is slower for sockets in it. With a socket goes its
  * queue, so a connection leaves in steps, a sweep each at the least: both ends send by TCP; no
@@ -203,7 +210,7 @@ static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ct
 					 const struct sock *sk, struct splice *s)
 {
 	const struct sk_psock *psock = psock_of(sk);
-	struct splice_key key = s->key;
+	struct swept swept = { .leaves = s->key };
 
 	if (!psock) {
 		s->state = SPLICE_OUT;
@@ -214,7 +221,7 @@ static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ct
 	if (!s->quiet)
 		s->quiet = peek(psock, refcnt.refs.counter) == 1;
 	else if (queue_is_empty(sk))
-		bpf_seq_write(ctx->meta->seq, &key, sizeof(key));
+		bpf_seq_write(ctx->meta->seq, &swept, sizeof(swept));
 }
 
 /*
@@ -228,6 +235,40 @@ static __always_inline bool tcp_is_short(const struct sock *sk)
 	bpf_probe_read_kernel(&pressure, sizeof(pressure),
 			      sk->__sk_common.skc_prot->memory_pressure);
 	return pressure;
+}
+
+/*
+ * Does a writer wait for an edge that nobody gives? It was told to, for lack of memory: there is
+ * nothing of its own in TCP, which an acknowledgement would make room for. TCP lets such a writer
+ * go on with what it has, and a socket in the map does not.
+ */
+static __always_inline bool writer_is_stuck(const struct tcp_sock *tp)
+{
+	const struct socket *socket = peek(tp, inet_conn.icsk_inet.sk.sk_socket);
+
+	return socket && peek(socket, flags) & (1ul << SOCK_NOSPACE) &&
+	       peek(tp, write_seq) == peek(tp, snd_una);
+}
+
+/*
+ * Has such writers in the namespace of the task that opened it try again: setting this limit, to
+ * what it is, makes the kernel say that there is room.
+ */
+SEC("iter/tcp")
+int wake_writers(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *sk = ctx->sk_common;
+	struct tcp_sock *tp;
+	int limit;
+
+	if (!sk || sk->skc_state == BPF_TCP_LISTEN)
+		return 0;
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp || !writer_is_stuck(tp))
+		return 0;
+	limit = (int)tp->notsent_lowat;
+	bpf_setsockopt(tp, SOL_TCP, TCP_NOTSENT_LOWAT, &limit, sizeof(limit));
+	return 0;
 }
 
 /* Does a spliced connection leave, by its own or by its other end's doing? */
@@ -260,16 +301,24 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	struct splice *s = ctx->value;
 	struct sock *sk = ctx->sk;
 	struct outbound owner = {};
+	struct swept swept = {};
 	const struct pod *pod;
 	struct splice_key key;
 	struct tcp_sock *tp;
 	__u64 netns, age;
 
-	/* Of another layout's map, only the first field is known. */
-	if (!sk || !s || (!sweep_off && s->state == SPLICE_OUT))
+	if (!sk || !s)
 		return 0;
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
+		return 0;
+	netns = sk->__sk_common.skc_net.net->net_cookie;
+	if (writer_is_stuck(tp)) {
+		swept.stuck = netns;
+		bpf_seq_write(ctx->meta->seq, &swept, sizeof(swept));
+	}
+	/* Of another layout's map, only the first field is known. */
+	if (!sweep_off && s->state == SPLICE_OUT)
 		return 0;
 	if (!queue_is_empty(sk))
 		splices_unread++;
@@ -288,7 +337,6 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 		splices_leaving++;
 		return 0;
 	}
-	netns = sk->__sk_common.skc_net.net->net_cookie;
 	pod = pod_by_netns(netns);
 	s->off = !pod || !(pod->flags & POD_SPLICE) || !leg_on(s->leg) ||
 		 (s->leg == LEG_SIDECAR && !is_neighbour(&s->key.remote));
@@ -397,7 +445,8 @@ static __always_inline bool splice_open(const struct tcp_sock *from, const struc
 	/* After shutdown, or with an upper layer, TCP has an answer of its own. */
 	return !(from_sk->sk_shutdown & SEND_SHUTDOWN) && !from->inet_conn.icsk_ulp_ops &&
 	       peek(to_sk, __sk_common.skc_state) == BPF_TCP_ESTABLISHED &&
-	       !peek(to_sk, sk_shutdown) && splice_safe(to) && splice_room(from_sk, to_sk);
+	       !peek(to_sk, sk_shutdown) && peek(to_sk, sk_priority) != SPLICE_PRIORITY &&
+	       splice_safe(to) && splice_room(from_sk, to_sk);
 }
 
 /* TCP or queue? A counter says why TCP; COUNTERS: the queue. */

@@ -189,6 +189,13 @@ struct splice_key {
 };
 _Static_assert(sizeof(struct splice_key) == 48, "splice_key");
 
+/* What a sweep tells the agent of a socket. */
+struct swept {
+	__u64 stuck; /* cookie of the namespace where its writer is to be woken; 0: see below */
+	struct splice_key leaves; /* the end may be taken out of the map when the other end may */
+};
+_Static_assert(sizeof(struct swept) == 56, "swept");
+
 enum splice_state {
 	SPLICE_CANDIDATE = 1, /* the agent's next sweep looks at it */
 	SPLICE_IN, /* the socket is in the map */

@@ -70,6 +70,11 @@ impl Netns {
         Ok(netns)
     }
 
+    /// Where it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The kernel's identity of the namespace.
     ///
     /// # Errors

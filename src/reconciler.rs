@@ -15,7 +15,7 @@ use thiserror::Error;
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    bpf::{self, Dataplane},
+    bpf::Dataplane,
     cgroup::Cgroup,
     cni::Sandbox,
     desired::{Candidate, Desired, NetnsFacts, PodRow, Record, desired},
@@ -229,20 +229,33 @@ impl Reconciler {
         }
         let mut wait = SWEEP;
         if self.dataplane.wants_sweep() {
-            match self.dataplane.sweep() {
-                Ok(true) => {
-                    wait = self.leaving;
-                    self.leaving = SWEEP.min(self.leaving * 2);
-                }
-                Ok(false) => self.leaving = LEAVING,
-                Err(error) => warn!("cannot look at connections to splice: {error:#}"),
+            let swept = self.dataplane.sweep();
+            let complain = |error: &_| warn!("cannot look at connections to splice: {error:#}");
+            let unfinished = swept.inspect_err(complain).unwrap_or_default();
+            if unfinished.leaving {
+                wait = self.leaving;
+                self.leaving = SWEEP.min(self.leaving * 2);
+            } else {
+                self.leaving = LEAVING;
             }
+            self.wake_writers(&unfinished.stuck);
         }
         let end = Instant::now();
         let spent = (end - start) * SWEEP_SHARE;
         // An event may ask for it before.
         self.next_sweep = end + spent;
         end + spent.max(wait)
+    }
+
+    /// Wakes writers in these namespaces; those of pods that have left are not known any more.
+    fn wake_writers(&self, cookies: &BTreeSet<u64>) {
+        for (cookie, pod) in cookies.iter().filter_map(|cookie| self.pods.get_key_value(cookie)) {
+            let woken = Netns::open_as(&pod.netns.path, *cookie)
+                .and_then(|netns| self.dataplane.wake_writers(&netns));
+            if let Err(error) = woken {
+                warn!(netns = %pod.netns.path.display(), "cannot wake writers: {error:#}");
+            }
+        }
     }
 
     /// Says how things stand to whoever asks the metrics.
@@ -623,11 +636,6 @@ impl Reconciler {
                 continue;
             }
             info!(pod = %owner.pod, "no longer enrolled");
-            if let Some(pod) = self.pods.get(cookie) {
-                // A namespace that is gone took its filters along.
-                let netns = Netns::open_as(&pod.netns.path, *cookie);
-                let _ = netns.and_then(|netns| bpf::detach_filters(&netns));
-            }
         }
         self.owners.retain(|cookie, _| keep.contains(cookie));
         let enrolled = goal.pods.iter();

@@ -11,8 +11,9 @@ use std::{
 
 use common::{
     annotated, patience,
-    splicing::{LARGE, Leg, OPT_OUT, Pair, Splicing, get, get_up_to, put, say_rest},
+    splicing::{LARGE, Leg, OPT_OUT, Pair, Splicing, events, get, get_up_to, put, say_rest},
 };
+use nix::sys::epoll::EpollFlags;
 use serde_json::Value;
 use sidestep_lab::{
     pattern::{Checker, Pattern, mix},
@@ -257,6 +258,27 @@ fn pods_opt_out_and_in_while_they_talk() {
             busy(node, flows);
         }
     });
+}
+
+/// The filters that this takes stay on a pod's devices when it leaves; `unload` takes them away
+/// (tests/unload.rs).
+#[test]
+fn pods_that_have_left_still_reset_what_they_close_with_unread_bytes() {
+    let mut node = Splicing::start("left", "all");
+    let legs = [Leg::Sidecar, Leg::App];
+    let pairs: Vec<Pair> = legs.into_iter().map(|leg| node.pair(leg)).collect();
+    for pair in &pairs {
+        put(&pair.client, b"never read");
+    }
+    for pod in [&node.a, &node.b] {
+        node.agent.remove_pod(pod).expect("removed");
+        node.agent.wait_gone(pod).expect("gone");
+    }
+    for (leg, Pair { client, server }) in legs.iter().zip(pairs) {
+        drop(server);
+        events(&client, EpollFlags::EPOLLRDHUP, patience());
+        assert_eq!(say_rest(&client), "0 bytes, ECONNRESET, then 0", "{leg:?}");
+    }
 }
 
 /// Neither by it nor to it.

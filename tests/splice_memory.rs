@@ -9,7 +9,7 @@ use std::{cell::Cell, fs, io::ErrorKind, net::TcpStream, time::Duration};
 
 use common::{
     PROXY, kernel_before, patience,
-    splicing::{Leg, Pair, Splicing, get, put},
+    splicing::{Leg, Pair, Splicing, get, put, unsent},
 };
 use nix::{
     setsockopt_impl, sockopt_impl,
@@ -223,4 +223,58 @@ fn nothing_stays_spliced_while_tcp_is_short() {
 
     node.wait_sockets(2);
     assert_eq!(redirected(&node, || fresh.prime()), 2, "{}", node.status());
+}
+
+/// A writer that was told to wait for memory, with nothing in TCP that would be acknowledged, is
+/// woken, though the reader sends nothing, and what is queued keeps the connection in the map.
+fn is_woken(node: &Splicing, pair: &Pair, shortage: impl FnOnce(), plenty: impl FnOnce()) {
+    assert_eq!(redirected(node, || put(&pair.client, b"queued")), 1, "{}", node.status());
+    let bytes = Pattern::new(3).bytes(0, 20 * MESSAGE);
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("epoll");
+    let edge = EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
+    epoll.add(&pair.client, EpollEvent::new(edge, 0)).expect("added");
+    let limit = EpollTimeout::try_from(patience()).expect("a short time");
+    let wait = || epoll.wait(&mut [EpollEvent::empty()], limit).expect("epoll");
+    assert_eq!(wait(), 1, "there is room");
+    shortage();
+    let mut written = 0;
+    loop {
+        let more = write(&pair.client, &bytes[written..]);
+        written += more;
+        wait_until("the writer's bytes to arrive", patience(), || unsent(&pair.client) == 0)
+            .expect("acknowledged");
+        if more == 0 {
+            break;
+        }
+    }
+    assert!(written < bytes.len(), "there was memory");
+    plenty();
+    while written < bytes.len() {
+        assert_eq!(wait(), 1, "the writer was not woken after {written} bytes");
+        written += write(&pair.client, &bytes[written..]);
+    }
+    assert_eq!(get(&pair.server, 6), b"queued");
+    assert!(get(&pair.server, bytes.len()) == bytes, "other bytes were read than were written");
+}
+
+#[test]
+#[ignore = "limits the memory of cgroups: scripts/kernels.sh runs it"]
+fn the_writers_own_cgroup_is_at_its_limit() {
+    let node = Splicing::start("writer", "sidecar");
+    let groups = MemoryCgroups::new("writer", 1).expect("cgroups");
+    let limit = |limit| groups.limit(0, limit).expect("a limit");
+    let Pair { client, server } = connect(&node, &groups);
+    let turned = Pair { client: server, server: client };
+    is_woken(&node, &turned, || limit("0"), || limit("max"));
+}
+
+/// From plenty to nothing between two looks of the agent.
+#[test]
+#[ignore = "limits TCP's memory in the whole machine: scripts/kernels.sh runs it"]
+fn tcp_comes_to_its_limit_at_once() {
+    let node = Splicing::start("at-once", "sidecar");
+    let pair = node.pair(Leg::Sidecar).roomy();
+    let limited = Cell::new(None);
+    let shortage = || limited.set(Some(TcpMem::set("1 1 1")));
+    is_woken(&node, &pair, shortage, || drop(limited.take()));
 }

@@ -66,6 +66,9 @@ fn nothing_is_left_and_open_connections_go_on() {
         let linked = || kernel_objects().difference(&before).any(|(_, _, name)| name == "tcx");
         wait_until("a filter for the sidecar leg", SOON, linked).expect("a filter");
     }
+    // A pod that has left keeps its filters for as long as connections may need them.
+    node.agent.remove_pod(&node.b).expect("removed");
+    node.agent.wait_gone(&node.b).expect("gone");
     let installed = kernel_objects();
     let names: Vec<_> = installed.difference(&before).map(|(_, _, name)| name.as_str()).collect();
     for name in ["connect4", "steer", "pods", "listeners"] {

@@ -5,6 +5,7 @@
 use std::{
     ffi::CString,
     fs, io,
+    ops::Range,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -14,13 +15,19 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use libbpf_rs::{Link, Program, TC_EGRESS, TcHook, TcHookBuilder, libbpf_sys, query::LinkTypeInfo};
+use libbpf_rs::{
+    Link, MapCore, MapFlags, MapHandle, Program, TC_EGRESS, TcHook, TcHookBuilder, libbpf_sys,
+    query::LinkTypeInfo,
+};
 
-use super::{Dataplane, Pins, children, kernel, remove_link};
-use crate::netns::{LO, Netns};
+use super::{Dataplane, Pins, children, kernel, maps, records, remove_link, wire};
+use crate::{
+    desired::Record,
+    netns::{LO, Netns},
+};
 
-/// Layouts that have filters of their own in qdiscs.
-const LAYOUTS: u32 = 16;
+/// Layouts that have filters of their own in qdiscs, by number.
+const LAYOUTS: Range<u32> = 0..16;
 
 /// A filter, by its program.
 #[derive(Debug, Clone, Copy)]
@@ -67,7 +74,7 @@ impl Pins {
     /// This layout's number among those that have filters in qdiscs.
     fn number(&self) -> u32 {
         let number = self.layout.strip_prefix('v').and_then(|number| number.parse().ok());
-        number.unwrap_or(0) % LAYOUTS
+        number.unwrap_or(0) % LAYOUTS.end
     }
 
     fn filter(&self, filter: Filter, cookie: u64, device: u32) -> PathBuf {
@@ -107,6 +114,9 @@ impl Dataplane {
         let fd = program.as_fd();
         if !kernel().links_filters {
             let layout = self.pins.number();
+            let record = Record { netns: netns.path().to_owned(), ..Record::default() };
+            let (key, value) = maps::entry(&cookie, &wire::record_of(&record)?);
+            self.skel.maps.filtered.update(&key, &value, MapFlags::ANY)?;
             return netns.inside(|| put(filter, fd, layout, device))?;
         }
         let pin = self.pins.filter(filter, cookie, device);
@@ -130,12 +140,18 @@ impl Dataplane {
         if pin.exists() {
             remove_link(&pin)?;
         }
-        if kernel().links_filters { Ok(()) } else { netns.inside(|| remove(Filter::Dns, LO)) }
+        if kernel().links_filters {
+            return Ok(());
+        }
+        netns.inside(|| remove(Filter::Dns, LAYOUTS, LO))
     }
 
-    /// Takes the links of filters off devices of pods that are not enrolled. A pod's open connections
-    /// are spliced until they end, also where it has left: their filter goes with its device.
+    /// Takes filters off devices of pods that are not enrolled. A pod's open connections are spliced
+    /// until they end, also where it has left: their filter goes with its device.
     pub(super) fn remove_filters(&self, enrolled: impl Fn(u64) -> bool) -> Result<()> {
+        if !kernel().links_filters {
+            return self.remove_from_qdiscs(enrolled);
+        }
         for pin in children(&self.pins.links())? {
             let name = pin.file_name().unwrap_or_default().to_string_lossy();
             let mut parts = name.split('-').skip(1);
@@ -147,6 +163,21 @@ impl Dataplane {
                 && Link::open(&pin).map_err(Into::into).and_then(|link| device_of(&link))? != 0;
             if !stays {
                 remove_link(&pin)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_from_qdiscs(&self, enrolled: impl Fn(u64) -> bool) -> Result<()> {
+        let filtered = &self.skel.maps.filtered;
+        for (cookie, record) in records(filtered)? {
+            if enrolled(cookie) {
+                continue;
+            }
+            match Netns::open_as(&record.netns, cookie) {
+                Ok(netns) => netns.inside(|| remove(Filter::Dns, LAYOUTS, LO))?,
+                // A namespace that is gone took its filters along.
+                Err(_) => filtered.delete(&cookie.to_ne_bytes())?,
             }
         }
         Ok(())
@@ -199,21 +230,33 @@ pub(super) fn try_on_lo(filter: Filter, program: BorrowedFd<'_>) -> Result<()> {
     if kernel().links_filters { link(program, LO).map(drop) } else { put(filter, program, 0, LO) }
 }
 
-/// Takes the filters out of the qdiscs of a pod's devices, any layout's.
-///
-/// # Errors
-/// Where the namespace can't be entered.
-pub fn detach_filters(netns: &Netns) -> Result<()> {
-    let devices = netns.facts()?.interfaces;
-    netns.inside(|| {
-        for device in devices.values() {
-            Filter::ALL.into_iter().for_each(|filter| remove(filter, *device));
-        }
-    })
+/// Takes a layout's filters out of the qdiscs of all pods' devices, also of those that have left.
+pub(super) fn empty_qdiscs(pins: &Pins) {
+    let Ok(filtered) = MapHandle::from_pinned_path(pins.map("filtered")) else {
+        return;
+    };
+    let layouts = pins.number()..pins.number() + 1;
+    let found = records(&filtered).unwrap_or_else(|error| {
+        tracing::warn!("filters of {pins} stay with their devices: {error:#}");
+        Default::default()
+    });
+    for (cookie, record) in found {
+        // A namespace that is gone took its filters along.
+        let _ = Netns::open_as(&record.netns, cookie).and_then(|netns| {
+            let devices = netns.facts()?.interfaces;
+            netns.inside(|| {
+                for device in devices.values() {
+                    for filter in Filter::ALL {
+                        remove(filter, layouts.clone(), *device);
+                    }
+                }
+            })
+        });
+    }
 }
 
-fn remove(filter: Filter, device: u32) {
-    for layout in 0..LAYOUTS {
+fn remove(filter: Filter, layouts: Range<u32>, device: u32) {
+    for layout in layouts {
         // The kernel finds the filter by its place; the descriptor is not looked at.
         let mut hook = filter.hook(io::stderr().as_fd(), layout, device);
         // There may be none.

@@ -128,6 +128,13 @@ pub(crate) const HOOKS: &[Hook] = &[
         helpers: &[],
     },
     Hook {
+        program: "wake_writers",
+        attach: Attach::Iterator,
+        kind: ProgramType::Tracing,
+        decides: false,
+        helpers: &[],
+    },
+    Hook {
         program: "redirect",
         attach: Attach::Sockets,
         kind: ProgramType::SkMsg,

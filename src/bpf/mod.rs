@@ -58,7 +58,6 @@ use tokio::io::unix::AsyncFd;
 
 pub use cookie::current_netns_cookie;
 pub use cost::ProgramCost;
-pub use filters::detach_filters;
 pub use selftest::self_test;
 
 use self::{
@@ -149,12 +148,18 @@ impl Pins {
         self.root.join(&self.layout)
     }
 
-    /// What agents of other builds left there, whose maps this build can't read.
-    fn others(&self) -> Result<Vec<Self>> {
+    /// Everything that is there, of any layout.
+    fn layouts(&self) -> Result<Vec<Self>> {
         let layouts = children(&self.root)?;
         let names = layouts.iter().filter_map(|path| path.file_name()?.to_str());
-        let others = names.filter(|name| *name != self.layout);
-        Ok(others.map(|name| Self::new(&self.root, name)).collect())
+        Ok(names.map(|name| Self::new(&self.root, name)).collect())
+    }
+
+    /// What agents of other builds left there, whose maps this build can't read.
+    fn others(&self) -> Result<Vec<Self>> {
+        let mut others = self.layouts()?;
+        others.retain(|other| other.layout != self.layout);
+        Ok(others)
     }
 
     fn maps(&self) -> PathBuf {
@@ -381,7 +386,7 @@ impl Dataplane {
             if self.is_needed(&other)? {
                 left = true;
             } else {
-                remove_layout(&other.layout(), &[])?;
+                remove_layout(&other, &[])?;
             }
         }
         Ok(left)
@@ -401,8 +406,7 @@ impl Dataplane {
             };
             self.skel.maps.bss_data.as_mut().context("the object has no variables")?.storages = 0;
             let link = self.skel.progs.count_storages.attach_iter(map.as_fd())?;
-            // Reading it to the end is what runs the program.
-            Iter::new(&link)?.read_to_end(&mut Vec::new())?;
+            run(&link)?;
             let found = self.skel.maps.bss_data.as_ref().map_or(0, |variables| variables.storages);
             if found > 0 {
                 return Ok(true);
@@ -582,16 +586,11 @@ impl Dataplane {
         let variables = self.skel.maps.bss_data.as_mut().context("the object has no variables")?;
         variables.wanted_netns = cookie;
         variables.wanted_port = port;
-        // Reading it to the end is what runs the program.
-        let read = |link: &Link| -> Result<()> {
-            Iter::new(link)?.read_to_end(&mut Vec::new())?;
-            Ok(())
-        };
         if kernel().iterates_unlocked {
             let link = self.skel.progs.find_listeners.attach()?;
-            netns.inside(|| read(&link))?
+            netns.inside(|| run(&link).map(drop))?
         } else {
-            read(&self.skel.progs.find_listeners_by_file.attach()?)
+            run(&self.skel.progs.find_listeners_by_file.attach()?).map(drop)
         }
     }
 
@@ -890,14 +889,8 @@ impl fmt::Display for Unloaded {
 pub fn unload(pins: &Pins) -> Result<Unloaded> {
     let unread = splice::drain(pins)?;
     let mut removed = 0;
-    if let Ok(map) = MapHandle::from_pinned_path(pins.map("pod_records")) {
-        for record in records(&map)?.values() {
-            // A namespace that is gone took its filters along.
-            let _ = Netns::open(&record.netns).and_then(|netns| detach_filters(&netns));
-        }
-    }
     let keep: &[&str] = if unread > 0 { &splice::MAPS } else { &[] };
-    for layout in children(&pins.root)? {
+    for layout in pins.layouts()? {
         removed += remove_layout(&layout, keep)?;
     }
     if pins.root.exists() && unread == 0 {
@@ -907,17 +900,18 @@ pub fn unload(pins: &Pins) -> Result<Unloaded> {
     Ok(Unloaded { removed, unread })
 }
 
-/// Takes a layout's links and maps away, but for the maps in `keep`. Says how many pins there
+/// Takes a layout's filters, links and maps away, but for the maps in `keep`. Says how many pins there
 /// were.
-fn remove_layout(layout: &Path, keep: &[&str]) -> Result<usize> {
+fn remove_layout(pins: &Pins, keep: &[&str]) -> Result<usize> {
     let mut removed = 0;
     let mut kept = false;
     // Links first: a program without its map's contents would decide wrongly.
-    for link in children(&layout.join("links"))? {
+    filters::empty_qdiscs(pins);
+    for link in children(&pins.links())? {
         remove_link(&link)?;
         removed += 1;
     }
-    for map in children(&layout.join("maps"))? {
+    for map in children(&pins.maps())? {
         if map.file_name().is_some_and(|name| keep.iter().any(|kept| name == *kept)) {
             kept = true;
             continue;
@@ -925,12 +919,20 @@ fn remove_layout(layout: &Path, keep: &[&str]) -> Result<usize> {
         fs::remove_file(&map).with_context(|| format!("cannot remove {}", map.display()))?;
         removed += 1;
     }
-    for dir in [layout.join("links"), layout.join("maps"), layout.to_owned()] {
+    for dir in [pins.links(), pins.maps(), pins.layout()] {
         if dir.exists() && !kept {
             fs::remove_dir(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
         }
     }
     Ok(removed)
+}
+
+/// Runs an iterator's program over all that it sees; what it wrote.
+fn run(link: &Link) -> Result<Vec<u8>> {
+    let mut written = Vec::new();
+    // Reading it to the end is what runs the program.
+    Iter::new(link)?.read_to_end(&mut written)?;
+    Ok(written)
 }
 
 /// A directory's entries; none where there is no directory.

@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeSet,
-    io::Read,
     mem::size_of,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::Path,
@@ -12,13 +11,13 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use libbpf_rs::{Iter, MapCore, MapFlags, MapHandle, skel::OpenSkel};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, skel::OpenSkel};
 
 use super::{
-    Dataplane, Pins, children, open_node, skel,
+    Dataplane, Pins, children, open_node, run, skel,
     wire::{self, as_bytes, from_bytes},
 };
-use crate::splice::LegState;
+use crate::{netns::Netns, splice::LegState};
 
 /// Where spliced bytes are: a socket's queue goes with the map that it is in.
 pub(super) const MAPS: [&str; 2] = ["spliced", "splices"];
@@ -38,6 +37,19 @@ pub(crate) struct Swept {
     pub unread: u32,
     /// Ends of connections that may be taken out when the other end may, as the map's keys.
     pub leave: BTreeSet<Vec<u8>>,
+    /// Cookies of namespaces with writers that are to be woken.
+    pub stuck: BTreeSet<u64>,
+}
+
+/// What a sweep leaves to the agent.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Unfinished {
+    /// Connections are on their way out of the map: that takes several looks, and bulk is slow
+    /// meanwhile.
+    pub leaving: bool,
+    /// Network namespaces, by cookie, with writers that were told to wait for memory, and that
+    /// nobody else wakes: [`Dataplane::wake_writers`] does.
+    pub stuck: BTreeSet<u64>,
 }
 
 /// The key of a connection's other end.
@@ -96,12 +108,11 @@ impl Dataplane {
     }
 
     /// Puts connections that have settled and are eligible into the map, takes those out that are
-    /// better off without, and takes what changed about their pods over. Says whether some are on
-    /// their way out: that takes several looks, and bulk is slow meanwhile.
+    /// better off without, and takes what changed about their pods over.
     ///
     /// # Errors
     /// Where the iterator fails.
-    pub fn sweep(&mut self) -> Result<bool> {
+    pub fn sweep(&mut self) -> Result<Unfinished> {
         // What comes while it runs is for the next one.
         self.want_sweep(false)?;
         let map = self.skel.maps.splices.as_fd().try_clone_to_owned()?;
@@ -109,7 +120,16 @@ impl Dataplane {
         if swept.left + swept.leaving > 0 {
             self.want_sweep(true)?;
         }
-        Ok(swept.leaving > 0)
+        Ok(Unfinished { leaving: swept.leaving > 0, stuck: swept.stuck })
+    }
+
+    /// Has a pod's writers try again that were told to wait for memory, and that nobody wakes.
+    ///
+    /// # Errors
+    /// Where the namespace can't be entered, or the iterator fails.
+    pub fn wake_writers(&self, netns: &Netns) -> Result<()> {
+        let link = self.skel.progs.wake_writers.attach()?;
+        netns.inside(|| run(&link).map(drop))?
     }
 
     fn sweep_once(&mut self, splices: BorrowedFd<'_>) -> Result<Swept> {
@@ -139,10 +159,15 @@ fn run_sweep(
     variables.splices_leaving = 0;
     variables.splices_unread = 0;
     let link = skel.progs.sweep_splices.attach_iter(splices)?;
-    // Reading it to the end is what runs the program.
-    let mut keys = Vec::new();
-    Iter::new(&link)?.read_to_end(&mut keys)?;
-    let leave = keys.chunks_exact(size_of::<wire::splice_key>()).map(<[u8]>::to_vec).collect();
+    let (mut leave, mut stuck) = (BTreeSet::new(), BTreeSet::new());
+    for swept in run(&link)?.chunks_exact(size_of::<wire::swept>()) {
+        let swept: wire::swept = from_bytes(swept)?;
+        if swept.stuck == 0 {
+            leave.insert(as_bytes(&swept.leaves).to_vec());
+        } else {
+            stuck.insert(swept.stuck);
+        }
+    }
     let variables = skel.maps.bss_data.as_ref().context("the object has no variables")?;
     // SAFETY: valid, aligned u32s in a page that the kernel's side writes to.
     unsafe {
@@ -151,6 +176,7 @@ fn run_sweep(
             leaving: (&raw const variables.splices_leaving).read_volatile(),
             unread: (&raw const variables.splices_unread).read_volatile(),
             leave,
+            stuck,
         })
     }
 }

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 pub(crate) use super::skel::types::{
     addr, cidr_rule_key, if_key, leg, listener_key, local_key, pod, pod_flag, pod_record,
-    port_rule_key, rule_set, splice, splice_key, splice_leg, splice_state, uid_rule_key,
+    port_rule_key, rule_set, splice, splice_key, splice_leg, splice_state, swept, uid_rule_key,
 };
 pub(crate) use super::skel_inbound::types::{event, event_kind};
 use crate::{
@@ -49,6 +49,8 @@ unsafe impl Wire for event {}
 unsafe impl Wire for leg {}
 // SAFETY: as for `pod`.
 unsafe impl Wire for splice_key {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for swept {}
 // SAFETY: as for `pod`.
 unsafe impl Wire for splice {}
 
