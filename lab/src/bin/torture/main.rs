@@ -25,7 +25,7 @@ use sidestep_lab::{APP, Agent, Lab, PROXY, Pod, PodNet, interrupted, stop_on_sig
 
 use crate::chaos::Event;
 use crate::plan::{Ending, PODS};
-use crate::traffic::{Opts, Tally, Traffic};
+use crate::traffic::{BROKEN_PIPE, Opts, Tally, Traffic};
 
 /// Failures that are shown in full.
 const SHOWN: usize = 20;
@@ -175,7 +175,8 @@ impl Run {
             agent.wait_enrolled(pod)?;
         }
         let mut rng = Rng::with_seed(seed);
-        let opts = Opts { seed, only: args.only, short_reads: args.short_reads };
+        let spliced = mode != Mode::Off;
+        let opts = Opts { seed, only: args.only, short_reads: args.short_reads, spliced };
         let traffic = Traffic::new(opts, &pods);
         let before = memory::tcp()?;
         let mut memory = Memory { before, most: before, after: before };
@@ -263,6 +264,13 @@ impl Run {
         let redirected = self.counters["splice_messages"];
         if self.spliced == (redirected == 0) {
             failures.push(format!("{redirected} messages were redirected"));
+        }
+        let resets = self.tally.endings.iter().filter(|((how, _), _)| how.resets());
+        let all: u64 = resets.clone().map(|(_, count)| *count).sum();
+        let broken = resets.filter(|((_, kind), _)| *kind == BROKEN_PIPE);
+        let broken: u64 = broken.map(|(_, count)| *count).sum();
+        if broken > all.div_ceil(1000) {
+            failures.push(format!("{broken} of {all} were told EPIPE alone"));
         }
         let Memory { before, most, after } = self.memory;
         if most > before + EACH * self.clients {

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use sidestep_lab::{Pod, interrupted};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
@@ -47,6 +48,9 @@ pub struct Opts {
     pub only: Option<u64>,
     /// All read as Tokio does.
     pub short_reads: bool,
+    /// They may be spliced: a message that takes longer to the other end's queue than that one takes
+    /// to close is answered EPIPE by the kernel. TCP takes it, and tells of the reset afterwards.
+    pub spliced: bool,
 }
 
 impl Opts {
@@ -131,7 +135,7 @@ impl Traffic {
             let failures = match outcomes {
                 Ok(ends) => {
                     tally.bytes += ends.iter().map(|end| end.received).sum::<u64>();
-                    let kind = kind(&plan, &ends);
+                    let kind = kind(&plan, &ends, self.opts.spliced);
                     *tally.endings.entry((plan.ending, kind)).or_default() += 1;
                     judge(&ends, kind)
                 }
@@ -273,9 +277,11 @@ fn judge(ends: &[Outcome; 2], kind: &'static str) -> Vec<String> {
 }
 
 const FAILED: &str = "failed";
+/// A reset, as a writer may be told of it.
+pub const BROKEN_PIPE: &str = "EPIPE, some bytes";
 
 /// In a word, what came of it.
-fn kind(plan: &Plan, ends: &[Outcome; 2]) -> &'static str {
+fn kind(plan: &Plan, ends: &[Outcome; 2], spliced: bool) -> &'static str {
     let all = ends[0].received == ends[1].sent && ends[1].received == ends[0].sent;
     let not_done: Vec<How> =
         ends.iter().map(|end| end.how).filter(|how| *how != How::Done).collect();
@@ -283,6 +289,7 @@ fn kind(plan: &Plan, ends: &[Outcome; 2]) -> &'static str {
         (false, []) if all => "all bytes",
         (true, [How::Reset]) if all => "reset, all bytes",
         (true, [How::Reset]) => "reset, some bytes",
+        (true, [How::Failed(Some(Errno::EPIPE))]) if spliced => BROKEN_PIPE,
         _ => FAILED,
     }
 }
