@@ -900,13 +900,13 @@ pub fn unload(pins: &Pins) -> Result<Unloaded> {
     Ok(Unloaded { removed, unread })
 }
 
-/// Takes a layout's filters, links and maps away, but for the maps in `keep`. Says how many pins there
-/// were.
+/// Takes a layout's filters, links and maps away, but for the maps in `keep`. Says how many pins
+/// there were.
 fn remove_layout(pins: &Pins, keep: &[&str]) -> Result<usize> {
     let mut removed = 0;
     let mut kept = false;
-    // Links first: a program without its map's contents would decide wrongly.
     filters::empty_qdiscs(pins);
+    // Links before maps: a program without its map's contents would decide wrongly.
     for link in children(&pins.links())? {
         remove_link(&link)?;
         removed += 1;
