@@ -591,7 +591,7 @@ fn told_while_writing(Pair { client, server }: Pair) -> String {
 fn closing_while_the_other_end_writes() {
     let node = Splicing::start("closing", "sidecar");
     let (mut ends, mut resets, mut early) = (0, 0, 0);
-    for _ in 0..5 {
+    for _ in 0..10 {
         for told in node.pairs(Leg::Sidecar, 200).into_iter().map(told_while_writing) {
             match told.as_str() {
                 "EPIPE 0 bytes, end" => ends += 1,
