@@ -169,11 +169,7 @@ impl Splicing {
         // All that ever were: one that was closed may be there for a moment yet.
         let all = self.counter("splice_sockets") + 2 * count as u64;
         let pairs: Vec<Pair> = connect();
-        let what = format!("{count} connections to be spliced");
-        wait_until(&what, Duration::from_secs(10), || self.counter("splice_sockets") >= all)
-            .unwrap_or_else(|error| {
-                panic!("{error:#}: {}; {}", self.status(), self.agent.log_tail())
-            });
+        self.wait_spliced(all);
         let redirected = self.counter("splice_messages");
         pairs.iter().for_each(Pair::prime);
         let more = self.counter("splice_messages") - redirected;
@@ -198,10 +194,19 @@ impl Splicing {
     }
 
     pub fn wait_sockets(&self, count: usize) {
-        let what = format!("{count} spliced sockets");
-        wait_until(&what, Duration::from_secs(10), || self.sockets() == count).unwrap_or_else(
-            |error| panic!("{error:#}: {}; {}", self.status(), self.agent.log_tail()),
-        );
+        self.wait(&format!("{count} spliced sockets"), || self.sockets() == count);
+    }
+
+    /// Waits until so many sockets have been spliced; some may have left again.
+    pub fn wait_spliced(&self, count: u64) {
+        let what = format!("{count} sockets that were spliced");
+        self.wait(&what, || self.counter("splice_sockets") >= count);
+    }
+
+    fn wait(&self, what: &str, condition: impl FnMut() -> bool) {
+        wait_until(what, Duration::from_secs(10), condition).unwrap_or_else(|error| {
+            panic!("{error:#}: {}; {}", self.status(), self.agent.log_tail())
+        });
     }
 
     pub fn counter(&self, name: &str) -> u64 {
