@@ -22,9 +22,6 @@
 const volatile __u64 netns_cookie;
 /* Whether this kernel tells the interface that a connection comes from (Linux 5.17). */
 const volatile __u8 tells_interface;
-/* Unused: a ring has no value type, and the skeleton knows only the types of variables. */
-const volatile struct event event_layout;
-
 static __always_inline bool steer_to_family(struct bpf_sk_lookup *ctx, __u16 family, __u16 port)
 {
 	struct listener_key key = { .netns = netns_cookie, .family = family, .port = port };
@@ -54,18 +51,16 @@ static __always_inline bool steer_to(struct bpf_sk_lookup *ctx, __u16 port)
 
 static __always_inline void ask_for_listeners(__u16 port)
 {
-	struct event *event;
+	struct event event = {
+		.netns = netns_cookie,
+		.kind = EVENT_NO_LISTENER,
+		.port = port,
+	};
 
 	/* The agent is being told already: a flood of refused connections adds nothing. */
 	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > 1024)
 		return;
-	event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
-	if (!event)
-		return;
-	event->netns = netns_cookie;
-	event->kind = EVENT_NO_LISTENER;
-	event->port = port;
-	bpf_ringbuf_submit(event, 0);
+	bpf_ringbuf_output(&events, &event, sizeof(event), 0);
 }
 
 /*

@@ -151,10 +151,7 @@ struct {
 	__type(value, struct pod_record);
 } pod_records SEC(".maps");
 
-/*
- * Namespaces with filters in qdiscs, also of pods that are not enrolled any more; agent only. Empty
- * where filters are links, which are pinned.
- */
+/* Namespaces whose devices have filters of ours, also of pods that are not enrolled any more. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

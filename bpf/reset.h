@@ -3,7 +3,8 @@
  * Closing with unread bytes. TCP then sends a reset in place of its FIN, so that the other end can
  * tell that they were lost. It looks at its own queue alone: bytes that were redirected are in
  * another one. So the FIN of a socket that is released with some of those is made a reset on its
- * way out of the pod's device.
+ * way out of the pod's device. Where the socket was shut down before, that has been sent: the agent
+ * sends a reset then.
  *
  * The first FIN alone: it is sent again after a while, as TCP knows nothing of the reset, and the
  * answer to that one, from where no connection is any more, ends this end too.
@@ -13,6 +14,25 @@
 #define TCP_FIN 0x0001
 #define TCP_PSH 0x0008
 #define TCP_RST 0x0004
+
+/* Has the agent reset the other end of a connection whose FIN is gone already. */
+static __always_inline void ask_for_reset(struct bpf_sock *ctx, const struct splice *s)
+{
+	const struct tcp_sock *tp = kernel_ptr(number_of(ctx), struct tcp_sock);
+	struct event event = {
+		.netns = bpf_get_netns_cookie(ctx),
+		.kind = EVENT_UNREAD,
+		.end = s->key,
+	};
+
+	/* Both ends are through with each other: TCP sends none either. */
+	if (ctx->state == BPF_TCP_CLOSE ||
+	    !(peek(tp, inet_conn.icsk_inet.sk.sk_shutdown) & SEND_SHUTDOWN))
+		return;
+	event.sent = peek(tp, snd_nxt);
+	event.received = peek(tp, rcv_nxt);
+	bpf_ringbuf_output(&events, &event, sizeof(event), 0);
+}
 
 /* The last time that a process has to do with a socket; then the kernel closes it. */
 SEC("cgroup/sock_release")
@@ -24,8 +44,10 @@ int sock_release(struct bpf_sock *ctx)
 		return 1;
 	/* From here on, the other end sends by TCP; and its packets are told from others by it. */
 	ctx->priority = SPLICE_PRIORITY;
-	if (!queue_is_empty(kernel_ptr(number_of(ctx), struct sock)))
-		s->state = SPLICE_RESET;
+	if (queue_is_empty(kernel_ptr(number_of(ctx), struct sock)))
+		return 1;
+	s->state = SPLICE_RESET;
+	ask_for_reset(ctx, s);
 	return 1;
 }
 

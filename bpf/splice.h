@@ -199,6 +199,7 @@ __u32 splices_unread = 0;
 
 /* Unused: the skeleton knows only the types of variables. */
 const volatile struct swept swept_layout;
+const volatile struct event event_layout;
 
 /*
  * Out of the map again: the kernel's way to TCP is slower for sockets in it. With a socket goes its

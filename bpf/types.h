@@ -250,11 +250,16 @@ enum counter {
 enum event_kind {
 	EVENT_NO_LISTENER = 1, /* look for a listener that was missed */
 	EVENT_BULK, /* a spliced connection is better off without */
+	EVENT_UNREAD, /* reset the other end of one that was shut down and closed */
 };
 
 struct event {
 	__u64 netns;
 	enum event_kind kind;
 	__u32 port; /* of the listener that is missing */
+	/* EVENT_UNREAD: which end was closed, and the next sequence numbers of both directions. */
+	struct splice_key end;
+	__u32 sent;
+	__u32 received;
 };
-_Static_assert(sizeof(struct event) == 16, "event");
+_Static_assert(sizeof(struct event) == 72, "event");

@@ -22,7 +22,7 @@ VERSIONS = ["1.30", "1.34", "1.37"]
 # Kinds that Kubernetes has no schema of: the Prometheus operator's.
 SKIPPED = ["PodMonitor"]
 
-CAPABILITIES = ["BPF", "PERFMON", "NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE", "DAC_READ_SEARCH"]
+CAPABILITIES = ["BPF", "PERFMON", "NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE", "DAC_READ_SEARCH"]
 CLUSTER_RULES = [
     ([""], ["pods"], ["get", "list", "watch"], None),
     ([""], ["namespaces"], ["list", "watch"], None),

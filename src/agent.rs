@@ -157,6 +157,7 @@ async fn serve(config: &Config) -> Result<()> {
             seen = events.next() => {
                 let seen = seen?;
                 reconciler.find_listeners(&seen.missed);
+                reconciler.reset(&seen.unread);
                 if seen.bulk {
                     sweep.as_mut().reset(reconciler.take_bulk_out().into());
                 }

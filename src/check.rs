@@ -107,9 +107,14 @@ pub fn privileges() -> Result<String> {
 }
 
 /// Bits and names from linux/capability.h: to enter namespaces, to load programs that read
-/// kernel types, and to attach them and set routes.
-const NEEDED_CAPABILITIES: &[(u32, &str)] =
-    &[(12, "CAP_NET_ADMIN"), (21, "CAP_SYS_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
+/// kernel types, to attach them and set routes, and to reset connections.
+const NEEDED_CAPABILITIES: &[(u32, &str)] = &[
+    (12, "CAP_NET_ADMIN"),
+    (13, "CAP_NET_RAW"),
+    (21, "CAP_SYS_ADMIN"),
+    (38, "CAP_PERFMON"),
+    (39, "CAP_BPF"),
+];
 
 fn btf() -> Result<String> {
     let path = "/sys/kernel/btf/vmlinux";

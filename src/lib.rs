@@ -17,6 +17,7 @@ pub mod netns;
 pub mod places;
 pub mod problem;
 pub mod reconciler;
+pub mod reset;
 pub mod source;
 pub mod splice;
 pub mod status;

@@ -24,6 +24,7 @@ use crate::{
     netns::{self, LO, Netns},
     places::{Place, Places},
     problem::{Problem, Reason},
+    reset::Reset,
     source::{
         Snapshot, SourcePod,
         kubernetes::Kubernetes,
@@ -247,13 +248,24 @@ impl Reconciler {
         end + spent.max(wait)
     }
 
-    /// Wakes writers in these namespaces; those of pods that have left are not known any more.
+    /// Wakes writers in these namespaces.
     fn wake_writers(&self, cookies: &BTreeSet<u64>) {
-        for (cookie, pod) in cookies.iter().filter_map(|cookie| self.pods.get_key_value(cookie)) {
-            let woken = Netns::open_as(&pod.netns.path, *cookie)
-                .and_then(|netns| self.dataplane.wake_writers(&netns));
-            if let Err(error) = woken {
-                warn!(netns = %pod.netns.path.display(), "cannot wake writers: {error:#}");
+        for cookie in cookies {
+            let netns = self.dataplane.filtered(*cookie);
+            if let Err(error) = netns.and_then(|netns| self.dataplane.wake_writers(&netns)) {
+                warn!(cookie, "cannot wake writers: {error:#}");
+            }
+        }
+    }
+
+    /// Resets connections that were closed with unread bytes; by the namespace of that end.
+    pub fn reset(&self, unread: &BTreeMap<u64, Vec<Reset>>) {
+        for (cookie, resets) in unread {
+            let complain = |error| warn!(cookie, "closed with unread bytes: {error:#}");
+            let send = || resets.iter().filter_map(|reset| reset.send().err()).for_each(complain);
+            let netns = self.dataplane.filtered(*cookie);
+            if let Err(error) = netns.and_then(|netns| netns.inside(send)) {
+                complain(error);
             }
         }
     }

@@ -233,7 +233,12 @@ fn nothing_stays_spliced_while_tcp_is_short() {
 
 /// A writer that was told to wait for memory, with nothing in TCP that would be acknowledged, is
 /// woken, though the reader sends nothing, and what is queued keeps the connection in the map.
-fn is_woken(node: &Splicing, pair: &Pair, shortage: impl FnOnce(), plenty: impl FnOnce()) {
+fn is_woken(
+    node: &mut Splicing,
+    pair: &Pair,
+    shortage: impl FnOnce(),
+    plenty: impl FnOnce(&mut Splicing),
+) {
     assert_eq!(redirected(node, || put(&pair.client, b"queued")), 1, "{}", node.status());
     let bytes = Pattern::new(3).bytes(0, 20 * MESSAGE);
     let wait = edges(&pair.client);
@@ -249,7 +254,7 @@ fn is_woken(node: &Splicing, pair: &Pair, shortage: impl FnOnce(), plenty: impl 
         }
     }
     assert!(written < bytes.len(), "there was memory");
-    plenty();
+    plenty(node);
     while written < bytes.len() {
         assert!(wait(), "the writer was not woken after {written} bytes");
         written += write(&pair.client, &bytes[written..]);
@@ -261,21 +266,40 @@ fn is_woken(node: &Splicing, pair: &Pair, shortage: impl FnOnce(), plenty: impl 
 #[test]
 #[ignore = "limits the memory of cgroups: scripts/kernels.sh runs it"]
 fn the_writers_own_cgroup_is_at_its_limit() {
-    let node = Splicing::start("writer", "sidecar");
+    let mut node = Splicing::start("writer", "sidecar");
     let groups = MemoryCgroups::new("writer", 1).expect("cgroups");
     let limit = |limit| groups.limit(0, limit).expect("a limit");
     let Pair { client, server } = connect(&node, &groups);
     let turned = Pair { client: server, server: client };
-    is_woken(&node, &turned, || limit("0"), || limit("max"));
+    is_woken(&mut node, &turned, || limit("0"), |_| limit("max"));
+}
+
+/// And the agent that would wake it has never seen it enrolled.
+#[test]
+#[ignore = "limits the memory of cgroups: scripts/kernels.sh runs it"]
+fn the_writers_pod_has_left_while_it_waits() {
+    let mut node = Splicing::start("writer-left", "sidecar");
+    let groups = MemoryCgroups::new("writer-left", 1).expect("cgroups");
+    let limit = |limit| groups.limit(0, limit).expect("a limit");
+    let Pair { client, server } = connect(&node, &groups);
+    let turned = Pair { client: server, server: client };
+    let leave = |node: &mut Splicing| {
+        node.agent.kill9();
+        node.agent.remove_pod(&node.b).expect("removed");
+        node.agent.restart().expect("starts");
+        node.agent.wait_gone(&node.b).expect("gone");
+        limit("max");
+    };
+    is_woken(&mut node, &turned, || limit("0"), leave);
 }
 
 /// From plenty to nothing between two looks of the agent.
 #[test]
 #[ignore = "limits TCP's memory in the whole machine: scripts/kernels.sh runs it"]
 fn tcp_comes_to_its_limit_at_once() {
-    let node = Splicing::start("at-once", "sidecar");
+    let mut node = Splicing::start("at-once", "sidecar");
     let pair = node.pair(Leg::Sidecar).roomy();
     let limited = Cell::new(None);
     let shortage = || limited.set(Some(TcpMem::set("1 1 1")));
-    is_woken(&node, &pair, shortage, || drop(limited.take()));
+    is_woken(&mut node, &pair, shortage, |_| drop(limited.take()));
 }

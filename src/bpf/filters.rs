@@ -112,11 +112,11 @@ impl Dataplane {
             Filter::Reset => &self.skel.progs.reset,
         };
         let fd = program.as_fd();
+        let record = Record { netns: netns.path().to_owned(), ..Record::default() };
+        let (key, value) = maps::entry(&cookie, &wire::record_of(&record)?);
+        self.skel.maps.filtered.update(&key, &value, MapFlags::ANY)?;
         if !kernel().links_filters {
             let layout = self.pins.number();
-            let record = Record { netns: netns.path().to_owned(), ..Record::default() };
-            let (key, value) = maps::entry(&cookie, &wire::record_of(&record)?);
-            self.skel.maps.filtered.update(&key, &value, MapFlags::ANY)?;
             return netns.inside(|| put(filter, fd, layout, device))?;
         }
         let pin = self.pins.filter(filter, cookie, device);
@@ -149,8 +149,17 @@ impl Dataplane {
     /// Takes filters off devices of pods that are not enrolled. A pod's open connections are spliced
     /// until they end, also where it has left: their filter goes with its device.
     pub(super) fn remove_filters(&self, enrolled: impl Fn(u64) -> bool) -> Result<()> {
-        if !kernel().links_filters {
-            return self.remove_from_qdiscs(enrolled);
+        let filtered = &self.skel.maps.filtered;
+        for (cookie, record) in records(filtered)? {
+            if enrolled(cookie) {
+                continue;
+            }
+            match Netns::open_as(&record.netns, cookie) {
+                Ok(_) if kernel().links_filters => {}
+                Ok(netns) => netns.inside(|| remove(Filter::Dns, LAYOUTS, LO))?,
+                // A namespace that is gone took its filters along.
+                Err(_) => filtered.delete(&cookie.to_ne_bytes())?,
+            }
         }
         for pin in children(&self.pins.links())? {
             let name = pin.file_name().unwrap_or_default().to_string_lossy();
@@ -168,19 +177,15 @@ impl Dataplane {
         Ok(())
     }
 
-    fn remove_from_qdiscs(&self, enrolled: impl Fn(u64) -> bool) -> Result<()> {
-        let filtered = &self.skel.maps.filtered;
-        for (cookie, record) in records(filtered)? {
-            if enrolled(cookie) {
-                continue;
-            }
-            match Netns::open_as(&record.netns, cookie) {
-                Ok(netns) => netns.inside(|| remove(Filter::Dns, LAYOUTS, LO))?,
-                // A namespace that is gone took its filters along.
-                Err(_) => filtered.delete(&cookie.to_ne_bytes())?,
-            }
-        }
-        Ok(())
+    /// A namespace whose devices have or had filters, also where its pod is not enrolled any more.
+    ///
+    /// # Errors
+    /// Where it is not known, or gone.
+    pub fn filtered(&self, cookie: u64) -> Result<Netns> {
+        let value = self.skel.maps.filtered.lookup(&cookie.to_ne_bytes(), MapFlags::ANY)?;
+        let value = value.with_context(|| format!("network namespace {cookie} is not known"))?;
+        let record = Record::from(&wire::from_bytes::<wire::pod_record>(&value)?);
+        Netns::open_as(&record.netns, cookie)
     }
 }
 
@@ -232,6 +237,9 @@ pub(super) fn try_on_lo(filter: Filter, program: BorrowedFd<'_>) -> Result<()> {
 
 /// Takes a layout's filters out of the qdiscs of all pods' devices, also of those that have left.
 pub(super) fn empty_qdiscs(pins: &Pins) {
+    if kernel().links_filters {
+        return;
+    }
     let Ok(filtered) = MapHandle::from_pinned_path(pins.map("filtered")) else {
         return;
     };

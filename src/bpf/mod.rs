@@ -70,6 +70,7 @@ use crate::{
     desired::{Desired, Limits, Record},
     mesh,
     netns::{self, Netns},
+    reset::Reset,
     splice::LegState,
 };
 
@@ -619,6 +620,8 @@ pub struct Seen {
     pub missed: BTreeSet<(u64, u16)>,
     /// A spliced connection carries bulk, and is better off without.
     pub bulk: bool,
+    /// Connections that are to be reset, by the cookie of the closed end's namespace.
+    pub unread: BTreeMap<u64, Vec<Reset>>,
 }
 
 impl Seen {
@@ -628,6 +631,9 @@ impl Seen {
                 self.missed.insert((event.netns, event.port as u16));
             }
             wire::event_kind::EVENT_BULK => self.bulk = true,
+            wire::event_kind::EVENT_UNREAD => {
+                self.unread.entry(event.netns).or_default().push(event.into());
+            }
             // Another build's program.
             _ => {}
         }

@@ -58,7 +58,6 @@ const TRIALS: &[(&str, Hurts, Trial)] = &[
     ("FIONREAD", Hurts::Apps, fionread),
     ("splice(2)", Hurts::Apps, splice_out),
     ("MSG_OOB", Hurts::Apps, out_of_band),
-    ("shutting down, then closing with unread bytes", Hurts::Apps, close_after_shutdown),
     ("writing after a reset", Hurts::Apps, write_after_reset),
     ("SO_RCVLOWAT", Hurts::Apps, low_water),
     ("a short read taken for the end", Hurts::Apps, short_read),
@@ -446,19 +445,6 @@ fn out_of_band(bench: &Bench) -> Result<()> {
         ensure!(start.elapsed() < PATIENCE / 20, "the urgent byte does not come");
     }
     ensure!(data == *b"!", "another byte is taken for the urgent one");
-    Ok(())
-}
-
-/// Closing with unread bytes is a matter of bpf/reset.h, and of a FIN, which has been sent here.
-fn close_after_shutdown(bench: &Bench) -> Result<()> {
-    let (mut writer, reader) = bench.pair()?;
-    put(&mut writer, &bytes(0, 100))?;
-    reader.shutdown(Shutdown::Write)?;
-    expect_end(&mut writer)?;
-    drop(reader);
-    let epoll = Epoll::new(EpollCreateFlags::empty())?;
-    epoll.add(&writer, EpollEvent::empty())?;
-    ensure!(edge(&epoll, PATIENCE / 20)?, "the writer is not told that nobody reads");
     Ok(())
 }
 

@@ -1,16 +1,20 @@
 //! The kernel's structs as bytes, and between them and the agent's own types.
 
-use std::{mem::size_of, net::IpAddr};
+use std::{
+    mem::size_of,
+    net::{IpAddr, SocketAddr},
+};
 
 use anyhow::{Result, ensure};
 
 pub(crate) use super::skel::types::{
-    addr, cidr_rule_key, if_key, leg, listener_key, local_key, pod, pod_flag, pod_record,
-    port_rule_key, rule_set, splice, splice_key, splice_leg, splice_state, swept, uid_rule_key,
+    addr, cidr_rule_key, event, event_kind, if_key, leg, listener_key, local_key, pod, pod_flag,
+    pod_record, port_rule_key, rule_set, splice, splice_key, splice_leg, splice_state, swept,
+    uid_rule_key,
 };
-pub(crate) use super::skel_inbound::types::{event, event_kind};
 use crate::{
     desired::{CidrRule, MAX_NETNS, MAX_POD, MAX_UID, PodRow, PortRule, Record, RuleSet, UidRule},
+    reset::Reset,
     splice::LegState,
 };
 
@@ -92,6 +96,19 @@ impl From<addr> for IpAddr {
             bytes.copy_from_slice(&word.to_ne_bytes());
         }
         std::net::Ipv6Addr::from(octets).to_canonical()
+    }
+}
+
+/// Of an `EVENT_UNREAD`.
+impl From<event> for Reset {
+    fn from(event: event) -> Self {
+        let end = &event.end;
+        Self {
+            from: SocketAddr::new(end.local.into(), end.lport),
+            to: SocketAddr::new(end.remote.into(), end.rport),
+            sent: event.sent,
+            received: event.received,
+        }
     }
 }
 

@@ -1,0 +1,67 @@
+//! Resets that TCP itself did not send: of connections that were shut down, and then closed with
+//! unread bytes that TCP knows nothing of. bpf/reset.h tells of them.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, bail};
+use etherparse::TcpHeader;
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// A reset, as the end that was closed would have sent it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reset {
+    /// The end that was closed.
+    pub from: SocketAddr,
+    /// The end that is to be told.
+    pub to: SocketAddr,
+    /// The next sequence number that the closed end would have sent.
+    pub sent: u32,
+    /// And the next one that it would have received.
+    pub received: u32,
+}
+
+impl Reset {
+    /// Sends it, in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// Where the kernel refuses: it takes CAP_NET_RAW.
+    pub fn send(&self) -> Result<()> {
+        let Self { from, to, .. } = self;
+        self.try_send().with_context(|| format!("cannot reset {to} in the name of {from}"))
+    }
+
+    fn try_send(&self) -> Result<()> {
+        let packet = self.packet()?;
+        let domain = Domain::for_address(self.from);
+        let raw = Socket::new(domain, Type::RAW, Some(Protocol::TCP))?;
+        // Of captured connections' addresses, a route alone says that they are local.
+        if domain == Domain::IPV4 {
+            raw.set_freebind_v4(true)?;
+        } else {
+            raw.set_freebind_v6(true)?;
+        }
+        // Where a raw socket's address has a port, the kernel takes it for a protocol.
+        let [from, to] = [self.from.ip(), self.to.ip()].map(|ip| SocketAddr::new(ip, 0));
+        raw.bind(&from.into())?;
+        raw.send_to(&packet, &to.into())?;
+        Ok(())
+    }
+
+    /// A TCP header, and nothing behind it.
+    fn packet(&self) -> Result<Vec<u8>> {
+        let mut header = TcpHeader::new(self.from.port(), self.to.port(), self.sent, 0);
+        header.rst = true;
+        header.ack = true;
+        header.acknowledgment_number = self.received;
+        header.checksum = match (self.from, self.to) {
+            (SocketAddr::V4(from), SocketAddr::V4(to)) => {
+                header.calc_checksum_ipv4_raw(from.ip().octets(), to.ip().octets(), &[])?
+            }
+            (SocketAddr::V6(from), SocketAddr::V6(to)) => {
+                header.calc_checksum_ipv6_raw(from.ip().octets(), to.ip().octets(), &[])?
+            }
+            _ => bail!("its ends are of two families"),
+        };
+        Ok(header.to_bytes().to_vec())
+    }
+}
