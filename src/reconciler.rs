@@ -248,10 +248,19 @@ impl Reconciler {
         end + spent.max(wait)
     }
 
+    /// A namespace with spliced connections: of a pod, or of one that has left. Where a process
+    /// leads to it, that of an enrolled pod is the younger one.
+    fn spliced(&self, cookie: u64) -> Result<Netns> {
+        match self.pods.get(&cookie) {
+            Some(pod) => Netns::open_as(&pod.netns.path, cookie),
+            None => self.dataplane.filtered(cookie),
+        }
+    }
+
     /// Wakes writers in these namespaces.
     fn wake_writers(&self, cookies: &BTreeSet<u64>) {
         for cookie in cookies {
-            let netns = self.dataplane.filtered(*cookie);
+            let netns = self.spliced(*cookie);
             if let Err(error) = netns.and_then(|netns| self.dataplane.wake_writers(&netns)) {
                 warn!(cookie, "cannot wake writers: {error:#}");
             }
@@ -263,7 +272,7 @@ impl Reconciler {
         for (cookie, resets) in unread {
             let complain = |error| warn!(cookie, "closed with unread bytes: {error:#}");
             let send = || resets.iter().filter_map(|reset| reset.send().err()).for_each(complain);
-            let netns = self.dataplane.filtered(*cookie);
+            let netns = self.spliced(*cookie);
             if let Err(error) = netns.and_then(|netns| netns.inside(send)) {
                 complain(error);
             }
