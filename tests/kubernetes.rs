@@ -272,7 +272,7 @@ fn the_charts_capabilities_are_enough() {
         chart.split("drop: [ALL]").nth(1).and_then(|text| text.split("volumeMounts:").next());
     let names = added.expect("a list").lines().filter_map(|line| line.trim().strip_prefix("- "));
     let names: Vec<String> = names.map(|name| format!("+{}", name.to_lowercase())).collect();
-    assert_eq!(names.len(), 6, "{names:?}");
+    assert_eq!(names.len(), 7, "{names:?}");
     let mut cluster = Cluster::with_capabilities("k8s-caps", &names.join(","));
     cluster.in_force();
     let fresh = cluster.api.put(pending(&cluster.a)).expect("created");
@@ -290,7 +290,7 @@ fn the_charts_capabilities_are_enough() {
 
 #[test]
 fn a_missing_capability_is_named() {
-    let few = "+bpf,+perfmon,+net_admin,+sys_admin,+dac_read_search";
+    let few = "+bpf,+perfmon,+net_admin,+net_raw,+sys_admin,+dac_read_search";
     let mut cluster = Cluster::with_capabilities("k8s-ptrace", few);
     cluster.in_force();
     let object = running(&cluster.a);
