@@ -22,6 +22,7 @@
 const volatile __u64 netns_cookie;
 /* Whether this kernel tells the interface that a connection comes from (Linux 5.17). */
 const volatile __u8 tells_interface;
+
 static __always_inline bool steer_to_family(struct bpf_sk_lookup *ctx, __u16 family, __u16 port)
 {
 	struct listener_key key = { .netns = netns_cookie, .family = family, .port = port };

@@ -168,7 +168,10 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
-/* struct event. Programs write; agent reads. A full ring loses events, which is harmless. */
+/*
+ * struct event. Programs write; agent reads. A full ring loses events: a missing listener is told
+ * of again, bulk is seen by the next sweep, and what is not reset learns it at its second write.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 64 * 1024);
