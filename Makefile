@@ -28,9 +28,6 @@ VM_TESTS     = budget inbound outbound unload sockets splice_memory
 SECONDS      = 60
 FUZZ_TARGETS = lists annotations manifests
 
-# Of `make e2e`: kind, or lab: a node without a cluster, made of this machine's own parts.
-CLUSTER = kind
-
 .PHONY: build help deps demo conformance test torture bench bench-control kernels check chart image e2e fuzz mutants fmt clean
 
 build: ## build the static release binary (default)
@@ -61,7 +58,6 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	@$(MAKE) --no-print-directory conformance ARGS=--quiet
 	$(DEBUG)/torture --seconds 24
 	$(DEBUG)/bench --smoke --out $(DEBUG)/../bench-smoke
-	@$(MAKE) --no-print-directory e2e CLUSTER=lab ARGS=
 	@$(MAKE) --no-print-directory chart
 	$(if $(TEST_KERNELS),TESTS='$(VM_TESTS)' scripts/kernels.sh $(TEST_KERNELS))
 
@@ -97,15 +93,8 @@ chart: ## lint, render, validate and pack the Helm chart: target/chart
 image: build ## a container image as an OCI archive: target/image; takes no docker
 	@scripts/image.py $(BIN) $${CARGO_TARGET_DIR:-target}/image
 
-e2e: ## scenarios in a kind cluster, and under a real mesh, MESH=istio; CLUSTER=lab: without a cluster (root)
-ifeq ($(CLUSTER),lab)
-	@scripts/deps.sh --e2e
-	$(MAKE) --no-print-directory build
-	cargo build -q -p sidestep-e2e
-	$(DEBUG)/e2e run --binary $(abspath $(BIN)) $(ARGS)
-else
+e2e: ## scenarios in a kind cluster, and under a real mesh, MESH=istio
 	@ARGS='$(ARGS)' e2e/kind/run.sh $(MESH)
-endif
 
 # Without a sanitizer, which a stable compiler doesn't have: what is fuzzed is safe Rust.
 fuzz: ## fuzz the parsers of what people write; SECONDS=300 for longer

@@ -4,7 +4,6 @@
 #   scripts/deps.sh            install what is missing; silent when nothing is
 #   scripts/deps.sh --check    only say what is missing (exit status 1 if anything is)
 #   scripts/deps.sh --fuzz     install what is missing, and what `make fuzz` takes beside
-#   scripts/deps.sh --e2e      install what is missing, and what the scenarios in e2e/ take beside
 #   scripts/deps.sh --chart    only what `make chart` takes: no root, no Rust
 #
 # Debian and Ubuntu, as root: all of it. Elsewhere, or not as root: prints what
@@ -43,13 +42,11 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 mode= # --check or --chart
 fuzz= # set for --fuzz
-e2e=  # set for --e2e
 case ${1:-} in
 '') ;;
 --check | --chart) mode=$1 ;;
 --fuzz) fuzz=1 ;;
---e2e) e2e=1 ;;
-*) die "usage: scripts/deps.sh [--check | --fuzz | --e2e | --chart]" ;;
+*) die "usage: scripts/deps.sh [--check | --fuzz | --chart]" ;;
 esac
 
 # --- What there is ----------------------------------------------------------
@@ -81,7 +78,6 @@ shellcheck shellcheck
 cpio cpio
 xz-utils xz
 zstd zstd
-protobuf-compiler protoc
 qemu-system-x86 qemu-system-x86_64
 END
     # What the plots of `make bench` are lettered with.
@@ -116,11 +112,6 @@ END
     python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
     # libFuzzer is C++.
     [ -z "$fuzz" ] || have g++ || echo g++
-    if [ -n "$e2e" ]; then
-        have containerd || echo containerd
-        have runc || echo runc
-        [ -x /usr/lib/cni/bridge ] || echo containernetworking-plugins
-    fi
 }
 
 have_envoy() {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the scenarios in a kind cluster of its own, then those that take a real
-# mesh: `e2e run --cluster kind` has the former, the latter are below.
+# mesh: `e2e run` has the former, the latter are below.
 #
 #   e2e/kind/run.sh [istio|linkerd|kuma|none]
 #
@@ -139,7 +139,7 @@ kind load image-archive "$archive" --name "$NAME"
 kind load image-archive "$OUT/pod.tar" --name "$NAME"
 
 # shellcheck disable=SC2086 # Several arguments.
-"$e2e" run --cluster kind --kind-name "$NAME" --logs "$OUT/scenarios" ${ARGS:-}
+"$e2e" run --kind-name "$NAME" --logs "$OUT/scenarios" ${ARGS:-}
 
 # --- Under a real mesh ---------------------------------------------------------------
 

@@ -1,46 +1,23 @@
-//! The agent under test, as scenarios see it: in the lab a process, with kind the chart's pod.
+//! The agent under test, as scenarios see it: the chart's pod.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use sidestep_lab::wait_until;
 
 use crate::Node;
+use crate::kind::Release;
 use crate::usage::Usage;
-
-/// How a cluster starts and ends the agent on the node. None of it waits until it is ready.
-pub trait Install {
-    /// Starts it, for the first time or after it was ended.
-    fn launch(&mut self) -> Result<()>;
-    /// SIGKILL; it stays away. The programs stay attached.
-    fn kill9(&mut self) -> Result<()>;
-    /// Ends it as for a new version, and waits for the end. The programs stay attached.
-    fn terminate(&mut self) -> Result<()>;
-    /// Replaces it by a build whose maps have another layout than its own, or by itself.
-    fn upgrade_to(&mut self, layout: Option<&str>) -> Result<()>;
-    /// Ends it and takes everything away. Nothing where that has been done.
-    fn uninstall(&mut self) -> Result<()>;
-    /// Deletes its DaemonSet, and waits until it has ended.
-    fn delete_daemonset(&mut self) -> Result<()>;
-    /// Its process on the node, where it runs.
-    fn pid(&mut self) -> Option<u32>;
-    /// Runs a command of its binary where it runs.
-    fn sidestep(&mut self, args: &[&str]) -> Result<String>;
-    /// What it has written.
-    fn log(&self) -> String;
-    /// The directory of its pins on the node.
-    fn bpffs(&self) -> String;
-}
 
 /// An agent, running or not. On drop it ends, and everything is taken away.
 pub struct Agent<'a> {
     node: &'a Node,
-    install: Box<dyn Install + 'a>,
+    release: Release<'a>,
 }
 
 impl<'a> Agent<'a> {
     /// Starts it and waits until it is ready.
-    pub fn start(node: &'a Node, install: Box<dyn Install + 'a>) -> Result<Self> {
-        let mut agent = Self { node, install };
+    pub fn start(node: &'a Node, release: Release<'a>) -> Result<Self> {
+        let mut agent = Self { node, release };
         agent.launch()?;
         agent.wait_ready()?;
         Ok(agent)
@@ -48,32 +25,32 @@ impl<'a> Agent<'a> {
 
     /// Starts it again after [`Agent::kill9`] or [`Agent::terminate`].
     pub fn launch(&mut self) -> Result<()> {
-        self.install.launch()
+        self.release.launch()
     }
 
     /// Kills it, and sees to it that it stays away. The programs stay attached.
     pub fn kill9(&mut self) -> Result<()> {
-        self.install.kill9()
+        self.release.kill9()
     }
 
     /// Ends it as for a new version. The programs stay attached.
     pub fn terminate(&mut self) -> Result<()> {
-        self.install.terminate()
+        self.release.terminate()
     }
 
     /// Replaces it by a build whose maps have another layout than its own, or by itself.
     pub fn upgrade_to(&mut self, layout: Option<&str>) -> Result<()> {
-        self.install.upgrade_to(layout)
+        self.release.upgrade_to(layout)
     }
 
     /// Ends it and takes everything away.
     pub fn uninstall(&mut self) -> Result<()> {
-        self.install.uninstall()
+        self.release.uninstall()
     }
 
     /// Ends it because its DaemonSet is deleted.
     pub fn delete_daemonset(&mut self) -> Result<()> {
-        self.install.delete_daemonset()
+        self.release.delete_daemonset()
     }
 
     /// Waits until `/readyz` says so.
@@ -118,25 +95,25 @@ impl<'a> Agent<'a> {
 
     /// What `sidestep status --output json` says.
     pub fn status(&mut self) -> Result<Value> {
-        let text = self.install.sidestep(&["status", "--output", "json"])?;
+        let text = self.release.sidestep(&["status", "--output", "json"])?;
         serde_json::from_str(&text).with_context(|| format!("the agent's status: {text}"))
     }
 
     /// Whether it runs.
     pub fn is_running(&mut self) -> bool {
-        self.install.pid().is_some()
+        self.release.pid().is_some()
     }
 
     /// What its process uses.
     pub fn usage(&mut self) -> Result<Usage> {
-        let pid = self.install.pid().context("the agent does not run")?;
+        let pid = self.release.pid().context("the agent does not run")?;
         let read = |file: &str| self.node.shell().read(&format!("/proc/{pid}/{file}"));
         Usage::parse(&read("stat")?, &read("status")?)
     }
 
     /// What it has written.
     pub fn log(&self) -> String {
-        self.install.log()
+        self.release.log()
     }
 
     /// The end of that, for error messages.
@@ -149,7 +126,7 @@ impl<'a> Agent<'a> {
 
     /// Fails when there are pins on the node.
     pub fn ensure_no_pins(&self) -> Result<()> {
-        let dir = self.install.bpffs();
+        let dir = self.release.bpffs();
         ensure!(!self.node.shell().exists(&dir)?, "{dir} is left on the node");
         Ok(())
     }
@@ -157,7 +134,7 @@ impl<'a> Agent<'a> {
 
 impl Drop for Agent<'_> {
     fn drop(&mut self) {
-        if let Err(err) = self.install.uninstall() {
+        if let Err(err) = self.release.uninstall() {
             eprintln!("e2e: {err:#}");
         }
     }

@@ -1,13 +1,9 @@
 //! A cluster of kind's, which `e2e/kind/run.sh` makes: its worker is the node, and the chart
 //! brings the agent.
 
-#[cfg(test)]
-mod tests;
-
 use std::cell::RefCell;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::apps::v1::DaemonSet;
@@ -19,8 +15,7 @@ use serde_json::{Value, json};
 use sidestep_lab::wait_until;
 
 use crate::Node;
-use crate::agent::Install;
-use crate::shell::{Run, Shell, run, text_of};
+use crate::shell::{Shell, text_of};
 
 /// The release, its namespace, and so the names of what the chart makes.
 const RELEASE: &str = "sidestep";
@@ -46,18 +41,12 @@ pub struct Kind {
 impl Kind {
     /// By its name.
     pub fn new(name: &str) -> Self {
-        Self::with(name, Arc::new(run))
-    }
-
-    fn with(name: &str, run: Run) -> Self {
         let (node, other) = (format!("{name}-worker"), format!("{name}-control-plane"));
-        let exec = |node: &str| {
-            Shell::new(&["docker", "exec", "--privileged", "-i", node], Arc::clone(&run))
-        };
+        let exec = |node: &str| Shell::new(&["docker", "exec", "--privileged", "-i", node]);
         Self {
             shell: exec(&node),
             control_plane: exec(&other),
-            here: Shell::new(&[], Arc::clone(&run)),
+            here: Shell::new(&[]),
             agent_log: RefCell::default(),
             node,
         }
@@ -113,7 +102,7 @@ impl Kind {
 }
 
 /// The chart's release. The node's label decides whether its agent is there: when it goes, the
-/// DaemonSet ends its pod as for a new version.
+/// DaemonSet ends its pod as for a new version. Nothing here waits until the agent is ready.
 pub struct Release<'a> {
     node: &'a Node,
     kind: &'a Kind,
@@ -154,10 +143,9 @@ impl<'a> Release<'a> {
         };
         wait_until("the agent's pod to be gone", self.node.patience(), gone)
     }
-}
 
-impl Install for Release<'_> {
-    fn launch(&mut self) -> Result<()> {
+    /// Starts it, for the first time or after it was ended.
+    pub fn launch(&mut self) -> Result<()> {
         self.label(Some("here"))?;
         if !self.installed {
             // Before it is: what fails half way is to be removed as well.
@@ -172,19 +160,22 @@ impl Install for Release<'_> {
         Ok(())
     }
 
-    fn kill9(&mut self) -> Result<()> {
+    /// SIGKILL; it stays away. The programs stay attached.
+    pub fn kill9(&mut self) -> Result<()> {
         let pid = self.pid().context("the agent does not run")?;
         self.kind.shell.run(&["kill", "-9", &pid.to_string()])?;
         // Or the kubelet starts it again.
         self.terminate()
     }
 
-    fn terminate(&mut self) -> Result<()> {
+    /// Ends it as for a new version, and waits for the end. The programs stay attached.
+    pub fn terminate(&mut self) -> Result<()> {
         self.label(None)?;
         self.wait_gone()
     }
 
-    fn upgrade_to(&mut self, layout: Option<&str>) -> Result<()> {
+    /// Replaces it by a build whose maps have another layout than its own, or by itself.
+    pub fn upgrade_to(&mut self, layout: Option<&str>) -> Result<()> {
         self.layout = layout.map(str::to_owned);
         let daemonset = self.node.get::<DaemonSet>(DAEMONSET)?.context("there is no DaemonSet")?;
         let template = daemonset.spec.context("a DaemonSet without spec")?.template;
@@ -197,7 +188,8 @@ impl Install for Release<'_> {
         })
     }
 
-    fn uninstall(&mut self) -> Result<()> {
+    /// Ends it and takes everything away. Nothing where that has been done.
+    pub fn uninstall(&mut self) -> Result<()> {
         if !self.installed {
             return Ok(());
         }
@@ -211,16 +203,19 @@ impl Install for Release<'_> {
         self.label(None)
     }
 
-    fn delete_daemonset(&mut self) -> Result<()> {
+    /// Deletes its DaemonSet, and waits until it has ended.
+    pub fn delete_daemonset(&mut self) -> Result<()> {
         self.node.delete::<DaemonSet>(DAEMONSET)?;
         self.wait_gone()
     }
 
-    fn pid(&mut self) -> Option<u32> {
+    /// Its process on the node, where it runs.
+    pub fn pid(&mut self) -> Option<u32> {
         self.kind.shell.run(&["pgrep", "-o", "-x", "sidestep"]).ok()?.trim().parse().ok()
     }
 
-    fn sidestep(&mut self, args: &[&str]) -> Result<String> {
+    /// Runs a command of its binary where it runs.
+    pub fn sidestep(&mut self, args: &[&str]) -> Result<String> {
         let pid = self.pid().context("the agent does not run")?.to_string();
         let mut argv = vec!["nsenter", "-t", &pid, "--mount", "--", "/sidestep"];
         argv.extend(args);
@@ -228,12 +223,14 @@ impl Install for Release<'_> {
         self.kind.shell.run(&argv)
     }
 
-    fn log(&self) -> String {
+    /// What it has written.
+    pub fn log(&self) -> String {
         let log = self.kind.shell.script("cat /var/log/pods/sidestep_*/agent/*.log", &[]);
         log.map_or_else(|err| format!("{err:#}"), |log| text_of(&log))
     }
 
-    fn bpffs(&self) -> String {
+    /// The directory of its pins on the node.
+    pub fn bpffs(&self) -> String {
         "/sys/fs/bpf/sidestep".to_owned()
     }
 }

@@ -1,13 +1,10 @@
-//! A whole node for scenarios of Sidestep's Kubernetes mode: a small API server, a small kubelet,
-//! real containerd, runc and CNI.
+//! For scenarios of Sidestep's Kubernetes mode: a node of a kind cluster, and the agent on it.
 #![forbid(unsafe_code)]
 
 pub mod agent;
 pub mod apiserver;
-pub mod cri;
+pub mod image;
 pub mod kind;
-pub mod kubelet;
-pub mod lab;
 pub mod node;
 pub mod shell;
 pub mod usage;

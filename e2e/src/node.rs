@@ -1,11 +1,11 @@
-//! A node of a cluster, and the pods that scenarios have on it. What the lab and kind have in
-//! common is here: pods by the Kubernetes API, and commands on the node.
+//! A node of a cluster, and the pods that scenarios have on it: pods by the Kubernetes API, and
+//! commands on the node.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -13,7 +13,7 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use k8s_openapi::api::events::v1::Event;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::KubeConfigOptions;
 use kube::{Api, Client, Config, Resource};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -22,22 +22,19 @@ use sidestep_lab::{Seen, wait_for, wait_until};
 use tokio::runtime::{self, Runtime};
 use tokio::time::timeout;
 
-use crate::ApiServer;
 use crate::agent::Agent;
+use crate::image::IMAGE;
 use crate::kind::{Kind, Release};
-use crate::lab::{IMAGE, LabNode, Process};
 use crate::shell::{Shell, text_of};
 
 /// The namespace of the scenarios' pods.
 pub const NAMESPACE: &str = "shop";
+/// CNI's configuration on the node.
+const CNI_CONF: &str = "/etc/cni/net.d";
+/// Where the agent's plugin is while it is installed.
+pub const PLUGIN: &str = "/opt/cni/bin/sidestep-cni";
 /// How long one answer of the API server may take.
 const ANSWER: Duration = Duration::from_secs(10);
-
-/// What a cluster is made of.
-enum Cluster {
-    Lab(Box<LabNode>),
-    Kind(Kind),
-}
 
 /// A node. Pods are named `NAME`, which are in the namespace `shop`, or `NAMESPACE/NAME`.
 pub struct Node {
@@ -45,44 +42,24 @@ pub struct Node {
     client: Client,
     /// Of the pods that were created. Also known while the API server is away.
     uids: RefCell<BTreeMap<String, String>>,
-    cluster: Cluster,
+    kind: Kind,
 }
 
 impl Node {
-    /// A node of the lab's, which goes with this.
-    pub fn lab() -> Result<Self> {
-        let lab = LabNode::start()?;
-        let kubeconfig = Kubeconfig::read_from(lab.kubeconfig())?;
-        Self::new(Cluster::Lab(Box::new(lab)), Some(kubeconfig))
-    }
-
     /// The worker of a kind cluster, which the kubeconfig in use is about. What earlier scenarios
     /// left is removed.
-    pub fn kind(cluster: &str) -> Result<Self> {
-        Self::of_kind(Kind::new(cluster), None)
-    }
-
-    pub(crate) fn of_kind(kind: Kind, kubeconfig: Option<Kubeconfig>) -> Result<Self> {
-        let node = Self::new(Cluster::Kind(kind), kubeconfig)?;
-        node.make_namespace()?;
-        Ok(node)
-    }
-
-    fn new(cluster: Cluster, kubeconfig: Option<Kubeconfig>) -> Result<Self> {
+    pub fn new(cluster: &str) -> Result<Self> {
         let runtime = runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .context("making a runtime")?;
         let client = runtime.block_on(async {
-            let config = match kubeconfig {
-                Some(file) => {
-                    Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?
-                }
-                None => Config::from_kubeconfig(&KubeConfigOptions::default()).await?,
-            };
+            let config = Config::from_kubeconfig(&KubeConfigOptions::default()).await?;
             Client::try_from(config).context("making a client of the API server")
         })?;
-        Ok(Self { runtime, client, uids: RefCell::default(), cluster })
+        let node = Self { runtime, client, uids: RefCell::default(), kind: Kind::new(cluster) };
+        node.make_namespace()?;
+        Ok(node)
     }
 
     /// With the namespace `shop` and nothing in it.
@@ -107,77 +84,32 @@ impl Node {
         })
     }
 
-    /// The lab's own parts.
-    pub fn own(&self) -> Result<&LabNode> {
-        match &self.cluster {
-            Cluster::Lab(lab) => Ok(lab),
-            Cluster::Kind(_) => bail!("this is for the lab's node"),
-        }
-    }
-
-    #[cfg(test)]
-    pub(crate) fn as_kind(&self) -> Option<&Kind> {
-        match &self.cluster {
-            Cluster::Lab(_) => None,
-            Cluster::Kind(kind) => Some(kind),
-        }
-    }
-
-    /// The lab's API server; none where there is a real one.
-    pub fn server(&self) -> Option<&ApiServer> {
-        self.own().ok().map(LabNode::server)
-    }
-
     /// For commands on the node.
     pub fn shell(&self) -> &Shell {
-        match &self.cluster {
-            Cluster::Lab(lab) => lab.shell(),
-            Cluster::Kind(kind) => kind.shell(),
-        }
+        self.kind.shell()
     }
 
     /// How long a pod or the agent may take to come up or go.
     pub fn patience(&self) -> Duration {
-        match &self.cluster {
-            Cluster::Lab(_) => Duration::from_secs(30),
-            Cluster::Kind(_) => Duration::from_secs(120),
-        }
+        Duration::from_secs(120)
     }
 
     /// Installs the agent with its CNI plugin, which waits for that many seconds when the agent is
-    /// away, and waits until it is ready. `binary` is what the lab starts; with kind the image has
-    /// it.
-    pub fn agent(&self, binary: &Path, cni_timeout: u32) -> Result<Agent<'_>> {
-        match &self.cluster {
-            Cluster::Lab(lab) => {
-                Agent::start(self, Box::new(Process::new(lab, binary, cni_timeout)?))
-            }
-            Cluster::Kind(kind) => {
-                Agent::start(self, Box::new(Release::new(self, kind, cni_timeout)))
-            }
-        }
+    /// away, and waits until it is ready.
+    pub fn agent(&self, cni_timeout: u32) -> Result<Agent<'_>> {
+        Agent::start(self, Release::new(self, &self.kind, cni_timeout))
     }
 
     /// Stops the API server, and waits until it does not answer.
     pub fn stop_api(&self) -> Result<()> {
-        match &self.cluster {
-            Cluster::Lab(lab) => lab.server().stop(),
-            Cluster::Kind(kind) => {
-                kind.stop_api()?;
-                wait_until("the API server to be gone", self.patience(), || !self.has_api())
-            }
-        }
+        self.kind.stop_api()?;
+        wait_until("the API server to be gone", self.patience(), || !self.has_api())
     }
 
     /// Starts it again, and waits until it answers.
     pub fn resume_api(&self) -> Result<()> {
-        match &self.cluster {
-            Cluster::Lab(lab) => lab.server().resume(),
-            Cluster::Kind(kind) => {
-                kind.resume_api()?;
-                wait_until("the API server to be back", self.patience(), || self.has_api())
-            }
-        }
+        self.kind.resume_api()?;
+        wait_until("the API server to be back", self.patience(), || self.has_api())
     }
 
     fn has_api(&self) -> bool {
@@ -186,25 +118,13 @@ impl Node {
 
     /// Whether the agent may list pods.
     pub fn allow_lists(&self, allowed: bool) -> Result<()> {
-        match &self.cluster {
-            Cluster::Lab(lab) if allowed => lab.server().allow("list", "pods"),
-            Cluster::Lab(lab) => lab.server().forbid("list", "pods"),
-            Cluster::Kind(kind) => kind.allow_lists(self, allowed)?,
-        }
-        Ok(())
+        self.kind.allow_lists(self, allowed)
     }
 
     /// Asks the API server.
-    pub fn api<T: Send>(
-        &self,
-        ask: impl AsyncFnOnce(Client) -> kube::Result<T> + Send,
-    ) -> Result<T> {
-        let (runtime, client) = (&self.runtime, self.client.clone());
-        let asked = move || runtime.block_on(async { timeout(ANSWER, ask(client)).await });
-        let answer = match &self.cluster {
-            Cluster::Lab(lab) => lab.lab().on_node(asked)?,
-            Cluster::Kind(_) => asked(),
-        };
+    pub fn api<T>(&self, ask: impl AsyncFnOnce(Client) -> kube::Result<T>) -> Result<T> {
+        let client = self.client.clone();
+        let answer = self.runtime.block_on(async { timeout(ANSWER, ask(client)).await });
         Ok(answer.context("the API server does not answer")??)
     }
 
@@ -250,16 +170,12 @@ impl Node {
                 }
             }
         }
-        let node = match &self.cluster {
-            Cluster::Lab(_) => crate::lab::NODE,
-            Cluster::Kind(kind) => kind.node(),
-        };
         let (namespace, short) = split(name);
         let mut pod = json!({"metadata": metadata, "spec": spec});
         pod["metadata"]["name"] = json!(short);
         pod["metadata"]["namespace"] = json!(namespace);
         for (key, value) in [
-            ("nodeName", json!(node)),
+            ("nodeName", json!(self.kind.node())),
             ("terminationGracePeriodSeconds", json!(1)),
             ("restartPolicy", json!("Never")),
             ("automountServiceAccountToken", json!(false)),
@@ -341,14 +257,10 @@ impl Node {
 
     /// What a container has written so far.
     pub fn log(&self, pod: &str, container: &str) -> String {
-        let dir = match &self.cluster {
-            Cluster::Lab(lab) => lab.pod_logs(),
-            Cluster::Kind(_) => PathBuf::from("/var/log/pods"),
-        };
         let uid = self.uids.borrow().get(pod).cloned().unwrap_or_default();
         let (namespace, name) = split(pod);
-        let file = dir.join(format!("{namespace}_{name}_{uid}/{container}/0.log"));
-        text_of(&self.shell().read(&file.to_string_lossy()).unwrap_or_default())
+        let file = format!("/var/log/pods/{namespace}_{name}_{uid}/{container}/0.log");
+        text_of(&self.shell().read(&file).unwrap_or_default())
     }
 
     /// A process of the pod that has `e2e-pod` in its root directory.
@@ -380,26 +292,13 @@ impl Node {
 
     /// The file of CNI's configuration, and what is in it.
     pub fn conflist(&self) -> Result<(String, Value)> {
-        let dir = self.cni_dirs().0;
-        let names = self.shell().run(&["ls", &dir])?;
+        let names = self.shell().run(&["ls", CNI_CONF])?;
         let name = names.lines().find(|name| name.ends_with(".conflist"));
-        let file = format!("{dir}/{}", name.with_context(|| format!("{dir} has no conflist"))?);
+        let name = name.with_context(|| format!("{CNI_CONF} has no conflist"))?;
+        let file = format!("{CNI_CONF}/{name}");
         let text = self.shell().read(&file)?;
         let value = serde_json::from_str(&text).with_context(|| format!("{file}: {text:?}"))?;
         Ok((file, value))
-    }
-
-    /// Where the agent's plugin is while it is installed.
-    pub fn plugin(&self) -> String {
-        format!("{}/sidestep-cni", self.cni_dirs().1)
-    }
-
-    /// Of CNI: the configuration's, the plugins'.
-    fn cni_dirs(&self) -> (String, String) {
-        match &self.cluster {
-            Cluster::Lab(lab) => lab.cni_dirs(),
-            Cluster::Kind(_) => ("/etc/cni/net.d".to_owned(), "/opt/cni/bin".to_owned()),
-        }
     }
 
     /// Where host-local chooses the next address from: a file with the last one that was given.
@@ -416,20 +315,15 @@ impl Node {
 
     /// Keeps the logs for a look: in the directory `dir`.
     pub fn keep_logs(&self, dir: &Path) -> Result<()> {
-        match &self.cluster {
-            Cluster::Lab(lab) => lab.keep_logs(dir),
-            Cluster::Kind(kind) => kind.keep_logs(dir),
-        }
+        self.kind.keep_logs(dir)
     }
 }
 
 impl Drop for Node {
     fn drop(&mut self) {
-        if let Cluster::Kind(_) = self.cluster {
-            for pod in self.uids.take().keys() {
-                if let Err(err) = self.delete::<Pod>(pod) {
-                    eprintln!("e2e: deleting the pod {pod}: {err:#}");
-                }
+        for pod in self.uids.take().keys() {
+            if let Err(err) = self.delete::<Pod>(pod) {
+                eprintln!("e2e: deleting the pod {pod}: {err:#}");
             }
         }
     }

@@ -1,16 +1,10 @@
-//! Commands on a node, whichever way they get there: by `nsenter` in the lab, by `docker exec`
-//! with kind. Nodes have a shell, coreutils, util-linux, iproute2 and procps.
+//! Commands on a node. It has a shell, coreutils, util-linux, iproute2 and procps.
 
 use std::net::SocketAddr;
 use std::str::FromStr as _;
-use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use sidestep_lab::Seen;
-
-/// Runs a command with this input to its end, and gives what it wrote to stdout. Fails with what
-/// it wrote to both when its status is not 0.
-pub type Run = Arc<dyn Fn(&[String], &str) -> Result<String> + Send + Sync>;
 
 /// Where the agent answers `/readyz` and `/metrics` on its node.
 pub const HTTP: &str = "127.0.0.1:9465";
@@ -18,24 +12,24 @@ pub const HTTP: &str = "127.0.0.1:9465";
 /// A node, as a place for commands.
 pub struct Shell {
     prefix: Vec<String>,
-    run: Run,
 }
 
 impl Shell {
     /// The arguments that get a command onto the node.
-    pub fn new(prefix: &[&str], run: Run) -> Self {
-        Self { prefix: owned(prefix), run }
+    pub fn new(prefix: &[&str]) -> Self {
+        Self { prefix: prefix.iter().map(|arg| (*arg).to_owned()).collect() }
     }
 
-    /// Runs a command on the node.
+    /// Runs a command on the node to its end, and gives what it wrote to stdout. Fails with what it
+    /// wrote to both when its status is not 0.
     pub fn run(&self, argv: &[&str]) -> Result<String> {
         self.feed(argv, "")
     }
 
     /// The same, with this input.
     pub fn feed(&self, argv: &[&str], input: &str) -> Result<String> {
-        let all = [self.prefix.clone(), owned(argv)].concat();
-        (self.run)(&all, input)
+        let prefix = self.prefix.iter().map(String::as_str);
+        sidestep_lab::feed(&prefix.chain(argv.iter().copied()).collect::<Vec<_>>(), input)
     }
 
     /// Runs a script of the shell.
@@ -65,8 +59,7 @@ impl Shell {
         Ok(!said.is_empty())
     }
 
-    /// A process of the pod with this uid that has `e2e-pod` in its root directory: of a
-    /// container, and in the lab of the sandbox as well.
+    /// A process of the pod with this uid that has `e2e-pod` in its root directory.
     pub fn process(&self, uid: &str) -> Result<u32> {
         // By the cgroup's name, which the two drivers write each in its way.
         let script = "for file in $(grep -lE \"pod($1|$2)\" /proc/[0-9]*/cgroup 2>/dev/null); do \
@@ -111,19 +104,10 @@ impl Shell {
     }
 }
 
-fn owned(argv: &[&str]) -> Vec<String> {
-    argv.iter().map(|arg| (*arg).to_owned()).collect()
-}
-
 /// The text in a container's log as the runtime writes it: `TIME STREAM F TEXT`.
 pub fn text_of(log: &str) -> String {
     let lines = log.lines().filter_map(|line| line.splitn(4, ' ').nth(3));
     lines.map(|line| format!("{line}\n")).collect()
-}
-
-/// Runs a command on this machine: a [`Run`].
-pub fn run(argv: &[String], input: &str) -> Result<String> {
-    sidestep_lab::feed(argv, input)
 }
 
 #[cfg(test)]
@@ -132,7 +116,7 @@ mod tests {
 
     #[test]
     fn on_this_very_machine() -> Result<()> {
-        let shell = Shell::new(&["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"], Arc::new(run));
+        let shell = Shell::new(&["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"]);
         let dir = tempfile::tempdir()?;
         let file = dir.path().join("a b").to_string_lossy().into_owned();
         assert!(!shell.exists(&file)?);

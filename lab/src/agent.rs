@@ -22,7 +22,7 @@ use crate::process::Process;
 use crate::wait::{wait_for, wait_until};
 
 /// Where nodes have the bpf file system.
-pub const BPFFS: &str = "/sys/fs/bpf";
+pub(crate) const BPFFS: &str = "/sys/fs/bpf";
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
@@ -323,7 +323,7 @@ impl Drop for Agent {
 }
 
 /// Mounts the bpf file system where nodes have it, if it is not there yet.
-pub fn mount_bpffs() -> Result<()> {
+fn mount_bpffs() -> Result<()> {
     if statfs(BPFFS).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC) {
         return Ok(());
     }

@@ -1,7 +1,6 @@
 //! The lab's control groups (v2). A socket belongs to the cgroup of the process that made it,
 //! so this process itself moves into the lab's cgroup for as long as there is a lab.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process;
@@ -28,18 +27,6 @@ pub(crate) fn v2_root() -> Result<PathBuf> {
         })
         .map(PathBuf::from)
         .context("no cgroup2 file system is mounted")
-}
-
-/// Kills and removes what container runtimes made of the same name in the hierarchies of
-/// cgroup v1, on machines that have both.
-pub(crate) fn remove_v1(name: &OsStr) -> Result<()> {
-    let mounts = fs::read_to_string("/proc/mounts").context("reading /proc/mounts")?;
-    let mut v1 = mounts.lines().filter_map(|line| {
-        let mut fields = line.split(' ').skip(1);
-        let dir = fields.next()?;
-        (fields.next()? == "cgroup").then(|| Path::new(dir).join(name))
-    });
-    v1.try_for_each(|dir| remove(&dir))
 }
 
 struct Shared {
@@ -94,8 +81,7 @@ impl Drop for LabCgroup {
             for pid in pids(&shared.dir) {
                 let _ = fs::write(shared.home.join("cgroup.procs"), pid.to_string());
             }
-            remove(&shared.dir)?;
-            shared.dir.file_name().map_or(Ok(()), remove_v1)
+            remove(&shared.dir)
         };
         if let Err(err) = leave() {
             eprintln!("lab: {err:#}");

@@ -1,24 +1,20 @@
 //! The lab: one node, which is a network namespace with a bridge.
 
 use std::env;
-use std::ffi::OsStr;
 use std::fs;
 use std::net::IpAddr;
-use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
-use std::process::{self, Command};
+use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use anyhow::{Context, Result, ensure};
-use nix::mount::{MntFlags, umount2};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::geteuid;
 
 use crate::cgroup::{self, ChildCgroup, LabCgroup};
-use crate::netns::{self, Netns};
+use crate::netns::Netns;
 use crate::pod::{Pod, PodNet};
-use crate::process::Process;
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
@@ -75,39 +71,9 @@ impl Lab {
         Pod::new(self.inner.clone(), name, net).with_context(|| format!("making the pod {name}"))
     }
 
-    /// Runs `work` in a thread inside any network namespace, with that owner of new sockets.
-    pub fn in_netns<T: Send>(
-        path: &Path,
-        uid: u32,
-        gid: u32,
-        work: impl FnOnce() -> T + Send,
-    ) -> Result<T> {
-        netns::run(path, uid, gid, work)
-    }
-
     /// Runs `work` as root in a thread inside the node's namespace, where the kubelet would be.
     pub fn on_node<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         self.inner.node.run(0, 0, work)
-    }
-
-    /// Starts a child process as root in the node's namespace. Its output goes into the file
-    /// `NAME.log` in the lab's directory, at its end if there is one.
-    pub fn spawn_on_node<S: AsRef<OsStr>>(
-        &self,
-        name: &str,
-        argv: impl IntoIterator<Item = S>,
-    ) -> Result<Service> {
-        let number = self.inner.files.fetch_add(1, Ordering::Relaxed);
-        let cgroup = self.inner.leaf_cgroup(&format!("{name}-{number}"))?;
-        let script = "echo $$ >\"$1/cgroup.procs\" && shift && exec \"$@\"";
-        let mut command = Command::new("nsenter");
-        command
-            .arg(format!("--net={}", self.inner.node.path().display()))
-            .args(["--", "sh", "-c", script, "sh"])
-            .arg(&cgroup.0)
-            .args(argv);
-        let log = self.dir().join(format!("{name}.log"));
-        Ok(Service { process: Process::start(name, &mut command, log)?, _cgroup: cgroup })
     }
 
     /// Gives the node one more address, such as a ClusterIP that a test wants answered.
@@ -174,26 +140,6 @@ impl Drop for LeafCgroup {
     }
 }
 
-/// A child process on the node. On drop it is killed, and with it all that it has started.
-pub struct Service {
-    process: Process,
-    _cgroup: LeafCgroup,
-}
-
-impl Deref for Service {
-    type Target = Process;
-
-    fn deref(&self) -> &Process {
-        &self.process
-    }
-}
-
-impl DerefMut for Service {
-    fn deref_mut(&mut self) -> &mut Process {
-        &mut self.process
-    }
-}
-
 /// A directory below the system's one for temporary files, removed on drop.
 pub(crate) struct TempDir(PathBuf);
 
@@ -211,25 +157,8 @@ impl TempDir {
 
 impl Drop for TempDir {
     fn drop(&mut self) {
-        if let Err(err) = unmount_below(&self.0) {
-            eprintln!("lab: {err:#}");
-            return;
-        }
         let _ = fs::remove_dir_all(&self.0);
     }
-}
-
-/// Unmounts whatever is mounted below `dir`: nothing of it may be removed in its place.
-pub(crate) fn unmount_below(dir: &Path) -> Result<()> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context("reading mountinfo")?;
-    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
-    // What was mounted last comes last, and goes first.
-    let below: Vec<&Path> = points.filter(|point| point.starts_with(dir)).collect();
-    for point in below.iter().rev() {
-        umount2(*point, MntFlags::MNT_DETACH)
-            .with_context(|| format!("unmounting {}", point.display()))?;
-    }
-    Ok(())
 }
 
 /// Thousands of connections have both their ends in this process.

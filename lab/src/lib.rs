@@ -31,7 +31,7 @@ pub use cgroup::{ChildCgroup, MemoryCgroups};
 pub use client::{Answer, ask, connect, http_get};
 pub use cmd::feed;
 pub use envoy::{Envoy, EnvoyOpts, Twin};
-pub use lab::{Lab, Service};
+pub use lab::Lab;
 pub use pod::{Pod, PodNet};
 pub use process::Process;
 pub use seen::Seen;

@@ -10,7 +10,6 @@ use anyhow::{Context, Result};
 use crate::agent::BPFFS;
 use crate::cgroup;
 use crate::cmd;
-use crate::lab::unmount_below;
 use crate::netns;
 
 /// What one process made: all of it has the process id in its name.
@@ -56,9 +55,7 @@ pub fn remove(leftover: &Leftover) -> Result<()> {
     for dir in &leftover.directories {
         if dir.parent() == Some(&root) {
             cgroup::remove(dir)?;
-            dir.file_name().map_or(Ok(()), cgroup::remove_v1)?;
         } else {
-            unmount_below(dir)?;
             fs::remove_dir_all(dir).with_context(|| format!("removing {}", dir.display()))?;
         }
     }

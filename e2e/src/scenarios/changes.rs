@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 use sidestep_e2e::Node;
+use sidestep_e2e::node::PLUGIN;
 
 use super::pods::{answered, intercepted, mesh_pod, server, soon_answered};
 use super::{Row, World};
@@ -99,8 +100,7 @@ fn daemonset_gone(world: &World) -> Result<()> {
 fn clean(node: &Node, before: &Value) -> Result<()> {
     let (file, after) = node.conflist()?;
     ensure!(after == *before, "{file} is now {after:#}");
-    let plugin = node.plugin();
-    ensure!(!node.shell().exists(&plugin)?, "{plugin} is left");
+    ensure!(!node.shell().exists(PLUGIN)?, "{PLUGIN} is left");
     Ok(())
 }
 

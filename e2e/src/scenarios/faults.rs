@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
-use sidestep_e2e::apiserver::Gone;
 use sidestep_e2e::{Agent, Node};
 use sidestep_lab::{wait_for, wait_until};
 
@@ -18,7 +17,7 @@ use super::pods::{
 use super::{Row, World};
 
 pub const SCENARIOS: &[Row] = &[
-    ("api-away", "the API server goes, comes back and has forgotten old versions", api_away),
+    ("api-away", "the API server goes and comes back", api_away),
     ("api-refuses", "without the right to list pods nothing that works breaks", api_refuses),
     ("agent-killed", "kill -9 and a new start under load: no connection fails or escapes", killed),
     (
@@ -34,16 +33,6 @@ pub const SCENARIOS: &[Row] = &[
     ("agent-away", "no pod starts unprotected while the agent is away", agent_away),
 ];
 
-/// Those that take what only the lab can do, with what that is.
-pub const LAB_SCENARIOS: &[(Row, &str)] = &[(
-    (
-        "api-gone-status",
-        "410 as the HTTP status of a new watch makes it list again",
-        api_gone_status,
-    ),
-    "real API servers say 410 by an event today",
-)];
-
 fn api_away(world: &World) -> Result<()> {
     let (node, mut agent) = (&world.node, world.agent()?);
     let target = server(node, "server")?;
@@ -52,19 +41,8 @@ fn api_away(world: &World) -> Result<()> {
     let gone = Instant::now();
     node.stop_api()?;
     look_on(node, &mut agent, own, target, world.away).context("without an API server")?;
-    match node.server() {
-        // The change comes meanwhile, and all older versions are forgotten.
-        Some(server) => {
-            server.patch("pods", "shop", "cart", &excluding("8080"))?;
-            server.compact(Gone::Event);
-            node.resume_api()?;
-        }
-        // A real one takes no change while it is away. It forgets by itself.
-        None => {
-            node.resume_api()?;
-            node.patch::<Pod>("cart", &excluding("8080"))?;
-        }
-    }
+    node.resume_api()?;
+    node.patch::<Pod>("cart", &excluding("8080"))?;
     let back = Instant::now();
     // The pauses between its tries get longer, up to a minute: kube's 30 s, and up to as much
     // again by chance.
@@ -75,16 +53,7 @@ fn api_away(world: &World) -> Result<()> {
     }
     // And while the watch runs.
     node.patch::<Pod>("cart", &excluding(""))?;
-    if let Some(server) = node.server() {
-        server.compact(Gone::Event);
-    }
     soon_answered(node, "cart", target, "outbound").with_context(|| agent.log_tail())?;
-    // A pod that leaves meanwhile, in the lab.
-    node.stop_api()?;
-    if let Some(server) = node.server() {
-        server.delete("pods", "shop", "cart")?;
-    }
-    node.resume_api()?;
     node.delete::<Pod>("cart")?;
     agent.wait_enrolled("cart", false)
 }
@@ -144,19 +113,6 @@ fn look_on(
     Ok(())
 }
 
-fn api_gone_status(world: &World) -> Result<()> {
-    let (node, agent) = (&world.node, world.agent()?);
-    let target = server(node, "server")?;
-    mesh_pod(node, "cart")?;
-    soon_answered(node, "cart", target, "outbound")?;
-    let server = node.own()?.server();
-    server.stop()?;
-    server.patch("pods", "shop", "cart", &excluding("8080"))?;
-    server.compact(Gone::Status);
-    server.resume()?;
-    soon_answered(node, "cart", target, "app").with_context(|| agent.log_tail())
-}
-
 fn excluding(ports: &str) -> Value {
     let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
     json!({"metadata": {"annotations": {key: ports}}})
@@ -167,7 +123,6 @@ fn api_refuses(world: &World) -> Result<()> {
     let target = server(node, "server")?;
     let own = mesh_pod(node, "cart")?;
     soon_answered(node, "cart", target, "outbound")?;
-    // The lab's kubelet is the same user, but it watches already.
     agent.terminate()?;
     node.allow_lists(false)?;
     agent.launch()?;

@@ -1,9 +1,8 @@
-//! The scenarios: each on a node of its own.
+//! The scenarios: each begins with an empty node.
 
 mod birth;
 mod changes;
 mod faults;
-mod plain;
 mod pods;
 
 use std::fs;
@@ -16,8 +15,6 @@ use sidestep_lab::{interrupted, stop_on_signals};
 
 /// What a scenario works with.
 pub struct World {
-    /// The agent's executable.
-    pub binary: PathBuf,
     /// The node.
     pub node: Node,
     /// For how long the API server is away; none: for moments.
@@ -27,30 +24,19 @@ pub struct World {
 impl World {
     /// Starts the agent with its CNI plugin and waits until it is ready.
     pub fn agent(&self) -> Result<Agent<'_>> {
-        self.node.agent(&self.binary, 30)
+        self.node.agent(30)
     }
 
     /// The same, with a plugin that waits for an agent that is away for a second only.
     pub fn impatient_agent(&self) -> Result<Agent<'_>> {
-        self.node.agent(&self.binary, 1)
+        self.node.agent(1)
     }
-}
-
-/// Where scenarios run.
-#[derive(Clone, Debug)]
-pub enum Place {
-    /// Each on a node of its own, without a cluster.
-    Lab,
-    /// In the kind cluster of this name.
-    Kind(String),
 }
 
 /// What they run with.
 pub struct Settings {
-    /// Where.
-    pub place: Place,
-    /// The agent's executable, for the lab.
-    pub binary: PathBuf,
+    /// The kind cluster's name.
+    pub kind: String,
     /// For how long the API server is away; none: for moments.
     pub away: Duration,
     /// Where the logs of those that fail are kept.
@@ -63,20 +49,13 @@ pub struct Scenario {
     pub name: &'static str,
     /// What it shows, in a line.
     pub doc: &'static str,
-    /// Why it takes the lab, if it does.
-    pub lab_alone: Option<&'static str>,
     run: fn(&World) -> Result<()>,
 }
 
 /// All scenarios, in the order of their running.
 pub fn all() -> Vec<Scenario> {
-    let common = [birth::SCENARIOS, changes::SCENARIOS, faults::SCENARIOS].concat();
-    let common = common.into_iter().map(|row| (row, None));
-    let lab = plain::SCENARIOS.iter().chain(faults::LAB_SCENARIOS);
-    let lab = lab.map(|(row, why)| (*row, Some(*why)));
-    lab.chain(common)
-        .map(|((name, doc, run), lab_alone)| Scenario { name, doc, lab_alone, run })
-        .collect()
+    let all = [birth::SCENARIOS, changes::SCENARIOS, faults::SCENARIOS].concat();
+    all.into_iter().map(|(name, doc, run)| Scenario { name, doc, run }).collect()
 }
 
 /// What the modules list: name, doc line, function.
@@ -88,13 +67,8 @@ pub fn run(settings: &Settings, only: &str) -> Result<()> {
     let chosen: Vec<Scenario> =
         all().into_iter().filter(|scenario| scenario.name.contains(only)).collect();
     ensure!(!chosen.is_empty(), "no scenario's name contains {only:?}");
-    let (mut passed, mut failed, mut elsewhere) = (0, 0, 0);
+    let (mut passed, mut failed) = (0, 0);
     for scenario in &chosen {
-        if let (Place::Kind(_), Some(why)) = (&settings.place, scenario.lab_alone) {
-            elsewhere += 1;
-            println!("-      {:<24} not on this cluster: {why}", scenario.name);
-            continue;
-        }
         let start = Instant::now();
         let result = run_one(settings, scenario);
         let seconds = start.elapsed().as_secs_f64();
@@ -112,21 +86,13 @@ pub fn run(settings: &Settings, only: &str) -> Result<()> {
             bail!("interrupted");
         }
     }
-    let elsewhere = match elsewhere {
-        0 => String::new(),
-        number => format!(", {number} not on this cluster"),
-    };
-    println!("{passed} passed, {failed} failed{elsewhere}");
+    println!("{passed} passed, {failed} failed");
     ensure!(failed == 0, "logs: {}", settings.logs.display());
     Ok(())
 }
 
 fn run_one(settings: &Settings, scenario: &Scenario) -> Result<()> {
-    let node = match &settings.place {
-        Place::Lab => Node::lab()?,
-        Place::Kind(name) => Node::kind(name)?,
-    };
-    let world = World { binary: settings.binary.clone(), node, away: settings.away };
+    let world = World { node: Node::new(&settings.kind)?, away: settings.away };
     let result = (scenario.run)(&world);
     if result.is_err() {
         let logs = settings.logs.join(scenario.name);
@@ -134,22 +100,4 @@ fn run_one(settings: &Settings, scenario: &Scenario) -> Result<()> {
         world.node.keep_logs(&logs)?;
     }
     result.with_context(|| scenario.doc.to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Nothing else is left out, wherever the suite runs.
-    #[test]
-    fn what_takes_the_lab() {
-        let names: Vec<&str> = all()
-            .iter()
-            .filter(|scenario| scenario.lab_alone.is_some())
-            .map(|scenario| scenario.name)
-            .collect();
-        let own = ["smoke", "cni-refuses", "kubelet-alone", "pod-life"];
-        assert_eq!(names, [&own[..], &["api-gone-status"]].concat());
-        assert_eq!(all().len(), 22);
-    }
 }

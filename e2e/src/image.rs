@@ -1,18 +1,37 @@
-//! Container images made by hand, without a registry.
+//! The image of the scenarios' pods, made by hand, without a registry.
 
 use std::collections::BTreeSet;
+use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tar::{Builder, Header, HeaderMode};
 
+/// Its name.
+pub const IMAGE: &str = "e2e.local/pod:1";
+
+/// Writes [`IMAGE`], as an archive for `kind load image-archive`.
+pub fn write_pods(archive: &Path) -> Result<()> {
+    write(archive, IMAGE, &pod_program()?, &["pause"])
+}
+
+/// The program for the pods, which is built beside this one.
+fn pod_program() -> Result<PathBuf> {
+    let own = env::current_exe().context("looking for this very program")?;
+    let program = own.with_file_name("e2e-pod");
+    if program.is_file() {
+        return Ok(program);
+    }
+    bail!("there is no {}: run cargo build -p sidestep-e2e", program.display())
+}
+
 /// Writes an image with one program and the libraries that it is linked with, as an OCI layout
 /// in a tar archive. The program is the image's entrypoint, with `arguments` unless told others.
-pub fn write(archive: &Path, name: &str, program: &Path, arguments: &[&str]) -> Result<()> {
+fn write(archive: &Path, name: &str, program: &Path, arguments: &[&str]) -> Result<()> {
     let file_name = program.file_name().context("a program without a name")?;
     let entrypoint = Path::new("/").join(file_name);
     let layer_file = archive.with_extension("layer");
