@@ -28,7 +28,7 @@ VM_TESTS     = budget inbound outbound unload sockets splice_memory
 SECONDS      = 60
 FUZZ_TARGETS = lists annotations manifests
 
-.PHONY: build help deps demo conformance test torture bench bench-control kernels check chart image e2e clean-e2e fuzz mutants fmt clean
+.PHONY: build help deps demo conformance records test torture bench bench-control kernels check chart image e2e clean-e2e fuzz mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
@@ -45,8 +45,14 @@ demo: deps build ## run the demo in namespaces of its own (root); KEEP=1 leaves 
 		--sidestep $(abspath $(BIN)) $(if $(filter-out 0,$(KEEP)),--keep)
 
 conformance: deps ## compare with the meshes' own iptables rules, row by row (root); ARGS="--help"
+	@e2e/cluster/parts.sh pilot-agent
 	cargo build -q --workspace
 	$(DEBUG)/conformance --json $(DEBUG)/../conformance.json $(ARGS)
+
+records: deps ## write what Istio's binary installs anew, for where none may be built: lab/records (root)
+	@e2e/cluster/parts.sh pilot-agent
+	cargo build -q -p sidestep-lab --bin conformance
+	$(DEBUG)/conformance --record
 
 test: ## deps, check, then all tests, including those against the real kernel (root)
 	@[ "$$(id -u)" = 0 ] || { \

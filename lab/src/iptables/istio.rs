@@ -1,180 +1,248 @@
-//! Istio's sidecar rules, as its CNI plugin has them installed for a pod. Facts from istio/istio:
-//! `tools/istio-iptables/pkg/capture/run.go` with the rule sets in its `testdata` (which rules,
-//! in which order) and `cni/pkg/plugin/sidecar_redirect.go` (what annotations mean, defaults).
+//! Istio's sidecar rules, by Istio's own binary: `pilot-agent istio-iptables`; and, where nothing may
+//! be built, as that binary's record in `lab/records/istio`.
 
-use super::{Annotations, Family, RuleSet, Table, items};
-use crate::{DNS, INBOUND, OUTBOUND, PROXY};
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
 
-const HBONE: u16 = 15008;
+use anyhow::{Context, Result, ensure};
 
-/// What decides over an Istio pod's rules.
-#[derive(Clone, Debug)]
-pub struct Istio {
-    /// `None`: all but the excluded.
-    include_inbound_ports: Option<Vec<String>>,
-    exclude_inbound_ports: Vec<String>,
-    exclude_outbound_ports: Vec<String>,
-    include_outbound_ports: Vec<String>,
-    exclude_outbound_ranges: Vec<String>,
-    /// `None`: all.
-    include_outbound_ranges: Option<Vec<String>>,
-    exclude_interfaces: Vec<String>,
-    dns: bool,
-}
+use super::{Annotations, Family, RuleSet};
+use crate::lab::Lab;
+use crate::pod::{Pod, PodNet};
+use crate::{OUTBOUND, PROXY};
 
-impl Default for Istio {
-    fn default() -> Self {
-        Self::new(&Annotations::new(), false)
-    }
-}
+/// What `istio-iptables` is told for a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Istio(Vec<String>);
 
 impl Istio {
-    /// From a pod's annotations and its proxy's ISTIO_META_DNS_CAPTURE.
-    pub fn new(annotations: &Annotations, dns: bool) -> Self {
-        let get = |name: &str| annotations.get(&format!("traffic.sidecar.istio.io/{name}"));
-        let list = |name: &str| items(get(name));
-        let unless_all =
-            |name: &str| get(name).filter(|text| text.trim() != "*").map(|text| items(Some(text)));
-        let mut exclude_inbound_ports = list("excludeInboundPorts");
-        exclude_inbound_ports.extend(items(annotations.get("status.sidecar.istio.io/port")));
-        exclude_inbound_ports.extend(["15020", "15021", "15090"].map(str::to_owned));
-        let exclude_outbound_ports = match get("excludeOutboundPorts") {
-            Some(text) => items(Some(text)),
-            None => vec!["15020".to_owned()],
+    /// As Istio's CNI plugin makes it of a pod: `NewRedirect` in `cni/pkg/plugin/sidecar_redirect.go`
+    /// says what annotations and the proxy's environment mean, `Program` in
+    /// `sidecar_iptables_linux.go` which setting that is, `tools/istio-iptables/pkg/cmd/root.go` the
+    /// setting's flag. Before that, the injector has added the status port to
+    /// `excludeInboundPorts` (`excludeInboundPort` in the chart's `injection-template.yaml`). Read in
+    /// istio.io/istio eed52ebb66ad, of August 2026.
+    pub fn new(annotations: &Annotations, dns: bool, dual_stack: bool) -> Self {
+        let traffic = |name: &str, default: &str| {
+            let text = annotations.get(&format!("traffic.sidecar.istio.io/{name}"));
+            text.map_or_else(|| default.to_owned(), Clone::clone)
         };
-        Self {
-            include_inbound_ports: unless_all("includeInboundPorts"),
-            exclude_inbound_ports,
-            exclude_outbound_ports,
-            include_outbound_ports: list("includeOutboundPorts"),
-            exclude_outbound_ranges: list("excludeOutboundIPRanges"),
-            include_outbound_ranges: unless_all("includeOutboundIPRanges"),
-            exclude_interfaces: list("excludeInterfaces"),
-            dns,
-        }
-    }
-
-    fn inbound(&self, nat: &mut Table) {
-        nat.add("ISTIO_INBOUND", &format!("-p tcp --dport {HBONE} -j RETURN"));
-        match &self.include_inbound_ports {
-            None => {
-                nat.add("PREROUTING", "-p tcp -j ISTIO_INBOUND");
-                for port in &self.exclude_inbound_ports {
-                    nat.add("ISTIO_INBOUND", &format!("-p tcp --dport {port} -j RETURN"));
-                }
-                nat.add("ISTIO_INBOUND", "-p tcp -j ISTIO_IN_REDIRECT");
-            }
-            Some(ports) if ports.is_empty() => {}
-            Some(ports) => {
-                nat.add("PREROUTING", "-p tcp -j ISTIO_INBOUND");
-                for port in ports {
-                    nat.add(
-                        "ISTIO_INBOUND",
-                        &format!("-p tcp --dport {port} -j ISTIO_IN_REDIRECT"),
-                    );
-                }
+        let excluded = traffic("excludeInboundPorts", "");
+        let status =
+            annotations.get("status.sidecar.istio.io/port").map_or("15020", String::as_str);
+        let mut inbound = Vec::new();
+        for port in excluded.split(',').chain([status, "15020", "15021", "15090"]).map(str::trim) {
+            if !["", "0"].contains(&port) && !inbound.contains(&port) {
+                inbound.push(port);
             }
         }
-    }
-
-    fn outbound(&self, nat: &mut Table, family: Family) {
-        let mut add = |rule: &str| nat.add("ISTIO_OUTPUT", rule);
-        let localhost = family.localhost();
-        for port in &self.exclude_outbound_ports {
-            for protocol in ["tcp", "udp"] {
-                add(&format!("-p {protocol} --dport {port} -j RETURN"));
-            }
-        }
-        add(&format!("-o lo -s {} -j RETURN", family.passthrough()));
-        let loopback_included = self
-            .include_outbound_ranges
-            .iter()
-            .flatten()
-            .any(|range| range.starts_with("127.") || range.starts_with("::1/"));
-        for owner in ["uid-owner", "gid-owner"] {
-            let ports = match (self.dns, owner) {
-                (true, "uid-owner") => format!("-m multiport ! --dports 53,{HBONE}"),
-                _ => format!("! --dport {HBONE}"),
-            };
-            add(&format!(
-                "-o lo ! -d {localhost} -p tcp {ports} -m owner --{owner} {PROXY} \
-                 -j ISTIO_IN_REDIRECT"
-            ));
-            if !loopback_included {
-                let but_dns = if self.dns { "-p tcp ! --dport 53 " } else { "" };
-                add(&format!("-o lo {but_dns}-m owner ! --{owner} {PROXY} -j RETURN"));
-            }
-            add(&format!("-m owner --{owner} {PROXY} -j RETURN"));
-        }
-        if self.dns {
-            add("-j ISTIO_OUTPUT_DNS");
-        }
-        add(&format!("-d {localhost} -j RETURN"));
-        for range in self.exclude_outbound_ranges.iter().filter(|range| family.has(range)) {
-            add(&format!("-d {range} -j RETURN"));
-        }
-        for port in &self.include_outbound_ports {
-            add(&format!("-p tcp --dport {port} -j ISTIO_REDIRECT"));
-        }
-        match &self.include_outbound_ranges {
-            None => add("-j ISTIO_REDIRECT"),
-            Some(ranges) => {
-                for range in ranges.iter().filter(|range| family.has(range)) {
-                    add(&format!("-d {range} -j ISTIO_REDIRECT"));
-                }
-            }
-        }
-    }
-
-    /// The agent's own questions and answers are tracked apart from the applications'.
-    fn zones() -> String {
-        let mut raw = Table::new("raw", &["ISTIO_OUTPUT_DNS", "ISTIO_INBOUND"]);
-        raw.add("OUTPUT", "-j ISTIO_OUTPUT_DNS");
-        for owner in ["uid-owner", "gid-owner"] {
-            for (side, port, zone) in [("dport", 53, 1), ("sport", DNS, 2)] {
-                raw.add(
-                    "ISTIO_OUTPUT_DNS",
-                    &format!(
-                        "-p udp --{side} {port} -m owner --{owner} {PROXY} -j CT --zone {zone}"
-                    ),
-                );
-            }
-        }
-        raw.add("PREROUTING", "-j ISTIO_INBOUND");
-        raw.add("ISTIO_OUTPUT_DNS", "-p udp --dport 53 -j CT --zone 2");
-        raw.add("ISTIO_INBOUND", "-p udp --sport 53 -j CT --zone 1");
-        raw.end()
+        let flags = [
+            ("-p", OUTBOUND.to_string()),
+            ("-u", PROXY.to_string()),
+            ("-g", PROXY.to_string()),
+            ("-m", "REDIRECT".to_owned()),
+            ("-i", traffic("includeOutboundIPRanges", "*")),
+            ("-x", traffic("excludeOutboundIPRanges", "")),
+            ("-b", traffic("includeInboundPorts", "*")),
+            ("-d", inbound.join(",")),
+            ("-q", traffic("includeOutboundPorts", "")),
+            ("-o", traffic("excludeOutboundPorts", "15020")),
+            ("-c", traffic("excludeInterfaces", "")),
+        ];
+        let mut args: Vec<String> =
+            flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
+        let switches =
+            [("--redirect-dns", dns), ("--capture-all-dns", dns), ("--dual-stack", dual_stack)];
+        args.extend(switches.into_iter().filter(|(_, on)| *on).map(|(flag, _)| flag.to_owned()));
+        Self(args)
     }
 }
 
-impl RuleSet for Istio {
+/// By which of the kernel's two languages `istio-iptables` installs its rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// iptables and ip6tables.
+    Iptables,
+    /// `--native-nftables`.
+    Nftables,
+}
+
+/// Istio's binary.
+#[derive(Clone, Debug)]
+pub struct PilotAgent(PathBuf);
+
+impl PilotAgent {
+    /// `parts/bin/pilot-agent` below $SIDESTEP_LAB_DIR, which is /var/lib/sidestep-lab by default.
+    /// Fails when it is not there.
+    pub fn find() -> Result<Self> {
+        let dir = env::var_os("SIDESTEP_LAB_DIR").unwrap_or_else(|| "/var/lib/sidestep-lab".into());
+        Self::at(&Path::new(&dir).join("parts/bin/pilot-agent"))
+    }
+
+    /// The binary at `path`. Fails when it is not there.
+    pub fn at(path: &Path) -> Result<Self> {
+        ensure!(
+            path.is_file(),
+            "{} is missing: `e2e/cluster/parts.sh pilot-agent` builds it",
+            path.display()
+        );
+        Ok(Self(path.to_owned()))
+    }
+
+    /// Which version of the module istio.io/istio it was made of. Go writes the versions of all modules
+    /// into what it builds, as text.
+    pub fn version(&self) -> Result<String> {
+        const BEFORE: &[u8] = b"\tistio.io/istio\t";
+        let binary = fs::read(&self.0).with_context(|| format!("reading {}", self.0.display()))?;
+        let found = binary.windows(BEFORE.len()).position(|text| text == BEFORE);
+        let start = found.map(|at| at + BEFORE.len());
+        let version = start.and_then(|start| binary[start..].split(u8::is_ascii_whitespace).next());
+        let version = version.with_context(|| format!("{} names no version", self.0.display()))?;
+        Ok(String::from_utf8_lossy(version).into_owned())
+    }
+
+    /// Installs the rules in the pod, with all else that belongs to them.
+    pub fn install(&self, pod: &Pod, istio: &Istio, backend: Backend) -> Result<()> {
+        let more: &[&str] = match backend {
+            Backend::Iptables => &[],
+            Backend::Nftables => &["--native-nftables"],
+        };
+        self.run(pod, istio, &[], more)
+            .with_context(|| format!("installing {backend:?} rules in {}", pod.name()))
+    }
+
+    /// The command line of the init container `istio-validation`, which calls itself through the
+    /// pod's interception and has `patience` for it.
+    pub fn validation(&self, istio: &Istio, patience: &str) -> Vec<OsString> {
+        let mut line = vec![self.0.clone().into_os_string(), "istio-iptables".into()];
+        line.extend(istio.0.iter().map(OsString::from));
+        line.extend(["--run-validation", "--skip-rule-apply", "--probe-timeout"].map(Into::into));
+        line.push(patience.into());
+        line
+    }
+
+    /// What [`PilotAgent::install`] would give to iptables-restore and ip6tables-restore in such a pod.
+    fn tables(&self, pod: &Pod, istio: &Istio) -> Result<[String; 2]> {
+        let file = pod.lab().new_path("dry-run", "txt");
+        let file_path = format!("DRY_RUN_FILE_PATH={}", file.display());
+        self.run(pod, istio, &[&file_path], &["--dry-run"])?;
+        let said = fs::read_to_string(&file).context("reading what a dry run says")?;
+        // Tables from `* NAME` to `COMMIT`, among the commands that only look: IPv4's come first,
+        // then those of IPv6, by the same names.
+        let mut families = [String::new(), String::new()];
+        let mut names = Vec::new();
+        for table in said.split("* ").skip(1) {
+            let (table, _) = table.split_once("COMMIT").context("a table without an end")?;
+            let name = table.lines().next().unwrap_or_default();
+            let family = usize::from(names.contains(&(0, name)));
+            ensure!(!names.contains(&(family, name)), "three tables {name} in {said}");
+            names.push((family, name));
+            families[family] += &format!("* {table}COMMIT\n");
+        }
+        Ok(families)
+    }
+
+    fn run(&self, pod: &Pod, istio: &Istio, env: &[&str], more: &[&str]) -> Result<()> {
+        let binary = self.0.to_string_lossy();
+        let mut argv = vec!["env"];
+        argv.extend(env);
+        argv.extend([&*binary, "istio-iptables"]);
+        argv.extend(istio.0.iter().map(String::as_str));
+        argv.extend(more);
+        pod.netns_handle().command(&argv, "").map(drop)
+    }
+}
+
+/// What `pilot-agent` installs, as text.
+#[derive(Clone, Copy, Debug)]
+pub struct Record {
+    /// The name of its files in `lab/records/istio`.
+    name: &'static str,
+    dns: bool,
+    v4: &'static str,
+    v6: &'static str,
+}
+
+impl Record {
+    /// Of a sidecar with the default settings, in a pod with both families.
+    pub const SIDECAR: Self = Self {
+        name: "sidecar",
+        dns: false,
+        v4: include_str!("../../records/istio/sidecar.v4"),
+        v6: include_str!("../../records/istio/sidecar.v6"),
+    };
+    /// The same, with DNS captured.
+    pub const DNS: Self = Self {
+        name: "sidecar-dns",
+        dns: true,
+        v4: include_str!("../../records/istio/sidecar-dns.v4"),
+        v6: include_str!("../../records/istio/sidecar-dns.v6"),
+    };
+    /// All that there are.
+    pub const ALL: [Self; 2] = [Self::SIDECAR, Self::DNS];
+
+    /// The files of the record that this binary does not say the same of, with what they had to be.
+    /// Makes a node of its own.
+    pub fn stale(pilot_agent: &PilotAgent) -> Result<Vec<(PathBuf, String)>> {
+        let lab = Lab::new("records")?;
+        let pod = lab.pod("a", PodNet::DUAL)?;
+        let version = pilot_agent.version()?;
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("records/istio");
+        let mut stale = Vec::new();
+        for record in Self::ALL {
+            let istio = Istio::new(&Annotations::new(), record.dns, true);
+            let args: Vec<String> = istio.0.iter().map(|arg| format!("'{arg}'")).collect();
+            let args = args.join(" ");
+            let families = [("v4", record.v4), ("v6", record.v6)];
+            let tables = pilot_agent.tables(&pod, &istio)?;
+            for ((family, recorded), tables) in families.into_iter().zip(tables) {
+                let text = format!(
+                    "# What pilot-agent gives to iptables-restore. `make records` writes this.\n\
+                     # istio.io/istio {version}\n# istio-iptables {args}\n{tables}"
+                );
+                if text != recorded {
+                    stale.push((dir.join(format!("{}.{family}", record.name)), text));
+                }
+            }
+        }
+        Ok(stale)
+    }
+}
+
+impl RuleSet for Record {
     fn tables(&self, family: Family) -> String {
-        let mut chains =
-            vec!["ISTIO_INBOUND", "ISTIO_REDIRECT", "ISTIO_IN_REDIRECT", "ISTIO_OUTPUT"];
-        if self.dns {
-            chains.push("ISTIO_OUTPUT_DNS");
+        match family {
+            Family::V4 => self.v4,
+            Family::V6 => self.v6,
         }
-        let mut nat = Table::new("nat", &chains);
-        for interface in &self.exclude_interfaces {
-            nat.add("PREROUTING", &format!("-i {interface} -j RETURN"));
-            nat.add("OUTPUT", &format!("-o {interface} -j RETURN"));
-        }
-        nat.add("ISTIO_REDIRECT", &format!("-p tcp -j REDIRECT --to-ports {OUTBOUND}"));
-        nat.add("ISTIO_IN_REDIRECT", &format!("-p tcp -j REDIRECT --to-ports {INBOUND}"));
-        self.inbound(&mut nat);
-        nat.add("OUTPUT", "-j ISTIO_OUTPUT");
-        self.outbound(&mut nat, family);
-        if !self.dns {
-            return nat.end();
-        }
-        for protocol in ["tcp", "udp"] {
-            let rule = format!("-p {protocol} --dport 53 -j REDIRECT --to-ports {DNS}");
-            nat.add("ISTIO_OUTPUT_DNS", &rule);
-        }
-        nat.end() + &Self::zones()
+        .to_owned()
     }
 
     fn needs_passthrough(&self) -> bool {
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_those_of_the_cni_plugin() {
+        let of = |annotations: &[(&str, &str)], flag: &str| {
+            let pairs = annotations.iter().map(|(key, value)| ((*key).into(), (*value).into()));
+            let Istio(args) = Istio::new(&pairs.collect(), false, false);
+            let at = args.iter().position(|arg| arg == flag).expect("the flag");
+            args[at + 1].clone()
+        };
+        assert_eq!(of(&[], "-d"), "15020,15021,15090");
+        assert_eq!(of(&[], "-o"), "15020");
+        let exclude = "traffic.sidecar.istio.io/excludeInboundPorts";
+        let status = "status.sidecar.istio.io/port";
+        assert_eq!(of(&[(exclude, "80, 15021,")], "-d"), "80,15021,15020,15090");
+        assert_eq!(of(&[(status, "15025")], "-d"), "15025,15020,15021,15090");
+        assert_eq!(of(&[("traffic.sidecar.istio.io/includeInboundPorts", "")], "-b"), "");
     }
 }

@@ -1,5 +1,6 @@
 //! The rules that the meshes' own init containers and CNI plugins install, with the real
-//! iptables: what a pod's annotations make of them, as text for `iptables-restore`.
+//! iptables: Istio's by Istio's own binary or its record, the others' as text for
+//! `iptables-restore`, by what a pod's annotations make of them.
 
 mod istio;
 mod kuma;
@@ -10,7 +11,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use anyhow::{Context, Result};
 
-pub use istio::Istio;
+pub use istio::{Backend, Istio, PilotAgent, Record};
 pub use kuma::Kuma;
 pub use linkerd::Linkerd;
 
@@ -82,7 +83,7 @@ pub fn install(pod: &Pod, rules: &dyn RuleSet, v6: bool) -> Result<()> {
 /// Installs the rules of an Istio sidecar with the default settings in the pod, for IPv6 too
 /// when the pod has it, and gives `lo` the address ::6 as Istio does.
 pub fn install_istio(pod: &Pod) -> Result<()> {
-    install(pod, &Istio::default(), pod.has_v6())
+    install(pod, &Record::SIDECAR, pod.has_v6())
 }
 
 /// Undoes [`install_istio`], so that not even an empty table is left.

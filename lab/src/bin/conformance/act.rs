@@ -13,6 +13,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::observed::{Field, Observed};
 use crate::row::{Act, Dial, Kind, Manner, Mesh, Place, Who};
+use crate::validator;
 use crate::world::Stage;
 
 /// Does it once, with addresses of this kind; what takes longer than `patience` is a timeout.
@@ -34,6 +35,7 @@ pub fn perform(
             let answers = stage.run(mesh, *who, || udp(&targets, *manner, source, patience))??;
             Ok(answers.into_iter().map(|answer| answer.observed(stage)).collect())
         }
+        Act::Validate => Ok(vec![validator::run(stage, mesh, kind)?]),
     }
 }
 
@@ -87,9 +89,9 @@ fn make(target: SocketAddr, source: Option<SocketAddr>, dial: &Dial) -> Result<S
 }
 
 /// What the server said, or why there is none; and the client's own and its peer's address.
-type Greeting = (Result<Seen, String>, SocketAddr, SocketAddr);
+pub type Greeting = (Result<Seen, String>, SocketAddr, SocketAddr);
 
-fn greet(socket: Socket, target: SocketAddr, patience: Duration) -> Result<Greeting> {
+pub fn greet(socket: Socket, target: SocketAddr, patience: Duration) -> Result<Greeting> {
     if let Err(err) = socket.connect_timeout(&target.into(), patience) {
         return Ok((Err(error_name(&err)), target, target));
     }

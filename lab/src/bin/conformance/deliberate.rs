@@ -112,3 +112,18 @@ pub const DELIBERATE: &[Deliberate] = &[
               was redirected: the app's call is accepted, and it is the proxy that finds no way.",
     },
 ];
+
+/// Where Istio's native nftables rules decide otherwise than its iptables rules, which Sidestep
+/// follows.
+pub const NATIVE: &[Deliberate] = &[Deliberate {
+    rows: "istio/F.*.6",
+    kinds: Kind::IPV6,
+    fields: &[Field::Outcome],
+    when: |iptables, nftables| {
+        [("remote", "outbound"), ("app", "inbound"), ("remote", "dns")]
+            .into_iter()
+            .any(|(there, here)| outcomes(iptables, nftables, [there, here]))
+    },
+    why: "Istio's nftables tables are of the family inet: where it captures IPv4 alone, the rules that \
+          name no address take the pod's IPv6 as well.",
+}];

@@ -10,6 +10,7 @@ mod report;
 mod row;
 mod rows;
 mod udp;
+mod validator;
 mod world;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -22,13 +23,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
+use sidestep_lab::iptables::{Backend, PilotAgent, Record};
 use sidestep_lab::{interrupted, stop_on_signals};
 
-use crate::deliberate::DELIBERATE;
 use crate::observed::Observed;
-use crate::report::{Line, Report};
+use crate::report::{Line, Report, Used};
 use crate::row::{Kind, Listeners, Mesh, Row, Setup, matches};
-use crate::world::{Stage, World};
+use crate::world::{Stage, Way, World};
 
 /// What follows in a file of documentation is written by a run.
 const MARKER: &str = "<!-- What follows is written by a run. -->";
@@ -56,6 +57,13 @@ struct Args {
     /// Only run the meshes' own rules, and hold them against the contract
     #[arg(long)]
     oracle_only: bool,
+    /// Istio's binary [default: parts/bin/pilot-agent below $SIDESTEP_LAB_DIR, or below
+    /// /var/lib/sidestep-lab]
+    #[arg(long, value_name = "PATH")]
+    pilot_agent: Option<PathBuf>,
+    /// Run nothing, but write what Istio's binary installs into lab/records/istio
+    #[arg(long)]
+    record: bool,
     /// Write all observations as JSON
     #[arg(long, value_name = "PATH")]
     json: Option<PathBuf>,
@@ -83,6 +91,9 @@ fn main() -> ExitCode {
 /// Runs everything; whether all is as it should be.
 fn conformance(args: &Args) -> Result<bool> {
     let start = Instant::now();
+    if args.record {
+        return record(&pilot_agent(args)?).map(|()| true);
+    }
     let filtered = args.mesh.is_some() || args.row.is_some() || args.oracle_only;
     let mut rows = rows::rows();
     rows.retain(|row| {
@@ -90,32 +101,41 @@ fn conformance(args: &Args) -> Result<bool> {
         args.mesh.is_none_or(|mesh| mesh == row.setup.mesh) && args.row.as_ref().is_none_or(named)
     });
     ensure!(!rows.is_empty(), "no row is called so");
-    // The oracle first and alone: nothing of Sidestep is loaded while it runs.
-    let iptables = run("iptables", None, &rows)?;
+    let istio: Vec<Row> =
+        rows.iter().filter(|row| row.setup.mesh == Mesh::Istio).cloned().collect();
+    let pilot_agent = if istio.is_empty() { None } else { Some(pilot_agent(args)?) };
+    let run = |way, rows: &[Row]| run(way, pilot_agent.as_ref(), rows);
+    // The oracles first and alone: nothing of Sidestep is loaded while they run.
+    let iptables = run(Way::Rules(Backend::Iptables), &rows)?;
     let oracle = start.elapsed();
-    let sidestep = if args.oracle_only {
-        Outcomes::new()
-    } else {
-        run("sidestep", Some(&binary(args)?), &rows)?
+    let nftables = match istio[..] {
+        [] => Outcomes::new(),
+        _ => run(Way::Rules(Backend::Nftables), &istio)?,
     };
+    let oracles = start.elapsed();
+    let sidestep =
+        if args.oracle_only { Outcomes::new() } else { run(Way::Sidestep(&binary(args)?), &rows)? };
 
-    let mut used = vec![false; DELIBERATE.len()];
+    let mut used = Used::default();
     let mut lines = Vec::new();
     for row in &rows {
         for kind in row.kinds {
             let key = (row.name(), *kind);
             let theirs = iptables.get(&key).cloned().context("a row did not run")?;
-            let ours = sidestep.get(&key).map(|outcome| outcome.observed.clone());
-            let Outcome { observed, contradiction } = theirs;
-            lines.push(Line::new(row, *kind, observed, contradiction, ours, &mut used));
+            let observed = |all: &Outcomes| all.get(&key).map(|outcome| outcome.observed.clone());
+            let (native, ours) = (observed(&nftables), observed(&sidestep));
+            lines.push(Line::new(row, *kind, theirs, native, ours, &mut used));
         }
     }
-    let report = Report::new(lines, (!filtered).then_some(&used));
+    let stale = pilot_agent.as_ref().map(Record::stale).transpose()?.unwrap_or_default();
+    let stale = stale.into_iter().map(|(path, _)| path).collect();
+    let report = Report::new(lines, stale, (!filtered).then_some(&used));
     print!("{}", report.table(!args.quiet));
     println!(
-        "{:.0} s, of which {:.0} s for iptables",
+        "{:.0} s, of which {:.0} s for iptables and {:.0} s for Istio's nftables",
         start.elapsed().as_secs_f64(),
-        oracle.as_secs_f64()
+        oracle.as_secs_f64(),
+        (oracles - oracle).as_secs_f64()
     );
     let write = |path: &Path, text: String| {
         fs::write(path, text).with_context(|| format!("writing {}", path.display()))
@@ -142,9 +162,22 @@ fn binary(args: &Args) -> Result<PathBuf> {
     Ok(own.with_file_name("sidestep"))
 }
 
+fn pilot_agent(args: &Args) -> Result<PilotAgent> {
+    args.pilot_agent.as_deref().map_or_else(PilotAgent::find, PilotAgent::at)
+}
+
+/// Writes the record of Istio's rules anew.
+fn record(pilot_agent: &PilotAgent) -> Result<()> {
+    for (path, text) in Record::stale(pilot_agent)? {
+        fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        println!("wrote {}", path.display());
+    }
+    Ok(())
+}
+
 /// What was observed of a row, and where that contradicts the contract.
 #[derive(Clone, Default)]
-struct Outcome {
+pub struct Outcome {
     observed: Vec<Observed>,
     contradiction: Option<String>,
 }
@@ -152,7 +185,7 @@ struct Outcome {
 type Outcomes = BTreeMap<(String, Kind), Outcome>;
 
 /// Runs the rows in one way, those that can share a pod together.
-fn run(way: &str, sidestep: Option<&Path>, rows: &[Row]) -> Result<Outcomes> {
+fn run(way: Way<'_>, pilot_agent: Option<&PilotAgent>, rows: &[Row]) -> Result<Outcomes> {
     let mut groups: BTreeMap<&Setup, Vec<&Row>> = BTreeMap::new();
     for row in rows {
         groups.entry(&row.setup).or_default().push(row);
@@ -160,12 +193,13 @@ fn run(way: &str, sidestep: Option<&Path>, rows: &[Row]) -> Result<Outcomes> {
     let queue = Mutex::new(groups.into_iter().collect::<VecDeque<_>>());
     let outcomes = Mutex::new(Outcomes::new());
     let worker = |number: usize| -> Result<()> {
-        let mut world = World::new(&format!("{way}-{number}"), sidestep, rows)?;
+        let name = way.name();
+        let mut world = World::new(&format!("{name}-{number}"), way, pilot_agent, rows)?;
         loop {
             let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
             let Some((setup, rows)) = next else { return Ok(()) };
             let done =
-                group(&mut world, setup, &rows).with_context(|| format!("{way}, {:?}", setup))?;
+                group(&mut world, setup, &rows).with_context(|| format!("{name}, {setup:?}"))?;
             outcomes.lock().unwrap_or_else(PoisonError::into_inner).extend(done);
             if interrupted() {
                 bail!("interrupted");
@@ -191,7 +225,7 @@ fn group(world: &mut World, setup: &Setup, rows: &[&Row]) -> Result<Outcomes> {
     let passes = if setup.listeners == Listeners::Late { 2 } else { 1 };
     for pass in 0..passes {
         if pass > 0 {
-            stage.start_proxy(setup)?;
+            stage.start_proxy()?;
         }
         for row in rows {
             stage.clean()?;

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::deliberate::{DELIBERATE, Deliberate};
+use crate::Outcome;
+use crate::deliberate::{DELIBERATE, Deliberate, NATIVE};
 use crate::observed::{Field, Observed};
 use crate::row::{Kind, Row};
 
@@ -42,64 +44,110 @@ pub struct Line {
     pub annotations: String,
     pub kind: Kind,
     pub iptables: Vec<Observed>,
+    /// Under the mesh's own native nftables rules, where it has such.
+    pub nftables: Option<Vec<Observed>>,
     pub sidestep: Option<Vec<Observed>>,
     pub verdict: Verdict,
     /// In which properties something differs.
     pub fields: BTreeSet<Field>,
     /// What differs, in words.
     pub differences: Vec<String>,
+    /// In what the mesh's nftables rules differ from its iptables rules, in words.
+    pub native: Vec<String>,
+    /// Whether something of that is not on the list.
+    pub native_unknown: bool,
     /// Where the mesh's own rules do what the contract does not say.
     pub contradiction: Option<String>,
+}
+
+/// Which entries of the lists of differences were met.
+#[derive(Debug)]
+pub struct Used {
+    deliberate: Vec<bool>,
+    native: Vec<bool>,
+}
+
+impl Default for Used {
+    fn default() -> Self {
+        Self { deliberate: vec![false; DELIBERATE.len()], native: vec![false; NATIVE.len()] }
+    }
+}
+
+/// A property in which two ways differ.
+struct Difference {
+    field: Field,
+    known: bool,
+    words: String,
+}
+
+/// In what the `others` differ from the first, and whether that is on a list, whose entries are marked
+/// as used.
+fn compare(
+    row: &str,
+    kind: Kind,
+    first: &[Observed],
+    others: &[Observed],
+    list: &[Deliberate],
+    used: &mut [bool],
+) -> Vec<Difference> {
+    let mut found = Vec::new();
+    for (step, (there, here)) in first.iter().zip(others).enumerate() {
+        for (field, before, after) in there.differences(here) {
+            let known = list.iter().position(|known| known.covers(row, kind, field, there, here));
+            if let Some(known) = known {
+                used[known] = true;
+            }
+            let mark = if known.is_some() { "" } else { " (!)" };
+            let step = if first.len() > 1 { format!("#{} ", step + 1) } else { String::new() };
+            let words = format!("{step}{field}: {before} -> {after}{mark}");
+            found.push(Difference { field, known: known.is_some(), words });
+        }
+    }
+    found
 }
 
 impl Line {
     pub fn new(
         row: &Row,
         kind: Kind,
-        iptables: Vec<Observed>,
-        contradiction: Option<String>,
+        oracle: Outcome,
+        nftables: Option<Vec<Observed>>,
         sidestep: Option<Vec<Observed>>,
-        used: &mut [bool],
+        used: &mut Used,
     ) -> Self {
         let name = row.name();
-        let mut differences = Vec::new();
-        let mut fields = BTreeSet::new();
-        let mut verdict = if sidestep.is_some() { Verdict::Equal } else { Verdict::OracleOnly };
-        for (step, (ours, theirs)) in sidestep.iter().flatten().zip(&iptables).enumerate() {
-            for (field, there, here) in theirs.differences(ours) {
-                let known = DELIBERATE
-                    .iter()
-                    .position(|known| known.covers(&name, kind, field, theirs, ours));
-                if let Some(known) = known {
-                    used[known] = true;
-                }
-                verdict = verdict.max(match known {
-                    Some(_) => Verdict::Deliberate,
-                    None => Verdict::Different,
-                });
-                let mark = if known.is_some() { "" } else { " (!)" };
-                let step =
-                    if iptables.len() > 1 { format!("#{} ", step + 1) } else { String::new() };
-                fields.insert(field);
-                differences.push(format!("{step}{field}: {there} -> {here}{mark}"));
-            }
-        }
+        let Outcome { observed: iptables, contradiction } = oracle;
+        let compare = |others: &Option<Vec<Observed>>, list, used: &mut [bool]| {
+            compare(&name, kind, &iptables, others.as_deref().unwrap_or_default(), list, used)
+        };
+        let native = compare(&nftables, NATIVE, &mut used.native);
+        let differences = compare(&sidestep, DELIBERATE, &mut used.deliberate);
+        let verdict = match &sidestep {
+            None => Verdict::OracleOnly,
+            Some(_) if differences.is_empty() => Verdict::Equal,
+            Some(_) if differences.iter().all(|difference| difference.known) => Verdict::Deliberate,
+            Some(_) => Verdict::Different,
+        };
+        let words = |all: Vec<Difference>| all.into_iter().map(|one| one.words).collect();
         Self {
             row: name,
             says: row.says,
             annotations: row.annotations(),
             kind,
-            iptables,
-            sidestep,
             verdict,
-            fields,
-            differences,
+            fields: differences.iter().map(|difference| difference.field).collect(),
+            native_unknown: native.iter().any(|difference| !difference.known),
+            native: words(native),
+            differences: words(differences),
+            iptables,
+            nftables,
+            sidestep,
             contradiction,
         }
     }
 
     fn bad(&self) -> bool {
-        self.verdict == Verdict::Different || self.contradiction.is_some()
+        self.verdict == Verdict::Different || self.native_unknown || self.contradiction.is_some()
     }
 
     /// The columns of the table, but for the kind of address.
@@ -124,6 +172,7 @@ impl Line {
     fn like(&self, other: &Self) -> bool {
         self.cells() == other.cells()
             && self.contradiction == other.contradiction
+            && self.native == other.native
             && (!self.bad() || self.differences == other.differences)
     }
 }
@@ -132,21 +181,33 @@ impl Line {
 #[derive(Debug, Serialize)]
 pub struct Report {
     pub lines: Vec<Line>,
-    /// Patterns of deliberate differences that matched none.
+    /// Patterns of known differences that matched none.
     pub stale: Vec<String>,
+    /// Files of the record of Istio's rules that its binary does not say the same of.
+    pub stale_records: Vec<PathBuf>,
 }
 
 impl Report {
-    /// `used` says which of the deliberate differences were met; `None` where not all rows ran.
-    pub fn new(lines: Vec<Line>, used: Option<&[bool]>) -> Self {
+    /// `used` says which of the known differences were met; `None` where not all rows ran.
+    pub fn new(lines: Vec<Line>, stale_records: Vec<PathBuf>, used: Option<&Used>) -> Self {
         let name = |d: &Deliberate| format!("{} ({})", d.rows, d.why);
-        let stale = used.into_iter().flatten().zip(DELIBERATE).filter(|(used, _)| !**used);
-        let stale = stale.map(|(_, deliberate)| name(deliberate)).collect();
-        Self { lines, stale }
+        let mut stale = Vec::new();
+        if let Some(Used { deliberate, native }) = used {
+            let known = DELIBERATE.iter().chain(NATIVE);
+            let unused = known.zip(deliberate.iter().chain(native)).filter(|(_, used)| !**used);
+            stale.extend(unused.map(|(known, _)| name(known)));
+        }
+        Self { lines, stale, stale_records }
     }
 
     pub fn good(&self) -> bool {
-        self.stale.is_empty() && !self.lines.iter().any(Line::bad)
+        self.stale.is_empty() && self.stale_records.is_empty() && !self.lines.iter().any(Line::bad)
+    }
+
+    /// How many rows ran under a mesh's native nftables rules, and those that differ there.
+    fn native(&self) -> (usize, Vec<&Line>) {
+        let ran = self.lines.iter().filter(|line| line.nftables.is_some());
+        (ran.clone().count(), ran.filter(|line| !line.native.is_empty()).collect())
     }
 
     fn count(&self, verdict: &Verdict) -> usize {
@@ -165,6 +226,18 @@ impl Report {
             self.count(&Verdict::Different),
             self.count(&Verdict::OracleOnly),
             self.stale.len(),
+        )
+    }
+
+    /// One sentence on native nftables.
+    fn native_summary(&self) -> String {
+        let (ran, differ) = self.native();
+        format!(
+            "{ran} observations under Istio's native nftables rules as well: {} as under its iptables \
+             rules, {} known to differ, {} different",
+            ran - differ.len(),
+            differ.iter().filter(|line| !line.native_unknown).count(),
+            differ.iter().filter(|line| line.native_unknown).count(),
         )
     }
 
@@ -192,7 +265,9 @@ impl Report {
                 let _ = writeln!(text, "    {}{said}", line.says);
                 let contradiction =
                     line.contradiction.iter().map(|text| format!("iptables: {text}"));
-                for difference in line.differences.iter().cloned().chain(contradiction) {
+                let native = line.native.iter().map(|text| format!("nftables: {text}"));
+                let differences = line.differences.iter().cloned();
+                for difference in differences.chain(native).chain(contradiction) {
                     let _ = writeln!(text, "    {difference}");
                 }
             }
@@ -200,13 +275,17 @@ impl Report {
         for stale in &self.stale {
             let _ = writeln!(text, "no difference is as the list says: {stale}");
         }
-        let _ = writeln!(text, "\n{}", self.summary());
+        for path in &self.stale_records {
+            let path = path.display();
+            let _ = writeln!(text, "{path} is not what pilot-agent says: `make records` writes it");
+        }
+        let _ = writeln!(text, "\n{}\n{}", self.summary(), self.native_summary());
         text
     }
 
     /// The part of docs/conformance.md that a run writes.
     pub fn markdown(&self) -> String {
-        let mut text = format!("{}\n\n", self.summary());
+        let mut text = format!("{}\n\n{}\n\n", self.summary(), self.native_summary());
         text +=
             "| row | address | what | iptables | Sidestep | verdict |\n|---|---|---|---|---|---|\n";
         let groups = self.grouped();
@@ -223,12 +302,19 @@ impl Report {
                 "| {row} | {kinds} | {what} | {iptables} | {sidestep} | {verdict} |"
             );
         }
-        text += "\n## Deliberate differences\n\n| rows | address | property | why |\n|---|---|---|---|\n";
-        for Deliberate { rows, kinds, fields, why, .. } in DELIBERATE {
-            let kinds: Vec<&str> = kinds.iter().map(|kind| kind.name()).collect();
-            let fields: Vec<String> = fields.iter().map(ToString::to_string).collect();
-            let (kinds, fields) = (kinds.join(" "), fields.join(" "));
-            let _ = writeln!(text, "| `{rows}` | {kinds} | {fields} | {why} |");
+        let lists = [
+            ("Deliberate differences", DELIBERATE),
+            ("Where Istio's native nftables rules differ from its iptables rules", NATIVE),
+        ];
+        for (title, list) in lists {
+            let _ = writeln!(text, "\n## {title}\n\n| rows | address | property | why |");
+            let _ = writeln!(text, "|---|---|---|---|");
+            for Deliberate { rows, kinds, fields, why, .. } in list {
+                let kinds: Vec<&str> = kinds.iter().map(|kind| kind.name()).collect();
+                let fields: Vec<String> = fields.iter().map(ToString::to_string).collect();
+                let (kinds, fields) = (kinds.join(" "), fields.join(" "));
+                let _ = writeln!(text, "| `{rows}` | {kinds} | {fields} | {why} |");
+            }
         }
         text
     }
@@ -268,14 +354,13 @@ mod tests {
 
     fn line(ours: Option<Observed>, contradiction: Option<String>) -> Line {
         let row = rows().into_iter().find(|row| row.id == "T1").expect("a row");
-        let theirs = Observed::new("outbound").with(Field::Orig, "remote:80");
-        let mut used = vec![false; DELIBERATE.len()];
-        let ours = ours.map(|ours| vec![ours]);
-        Line::new(&row, Kind::V4, vec![theirs], contradiction, ours, &mut used)
+        let observed = vec![Observed::new("outbound").with(Field::Orig, "remote:80")];
+        let oracle = Outcome { observed, contradiction };
+        Line::new(&row, Kind::V4, oracle, None, ours.map(|ours| vec![ours]), &mut Used::default())
     }
 
     fn verdict(line: Line) -> (Verdict, bool) {
-        (line.verdict.clone(), Report::new(vec![line], None).good())
+        (line.verdict.clone(), Report::new(vec![line], Vec::new(), None).good())
     }
 
     #[test]
@@ -296,9 +381,27 @@ mod tests {
 
     #[test]
     fn a_deliberate_difference_that_is_none_fails_the_run() {
-        let mut used = vec![true; DELIBERATE.len()];
-        assert!(Report::new(Vec::new(), Some(&used)).good());
-        used[0] = false;
-        assert!(!Report::new(Vec::new(), Some(&used)).good());
+        let mut used = Used::default();
+        used.deliberate.fill(true);
+        used.native.fill(true);
+        assert!(Report::new(Vec::new(), Vec::new(), Some(&used)).good());
+        used.deliberate[0] = false;
+        assert!(!Report::new(Vec::new(), Vec::new(), Some(&used)).good());
+    }
+
+    #[test]
+    fn a_record_that_is_not_what_the_binary_says_fails_the_run() {
+        assert!(!Report::new(Vec::new(), vec!["sidecar.v4".into()], None).good());
+    }
+
+    #[test]
+    fn native_rules_that_decide_otherwise_fail_the_run() {
+        let row = rows().into_iter().find(|row| row.id == "T1").expect("a row");
+        for (native, good) in [("outbound", true), ("remote", false)] {
+            let oracle = Outcome { observed: vec![Observed::new("outbound")], contradiction: None };
+            let native = Some(vec![Observed::new(native)]);
+            let line = Line::new(&row, Kind::V4, oracle, native, None, &mut Used::default());
+            assert_eq!(Report::new(vec![line], Vec::new(), None).good(), good);
+        }
     }
 }

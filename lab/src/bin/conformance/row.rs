@@ -37,6 +37,8 @@ impl Kind {
     pub const ALL: &'static [Self] = &[Self::V4, Self::V6, Self::Mapped];
     pub const IPV4: &'static [Self] = &[Self::V4, Self::Mapped];
     pub const IPV6: &'static [Self] = &[Self::V6];
+    pub const ONE_V4: &'static [Self] = &[Self::V4];
+    pub const FAMILIES: &'static [Self] = &[Self::V4, Self::V6];
 
     pub const fn name(self) -> &'static str {
         match self {
@@ -134,7 +136,15 @@ pub enum Manner {
 #[derive(Clone, Copy, Debug)]
 pub enum Act {
     Tcp(Dial),
-    Udp { who: Who, to: Place, port: u16, manner: Manner, source: Option<Place> },
+    Udp {
+        who: Who,
+        to: Place,
+        port: u16,
+        manner: Manner,
+        source: Option<Place>,
+    },
+    /// The mesh's own init container looks whether the pod's traffic is intercepted.
+    Validate,
 }
 
 impl Act {
@@ -142,9 +152,14 @@ impl Act {
     pub const fn target(&self) -> (Place, u16) {
         match self {
             Self::Tcp(Dial { to, port, .. }) | Self::Udp { to, port, .. } => (*to, *port),
+            Self::Validate => (Place::Passthrough, PROBE),
         }
     }
 }
+
+/// The port that `istio-validation` dials, where nobody must listen (`DefaultIptablesProbePort` in
+/// Istio's tools/istio-iptables/pkg/constants).
+pub const PROBE: u16 = 15002;
 
 /// What the contract says will be observed of one connection.
 #[derive(Clone, Copy, Debug, Default)]
@@ -171,6 +186,22 @@ pub enum Listeners {
     Late,
     /// Linkerd's `linkerd-network-validator` in the proxy's place.
     Validator,
+    /// None, not even later.
+    None,
+}
+
+/// The addresses of a pod.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Addresses {
+    /// Both families, with a second address of each.
+    #[default]
+    Dual,
+    /// IPv4 alone, not even a link-local address of IPv6.
+    V4,
+    /// IPv4, and a link-local address of IPv6.
+    V4Link,
+    /// IPv6 alone.
+    V6,
 }
 
 /// All that rows must agree on to share a pod.
@@ -181,6 +212,7 @@ pub struct Setup {
     pub dns: bool,
     /// The mesh was told of IPv4 alone, though the pod has both.
     pub v4_only: bool,
+    pub addresses: Addresses,
     pub listeners: Listeners,
 }
 

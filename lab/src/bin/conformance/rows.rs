@@ -8,7 +8,10 @@ use crate::row::Place::{
     Broadcast, Far, Localhost, Loopback, Multicast, Node, Own, OwnLink, Passthrough, Peer,
     PeerLink, Remote, Secondary, Unroutable, Unspecified,
 };
-use crate::row::{Act, Dial, Expect, Kind, Listeners, Manner, Mesh, Place, Row, Setup, Who};
+use crate::row::{
+    Act, Addresses, Dial, Expect, Kind, Listeners, Manner, Mesh, Place, Row, Setup, Who,
+};
+use crate::validator::PASSES;
 
 const ALL: &[Mesh] = &[Istio, Linkerd, Kuma];
 const ENVOY: &[Mesh] = &[Istio, Kuma];
@@ -22,6 +25,7 @@ pub fn rows() -> Vec<Row> {
         odd_sockets(),
         odd_destinations(),
         one_family(),
+        validators(),
         istio_inbound_ports(),
         istio_outbound(),
         linkerd(),
@@ -325,6 +329,23 @@ fn one_family() -> Vec<Draft> {
     ]
 }
 
+/// F2: what the meshes' init containers do, in every kind of pod.
+fn validators() -> Vec<Draft> {
+    let passes = |id, meshes, says, addresses, kinds| {
+        row(id, meshes, says).addresses(addresses).validates().kinds(kinds).by(PASSES)
+    };
+    let linkerd = |id, addresses, kinds| {
+        let says = "linkerd-network-validator lets the pod start";
+        passes(id, &[Linkerd], says, addresses, kinds)
+    };
+    vec![
+        linkerd("V.dual", Addresses::Dual, Kind::FAMILIES),
+        linkerd("V.v4", Addresses::V4, Kind::ONE_V4).v4_only(),
+        linkerd("V.v4+fe80", Addresses::V4Link, Kind::ONE_V4).v4_only(),
+        linkerd("V.v6", Addresses::V6, Kind::IPV6),
+    ]
+}
+
 /// Whether a port of the pod is captured when a peer calls.
 fn istio_inbound_ports() -> Vec<Draft> {
     let pod = |id, says| row(id, &[Istio], says);
@@ -484,11 +505,11 @@ fn istio_outbound() -> Vec<Draft> {
             .app(Remote, 2117)
             .outbound(),
         pod("OR.ex", "an excluded range")
-            .with(ex, "10.96.0.0/16, fd96::/64")
+            .with(ex, "10.96.0.0/16,fd96::/64")
             .app(Remote, 80)
             .by("remote"),
         pod("OR.ex.other", "excluding leaves the others")
-            .with(ex, "10.96.0.0/16, fd96::/64")
+            .with(ex, "10.96.0.0/16,fd96::/64")
             .app(Far, 80)
             .outbound(),
         pod("OR.ex.one", "an excluded address")
@@ -891,6 +912,7 @@ struct Draft {
     annotations: Vec<(String, String)>,
     dns: bool,
     v4_only: bool,
+    addresses: Addresses,
     listeners: Listeners,
     act: Act,
     kinds: &'static [Kind],
@@ -914,6 +936,7 @@ fn row(id: &'static str, meshes: &'static [Mesh], says: &'static str) -> Draft {
         annotations: Vec::new(),
         dns: false,
         v4_only: false,
+        addresses: Addresses::Dual,
         listeners: Listeners::Usual,
         act: Act::Tcp(dial),
         kinds: Kind::ALL,
@@ -956,7 +979,17 @@ impl Draft {
         self
     }
 
+    fn addresses(mut self, addresses: Addresses) -> Self {
+        self.addresses = addresses;
+        self
+    }
+
     // What is done.
+
+    fn validates(mut self) -> Self {
+        self.act = Act::Validate;
+        self.listeners(Listeners::None)
+    }
 
     fn dial(mut self, change: impl FnOnce(&mut Dial)) -> Self {
         if let Act::Tcp(dial) = &mut self.act {
@@ -992,6 +1025,7 @@ impl Draft {
     fn source(mut self, place: Place) -> Self {
         match &mut self.act {
             Act::Tcp(Dial { source, .. }) | Act::Udp { source, .. } => *source = Some(place),
+            Act::Validate => {}
         }
         self
     }
@@ -1071,9 +1105,9 @@ impl Draft {
     }
 
     fn rows(self) -> Vec<Row> {
-        let Self { id, meshes, says, annotations, dns, v4_only, listeners, act, kinds, expect } =
-            self;
-        meshes
+        let Self { id, says, annotations, dns, v4_only, addresses, listeners, .. } = self;
+        let Self { act, kinds, .. } = self;
+        self.meshes
             .iter()
             .map(|mesh| Row {
                 id,
@@ -1083,11 +1117,12 @@ impl Draft {
                     annotations: annotations.clone(),
                     dns,
                     v4_only,
+                    addresses,
                     listeners,
                 },
                 act,
                 kinds,
-                expect: expect.clone(),
+                expect: self.expect.clone(),
             })
             .collect()
     }

@@ -5,27 +5,51 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::net::if_::if_nametoindex;
-use sidestep_lab::iptables::{self, Annotations, Istio, Kuma, Linkerd, RuleSet};
+use sidestep_lab::iptables::{self, Annotations, Backend, Istio, Kuma, Linkerd, PilotAgent};
 use sidestep_lab::{
-    APP, Agent, DNS, INBOUND, Lab, OUTBOUND, PROXY, Pod, PodNet, ServeOpts, Server, Talk,
+    APP, Agent, DNS, INBOUND, Lab, OUTBOUND, PROXY, Pod, PodNet, ServeOpts, Server, Talk, wait_for,
 };
 
 use crate::manifest::manifest;
-use crate::row::{Act, Kind, Listeners, Manner, Mesh, Place, Row, Setup, Who};
+use crate::row::{Act, Addresses, Kind, Listeners, Manner, Mesh, PROBE, Place, Row, Setup, Who};
 use crate::udp::UdpServer;
 
 /// Ports of a pod that are not its application's.
 const PROXY_PORTS: [u16; 5] = [OUTBOUND, INBOUND, DNS, Linkerd::OUTBOUND, Linkerd::INBOUND];
 /// The user of `linkerd-network-validator`.
-const VALIDATOR: u32 = 65534;
+pub const VALIDATOR: u32 = 65534;
+/// How long a pod may take to get a link-local address.
+const LINK_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Whose work the interception is.
+#[derive(Clone, Copy, Debug)]
+pub enum Way<'a> {
+    /// The mesh's own rules.
+    Rules(Backend),
+    /// An agent of this binary.
+    Sidestep(&'a Path),
+}
+
+impl Way<'_> {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Rules(Backend::Iptables) => "iptables",
+            Self::Rules(Backend::Nftables) => "nftables",
+            Self::Sidestep(_) => "sidestep",
+        }
+    }
+}
 
 /// A node.
 pub struct World {
     // Dropped in this order.
     agent: Option<Agent>,
+    backend: Backend,
+    pilot_agent: Option<PilotAgent>,
     _udp: Vec<UdpServer>,
     _servers: Vec<Server>,
     peer: Pod,
@@ -35,9 +59,13 @@ pub struct World {
 }
 
 impl World {
-    /// With servers for all that the rows may reach off the pod; with an agent of this binary,
-    /// if there is one.
-    pub fn new(tag: &str, sidestep: Option<&Path>, rows: &[Row]) -> Result<Self> {
+    /// With servers for all that the rows may reach off the pod. Rows of Istio need its binary.
+    pub fn new(
+        tag: &str,
+        way: Way<'_>,
+        pilot_agent: Option<&PilotAgent>,
+        rows: &[Row],
+    ) -> Result<Self> {
         let lab = Lab::new(tag)?;
         let peer = lab.pod("peer", PodNet::DUAL)?;
         let peer_link = Link::of(&peer)?;
@@ -64,34 +92,60 @@ impl World {
         }
         let opts = ServeOpts { name: "peer", ..ServeOpts::on(cross(ANY, &ports)) };
         servers.push(Server::start(&peer, opts)?);
-        let agent = sidestep.map(|binary| Agent::start(binary, &lab)).transpose()?;
-        Ok(Self { agent, _udp: udp_servers, _servers: servers, peer, peer_link, lab, pods: 0 })
+        let (agent, backend) = match way {
+            Way::Rules(backend) => (None, backend),
+            Way::Sidestep(binary) => (Some(Agent::start(binary, &lab)?), Backend::Iptables),
+        };
+        Ok(Self {
+            agent,
+            backend,
+            pilot_agent: pilot_agent.cloned(),
+            _udp: udp_servers,
+            _servers: servers,
+            peer,
+            peer_link,
+            lab,
+            pods: 0,
+        })
     }
 
     /// A fresh pod for these rows, which all have this setup.
     pub fn stage(&mut self, setup: &Setup, rows: &[&Row]) -> Result<Stage<'_>> {
         self.pods += 1;
-        let pod = self.lab.pod(&format!("pod{}", self.pods), PodNet::DUAL)?;
-        let secondary = [secondary4(pod.ipv4())?, secondary6(pod.ipv6())?];
-        pod.add_address(secondary[0], 32, "eth0", "")?;
-        pod.add_address(secondary[1], 128, "eth0", "preferred_lft 0")?;
-        for kind in [Kind::V4, Kind::V6] {
-            let to = fixed(Place::Unroutable, kind).context("an address")?;
-            pod.ip(&format!("route add unreachable {to}"))?;
-        }
-        let link = Link::of(&pod)?;
-        match &mut self.agent {
-            None => install(&pod, setup)?,
-            Some(agent) => {
-                agent.add_manifest(pod.name(), &manifest(&pod, setup))?;
-                agent.wait_enrolled(&pod)?;
+        let net = match setup.addresses {
+            Addresses::Dual => PodNet::DUAL,
+            Addresses::V4 | Addresses::V4Link => PodNet::V4,
+            Addresses::V6 => PodNet::V6,
+        };
+        let pod = self.lab.pod(&format!("pod{}", self.pods), net)?;
+        let mut secondary = Vec::new();
+        if setup.addresses == Addresses::Dual {
+            secondary = vec![secondary4(pod.ipv4())?, secondary6(pod.ipv6())?];
+            pod.add_address(secondary[0], 32, "eth0", "")?;
+            pod.add_address(secondary[1], 128, "eth0", "preferred_lft 0")?;
+            for kind in [Kind::V4, Kind::V6] {
+                let to = fixed(Place::Unroutable, kind).context("an address")?;
+                pod.ip(&format!("route add unreachable {to}"))?;
             }
         }
-        let mut stage =
-            Stage { udp: Vec::new(), servers: Vec::new(), pod, secondary, link, world: self };
+        let mut link = None;
+        if setup.addresses != Addresses::V4 {
+            pod.sysctl("net.ipv6.conf.eth0.disable_ipv6", "0")?;
+            link = Some(wait_for("a link-local address", LINK_PATIENCE, || Link::of(&pod).ok())?);
+        }
+        let mut stage = Stage {
+            udp: Vec::new(),
+            servers: Vec::new(),
+            pod,
+            secondary,
+            link,
+            setup: setup.clone(),
+            world: self,
+        };
         stage.start_app(rows)?;
+        stage.intercept()?;
         if setup.listeners != Listeners::Late {
-            stage.start_proxy(setup)?;
+            stage.start_proxy()?;
         }
         Ok(stage)
     }
@@ -103,12 +157,51 @@ pub struct Stage<'a> {
     udp: Vec<UdpServer>,
     servers: Vec<Server>,
     pod: Pod,
-    secondary: [IpAddr; 2],
-    link: Link,
+    secondary: Vec<IpAddr>,
+    link: Option<Link>,
+    setup: Setup,
     world: &'a mut World,
 }
 
 impl Stage<'_> {
+    pub fn pod(&self) -> &Pod {
+        &self.pod
+    }
+
+    /// Whether the pod has an address of IPv6 but `lo`'s.
+    pub fn has_v6(&self) -> bool {
+        self.link.is_some()
+    }
+
+    /// Istio's binary, and what it is told for this pod.
+    pub fn istio(&self) -> Result<(&PilotAgent, Istio)> {
+        let Setup { dns, v4_only, addresses, .. } = self.setup;
+        let annotations: Annotations = self.setup.annotations.iter().cloned().collect();
+        let istio = Istio::new(&annotations, dns, addresses == Addresses::Dual && !v4_only);
+        let pilot_agent = self.world.pilot_agent.as_ref().context("no pilot-agent")?;
+        Ok((pilot_agent, istio))
+    }
+
+    /// Has the pod's traffic intercepted.
+    fn intercept(&mut self) -> Result<()> {
+        if let Some(agent) = &mut self.world.agent {
+            agent.add_manifest(self.pod.name(), &manifest(&self.pod, &self.setup))?;
+            return agent.wait_enrolled(&self.pod);
+        }
+        let annotations: Annotations = self.setup.annotations.iter().cloned().collect();
+        let v6 = self.has_v6() && !self.setup.v4_only;
+        match self.setup.mesh {
+            Mesh::Istio => {
+                let (pilot_agent, istio) = self.istio()?;
+                pilot_agent.install(&self.pod, &istio, self.world.backend)
+            }
+            Mesh::Linkerd => iptables::install(&self.pod, &Linkerd::new(&annotations), v6),
+            Mesh::Kuma => {
+                iptables::install(&self.pod, &Kuma::new(&annotations, self.setup.dns), v6)
+            }
+        }
+    }
+
     fn start_app(&mut self, rows: &[&Row]) -> Result<()> {
         let mut tcp = BTreeSet::new();
         let mut udp = BTreeSet::new();
@@ -116,11 +209,11 @@ impl Stage<'_> {
             match row.act {
                 Act::Tcp(dial) => tcp.insert(dial.port),
                 Act::Udp { port, to: Place::Own, .. } => udp.insert(port),
-                Act::Udp { .. } => false,
+                Act::Udp { .. } | Act::Validate => false,
             };
         }
         // To the validation's port nobody must listen.
-        for port in PROXY_PORTS.into_iter().chain([15002]) {
+        for port in PROXY_PORTS.into_iter().chain([PROBE]) {
             tcp.remove(&port);
         }
         let opts = ServeOpts::on(cross(ANY, &tcp));
@@ -128,27 +221,31 @@ impl Stage<'_> {
             let opts = ServeOpts { name: "app", uid: APP, gid: APP, ..opts };
             self.servers.push(Server::start(&self.pod, opts)?);
         }
-        let listen = cross([self.pod.ipv4(), self.pod.ipv6()], &udp);
+        let listen = cross(self.pod.ips(), &udp);
         let start = || UdpServer::start_here("app", &listen);
         self.udp.push(self.pod.run(APP, APP, start)??);
         Ok(())
     }
 
     /// Starts the proxy's listeners.
-    pub fn start_proxy(&mut self, setup: &Setup) -> Result<()> {
-        let (uid, gid) = owner(setup.mesh, Who::Proxy);
+    pub fn start_proxy(&mut self) -> Result<()> {
+        let Setup { mesh, listeners, dns, .. } = self.setup;
+        if listeners == Listeners::None {
+            return Ok(());
+        }
+        let (uid, gid) = owner(mesh, Who::Proxy);
         let base = ServeOpts { uid, gid, talk: Talk::OriginalDst, ..ServeOpts::on([]) };
-        let listen = |ips: [IpAddr; 2], port| cross(ips, &BTreeSet::from([port]));
-        let all: Vec<ServeOpts> = match (setup.mesh, setup.listeners) {
+        let listen = |ips: &[IpAddr], port| cross(ips.iter().copied(), &BTreeSet::from([port]));
+        let all: Vec<ServeOpts> = match (mesh, listeners) {
             (_, Listeners::Validator) => {
-                let listen = listen(ANY, Linkerd::OUTBOUND);
+                let listen = listen(&ANY, Linkerd::OUTBOUND);
                 let (uid, talk) = (VALIDATOR, Talk::Greet);
                 vec![ServeOpts { name: "validator", listen, uid, gid: uid, talk, ..base }]
             }
             (Mesh::Linkerd, _) => {
                 let base = ServeOpts { talk: Talk::OriginalDstOrHangUp, ..base };
-                let (out, inn) =
-                    (listen(LOCALHOST, Linkerd::OUTBOUND), listen(ANY, Linkerd::INBOUND));
+                let out = listen(&LOCALHOST, Linkerd::OUTBOUND);
+                let inn = listen(&ANY, Linkerd::INBOUND);
                 vec![
                     ServeOpts { name: "outbound", listen: out, ..base.clone() },
                     ServeOpts { name: "inbound", listen: inn, ..base },
@@ -159,7 +256,7 @@ impl Stage<'_> {
                 [("outbound", OUTBOUND), ("inbound", INBOUND)]
                     .into_iter()
                     .map(|(name, port)| {
-                        let mut listen = listen(ANY, port);
+                        let mut listen = listen(&ANY, port);
                         if dual {
                             listen.retain(SocketAddr::is_ipv6);
                         }
@@ -171,8 +268,8 @@ impl Stage<'_> {
         for opts in all {
             self.servers.push(Server::start(&self.pod, opts)?);
         }
-        if setup.dns {
-            let listen = listen(LOCALHOST, DNS);
+        if dns {
+            let listen = listen(&LOCALHOST, DNS);
             let start = || UdpServer::start_here("dns", &listen);
             self.udp.push(self.pod.run(uid, gid, start)??);
             let opts = ServeOpts { uid, gid, name: "dns", ..ServeOpts::on(listen) };
@@ -207,9 +304,11 @@ impl Stage<'_> {
             (Place::Own, _) => pod.ipv4(),
             (Place::Peer, Kind::V6) => peer.ipv6(),
             (Place::Peer, _) => peer.ipv4(),
-            (Place::Secondary, Kind::V6) => self.secondary[1],
-            (Place::Secondary, _) => self.secondary[0],
-            (Place::OwnLink, _) => self.link.ip.into(),
+            (Place::Secondary, _) => *self
+                .secondary
+                .get(usize::from(kind == Kind::V6))
+                .context("no second address in this pod")?,
+            (Place::OwnLink, _) => self.own_link()?.ip.into(),
             (Place::PeerLink, _) => self.world.peer_link.ip.into(),
             _ => fixed(place, kind).with_context(|| format!("no {place:?} in {kind:?}"))?,
         };
@@ -218,11 +317,15 @@ impl Stage<'_> {
                 SocketAddr::new(v4.to_ipv6_mapped().into(), port)
             }
             IpAddr::V6(v6) if v6.is_unicast_link_local() => {
-                let link = if who == Who::Peer { &self.world.peer_link } else { &self.link };
+                let link = if who == Who::Peer { &self.world.peer_link } else { self.own_link()? };
                 SocketAddrV6::new(v6, port, 0, link.index).into()
             }
             ip => SocketAddr::new(ip, port),
         })
+    }
+
+    fn own_link(&self) -> Result<&Link> {
+        self.link.as_ref().context("no link-local address in this pod")
     }
 
     /// A name for the address that is the same in every run.
@@ -231,7 +334,7 @@ impl Stage<'_> {
         let own = |name: &str, ips: &[IpAddr]| ips.contains(&ip).then(|| name.to_owned());
         own("pod", &self.pod.ips())
             .or_else(|| own("pod2", &self.secondary))
-            .or_else(|| own("pod-link", &[self.link.ip.into()]))
+            .or_else(|| own("pod-link", &self.link.iter().map(|l| l.ip.into()).collect::<Vec<_>>()))
             .or_else(|| own("peer", &self.world.peer.ips()))
             .or_else(|| own("peer-link", &[self.world.peer_link.ip.into()]))
             .or_else(|| {
@@ -284,16 +387,6 @@ fn owner(mesh: Mesh, who: Who) -> (u32, u32) {
         Who::User(uid) => (uid, uid),
         Who::Peer | Who::Host => (0, 0),
     }
-}
-
-fn install(pod: &Pod, setup: &Setup) -> Result<()> {
-    let annotations: Annotations = setup.annotations.iter().cloned().collect();
-    let rules: Box<dyn RuleSet> = match setup.mesh {
-        Mesh::Istio => Box::new(Istio::new(&annotations, setup.dns)),
-        Mesh::Linkerd => Box::new(Linkerd::new(&annotations)),
-        Mesh::Kuma => Box::new(Kuma::new(&annotations, setup.dns)),
-    };
-    iptables::install(pod, &*rules, !setup.v4_only)
 }
 
 const ANY: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
