@@ -100,7 +100,7 @@ image: build ## a container image as an OCI archive: target/image; takes no dock
 	@scripts/image.py $(BIN) $${CARGO_TARGET_DIR:-target}/image
 
 # ENGINE, IP, PROXY, MESH and KEEP reach it by the environment.
-e2e: ## scenarios in a kind cluster, on any machine (root): e2e/README.md; ENGINE= IP= PROXY= ARGS="--only agent" KEEP=1
+e2e: deps ## scenarios in a kind cluster, on any machine (root): e2e/README.md; ENGINE= IP= PROXY= ARGS="--only agent" KEEP=1
 	@e2e/run.sh $(ARGS)
 
 clean-e2e: ## remove what a run of `make e2e` left, also one that was killed (root)

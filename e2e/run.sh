@@ -39,7 +39,9 @@ linkerd | kuma)
 *) die "MESH=$MESH: must be istio, linkerd, kuma or none" ;;
 esac
 
-scripts/deps.sh --chart
+# First what may be refused, then what takes minutes.
+"$cluster" up
+trap finish EXIT
 make --no-print-directory image
 archive=$(echo "$TARGET"/image/sidestep-*.tar)
 [ -f "$archive" ] || die "make image left no archive, or several: $archive"
@@ -49,8 +51,6 @@ mkdir -p "$OUT"
 
 arguments=(--kind-name "$NAME" --logs "$TARGET/e2e-logs")
 [ "$MESH" = none ] || arguments+=(--mesh "$MESH")
-"$cluster" up
-trap finish EXIT
 "$cluster" load "$archive" "$OUT/pod.tar"
 if [ "$MESH" = istio ]; then
     "$cluster" istio "$OUT/istio"
