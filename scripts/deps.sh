@@ -55,7 +55,7 @@ esac
 # --- What there is ----------------------------------------------------------
 
 # True if the tool exists, with or without a version: clang-14, clang-19, clang.
-have_versioned() { have "$1" || compgen -c "$1-" | grep -qxE "$1-[0-9]+"; }
+have_versioned() { have "$1" || compgen -c "$1-" | grep -xE "$1-[0-9]+" >/dev/null; }
 
 # True if the C compiler finds that library file.
 have_lib() { have gcc && [[ $(gcc -print-file-name="$1") == */* ]]; }

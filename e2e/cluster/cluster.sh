@@ -68,7 +68,9 @@ engine() { cat "$RUN/engine" 2>/dev/null || die "there is no cluster: $0 up"; }
 
 # Runs a command where the engine is.
 inside() {
-    if [ "$(engine)" = own ]; then "$here/engine.sh" in "$@"; else "$@"; fi
+    local engine
+    engine=$(engine) || exit
+    if [ "$engine" = own ]; then "$here/engine.sh" in "$@"; else "$@"; fi
 }
 is_there() { inside kind get clusters 2>/dev/null | grep -x "$NAME" >/dev/null; }
 nodes() { inside kind get nodes --name "$NAME"; }
