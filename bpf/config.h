@@ -11,6 +11,8 @@
 #define SOL_IPV6 41
 #define SO_ORIGINAL_DST 80 /* the same number at both levels */
 #define LOOPBACK_IFINDEX 1
+#define ENETUNREACH 101
+#define ECONNREFUSED 111
 #define UID_GID_MAP_MAX_BASE_EXTENTS 5 /* what a user namespace maps without a table */
 
 #define V4MAPPED bpf_htonl(0x0000ffff)

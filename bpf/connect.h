@@ -16,7 +16,7 @@ static __always_inline struct addr via_for(struct bpf_sock_addr *ctx, const stru
 	if (addr_is_loopback(&c->dst))
 		return localhost_for(&c->dst);
 	/* Bound to a device, the kernel finds only that device's own addresses. */
-	if (c->ifindex)
+	if (c->ifindex && !addr_is_any(own))
 		return *own;
 	return is4 ? addr4(bpf_htonl(VIA4_NET | which)) : via;
 }
@@ -33,10 +33,14 @@ static __always_inline int connect_tcp(struct bpf_sock_addr *ctx, int family, co
 		count(pod, DIRECT);
 		return 1;
 	}
+	if (verdict == GO_NOWHERE) {
+		count(pod, REFUSED_NO_ADDRESS);
+		return refuse(ENETUNREACH);
+	}
 	od = origdst_of(ctx->sk, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!od) {
 		count(pod, REFUSED_NO_STATE);
-		return 0;
+		return refuse(ECONNREFUSED);
 	}
 	od->orig = c->dst;
 	od->orig_port = c->dport;

@@ -11,13 +11,6 @@
  */
 #pragma once
 
-static __always_inline struct addr localhost_for(const struct addr *like)
-{
-	if (addr_is4(like))
-		return addr4(bpf_htonl(0x7f000001));
-	return (struct addr){ { 0, 0, 0, bpf_htonl(1) } };
-}
-
 static __always_inline struct addr token_for(const struct addr *like, __u32 slot)
 {
 	if (addr_is4(like))
@@ -40,7 +33,7 @@ static __always_inline int connect_udp(struct bpf_sock_addr *ctx, int family, co
 	od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!od) {
 		count(pod, REFUSED_NO_STATE);
-		return 0;
+		return refuse(ECONNREFUSED);
 	}
 	od->orig = c->dst;
 	od->orig_port = c->dport;
@@ -85,7 +78,7 @@ static __always_inline int sendmsg_any(struct bpf_sock_addr *ctx, int family)
 	asked = bpf_sk_storage_get(&dns_asked, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!asked) {
 		count(pod, REFUSED_NO_STATE);
-		return 0;
+		return refuse(ECONNREFUSED);
 	}
 	asked->last = slot_for(asked, &c.dst);
 	token = token_for(&c.dst, asked->last);

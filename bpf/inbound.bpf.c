@@ -23,9 +23,10 @@ const volatile __u64 netns_cookie;
 /* Whether this kernel tells the interface that a connection comes from (Linux 5.17). */
 const volatile __u8 tells_interface;
 
-static __always_inline bool steer_to_family(struct bpf_sk_lookup *ctx, __u16 family, __u16 port)
+/* To a listener that is bound to just this address. */
+static __always_inline bool steer_at(struct bpf_sk_lookup *ctx, const struct addr *at, __u16 port)
 {
-	struct listener_key key = { .netns = netns_cookie, .family = family, .port = port };
+	struct listener_key key = { .netns = netns_cookie, .at = *at, .port = port };
 
 	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
 		struct bpf_sock *sk;
@@ -44,10 +45,13 @@ static __always_inline bool steer_to_family(struct bpf_sk_lookup *ctx, __u16 fam
 	return false;
 }
 
-static __always_inline bool steer_to(struct bpf_sk_lookup *ctx, __u16 port)
+/* To the listener that the kernel would find at this address: its own comes before wildcards. */
+static __always_inline bool steer_to(struct bpf_sk_lookup *ctx, const struct addr *at, __u16 port)
 {
-	return (ctx->family == AF_INET && steer_to_family(ctx, AF_INET, port)) ||
-	       steer_to_family(ctx, AF_INET6, port);
+	struct addr any4 = addr4(0), any6 = {};
+
+	return steer_at(ctx, at, port) || (ctx->family == AF_INET && steer_at(ctx, &any4, port)) ||
+	       steer_at(ctx, &any6, port);
 }
 
 static __always_inline void ask_for_listeners(__u16 port)
@@ -64,21 +68,38 @@ static __always_inline void ask_for_listeners(__u16 port)
 	bpf_ringbuf_output(&events, &event, sizeof(event), 0);
 }
 
-/*
- * From the pod itself: connect has decided. A captured connection may need help to find a
- * listener that is bound to localhost alone.
- */
-static __always_inline void steer_own(struct bpf_sk_lookup *ctx, const struct pod *pod,
-				      const struct addr *src, const struct addr *dst)
+/* Did connect capture this connection, which comes from the pod itself? */
+static __always_inline bool is_captured(struct bpf_sk_lookup *ctx, const struct pod *pod,
+					const struct addr *src, const struct addr *dst)
 {
 	struct conn c = { .netns = netns_cookie, .src = *src, .dst = *dst };
 
+	if (!is_steered_port(pod, ctx->local_port))
+		return false;
 	c.sport = bpf_ntohs(ctx->remote_port);
 	c.dport = ctx->local_port;
-	if (c.dport == pod->in_port || !is_steered_port(pod, c.dport))
-		return;
-	if (bpf_map_lookup_elem(&handovers, &c) && !steer_to(ctx, c.dport))
-		ask_for_listeners(c.dport);
+	return bpf_map_lookup_elem(&handovers, &c);
+}
+
+/* Where REDIRECT leads what comes to dst by a device: to the first address that this one has. */
+static __always_inline struct addr device_address(const struct pod *pod, const struct addr *dst,
+						  __u32 ifindex)
+{
+	struct device_key key = { .netns = netns_cookie, .ifindex = ifindex };
+	const struct addr *first;
+
+	key.family = addr_is4(dst) ? DEVICE_V4 : addr_is_link6(dst) ? DEVICE_V6_LINK : DEVICE_V6;
+	first = bpf_map_lookup_elem(&device_addrs, &key);
+	if (first) {
+		struct addr at = *first;
+
+		barrier(); /* or it is read by the pointer that the other branches have as well */
+		return at;
+	}
+	/* The kernel does not tell the device, or the agent does not know it yet. */
+	if (key.family == DEVICE_V6_LINK)
+		return *dst;
+	return key.family == DEVICE_V4 ? pod->ip4 : pod->ip6;
 }
 
 /* One decision for each new connection; established ones never come here. */
@@ -86,8 +107,10 @@ SEC("sk_lookup")
 int steer(struct bpf_sk_lookup *ctx)
 {
 	const struct pod *pod;
-	struct addr src, dst;
+	struct addr src, dst, at;
 	__u32 ifindex = 0;
+	__u16 port;
+	bool own;
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
@@ -104,24 +127,37 @@ int steer(struct bpf_sk_lookup *ctx)
 		src = addr4(ctx->remote_ip4);
 		dst = addr4(ctx->local_ip4);
 	}
-	if (addr_eq(&src, &dst) || pod_owns(netns_cookie, &src)) {
+	own = addr_eq(&src, &dst) || pod_owns(netns_cookie, &src);
+	if (own) {
 		count(pod, PASSED_INBOUND);
-		steer_own(ctx, pod, &src, &dst);
+		if (!is_captured(ctx, pod, &src, &dst))
+			return SK_PASS;
+		at = localhost_for(&dst);
+		port = ctx->local_port;
+	} else {
+		if (tells_interface)
+			ifindex = ctx->ingress_ifindex;
+		if (!inbound_steered(pod, netns_cookie, &src, &dst, ctx->local_port, ifindex)) {
+			count(pod, PASSED_INBOUND);
+			return SK_PASS;
+		}
+		at = device_address(pod, &dst, ifindex);
+		port = pod->in_port;
+	}
+	if (steer_to(ctx, &at, port)) {
+		if (!own)
+			count(pod, STEERED_INBOUND);
 		return SK_PASS;
 	}
-	if (tells_interface)
-		ifindex = ctx->ingress_ifindex;
-	if (!inbound_steered(pod, netns_cookie, &src, &dst, ctx->local_port, ifindex)) {
-		count(pod, PASSED_INBOUND);
+	ask_for_listeners(port);
+	/*
+	 * The map takes no socket of MPTCP. At these addresses the kernel itself finds what
+	 * REDIRECT would lead to, or one that is bound to the redirect address.
+	 */
+	if (own && (addr_is_via(&dst) || addr_is_localhost(&dst)))
 		return SK_PASS;
-	}
-	if (steer_to(ctx, pod->in_port)) {
-		count(pod, STEERED_INBOUND);
-		return SK_PASS;
-	}
 	/* Never to the app in plain text. */
 	count(pod, REFUSED_NO_LISTENER);
-	ask_for_listeners(pod->in_port);
 	return SK_DROP;
 }
 

@@ -1,10 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Which sockets are the proxies' listeners. The inbound one is where new connections are handed
- * to; the outbound and the DNS one are found by the kernel itself, unless they are bound to
- * localhost alone, which is not where captured connections are sent.
+ * Which sockets are the proxies' listeners, by what they are bound to: captured connections are
+ * handed to those, and only those, that the mesh's REDIRECT would lead to.
  */
 #pragma once
+
+/*
+ * Does REDIRECT lead there: to localhost, or to an address of one of the pod's devices? Not to
+ * other loopback addresses, nor to those that a process may bind to though nobody has them.
+ */
+static __always_inline bool is_redirected_to(__u64 netns, const struct addr *a)
+{
+	return addr_is_any(a) || addr_is_localhost(a) ||
+	       (!addr_is_loopback(a) && pod_owns(netns, a));
+}
 
 static __always_inline void listener_add(struct bpf_sock_ops *ctx)
 {
@@ -13,7 +22,9 @@ static __always_inline void listener_add(struct bpf_sock_ops *ctx)
 
 	if (!pod || !is_steered_port(pod, ctx->local_port))
 		return;
-	key.family = ctx->family;
+	key.at = sockops_local(ctx);
+	if (!is_redirected_to(key.netns, &key.at))
+		return;
 	key.port = ctx->local_port;
 	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
 		key.slot = slot; /* not counted in memory: the verifier loses track of it there */
@@ -22,9 +33,21 @@ static __always_inline void listener_add(struct bpf_sock_ops *ctx)
 	}
 }
 
-/* The namespace and the port that the agent looks for listeners on. */
+#define WANTED 8
+
+/* The namespace, the port and the addresses that the agent looks for listeners on. */
 __u64 wanted_netns = 0;
 __u16 wanted_port = 0;
+__u32 wanted_count = 0;
+struct addr wanted_at[WANTED] = {};
+
+static __always_inline bool is_wanted(const struct addr *a)
+{
+	for (__u32 n = 0; n < WANTED; n++)
+		if (n < wanted_count && addr_eq(a, &wanted_at[n]))
+			return true;
+	return false;
+}
 
 static __always_inline void listener_found(struct sock_common *sk)
 {
@@ -32,7 +55,15 @@ static __always_inline void listener_found(struct sock_common *sk)
 
 	if (key.netns != wanted_netns)
 		return;
-	key.family = sk->skc_family;
+	if (sk->skc_family == AF_INET6) {
+		const __u32 *ip6 = sk->skc_v6_rcv_saddr.in6_u.u6_addr32;
+
+		key.at = (struct addr){ { ip6[0], ip6[1], ip6[2], ip6[3] } };
+	} else {
+		key.at = addr4(sk->skc_rcv_saddr);
+	}
+	if (!is_wanted(&key.at))
+		return;
 	key.port = sk->skc_num;
 	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
 		key.slot = slot;

@@ -7,7 +7,7 @@
 
 #define MAX_PODS 1024 /* a node's pods; kubelet's default is 110, 250 is common */
 #define MAX_MESHES 4
-#define LISTENER_SLOTS 16 /* listeners remembered for each pod, family and port */
+#define LISTENER_SLOTS 16 /* listeners remembered for each pod, address and port */
 
 /* Enrolled pods. Agent writes; connect, sockops, getsockopt and inbound read. */
 struct {
@@ -93,16 +93,28 @@ struct {
 } handovers SEC(".maps");
 
 /*
- * The proxies' listeners: inbound, and those that may be bound to localhost alone. sockops adds one
- * at listen(), find_listeners adds those that are older than the agent; the kernel removes a socket
- * when it closes; inbound reads.
+ * The proxies' listeners: inbound, outbound, DNS. sockops adds one at listen(), find_listeners adds
+ * those that are older than the agent; the kernel removes a socket when it closes; inbound reads.
+ * Full for two families and two ports.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
-	__uint(max_entries, MAX_PODS * LISTENER_SLOTS * 2);
+	__uint(max_entries, MAX_PODS * LISTENER_SLOTS * 4);
 	__type(key, struct listener_key);
 	__type(value, __u64);
 } listeners SEC(".maps");
+
+/*
+ * The first address of each kind that a pod's devices have. Agent writes; inbound reads. An address
+ * is two devices' firsts at most, so it is full after `locals`.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS * 16 * 2);
+	__type(key, struct device_key);
+	__type(value, struct addr);
+} device_addrs SEC(".maps");
 
 /* Sockets whose other end is on this node. sockops makes them; sweep_splices and redirect use. */
 struct {

@@ -20,21 +20,31 @@ static __always_inline struct origdst *origdst_of(struct bpf_sock *sk, __u64 fla
 	return bpf_sk_storage_get(&origdsts, sk, NULL, flags);
 }
 
+/* The address of a sock_ops callback's socket. */
+static __always_inline struct addr sockops_local(struct bpf_sock_ops *ctx)
+{
+	struct addr local;
+
+	if (ctx->family != AF_INET6)
+		return addr4(ctx->local_ip4);
+	local = (struct addr){ { ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2],
+				 ctx->local_ip6[3] } };
+	barrier(); /* or both branches' loads become one, at an offset in a register */
+	return local;
+}
+
 /* The connection of a sock_ops callback, as its client sees it. */
 static __always_inline struct conn sockops_conn(struct bpf_sock_ops *ctx, bool client)
 {
 	struct conn c = { .netns = bpf_get_netns_cookie(ctx) };
-	struct addr local, remote;
+	struct addr local = sockops_local(ctx), remote;
 	__u16 lport = ctx->local_port, rport = bpf_ntohl(ctx->remote_port);
 
 	if (ctx->family == AF_INET6) {
-		local = (struct addr){ { ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2],
-					 ctx->local_ip6[3] } };
 		remote = (struct addr){ { ctx->remote_ip6[0], ctx->remote_ip6[1],
 					  ctx->remote_ip6[2], ctx->remote_ip6[3] } };
 		barrier(); /* or both branches' loads become one, at an offset in a register */
 	} else {
-		local = addr4(ctx->local_ip4);
 		remote = addr4(ctx->remote_ip4);
 	}
 	c.src = client ? local : remote;
@@ -91,7 +101,7 @@ static __always_inline void origdst_take(struct bpf_sock_ops *ctx)
 
 	if (!pod || !sk)
 		return;
-	if (ctx->local_port != pod->out_port && !is_steered_port(pod, ctx->local_port))
+	if (!is_steered_port(pod, ctx->local_port))
 		return;
 	c = sockops_conn(ctx, false);
 	offer = bpf_map_lookup_elem(&handovers, &c);

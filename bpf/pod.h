@@ -41,6 +41,20 @@ static __always_inline bool addr_is_loopback(const struct addr *a)
 	return addr_is_localhost(a);
 }
 
+/* The address to which REDIRECT leads what a pod sends. */
+static __always_inline struct addr localhost_for(const struct addr *like)
+{
+	if (addr_is4(like))
+		return addr4(bpf_htonl(0x7f000001));
+	return (struct addr){ { 0, 0, 0, bpf_htonl(1) } };
+}
+
+/* fe80::/10; of IPv4, where a pod may have no other address and use it for all, none. */
+static __always_inline bool addr_is_link6(const struct addr *a)
+{
+	return (a->w[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
+}
+
 /* 127.0.0.6 or ::6: the source that Istio's and Kuma's proxies use towards the app. */
 static __always_inline bool addr_is_passthrough(const struct addr *a)
 {
@@ -88,8 +102,7 @@ static __always_inline bool pod_owns(__u64 netns, const struct addr *a)
 /* Is this the port of a listener that connections are handed to? */
 static __always_inline bool is_steered_port(const struct pod *pod, __u16 port)
 {
-	return port && (port == pod->in_port || port == pod->dns_port ||
-			(pod->flags & POD_OUT_LOOPBACK && port == pod->out_port));
+	return port && (port == pod->in_port || port == pod->out_port || port == pod->dns_port);
 }
 
 static __always_inline void count_n(__u32 mesh, enum counter counter, __u64 n)

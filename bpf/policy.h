@@ -88,6 +88,7 @@ enum verdict {
 	GO_OUTBOUND, /* to the proxy's outbound listener */
 	GO_INBOUND, /* to the proxy's inbound listener */
 	GO_DNS, /* to the proxy's DNS listener */
+	GO_NOWHERE, /* refused: off the pod, which has no address of that family */
 };
 
 /* A connection that is being made, or a datagram that is sent, before any rewrite. */
@@ -124,6 +125,20 @@ static __always_inline enum verdict self_verdict(const struct pod *pod, const st
 static __always_inline bool within_pod(const struct outbound *c)
 {
 	return c->ifindex == LOOPBACK_IFINDEX || pod_owns(c->netns, &c->dst);
+}
+
+/*
+ * A pod with no address of a family has no route of it either. The kernel says so before any rule
+ * is asked, and happy eyeballs count on it; to capture would say that all of that family is there.
+ */
+static __always_inline bool leads_nowhere(const struct pod *pod, const struct outbound *c,
+					  bool within)
+{
+	const struct addr *own = addr_is4(&c->dst) ? &pod->ip4 : &pod->ip6;
+
+	if (within)
+		return false;
+	return addr_is_any(own) || (addr_is_link6(own) && !addr_is_link6(&c->dst));
 }
 
 /* Does it leave by an exempt interface? */
@@ -179,20 +194,23 @@ static __always_inline enum verdict tcp_verdict(const struct pod *pod, const str
 	if (proxy || is_proxy_group(pod, c))
 		return GO_DIRECT;
 	if (is_dns(pod, c))
-		return GO_DNS;
+		return leads_nowhere(pod, c, within) ? GO_NOWHERE : GO_DNS;
 	if (addr_is_localhost(&c->dst) || cidr_in(pod, c->netns, OUT_EXCLUDE_CIDRS, &c->dst))
 		return GO_DIRECT;
 	if (pod->flags & POD_OUT_ALL || port_in(pod, c->netns, OUT_INCLUDE_PORTS, c->dport) ||
 	    cidr_in(pod, c->netns, OUT_INCLUDE_CIDRS, &c->dst))
-		return GO_OUTBOUND;
+		return leads_nowhere(pod, c, within) ? GO_NOWHERE : GO_OUTBOUND;
 	return GO_DIRECT;
 }
 
 static __always_inline enum verdict udp_verdict(const struct pod *pod, const struct outbound *c)
 {
+	bool within;
+
 	if (!is_dns(pod, c) || !pod_captures(pod, &c->dst))
 		return GO_DIRECT;
-	if (excluded_first(pod, c, within_pod(c), true))
+	within = within_pod(c);
+	if (excluded_first(pod, c, within, true) || leads_nowhere(pod, c, within))
 		return GO_DIRECT;
 	if (c->uid == pod->proxy_uid || is_proxy_group(pod, c))
 		return GO_DIRECT;

@@ -28,6 +28,17 @@ static __always_inline void sockaddr_set(struct bpf_sock_addr *ctx, int family,
 	ctx->user_port = bpf_htons(port);
 }
 
+/* Whether a program may say with which error a call fails (Linux 6.1); without it is EPERM. */
+const volatile __u8 sets_error;
+
+/* The call fails. EPERM is an error that some programs try again at once, and for ever. */
+static __always_inline int refuse(int error)
+{
+	if (sets_error)
+		bpf_set_retval(-error);
+	return 0;
+}
+
 /*
  * A kernel id as a user namespace numbers it; -1 where it is not mapped. The map's address comes
  * as a number, and the function is global, so that the verifier looks at it once and by itself.

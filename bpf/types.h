@@ -22,12 +22,11 @@ enum pod_flag {
 	POD_SELF_INBOUND = 1 << 3, /* proxy -> its own pod goes to the inbound port */
 	POD_OUT_ALL = 1 << 4, /* no include list outbound: everything is included */
 	POD_IN_ALL = 1 << 5, /* no include list inbound: everything is included */
-	POD_OUT_LOOPBACK = 1 << 6, /* the outbound listener may be bound to localhost alone */
-	POD_LOOPBACK_INCLUDED = 1 << 7, /* the include ranges name loopback: lo is not exempt */
-	POD_UDP_EXCLUDES = 1 << 8, /* excluded outbound ports hold for UDP (DNS) as well */
-	POD_EXCLUDE_IFS = 1 << 10, /* some of the pod's interfaces are exempt */
-	POD_CIDRS_FIRST = 1 << 9, /* excluded destinations beat everything, not just includes */
-	POD_SPLICE = 1 << 11, /* its connections may skip the TCP/IP stack */
+	POD_LOOPBACK_INCLUDED = 1 << 6, /* the include ranges name loopback: lo is not exempt */
+	POD_UDP_EXCLUDES = 1 << 7, /* excluded outbound ports hold for UDP (DNS) as well */
+	POD_CIDRS_FIRST = 1 << 8, /* excluded destinations beat everything, not just includes */
+	POD_EXCLUDE_IFS = 1 << 9, /* some of the pod's interfaces are exempt */
+	POD_SPLICE = 1 << 10, /* its connections may skip the TCP/IP stack */
 };
 
 /* One enrolled pod; key: its network namespace's cookie. */
@@ -145,11 +144,26 @@ _Static_assert(sizeof(struct conn) == 48, "conn");
 /* A slot for one of the proxy's listeners. */
 struct listener_key {
 	__u64 netns;
-	__u16 family; /* AF_INET or AF_INET6, of the listening socket */
+	struct addr at; /* what it is bound to; any of IPv4, v4-mapped, is not any of IPv6 */
 	__u16 port;
-	__u32 slot; /* 0 .. LISTENER_SLOTS - 1 */
+	__u16 slot; /* 0 .. LISTENER_SLOTS - 1 */
+	__u32 pad;
 };
-_Static_assert(sizeof(struct listener_key) == 16, "listener_key");
+_Static_assert(sizeof(struct listener_key) == 32, "listener_key");
+
+enum device_family {
+	DEVICE_V4 = 1,
+	DEVICE_V6,
+	DEVICE_V6_LINK, /* link-local */
+};
+
+/* A device of a pod, and which kind of address of it. */
+struct device_key {
+	__u64 netns;
+	__u32 ifindex;
+	enum device_family family;
+};
+_Static_assert(sizeof(struct device_key) == 16, "device_key");
 
 /* Userspace's own record of an enrolled pod, pinned so that `status` and the next agent know. */
 struct pod_record {
@@ -229,6 +243,7 @@ enum counter {
 	PASSED_INBOUND, /* a new connection left alone (excluded, or from the pod itself) */
 	REFUSED_NO_LISTENER, /* a new connection refused: the proxy does not listen */
 	REFUSED_NO_STATE, /* connect refused: no memory to keep the original destination */
+	REFUSED_NO_ADDRESS, /* connect refused: off the pod, which has no address of that family */
 	HANDOVER_FULL, /* the original destination could not be handed over: map full */
 	HANDOVER_MISSED, /* a connection came to the outbound listener's redirect address
 			    unannounced */

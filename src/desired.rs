@@ -18,8 +18,9 @@ pub struct NetnsFacts {
     pub path: PathBuf,
     /// The kernel's identity of the namespace; never reused while the machine runs.
     pub cookie: u64,
-    /// The addresses of its interfaces, but for loopback.
-    pub addresses: Vec<IpAddr>,
+    /// The addresses of its interfaces, but for loopback, in the order of the kernel's list, which
+    /// has IPv4 first; each with the index of its interface. Empty: they are not known.
+    pub addresses: Vec<(IpAddr, u32)>,
     /// Its interfaces, by name: their indices.
     pub interfaces: BTreeMap<String, u32>,
     /// Its main table's routes, and the index of the interface that each leads to.
@@ -67,10 +68,14 @@ pub struct PodRow {
     pub proxy_uid: u32,
     /// The sidecar's group.
     pub proxy_gid: u32,
-    /// The pod's IPv4 address; none: IPv4 is not captured.
+    /// The pod's IPv4 address; none: it has none.
     pub ip4: Option<Ipv4Addr>,
-    /// The pod's IPv6 address; none: IPv6 is not captured.
+    /// The pod's IPv6 address, a link-local one where it has no other; none: it has none.
     pub ip6: Option<Ipv6Addr>,
+    /// IPv4 is captured: within the pod also where it has no such address.
+    pub capture_v4: bool,
+    /// IPv6 is captured.
+    pub capture_v6: bool,
     /// The sidecar's group is exempt as well.
     pub gid_exempt: bool,
     /// The sidecar's calls to its own pod go to the inbound listener.
@@ -79,8 +84,6 @@ pub struct PodRow {
     pub out_all: bool,
     /// Every inbound connection is included.
     pub in_all: bool,
-    /// The outbound listener may be bound to localhost alone.
-    pub out_loopback: bool,
     /// The include ranges name loopback: the app's calls over lo are not exempt.
     pub loopback_included: bool,
     /// Excluded outbound ports hold for UDP as well.
@@ -103,6 +106,17 @@ pub struct PodRow {
     pub dns_port: u16,
     /// Index into the counters.
     pub mesh: u16,
+}
+
+/// A kind of addresses of which a device has a first one; `enum device_family` of bpf/types.h.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum DeviceFamily {
+    /// IPv4.
+    V4,
+    /// IPv6, whatever its scope: the kernel lists what is global first.
+    V6,
+    /// IPv6, link-local.
+    V6Link,
 }
 
 /// What userspace remembers about an enrolled pod, beside its row.
@@ -162,6 +176,9 @@ pub struct Desired {
     pub pods: BTreeMap<u64, (PodRow, Record)>,
     /// The pods' own addresses; cookie 0: some pod of the node that may be spliced with.
     pub locals: BTreeSet<(u64, IpAddr)>,
+    /// Where iptables' REDIRECT would lead what comes in by a device: the first address that it
+    /// has, by the pod's cookie and the device's index.
+    pub device_addrs: BTreeMap<(u64, u32, DeviceFamily), IpAddr>,
     /// Port lists.
     pub port_rules: BTreeSet<PortRule>,
     /// Address lists, and whether a range is a member: the longest that matches decides.
@@ -299,36 +316,36 @@ fn enrol(
             return Err(Refusal::TooLong { what, text: text.into(), limit });
         }
     }
+    let ips = addresses(facts, netns);
     let routable = |ip: &&IpAddr| !is_link_local(**ip);
-    let ips: Vec<IpAddr> = match &facts.ips[..] {
-        [] => netns.addresses.iter().filter(routable).copied().collect(),
-        named => named.to_vec(),
-    };
-    let first = ips.first().ok_or_else(|| Refusal::NoAddress(netns.path.clone()))?;
-    let ip4 = ips.iter().find_map(|ip| match ip.to_canonical() {
-        IpAddr::V4(v4) => Some(v4),
+    if !ips.iter().any(|ip| ip.is_ipv4() || !is_link_local(*ip)) {
+        return Err(Refusal::NoAddress(netns.path.clone()));
+    }
+    let ip4 = ips.iter().find_map(|ip| match ip {
+        IpAddr::V4(v4) => Some(*v4),
         IpAddr::V6(_) => None,
     });
-    let ip6 = ips
-        .iter()
-        .find_map(|ip| match ip.to_canonical() {
-            IpAddr::V6(v6) => Some(v6),
-            IpAddr::V4(_) => None,
-        })
-        .filter(|_| match facts.ipv6 {
+    let ip6 = ips.iter().find_map(|ip| match ip {
+        IpAddr::V6(v6) => Some(*v6),
+        IpAddr::V4(_) => None,
+    });
+    let capture_v6 = ip6.is_some()
+        && match facts.ipv6 {
             Ipv6::Always => true,
-            Ipv6::WhereFirst => first.is_ipv6(),
+            // By the addresses of the namespace, whatever order the API server has.
+            Ipv6::WhereFirst => {
+                let listed = netns.addresses.iter().map(|(ip, _)| ip).find(routable);
+                listed.or(facts.ips.first()).is_some_and(IpAddr::is_ipv6)
+            }
             Ipv6::Never => false,
-        });
+        };
 
-    // A pod's own addresses: what it says, and what its namespace has beyond that.
-    let mut locals: BTreeSet<(u64, IpAddr)> =
-        facts.ips.iter().chain(&netns.addresses).map(|ip| (cookie, ip.to_canonical())).collect();
-    if ip6.is_some() {
+    let mut locals: BTreeSet<(u64, IpAddr)> = ips.iter().map(|ip| (cookie, *ip)).collect();
+    if capture_v6 {
         locals.insert((cookie, PASSTHROUGH_V6.into()));
     }
     if facts.splice {
-        locals.extend(ips.iter().map(|ip| (0, ip.to_canonical())));
+        locals.extend(ips.iter().filter(routable).map(|ip| (0, *ip)));
     }
 
     let mut rules = Rules { cookie, ..Rules::default() };
@@ -405,11 +422,12 @@ fn enrol(
         proxy_gid: facts.proxy_gid,
         ip4,
         ip6,
+        capture_v4: true,
+        capture_v6,
         gid_exempt: facts.gid_exempt,
         self_inbound: facts.mesh.self_inbound,
         out_all,
         in_all,
-        out_loopback: facts.mesh.outbound_loopback,
         loopback_included,
         udp_excludes: facts.mesh.udp_excludes,
         cidrs_first: facts.mesh.cidrs_first,
@@ -426,11 +444,48 @@ fn enrol(
         Record { pod: facts.name.clone(), uid: facts.uid.clone(), netns: netns.path.clone() };
     out.pods.insert(cookie, (row, record));
     out.locals.extend(locals);
+    let firsts = device_addrs(netns).into_iter();
+    out.device_addrs.extend(firsts.map(|((device, family), ip)| ((cookie, device, family), ip)));
     out.port_rules.extend(rules.ports);
     out.cidr_rules.extend(rules.cidrs);
     out.uid_rules.extend(rules.uids);
     out.excluded_ifs.extend(excluded_ifs);
     Ok(())
+}
+
+/// The pod's own addresses, that which stands for it first: those that its namespace has, in the
+/// pod's order where its status names them, link-local ones last. A status may name what an earlier
+/// sandbox had, so it is believed only where the namespace says nothing.
+fn addresses(facts: &PodFacts, netns: &NetnsFacts) -> Vec<IpAddr> {
+    let named = facts.ips.iter().map(IpAddr::to_canonical);
+    if netns.addresses.is_empty() {
+        return named.collect();
+    }
+    let has = |ip: &IpAddr| netns.addresses.iter().any(|(own, _)| own == ip);
+    let mut ips: Vec<IpAddr> = named.filter(has).collect();
+    let (link, global): (Vec<IpAddr>, Vec<IpAddr>) =
+        netns.addresses.iter().map(|(ip, _)| *ip).partition(|ip| is_link_local(*ip));
+    ips.extend(global.into_iter().chain(link));
+    ips
+}
+
+/// The first address of each kind that each device has, in the order of the kernel's list.
+/// Source: Linux `net/netfilter/nf_nat_redirect.c`.
+pub fn device_addrs(netns: &NetnsFacts) -> BTreeMap<(u32, DeviceFamily), IpAddr> {
+    let mut first = BTreeMap::new();
+    for (ip, device) in &netns.addresses {
+        let families: &[DeviceFamily] = match ip {
+            IpAddr::V4(_) => &[DeviceFamily::V4],
+            IpAddr::V6(v6) if v6.is_unicast_link_local() => {
+                &[DeviceFamily::V6, DeviceFamily::V6Link]
+            }
+            IpAddr::V6(_) => &[DeviceFamily::V6],
+        };
+        for family in families {
+            first.entry((*device, *family)).or_insert(*ip);
+        }
+    }
+    first
 }
 
 /// Whether the address is the pod's own, but none that others know it by.
@@ -589,7 +644,7 @@ mod tests {
             netns: NetnsFacts {
                 path: format!("/run/netns/{name}").into(),
                 cookie,
-                addresses: vec![ip],
+                addresses: vec![(ip, 2)],
                 interfaces: BTreeMap::from([("eth0".into(), 2), ("net1".into(), 3)]),
                 routes: vec![
                     ("0.0.0.0/0".parse().expect("a range"), 2),
@@ -620,13 +675,78 @@ mod tests {
     #[test]
     fn ipv6_is_captured_where_istio_would() {
         let mut dual = candidate("ns/a", 7, "10.0.0.7");
-        dual.facts.ips.push("fd00::7".parse().expect("an address"));
-        assert_eq!(plain(&[dual.clone()]).pods[&7].0.ip6, None, "second address, not dual stack");
+        let v6: IpAddr = "fd00::7".parse().expect("an address");
+        dual.netns.addresses.push((v6, 2));
+        let captured = |pod: &Candidate| plain(std::slice::from_ref(pod)).pods[&7].0.capture_v6;
+        assert!(!captured(&dual), "second address, not dual stack");
+        // F65: the kernel lists IPv4 first, whatever the API server does.
+        dual.facts.ips.insert(0, v6);
+        assert!(!captured(&dual), "first in podIPs");
         dual.facts.ipv6 = Ipv6::Always;
-        let out = plain(&[dual]);
-        assert!(out.pods[&7].0.ip6.is_some());
-        assert!(out.locals.contains(&(7, PASSTHROUGH_V6.into())));
-        assert!(plain(&[candidate("ns/b", 8, "fd00::8")]).pods[&8].0.ip6.is_some(), "v6 first");
+        assert!(captured(&dual));
+        assert!(plain(&[dual]).locals.contains(&(7, PASSTHROUGH_V6.into())));
+        assert!(captured(&candidate("ns/b", 7, "fd00::8")), "the only one");
+        let mut unknown = candidate("ns/b", 7, "fd00::8");
+        unknown.netns.addresses.clear();
+        assert!(captured(&unknown), "by podIPs where the namespace is not known");
+    }
+
+    #[test]
+    fn families_are_those_of_the_namespace() {
+        let ip = |text: &str| -> IpAddr { text.parse().expect("an address") };
+        // F10: an IPv6 pod of EKS has an IPv4 address that the API server does not know.
+        let mut eks = candidate("ns/a", 7, "fd00::7");
+        eks.netns.addresses.insert(0, (ip("169.254.172.3"), 3));
+        let row = plain(&[eks]).pods[&7].0.clone();
+        assert!(row.capture_v4 && row.capture_v6, "link-local IPv4 is not looked at by Istio");
+        assert_eq!(row.ip4, Some([169, 254, 172, 3].into()));
+        // F2: Kuma captures IPv6 where there is any, and validates it.
+        let mut kuma = candidate("ns/b", 8, "10.0.0.8");
+        kuma.facts.ipv6 = Ipv6::Always;
+        assert!(!plain(std::slice::from_ref(&kuma)).pods[&8].0.capture_v6, "there is none");
+        kuma.netns.addresses.push((ip("fe80::8"), 2));
+        let out = plain(std::slice::from_ref(&kuma));
+        assert!(out.pods[&8].0.capture_v6);
+        assert!(out.locals.contains(&(8, PASSTHROUGH_V6.into())));
+        kuma.netns.addresses.push((ip("fd00::8"), 3));
+        assert_eq!(plain(&[kuma]).pods[&8].0.ip6.map(IpAddr::from), Some(ip("fd00::8")));
+        // And IPv4 always, within a pod that has no such address.
+        let v6 = plain(&[candidate("ns/c", 9, "fd00::9")]).pods[&9].0.clone();
+        assert!(v6.capture_v4 && v6.ip4.is_none());
+    }
+
+    #[test]
+    fn a_status_from_before_the_sandbox_is_not_believed() {
+        // F5: the address of the sandbox before, which may be another pod's by now.
+        let mut pod = candidate("ns/a", 7, "10.0.0.7");
+        pod.facts.ips = vec!["10.0.0.6".parse().expect("an address")];
+        let out = plain(&[pod]);
+        assert_eq!(out.pods[&7].0.ip4, Some([10, 0, 0, 7].into()));
+        assert!(out.locals.iter().all(|(_, ip)| ip.to_string() == "10.0.0.7"), "{:?}", out.locals);
+    }
+
+    #[test]
+    fn the_first_address_of_each_device() {
+        let mut pod = candidate("ns/a", 7, "10.0.0.7");
+        let all =
+            [("10.0.0.9", 2), ("10.1.0.7", 3), ("fd00::7", 2), ("fe80::7", 2), ("fe80::8", 3)];
+        let all = all.map(|(ip, device)| (ip.parse().expect("an address"), device));
+        pod.netns.addresses.extend(all);
+        let found = plain(&[pod]).device_addrs;
+        let found: Vec<_> = found
+            .iter()
+            .map(|((_, device, family), ip)| (*device, *family, ip.to_string()))
+            .collect();
+        use DeviceFamily::{V4, V6, V6Link};
+        let right = [
+            (2, V4, "10.0.0.7"),
+            (2, V6, "fd00::7"),
+            (2, V6Link, "fe80::7"),
+            (3, V4, "10.1.0.7"),
+            (3, V6, "fe80::8"),
+            (3, V6Link, "fe80::8"),
+        ];
+        assert_eq!(found, right.map(|(device, family, ip)| (device, family, ip.to_owned())));
     }
 
     #[test]
@@ -635,7 +755,7 @@ mod tests {
         pod.facts.ips.clear();
         assert_eq!(plain(&[pod.clone()]).pods[&7].0.ip4, Some([10, 0, 0, 7].into()));
         let link_local: IpAddr = "fe80::7".parse().expect("an address");
-        pod.netns.addresses = vec![link_local];
+        pod.netns.addresses = vec![(link_local, 2)];
         assert!(matches!(plain(&[pod]).refused[..], [(_, Refusal::NoAddress(_))]));
     }
 

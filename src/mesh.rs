@@ -32,8 +32,6 @@ pub struct Mesh {
     pub gid_exempt: bool,
     /// The sidecar's listener for the pod's outbound connections.
     pub outbound_port: u16,
-    /// That listener may be bound to localhost alone.
-    pub outbound_loopback: bool,
     /// The sidecar's listener for connections to the pod.
     pub inbound_port: u16,
     /// The sidecar's DNS listener, on localhost; none: DNS is never captured.
@@ -113,7 +111,6 @@ pub const ISTIO: Mesh = Mesh {
     gid: 1337,
     gid_exempt: true,
     outbound_port: 15001,
-    outbound_loopback: false,
     inbound_port: 15006,
     dns_port: Some(15053),
     self_inbound: true,
@@ -161,7 +158,6 @@ pub const LINKERD: Mesh = Mesh {
     gid: 2102,
     gid_exempt: false,
     outbound_port: 4140,
-    outbound_loopback: true,
     inbound_port: 4143,
     dns_port: None,
     self_inbound: false,
@@ -210,7 +206,6 @@ pub const KUMA: Mesh = Mesh {
     gid: 5678,
     gid_exempt: false,
     outbound_port: 15001,
-    outbound_loopback: false,
     inbound_port: 15006,
     dns_port: Some(15053),
     self_inbound: true,

@@ -25,7 +25,7 @@ use rtnetlink::{
 
 use crate::{
     bpf::current_netns_cookie,
-    desired::{NetnsFacts, PASSTHROUGH_V6},
+    desired::{NetnsFacts, PASSTHROUGH_V6, PodRow},
 };
 
 /// Where captured IPv4 connections go; `VIA4_NET` of bpf/config.h.
@@ -39,6 +39,11 @@ const LOCAL_TABLE: u32 = 255;
 const MAIN_TABLE: u32 = 254;
 /// The index of lo, in every network namespace.
 pub const LO: u32 = 1;
+/// What a socket is bound to that takes connections to all addresses.
+pub const ANY: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+/// Where REDIRECT leads what a pod sends.
+pub const LOCALHOST: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
 /// An open network namespace. Holding it keeps the namespace alive: don't.
 #[derive(Debug)]
@@ -105,11 +110,12 @@ impl Netns {
     /// Where it is no network namespace, or can't be entered.
     pub fn facts(&self) -> Result<NetnsFacts> {
         self.inside(|| {
+            let interfaces = interfaces()?;
             Ok(NetnsFacts {
                 path: self.path.clone(),
                 cookie: current_netns_cookie()?,
-                addresses: addresses()?,
-                interfaces: interfaces()?,
+                addresses: addresses(&interfaces)?,
+                interfaces,
                 routes: Vec::new(),
             })
         })?
@@ -138,8 +144,8 @@ impl Netns {
     ///
     /// # Errors
     /// Where the kernel refuses a route or the address.
-    pub fn prepare(&self, ip4: Option<Ipv4Addr>, ip6: Option<Ipv6Addr>) -> Result<()> {
-        self.with_netlink(|handle| prepare(handle, ip4, ip6))
+    pub fn prepare(&self, row: &PodRow) -> Result<()> {
+        self.with_netlink(|handle| prepare(handle, row))
             .with_context(|| format!("cannot prepare lo in {}", self.path.display()))
     }
 }
@@ -191,15 +197,20 @@ pub fn host_cookies() -> Result<BTreeSet<u64>> {
     Ok(init.into_iter().chain([current_netns_cookie()?]).collect())
 }
 
-/// The calling thread's namespace's addresses, but for those of loopback.
-fn addresses() -> Result<Vec<IpAddr>> {
+/// The calling thread's namespace's addresses, but for those of loopback, in the kernel's order;
+/// with the index of their interface, of these.
+fn addresses(interfaces: &BTreeMap<String, u32>) -> Result<Vec<(IpAddr, u32)>> {
     let all = getifaddrs().context("cannot read interface addresses")?;
     let ips = all.filter_map(|interface| {
         let address = interface.address?;
         let v4 = address.as_sockaddr_in().map(|sin| IpAddr::V4(sin.ip()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|sin6| IpAddr::V6(sin6.ip())))
+        let ip = v4.or_else(|| address.as_sockaddr_in6().map(|sin6| IpAddr::V6(sin6.ip())))?;
+        // An address may have a label behind its interface's name.
+        let name = interface.interface_name.split(':').next()?;
+        Some((ip, *interfaces.get(name)?))
     });
-    Ok(ips.filter(|ip| !ip.is_loopback() && *ip != IpAddr::V6(PASSTHROUGH_V6)).collect())
+    let own = |ip: &IpAddr| !ip.is_loopback() && *ip != IpAddr::V6(PASSTHROUGH_V6);
+    Ok(ips.filter(|(ip, _)| own(ip)).collect())
 }
 
 /// The calling thread's namespace's interfaces.
@@ -235,12 +246,8 @@ async fn routes(handle: rtnetlink::Handle) -> Result<Vec<(IpNet, u32)>> {
     Ok(found)
 }
 
-async fn prepare(
-    handle: rtnetlink::Handle,
-    ip4: Option<Ipv4Addr>,
-    ip6: Option<Ipv6Addr>,
-) -> Result<()> {
-    if let Some(source) = ip4 {
+async fn prepare(handle: rtnetlink::Handle, row: &PodRow) -> Result<()> {
+    if let Some(source) = row.ip4 {
         let route = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(VIA4.0, VIA4.1)
             .pref_source(source)
@@ -252,10 +259,13 @@ async fn prepare(
             .build();
         handle.route().add(route).replace().execute().await.context("cannot add the IPv4 route")?;
     }
-    if let Some(source) = ip6 {
-        let route = RouteMessageBuilder::<Ipv6Addr>::new()
-            .destination_prefix(VIA6.0, VIA6.1)
-            .pref_source(source)
+    if row.capture_v6 {
+        let mut route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(VIA6.0, VIA6.1);
+        // A link-local address is nobody's source on another device.
+        if let Some(source) = row.ip6.filter(|ip| !ip.is_unicast_link_local()) {
+            route = route.pref_source(source);
+        }
+        let route = route
             .output_interface(LO)
             .table_id(LOCAL_TABLE)
             .protocol(RouteProtocol::Static)

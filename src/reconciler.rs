@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{Ipv4Addr, Ipv6Addr},
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -18,7 +18,7 @@ use crate::{
     bpf::Dataplane,
     cgroup::Cgroup,
     cni::Sandbox,
-    desired::{Candidate, Desired, NetnsFacts, PodRow, Record, desired},
+    desired::{Candidate, Desired, NetnsFacts, PodRow, Record, desired, device_addrs},
     facts::{self, FactsError, PodFacts},
     metrics::{Fill, Metrics},
     netns::{self, LO, Netns},
@@ -66,10 +66,16 @@ impl Enrolled {
     }
 }
 
-/// The listeners that connections may have to be handed to: inbound, outbound, DNS.
+/// The listeners that connections are handed to: inbound, outbound, DNS.
 fn steered_ports(row: &PodRow) -> [Option<u16>; 3] {
     let dns = Some(row.dns_port).filter(|port| *port != 0);
-    [Some(row.in_port), Some(row.out_port).filter(|_| row.out_loopback), dns]
+    [Some(row.in_port), Some(row.out_port), dns]
+}
+
+/// What listeners may be bound to that connections are handed to.
+fn redirected_to(netns: &NetnsFacts) -> BTreeSet<IpAddr> {
+    let fixed = netns::ANY.into_iter().chain(netns::LOCALHOST);
+    fixed.chain(device_addrs(netns).into_values()).collect()
 }
 
 /// Where pods come from, and what tells their network namespaces.
@@ -673,13 +679,11 @@ impl Reconciler {
     fn prepare(&self, goal: &Desired, problems: &mut BTreeSet<Problem>) -> BTreeSet<u64> {
         let mut failed = BTreeSet::new();
         for (cookie, (row, record)) in &goal.pods {
-            let addresses =
-                |row: &PodRow| -> (Option<Ipv4Addr>, Option<Ipv6Addr>) { (row.ip4, row.ip6) };
+            let addresses = |row: &PodRow| (row.ip4, row.ip6, row.capture_v6);
             if self.pods.get(cookie).is_some_and(|p| addresses(&p.row) == addresses(row)) {
                 continue;
             }
-            let done = Netns::open_as(&record.netns, *cookie)
-                .and_then(|netns| netns.prepare(row.ip4, row.ip6));
+            let done = Netns::open_as(&record.netns, *cookie).and_then(|netns| netns.prepare(row));
             if let Err(error) = done
                 && !self.dataplane.netns_lives(*cookie)
             {
@@ -712,8 +716,9 @@ impl Reconciler {
                 continue;
             }
             let linked = Netns::open_as(&record.netns, cookie).and_then(|netns| {
+                let at = redirected_to(&candidate.netns);
                 for port in steered_ports(row).into_iter().flatten() {
-                    self.dataplane.find_listeners(cookie, &netns, port)?;
+                    self.dataplane.find_listeners(cookie, &netns, port, &at)?;
                 }
                 if row.dns_port == 0 {
                     self.dataplane.detach_dns(cookie, &netns)?;
@@ -773,8 +778,10 @@ impl Reconciler {
                 continue;
             }
             self.searched.insert(*missing, now);
-            let found = Netns::open_as(&pod.netns.path, *cookie)
-                .and_then(|ns| self.dataplane.find_listeners(*cookie, &ns, *port));
+            let found = Netns::open_as(&pod.netns.path, *cookie).and_then(|ns| {
+                let at = redirected_to(&pod.netns);
+                self.dataplane.find_listeners(*cookie, &ns, *port, &at)
+            });
             if let Err(error) = found {
                 warn!(netns = %pod.netns.path.display(), "cannot look for the proxy's listeners: {error:#}");
             }

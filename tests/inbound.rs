@@ -247,7 +247,7 @@ fn only_the_proxys_listeners_are_remembered() {
     // Newer.
     let _after = node.a.serve(addr(ip("0.0.0.0"), 9090), APP, APP).expect("app");
     assert_steered(&node, addr(node.a.ipv4(), 8080));
-    assert_eq!(node.map("listeners").keys().count(), 2, "one of each family");
+    assert_eq!(node.map("listeners").keys().count(), 4, "outbound and inbound, of each family");
     assert_eq!(node.agent.status().expect("status")["pods"][0]["listeners"], 2);
 }
 

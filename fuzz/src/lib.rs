@@ -135,7 +135,7 @@ pub fn check_pods(pods: &[Pod]) {
             assert_named(pod, error);
             assert_eq!(parsed.facts.policy, Default::default(), "everything is captured");
         }
-        let addresses = vec![IpAddr::from([10, 0, 0, 7])];
+        let addresses = vec![(IpAddr::from([10, 0, 0, 7]), 2)];
         let path = format!("/run/netns/{cookie}").into();
         let interfaces = BTreeMap::from([("lo".into(), 1), ("eth0".into(), 2), ("net1".into(), 3)]);
         let net = |text: &str| text.parse().expect("a range");

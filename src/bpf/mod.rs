@@ -42,11 +42,13 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{
-    Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, RingBuffer, RingBufferBuilder,
+    Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, ProgramType, RingBuffer,
+    RingBufferBuilder,
     btf::{
         Btf,
         types::{Func, Struct},
     },
+    libbpf_sys,
     query::LinkTypeInfo,
     skel::{OpenSkel, Skel, SkelBuilder},
 };
@@ -75,10 +77,10 @@ use crate::{
 };
 
 /// Moves when the layout of a pinned map moves: a `v` and a number.
-pub const LAYOUT: &str = "v2";
+pub const LAYOUT: &str = "v3";
 
 /// The names of the kernel's counters, in the order of `enum counter`.
-const COUNTERS: [&str; 22] = [
+const COUNTERS: [&str; 23] = [
     "captured_outbound",
     "captured_self",
     "captured_dns",
@@ -87,6 +89,7 @@ const COUNTERS: [&str; 22] = [
     "passed_inbound",
     "refused_no_listener",
     "refused_no_state",
+    "refused_no_address",
     "handover_full",
     "handover_missed",
     "origdst_answered",
@@ -104,7 +107,7 @@ const COUNTERS: [&str; 22] = [
 ];
 
 /// Slots for a pod's listeners; `LISTENER_SLOTS` of bpf/maps.h.
-const LISTENER_SLOTS: u32 = 16;
+const LISTENER_SLOTS: u16 = 16;
 
 /// Routes libbpf's messages to the log: its warnings explain errors, so they are debug lines
 /// beside the error that the caller reports.
@@ -475,6 +478,9 @@ impl Dataplane {
         }
         let locals = desired.locals.iter();
         let locals = locals.map(|(cookie, ip)| maps::entry(&wire::local_of(*cookie, *ip), &1u8));
+        let devices = desired.device_addrs.iter().map(|((cookie, device, family), ip)| {
+            maps::entry(&wire::device_of(*cookie, *device, *family), &wire::addr::from(*ip))
+        });
         let ports = desired.port_rules.iter().map(|r| maps::entry(&wire::port_key(r), &1u8));
         let cidrs = desired
             .cidr_rules
@@ -488,8 +494,9 @@ impl Dataplane {
         let kernel = &self.skel.maps;
         // In the order of writing; deletes go the other way round. The number is where the cookie
         // is in the map's keys.
-        let contents: [(_, usize, Entries); 7] = [
+        let contents: [(_, usize, Entries); 8] = [
             (&kernel.locals, 0, locals.collect()),
+            (&kernel.device_addrs, 0, devices.collect()),
             (&kernel.port_rules, 8, ports.collect()),
             (&kernel.cidr_rules, 8, cidrs.collect()),
             (&kernel.uid_rules, 4, uids.collect()),
@@ -576,23 +583,37 @@ impl Dataplane {
         steer_lives(&self.pins, cookie)
     }
 
-    /// Records the pod's listeners on a port that the hooks did not see, unless one is known.
+    /// Records the pod's listeners on a port that the hooks did not see, at those of these
+    /// addresses where none is known.
     ///
     /// # Errors
     /// Where the namespace can't be entered, or the iterator fails.
-    pub fn find_listeners(&mut self, cookie: u64, netns: &Netns, port: u16) -> Result<()> {
-        if listeners(&self.skel.maps.listeners, cookie, port) > 0 {
-            return Ok(());
-        }
+    pub fn find_listeners(
+        &mut self,
+        cookie: u64,
+        netns: &Netns,
+        port: u16,
+        at: &BTreeSet<IpAddr>,
+    ) -> Result<()> {
+        let known = &self.skel.maps.listeners;
+        let unknown = at.iter().filter(|at| listeners(known, cookie, **at, port) == 0);
+        let unknown: Vec<wire::addr> = unknown.map(|at| (*at).into()).collect();
         let variables = self.skel.maps.bss_data.as_mut().context("the object has no variables")?;
         variables.wanted_netns = cookie;
         variables.wanted_port = port;
-        if kernel().iterates_unlocked {
-            let link = self.skel.progs.find_listeners.attach()?;
-            netns.inside(|| run(&link).map(drop))?
-        } else {
-            run(&self.skel.progs.find_listeners_by_file.attach()?).map(drop)
+        for wanted in unknown.chunks(variables.wanted_at.len()) {
+            let variables =
+                self.skel.maps.bss_data.as_mut().context("the object has no variables")?;
+            variables.wanted_at[..wanted.len()].copy_from_slice(wanted);
+            variables.wanted_count = wanted.len() as u32;
+            if kernel().iterates_unlocked {
+                let link = self.skel.progs.find_listeners.attach()?;
+                netns.inside(|| run(&link).map(drop))??;
+            } else {
+                run(&self.skel.progs.find_listeners_by_file.attach()?)?;
+            }
         }
+        Ok(())
     }
 
     /// The kernel's events.
@@ -677,6 +698,8 @@ struct Kernel {
     iterates_unlocked: bool,
     /// Filters can be links to devices (tcx, Linux 6.6).
     links_filters: bool,
+    /// A program may say with which error connect() fails (Linux 6.1).
+    sets_error: bool,
 }
 
 fn kernel() -> &'static Kernel {
@@ -693,6 +716,9 @@ fn kernel() -> &'static Kernel {
             }),
             iterates_unlocked: destroy.is_some(),
             links_filters: tcx.is_some(),
+            sets_error: ProgramType::CgroupSockAddr
+                .is_helper_supported(libbpf_sys::BPF_FUNC_set_retval)
+                .unwrap_or(false),
         }
     })
 }
@@ -711,8 +737,16 @@ fn open_inbound(
 
 fn open_node() -> Result<skel::OpenSidestepSkel<'static>> {
     // A skeleton borrows its object; there is one for the life of the process.
-    let storage = Box::leak(Box::new(MaybeUninit::uninit()));
-    Ok(skel::SidestepSkelBuilder::default().open(storage)?)
+    open_node_in(Box::leak(Box::new(MaybeUninit::uninit())))
+}
+
+fn open_node_in(
+    storage: &mut MaybeUninit<libbpf_rs::OpenObject>,
+) -> Result<skel::OpenSidestepSkel<'_>> {
+    let mut open = skel::SidestepSkelBuilder::default().open(storage)?;
+    let constants = open.maps.rodata_data.as_mut().context("the object has no rodata")?;
+    constants.sets_error = u8::from(kernel().sets_error);
+    Ok(open)
 }
 
 /// Loads every program and map once, unpinned and unattached, and drops them: the kernel's own
@@ -732,7 +766,7 @@ pub fn try_load() -> Result<Vec<ProgramCost>> {
 
 fn load_all() -> Result<Vec<ProgramCost>> {
     let mut storage = MaybeUninit::uninit();
-    let node = skel::SidestepSkelBuilder::default().open(&mut storage)?.load()?;
+    let node = open_node_in(&mut storage)?.load()?;
     let mut storage = MaybeUninit::uninit();
     let pod = open_inbound(&mut storage, 0)?.load()?;
     let programs = node.object().progs().chain(pod.object().progs());
@@ -745,7 +779,7 @@ fn load_all() -> Result<Vec<ProgramCost>> {
 /// Where the kernel refuses: what it takes may be in modules that are not there.
 pub fn try_filters() -> Result<()> {
     let mut storage = MaybeUninit::uninit();
-    let node = skel::SidestepSkelBuilder::default().open(&mut storage)?.load()?;
+    let node = open_node_in(&mut storage)?.load()?;
     let (dns, reset) = (node.progs.dns_reply.as_fd(), node.progs.reset.as_fd());
     netns::in_new(|| {
         filters::try_on_lo(Filter::Dns, dns)?;
@@ -801,6 +835,10 @@ pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
             .with_context(|| format!("cannot open map {}", pins.map(name).display()))
     };
     let (pods, listening) = (open("pods")?, open("listeners")?);
+    let mut landings: BTreeMap<u64, BTreeSet<IpAddr>> = BTreeMap::new();
+    for (key, ip) in maps::read_as::<wire::device_key, wire::addr>(&open("device_addrs")?)? {
+        landings.entry(key.netns).or_default().insert(ip.into());
+    }
     let records = records(&open("pod_records")?)?;
     let rows = maps::read_as::<u64, wire::pod>(&pods)?;
     Ok(rows
@@ -809,13 +847,22 @@ pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
             cookie,
             record: records.get(&cookie).cloned().unwrap_or_default(),
             mesh: mesh::by_index(row.mesh).map_or("unknown", |mesh| mesh.name),
-            captured: [row.ip4, row.ip6]
-                .into_iter()
-                .filter(|address| address.w != [0; 4])
-                .map(IpAddr::from)
-                .collect(),
+            captured: [
+                (row.ip4, wire::pod_flag::POD_CAPTURE_V4),
+                (row.ip6, wire::pod_flag::POD_CAPTURE_V6),
+            ]
+            .into_iter()
+            .filter(|(address, family)| address.w != [0; 4] && row.flags.0 & family.0 != 0)
+            .map(|(address, _)| IpAddr::from(address))
+            .collect(),
             inbound: steer_lives(pins, cookie),
-            listeners: listeners(&listening, cookie, row.in_port),
+            listeners: landings
+                .remove(&cookie)
+                .unwrap_or_default()
+                .into_iter()
+                .chain(netns::ANY)
+                .map(|at| listeners(&listening, cookie, at, row.in_port))
+                .sum(),
             dns_port: (row.dns_port != 0).then_some(row.dns_port),
         })
         .collect())
@@ -977,13 +1024,11 @@ fn records(map: &impl MapCore) -> Result<BTreeMap<u64, Record>> {
     Ok(records.into_iter().map(|(cookie, record)| (cookie, Record::from(&record))).collect())
 }
 
-/// How many inbound listeners of a pod are recorded.
-fn listeners(map: &impl MapCore, cookie: u64, port: u16) -> usize {
-    [libc::AF_INET, libc::AF_INET6]
-        .into_iter()
-        .flat_map(|family| (0..LISTENER_SLOTS).map(move |slot| (family as u16, slot)))
-        .filter(|(family, slot)| {
-            let key = wire::listener_key { netns: cookie, family: *family, port, slot: *slot };
+/// How many of a pod's listeners at an address are recorded.
+fn listeners(map: &impl MapCore, cookie: u64, at: IpAddr, port: u16) -> usize {
+    (0..LISTENER_SLOTS)
+        .filter(|slot| {
+            let key = wire::listener_of(cookie, at, port, *slot);
             matches!(map.lookup(wire::as_bytes(&key), MapFlags::ANY), Ok(Some(_)))
         })
         .count()

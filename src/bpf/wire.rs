@@ -8,12 +8,15 @@ use std::{
 use anyhow::{Result, ensure};
 
 pub(crate) use super::skel::types::{
-    addr, cidr_rule_key, event, event_kind, if_key, leg, listener_key, local_key, pod, pod_flag,
-    pod_record, port_rule_key, rule_set, splice, splice_key, splice_leg, splice_state, swept,
-    uid_rule_key,
+    addr, cidr_rule_key, device_family, device_key, event, event_kind, if_key, leg, listener_key,
+    local_key, pod, pod_flag, pod_record, port_rule_key, rule_set, splice, splice_key, splice_leg,
+    splice_state, swept, uid_rule_key,
 };
 use crate::{
-    desired::{CidrRule, MAX_NETNS, MAX_POD, MAX_UID, PodRow, PortRule, Record, RuleSet, UidRule},
+    desired::{
+        CidrRule, DeviceFamily, MAX_NETNS, MAX_POD, MAX_UID, PodRow, PortRule, Record, RuleSet,
+        UidRule,
+    },
     reset::Reset,
     splice::LegState,
 };
@@ -33,6 +36,10 @@ unsafe impl Wire for u64 {}
 // SAFETY: types.h asserts the size that the fields add up to; all fields are integers, or enums
 // that the skeleton makes a transparent u32.
 unsafe impl Wire for pod {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for addr {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for device_key {}
 // SAFETY: as for `pod`.
 unsafe impl Wire for local_key {}
 // SAFETY: as for `pod`.
@@ -177,15 +184,27 @@ pub(crate) fn local_of(cookie: u64, ip: IpAddr) -> local_key {
     local_key { netns: cookie, addr: ip.into() }
 }
 
+pub(crate) fn device_of(cookie: u64, ifindex: u32, family: DeviceFamily) -> device_key {
+    let family = match family {
+        DeviceFamily::V4 => device_family::DEVICE_V4,
+        DeviceFamily::V6 => device_family::DEVICE_V6,
+        DeviceFamily::V6Link => device_family::DEVICE_V6_LINK,
+    };
+    device_key { netns: cookie, ifindex, family }
+}
+
+pub(crate) fn listener_of(cookie: u64, at: IpAddr, port: u16, slot: u16) -> listener_key {
+    listener_key { netns: cookie, at: at.into(), port, slot, pad: 0 }
+}
+
 pub(crate) fn pod_of(row: &PodRow) -> pod {
     let flags = [
-        (row.ip4.is_some(), pod_flag::POD_CAPTURE_V4),
-        (row.ip6.is_some(), pod_flag::POD_CAPTURE_V6),
+        (row.capture_v4, pod_flag::POD_CAPTURE_V4),
+        (row.capture_v6, pod_flag::POD_CAPTURE_V6),
         (row.gid_exempt, pod_flag::POD_GID_EXEMPT),
         (row.self_inbound, pod_flag::POD_SELF_INBOUND),
         (row.out_all, pod_flag::POD_OUT_ALL),
         (row.in_all, pod_flag::POD_IN_ALL),
-        (row.out_loopback, pod_flag::POD_OUT_LOOPBACK),
         (row.loopback_included, pod_flag::POD_LOOPBACK_INCLUDED),
         (row.udp_excludes, pod_flag::POD_UDP_EXCLUDES),
         (row.cidrs_first, pod_flag::POD_CIDRS_FIRST),

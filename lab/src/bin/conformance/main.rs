@@ -97,7 +97,7 @@ fn conformance(args: &Args) -> Result<bool> {
     let filtered = args.mesh.is_some() || args.row.is_some() || args.oracle_only;
     let mut rows = rows::rows();
     rows.retain(|row| {
-        let named = |pattern: &String| matches(pattern, row.id) || matches(pattern, &row.name());
+        let named = |pattern: &String| matches(pattern, &row.id) || matches(pattern, &row.name());
         args.mesh.is_none_or(|mesh| mesh == row.setup.mesh) && args.row.as_ref().is_none_or(named)
     });
     ensure!(!rows.is_empty(), "no row is called so");

@@ -40,7 +40,7 @@ impl Verdict {
 #[derive(Clone, Debug, Serialize)]
 pub struct Line {
     pub row: String,
-    pub says: &'static str,
+    pub says: String,
     pub annotations: String,
     pub kind: Kind,
     pub iptables: Vec<Observed>,
@@ -131,7 +131,7 @@ impl Line {
         let words = |all: Vec<Difference>| all.into_iter().map(|one| one.words).collect();
         Self {
             row: name,
-            says: row.says,
+            says: row.says.clone(),
             annotations: row.annotations(),
             kind,
             verdict,

@@ -69,7 +69,7 @@ pub enum Who {
 }
 
 /// Where addresses are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
     /// Off the pod: 10.96.0.10 and fd96::10.
     Remote,
@@ -188,6 +188,19 @@ pub enum Listeners {
     Validator,
     /// None, not even later.
     None,
+    /// All at this place alone.
+    At(Place, Opened),
+    /// On localhost alone, after another user has begun to listen on their ports at 127.0.0.2.
+    Squatted,
+}
+
+/// When the proxy begins to listen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Opened {
+    /// Before the pod's traffic is captured.
+    Before,
+    /// After that.
+    After,
 }
 
 /// The addresses of a pod.
@@ -219,8 +232,8 @@ pub struct Setup {
 /// A row of the suite, for one mesh.
 #[derive(Clone, Debug)]
 pub struct Row {
-    pub id: &'static str,
-    pub says: &'static str,
+    pub id: String,
+    pub says: String,
     pub setup: Setup,
     pub act: Act,
     pub kinds: &'static [Kind],

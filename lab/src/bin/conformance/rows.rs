@@ -4,6 +4,7 @@
 //! says about it. T, I and L are the numbers of the contract's own statements.
 
 use crate::row::Mesh::{Istio, Kuma, Linkerd};
+use crate::row::Opened::{After, Before};
 use crate::row::Place::{
     Broadcast, Far, Localhost, Loopback, Multicast, Node, Own, OwnLink, Passthrough, Peer,
     PeerLink, Remote, Secondary, Unroutable, Unspecified,
@@ -22,6 +23,7 @@ pub fn rows() -> Vec<Row> {
         calls_off_the_pod(),
         calls_within_the_pod(),
         calls_to_the_pod(),
+        listeners(),
         odd_sockets(),
         odd_destinations(),
         one_family(),
@@ -161,7 +163,7 @@ fn calls_within_the_pod() -> Vec<Draft> {
         row("T7.any", ENVOY, "the proxy calls the unspecified address")
             .proxy(Unspecified, 8080)
             .by("app"),
-        row("T10", ENVOY, "what istio-validation does")
+        row("T10", ENVOY, "the proxy calls 127.0.0.6 or ::6 from localhost")
             .proxy(Passthrough, 15002)
             .source(Localhost)
             .inbound()
@@ -222,6 +224,58 @@ fn calls_to_the_pod() -> Vec<Draft> {
             .listeners(Listeners::Late)
             .peer_calls(Own, 15021)
             .by("app"),
+    ]
+}
+
+/// Where REDIRECT leads: to localhost for what the pod itself sends, to the first address of the
+/// device for what comes in. So which listeners are reached depends on what they are bound to.
+fn listeners() -> Vec<Draft> {
+    let places = [
+        (Localhost, "localhost", "localhost alone"),
+        (Unspecified, "any", "all addresses"),
+        (Own, "own", "the pod's address alone"),
+        (Secondary, "second", "another of the pod's addresses alone"),
+        (OwnLink, "link", "the pod's link-local address alone"),
+        (Loopback, "loopback", "127.0.0.2 alone"),
+    ];
+    let mut all = Vec::new();
+    for (place, id, at) in places {
+        for (opened, when) in [(Before, "before"), (After, "after")] {
+            let proxy = format!("the proxy listens at {at}, {when} the pod is enrolled");
+            all.extend(
+                calls_to_listeners(&format!("LN.{id}.{when}"), &proxy)
+                    .into_iter()
+                    .map(|draft| draft.listeners(Listeners::At(place, opened)).led_to(place)),
+            );
+        }
+    }
+    let proxy = "another user listens at 127.0.0.2, then the proxy at localhost";
+    all.extend(
+        calls_to_listeners("LN.squatted", proxy)
+            .into_iter()
+            .map(|draft| draft.listeners(Listeners::Squatted).led_to(Localhost)),
+    );
+    all
+}
+
+/// Each kind of call that is captured.
+fn calls_to_listeners(id: &str, proxy: &str) -> Vec<Draft> {
+    let call = |call: &str, meshes, says: &str| {
+        row(format!("{id}.{call}"), meshes, format!("{says}; {proxy}"))
+    };
+    vec![
+        call("out", ALL, "the app calls off the pod").app(Remote, 80),
+        call("self", ENVOY, "the proxy calls its own pod").proxy(Own, 8080),
+        call("self2", ENVOY, "the proxy calls another address of its pod").proxy(Secondary, 8080),
+        call("lo", ENVOY, "the proxy calls 127.0.0.2").proxy(Loopback, 8080).kinds(Kind::IPV4),
+        call("T10", ENVOY, "what istio-validation and kuma-validation do")
+            .proxy(Passthrough, 15002)
+            .source(Localhost),
+        call("in", ALL, "a pod calls").peer_calls(Own, 8080),
+        call("in2", ALL, "a pod calls another address").peer_calls(Secondary, 8080),
+        call("in.link", ALL, "a pod calls the link-local address")
+            .peer_calls(OwnLink, 8080)
+            .kinds(Kind::IPV6),
     ]
 }
 
@@ -906,9 +960,9 @@ fn many_ranges(first: u16, count: u16) -> String {
 
 /// A row being written.
 struct Draft {
-    id: &'static str,
+    id: String,
     meshes: &'static [Mesh],
-    says: &'static str,
+    says: String,
     annotations: Vec<(String, String)>,
     dns: bool,
     v4_only: bool,
@@ -919,7 +973,7 @@ struct Draft {
     expect: Vec<Expect>,
 }
 
-fn row(id: &'static str, meshes: &'static [Mesh], says: &'static str) -> Draft {
+fn row(id: impl Into<String>, meshes: &'static [Mesh], says: impl Into<String>) -> Draft {
     let dial = Dial {
         who: Who::App,
         to: Remote,
@@ -930,9 +984,9 @@ fn row(id: &'static str, meshes: &'static [Mesh], says: &'static str) -> Draft {
         maker: None,
     };
     Draft {
-        id,
+        id: id.into(),
         meshes,
-        says,
+        says: says.into(),
         annotations: Vec::new(),
         dns: false,
         v4_only: false,
@@ -1104,14 +1158,36 @@ impl Draft {
         self.expect(|expect| expect.peer = Some(peer))
     }
 
+    /// Whether this call reaches listeners that are at this place alone: what the pod itself sends is
+    /// led to localhost. To which address what comes in is led, iptables says.
+    fn led_to(self, place: Place) -> Self {
+        let Act::Tcp(dial) = &self.act else {
+            return self;
+        };
+        let peer = match (dial.source, dial.to) {
+            (Some(source), _) => source,
+            (None, Loopback) => Localhost,
+            (None, to) if to == Secondary => Secondary,
+            _ => Own,
+        };
+        match (dial.who, place) {
+            (Who::Peer, Unspecified) => self.inbound(),
+            (Who::Peer, Localhost | Loopback) => self.refused(),
+            (Who::Peer, _) => self,
+            (Who::App, Localhost | Unspecified) => self.outbound(),
+            (_, Localhost | Unspecified) => self.inbound().peer(peer),
+            _ => self.refused(),
+        }
+    }
+
     fn rows(self) -> Vec<Row> {
         let Self { id, says, annotations, dns, v4_only, addresses, listeners, .. } = self;
         let Self { act, kinds, .. } = self;
         self.meshes
             .iter()
             .map(|mesh| Row {
-                id,
-                says,
+                id: id.clone(),
+                says: says.clone(),
                 setup: Setup {
                     mesh: *mesh,
                     annotations: annotations.clone(),

@@ -15,7 +15,9 @@ use sidestep_lab::{
 };
 
 use crate::manifest::manifest;
-use crate::row::{Act, Addresses, Kind, Listeners, Manner, Mesh, PROBE, Place, Row, Setup, Who};
+use crate::row::{
+    Act, Addresses, Kind, Listeners, Manner, Mesh, Opened, PROBE, Place, Row, Setup, Who,
+};
 use crate::udp::UdpServer;
 
 /// Ports of a pod that are not its application's.
@@ -143,8 +145,12 @@ impl World {
             world: self,
         };
         stage.start_app(rows)?;
+        let before = matches!(setup.listeners, Listeners::At(_, Opened::Before));
+        if before {
+            stage.start_proxy()?;
+        }
         stage.intercept()?;
-        if setup.listeners != Listeners::Late {
+        if !before && setup.listeners != Listeners::Late {
             stage.start_proxy()?;
         }
         Ok(stage)
@@ -242,6 +248,14 @@ impl Stage<'_> {
                 let (uid, talk) = (VALIDATOR, Talk::Greet);
                 vec![ServeOpts { name: "validator", listen, uid, gid: uid, talk, ..base }]
             }
+            (mesh, Listeners::At(place, _)) => self.proxy_at(mesh, place, &base)?,
+            (mesh, Listeners::Squatted) => {
+                let squatter = ServeOpts { uid: APP, gid: APP, ..base.clone() };
+                let mut all = self.proxy_at(mesh, Place::Loopback, &squatter)?;
+                all.iter_mut().for_each(|opts| opts.name = "squatter");
+                all.extend(self.proxy_at(mesh, Place::Localhost, &base)?);
+                all
+            }
             (Mesh::Linkerd, _) => {
                 let base = ServeOpts { talk: Talk::OriginalDstOrHangUp, ..base };
                 let out = listen(&LOCALHOST, Linkerd::OUTBOUND);
@@ -276,6 +290,26 @@ impl Stage<'_> {
             self.servers.push(Server::start(&self.pod, opts)?);
         }
         Ok(())
+    }
+
+    /// The proxy's listeners at this place alone.
+    fn proxy_at(&self, mesh: Mesh, place: Place, base: &ServeOpts) -> Result<Vec<ServeOpts>> {
+        let (out, inn) = match mesh {
+            Mesh::Linkerd => (Linkerd::OUTBOUND, Linkerd::INBOUND),
+            Mesh::Istio | Mesh::Kuma => (OUTBOUND, INBOUND),
+        };
+        let at = |port| -> Result<Vec<SocketAddr>> {
+            let kinds: &[Kind] = match place {
+                Place::OwnLink => Kind::IPV6,
+                Place::Loopback => &[Kind::V4],
+                _ => &[Kind::V4, Kind::V6],
+            };
+            kinds.iter().map(|kind| self.address(place, *kind, port, Who::Proxy)).collect()
+        };
+        Ok(vec![
+            ServeOpts { name: "outbound", listen: at(out)?, ..base.clone() },
+            ServeOpts { name: "inbound", listen: at(inn)?, ..base.clone() },
+        ])
     }
 
     /// Forgets tracked connections, where there are such.
