@@ -88,7 +88,7 @@ check: ## formatting, lints, licences and the quick unit tests (no root)
 	cargo fmt --all --check
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	$(if $(C_FILES),$(CLANG_FORMAT) --dry-run -Werror $(C_FILES))
-	shellcheck scripts/*.sh e2e/*.sh e2e/kind/*.sh e2e/cluster/*.sh e2e/cluster/node/*.sh .ci/run
+	shellcheck scripts/*.sh e2e/*.sh e2e/cluster/*.sh e2e/cluster/node/*.sh .ci/run
 	cargo deny --log-level error check bans licenses sources
 	cargo clippy -q --workspace --all-targets -- -D warnings
 	cargo test -q --workspace --lib --bins

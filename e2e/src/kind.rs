@@ -89,16 +89,46 @@ impl Kind {
         })
     }
 
-    /// Writes the logs of the scenario's pods, and the agent's, to files in `dir`.
-    pub fn keep_logs(&self, dir: &Path) -> Result<()> {
-        let pods = self.shell.script("tail -n +1 /var/log/pods/shop_*/*/*.log", &[])?;
-        fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
-        for (name, text) in [("pods.log", &pods), ("agent.log", &*self.agent_log.borrow())] {
-            let file = dir.join(name);
-            fs::write(&file, text).with_context(|| format!("writing {}", file.display()))?;
-        }
-        Ok(())
+    /// Writes what there is to know of the scenario's pods, and the agent's, to files in `dir`.
+    pub fn keep_logs(&self, dir: &Path) {
+        keep_logs(&self.here, &["shop"], dir);
+        keep(dir, "agent.log", &self.agent_log.borrow());
     }
+}
+
+/// Writes what Kubernetes knows of these namespaces to files in `dir`, a scenario having failed
+/// there. What cannot be had is said in its place: it must not hide why the scenario failed.
+pub fn keep_logs(here: &Shell, namespaces: &[&str], dir: &Path) {
+    let kubectl = |args: &[&str]| {
+        let said = here.run(&[&["kubectl"], args].concat());
+        said.unwrap_or_else(|err| format!("{err:#}\n"))
+    };
+    keep(dir, "pods.txt", &kubectl(&["get", "pods", "-A", "-o", "wide"]));
+    for namespace in namespaces {
+        let about = kubectl(&["-n", namespace, "describe", "pods"]);
+        let events = kubectl(&["-n", namespace, "get", "events", "--sort-by=.lastTimestamp"]);
+        keep(dir, &format!("{namespace}.txt"), &format!("{about}\n{events}"));
+        let mut logs = String::new();
+        for pod in kubectl(&["-n", namespace, "get", "pods", "-o", "name"]).lines() {
+            let all = ["--all-containers", "--prefix", "--timestamps", "--tail=2000"];
+            logs += &kubectl(&[&["-n", namespace, "logs", pod], &all[..]].concat());
+        }
+        keep(dir, &format!("{namespace}.log"), &logs);
+    }
+}
+
+fn keep(dir: &Path, name: &str, text: &str) {
+    let file = dir.join(name);
+    if let Err(err) = fs::create_dir_all(dir).and_then(|()| fs::write(&file, text)) {
+        eprintln!("e2e: writing {}: {err}", file.display());
+    }
+}
+
+/// Where a node has cgroup v2: beside v1 where its host has both, and then systemd puts it below.
+pub fn cgroup_root(node: &Shell) -> Result<String> {
+    let script = "if [ \"$(stat -f -c %T /sys/fs/cgroup)\" = cgroup2fs ]; \
+                  then echo /sys/fs/cgroup; else echo /sys/fs/cgroup/unified; fi";
+    Ok(node.script(script, &[])?.trim().to_owned())
 }
 
 /// The chart's release. The node's label decides whether its agent is there: when it goes, the
@@ -151,7 +181,9 @@ impl<'a> Release<'a> {
             // Before it is: what fails half way is to be removed as well.
             self.installed = true;
             let timeout = format!("cni.timeoutSeconds={}", self.cni_timeout);
-            let values = ["--values", "charts/sidestep/ci/e2e.yaml", "--set", &timeout];
+            let root = format!("cgroupRoot={}", cgroup_root(&self.kind.shell)?);
+            let file = "charts/sidestep/ci/e2e.yaml";
+            let values = ["--values", file, "--set", &timeout, "--set", &root];
             self.helm(
                 "install",
                 &[&["charts/sidestep", "--create-namespace"][..], &values].concat(),
@@ -193,8 +225,10 @@ impl<'a> Release<'a> {
         if !self.installed {
             return Ok(());
         }
-        // It goes with the pod.
-        self.kind.agent_log.replace(self.log());
+        // It goes with the pod. What has never run has no log.
+        let about = self.kind.here.run(&["kubectl", "-n", RELEASE, "describe", "pods"]);
+        let about = about.unwrap_or_else(|err| format!("{err:#}"));
+        self.kind.agent_log.replace(format!("{about}\n{}", self.log()));
         // A scenario may have failed while the API server was away.
         self.node.resume_api()?;
         self.helm("uninstall", &["--ignore-not-found"])?;

@@ -5,9 +5,11 @@ pub mod agent;
 pub mod apiserver;
 pub mod image;
 pub mod kind;
+pub mod mesh;
 pub mod node;
 pub mod shell;
 pub mod usage;
+pub mod web;
 
 pub use agent::Agent;
 pub use apiserver::ApiServer;

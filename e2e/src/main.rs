@@ -8,10 +8,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use sidestep_e2e::image;
+use sidestep_e2e::mesh::{Istio, Mesh};
 
-use scenarios::Settings;
+use scenarios::{QUICK, Settings};
 
 #[derive(Parser)]
 #[command(about, version)]
@@ -22,14 +23,24 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the scenarios in a kind cluster, as e2e/kind/run.sh makes it
+    /// Run the scenarios in a kind cluster, as e2e/cluster/cluster.sh makes it
     Run {
         /// The kind cluster
         #[arg(long, value_name = "NAME", default_value = "sidestep-e2e")]
         kind_name: String,
-        /// Only those whose names contain this
-        #[arg(long, value_name = "NAME", default_value = "")]
-        only: String,
+        /// The mesh that scenarios run under; without one, those that take a mesh are left out
+        #[arg(long, value_enum)]
+        mesh: Option<MeshName>,
+        /// Where Istio comes from, as `e2e/cluster/cluster.sh istio` writes it; the published one
+        /// unless given
+        #[arg(long, value_name = "DIR")]
+        istio: Option<PathBuf>,
+        /// Only those whose names contain one of these, separated by commas
+        #[arg(long, value_name = "NAMES", value_delimiter = ',', conflicts_with = "quick")]
+        only: Vec<String>,
+        /// Only those that say most in little time
+        #[arg(long)]
+        quick: bool,
         /// Where the logs of failed scenarios are kept
         #[arg(long, value_name = "DIR", default_value = "target/e2e-logs")]
         logs: PathBuf,
@@ -38,13 +49,20 @@ enum Command {
         #[arg(long, value_name = "SECONDS", default_value_t = 0)]
         away: u64,
     },
-    /// Say what each scenario shows
+    /// Say what each scenario shows; those of --quick have a star
     List,
     /// Write the image of the scenarios' pods, as an OCI archive
     Image {
         /// Where
         archive: PathBuf,
     },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum MeshName {
+    Istio,
+    Linkerd,
+    Kuma,
 }
 
 fn main() -> ExitCode {
@@ -59,14 +77,26 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     match Cli::parse().command {
-        Command::Run { kind_name, only, logs, away } => {
+        Command::Run { kind_name, mesh, istio, only, quick, logs, away } => {
+            let mesh = mesh.map(|mesh| match mesh {
+                MeshName::Istio => Mesh::Istio(Istio { dir: istio }),
+                MeshName::Linkerd => Mesh::Linkerd,
+                MeshName::Kuma => Mesh::Kuma,
+            });
             let away = Duration::from_secs(away);
-            scenarios::run(&Settings { kind: kind_name, away, logs }, &only)
+            let settings = Settings { kind: kind_name, mesh, away, logs };
+            scenarios::run(&settings, |scenario| {
+                if quick {
+                    return QUICK.contains(&scenario.name);
+                }
+                only.is_empty() || only.iter().any(|name| scenario.name.contains(name.as_str()))
+            })
         }
         Command::Image { archive } => image::write_pods(&archive),
         Command::List => {
             for scenario in scenarios::all() {
-                println!("{:<24} {}", scenario.name, scenario.doc);
+                let quick = if QUICK.contains(&scenario.name) { "*" } else { " " };
+                println!("{quick} {:<22} {}", scenario.name, scenario.doc);
             }
             Ok(())
         }

@@ -3,12 +3,14 @@
 #![forbid(unsafe_code)]
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use nix::sys::signal::{SigSet, Signal};
+use sidestep_e2e::web;
 use sidestep_lab::{
     INBOUND, OUTBOUND, Seen, ServeOpts, Server, Talk, ask, interrupted, stop_on_signals, wait_until,
 };
@@ -49,6 +51,24 @@ enum Mode {
         /// Where to connect to
         target: SocketAddr,
     },
+    /// Serve HTTP: answer each request with what the server's sidecar says of the client
+    Http {
+        /// Where to listen
+        addr: SocketAddr,
+    },
+    /// Ask by HTTP once and print the status and the body; the exit status is 1 without an answer
+    Get {
+        /// What to ask for
+        url: String,
+    },
+    /// Ask by HTTP again and again until SIGTERM, a line for each request
+    Load {
+        /// What to ask for, without the request's number
+        url: String,
+        /// Between two requests
+        #[arg(long, value_name = "MILLISECONDS", default_value_t = 10)]
+        pause: u64,
+    },
     /// Connect once, and see to it that it is not NAME who answers: the exit status is 1 if it is
     Avoid {
         /// Where to connect to
@@ -78,6 +98,19 @@ fn main() -> Result<ExitCode> {
         Mode::Loop { target, seconds } => {
             stop_on_signals()?;
             return Ok(keep_asking(target, seconds.map(Duration::from_secs)));
+        }
+        Mode::Http { addr } => wait_for_sigterm(|| {
+            thread::spawn(move || {
+                let Err(err) = web::serve(addr) else { return };
+                eprintln!("{err:#}");
+                process::exit(1);
+            });
+            Ok(())
+        })?,
+        Mode::Get { url } => return Ok(u8::from(get_once(&url).is_none()).into()),
+        Mode::Load { url, pause } => {
+            stop_on_signals()?;
+            web::load(&url, Duration::from_millis(pause));
         }
         Mode::Once { target } => return Ok(u8::from(ask_once(target).is_none()).into()),
         Mode::Avoid { target, name } => {
@@ -113,6 +146,19 @@ fn ask_once(target: SocketAddr) -> Option<Seen> {
         Ok(answer) => {
             println!("ok {}", answer.seen);
             Some(answer.seen)
+        }
+        Err(err) => {
+            println!("failed {err:#}");
+            None
+        }
+    }
+}
+
+fn get_once(url: &str) -> Option<()> {
+    match web::get(url) {
+        Ok((status, body)) => {
+            println!("{status} {body}");
+            Some(())
         }
         Err(err) => {
             println!("failed {err:#}");

@@ -70,6 +70,16 @@ impl Shell {
         said.trim().parse().with_context(|| format!("no process of the pod with uid {uid}"))
     }
 
+    /// A process of the pod with this uid that has this name.
+    pub fn process_named(&self, uid: &str, name: &str) -> Result<u32> {
+        let script = "for file in $(grep -lE \"pod($1|$2)\" /proc/[0-9]*/cgroup 2>/dev/null); do \
+                          dir=${file%/cgroup}; \
+                          if [ \"$(cat $dir/comm)\" = \"$3\" ]; then echo \"${dir#/proc/}\"; exit; fi; \
+                      done";
+        let said = self.script(script, &[uid, &uid.replace('-', "_"), name])?;
+        said.trim().parse().with_context(|| format!("the pod with uid {uid} has no process {name}"))
+    }
+
     /// Connects from inside a process' network namespace as `uid`, with the pod's own program, and
     /// gives what the server saw.
     pub fn ask(&self, process: u32, uid: u32, target: SocketAddr) -> Result<Seen> {
