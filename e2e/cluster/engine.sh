@@ -202,6 +202,8 @@ enter() {
 
 down() {
     if running; then
+        # With their volumes, which are most of what it stores.
+        "$here/engine.sh" in sh -c 'docker ps -aq | xargs -r docker rm -f -v' >/dev/null || true
         kill -TERM "$(cat "$RUN/pid")"
         eventually not_running || true
     fi
