@@ -383,20 +383,39 @@ fn one_family() -> Vec<Draft> {
     ]
 }
 
-/// F2: what the meshes' init containers do, in every kind of pod.
+/// F1 and F2: what the meshes' init containers do, in every kind of pod.
 fn validators() -> Vec<Draft> {
     let passes = |id, meshes, says, addresses, kinds| {
         row(id, meshes, says).addresses(addresses).validates().kinds(kinds).by(PASSES)
+    };
+    let istio = |id, addresses, kinds| {
+        passes(id, &[Istio], "istio-validation, the real one, lets the pod start", addresses, kinds)
+    };
+    let kuma = |id, addresses, kinds| {
+        passes(id, &[Kuma], "kuma-validation lets the pod start", addresses, kinds)
     };
     let linkerd = |id, addresses, kinds| {
         let says = "linkerd-network-validator lets the pod start";
         passes(id, &[Linkerd], says, addresses, kinds)
     };
+    let (dual, v4, v6) = (Addresses::Dual, Addresses::V4, Addresses::V6);
+    let v4_link = Addresses::V4Link;
     vec![
-        linkerd("V.dual", Addresses::Dual, Kind::FAMILIES),
-        linkerd("V.v4", Addresses::V4, Kind::ONE_V4).v4_only(),
-        linkerd("V.v4+fe80", Addresses::V4Link, Kind::ONE_V4).v4_only(),
-        linkerd("V.v6", Addresses::V6, Kind::IPV6),
+        istio("V.dual", dual, Kind::ONE_V4),
+        istio("V.dual.dns", dual, Kind::ONE_V4).dns(),
+        istio("V.dual.v4", dual, Kind::ONE_V4).v4_only(),
+        istio("V.v4", v4, Kind::ONE_V4),
+        istio("V.v4+fe80", v4_link, Kind::ONE_V4),
+        istio("V.v6", v6, Kind::IPV6),
+        kuma("V.dual", dual, Kind::ONE_V4),
+        kuma("V.dual.dns", dual, Kind::ONE_V4).dns(),
+        kuma("V.v4", v4, Kind::ONE_V4),
+        kuma("V.v4+fe80", v4_link, Kind::ONE_V4),
+        kuma("V.v6", v6, Kind::IPV6),
+        linkerd("V.dual", dual, Kind::FAMILIES),
+        linkerd("V.v4", v4, Kind::ONE_V4).v4_only(),
+        linkerd("V.v4+fe80", v4_link, Kind::ONE_V4).v4_only(),
+        linkerd("V.v6", v6, Kind::IPV6),
     ]
 }
 
