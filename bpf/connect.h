@@ -46,8 +46,13 @@ static __always_inline int connect_tcp(struct bpf_sock_addr *ctx, int family, co
 	od->orig_port = c->dport;
 	od->role = ROLE_CLIENT;
 	if (verdict == GO_INBOUND) {
-		/* It keeps its address: only the port is the listener's. */
-		od->via = c->dst;
+		/*
+		 * It keeps its address: only the port is the listener's. Within loopback the kernel
+		 * itself finds the one at localhost, also one of MPTCP, which steer does not know.
+		 */
+		od->via = addr_is_loopback(&c->dst) || addr_is_passthrough(&c->dst)
+				  ? localhost_for(&c->dst)
+				  : c->dst;
 		od->via_port = pod->in_port;
 		count(pod, CAPTURED_SELF);
 	} else {
