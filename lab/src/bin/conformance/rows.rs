@@ -1186,7 +1186,7 @@ impl Draft {
         let peer = match (dial.source, dial.to) {
             (Some(source), _) => source,
             (None, Loopback) => Localhost,
-            (None, to) if to == Secondary => Secondary,
+            (None, Secondary) => Secondary,
             _ => Own,
         };
         match (dial.who, place) {
