@@ -11,6 +11,7 @@ use libbpf_rs::MapCore;
 use nix::errno::Errno;
 use serde_json::Value;
 use sidestep_lab::{Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, Talk, wait_until};
+use socket2::{Domain, Protocol, Socket, Type};
 
 /// Kuma's sidecar's user and group.
 const KUMA: u32 = 5678;
@@ -87,6 +88,56 @@ fn validators_reach_their_own_listeners() {
             }
         }
     }
+}
+
+/// F1 under the real Istio: Go makes its listeners sockets of MPTCP, which no map takes.
+#[test]
+fn a_validator_of_mptcp_reaches_its_own_listeners() {
+    let lab = Lab::new("mpvalidate").expect("a lab");
+    let mut agent = Agent::start(binary(), &lab).expect("the agent");
+    for before in [true, false] {
+        let pod = lab.pod(&format!("mptcp-{before}"), PodNet::DUAL).expect("a pod");
+        let start = || [15001, 15006].map(|port| mptcp(&pod, port));
+        let early = before.then(start);
+        agent.add_pod(&pod).expect("a manifest");
+        agent.wait_enrolled(&pod).expect("enrolled");
+        let listeners = early.unwrap_or_else(start);
+        for (n, (from, to)) in [("127.0.0.1", "127.0.0.6"), ("::1", "::6")].into_iter().enumerate()
+        {
+            let call = || {
+                let socket = Socket::new(Domain::for_address(addr(ip(to), 0)), Type::STREAM, None)?;
+                socket.bind(&addr(ip(from), 0).into())?;
+                socket.connect_timeout(&addr(ip(to), 15002).into(), patience())?;
+                socket.peer_addr()
+            };
+            let peer = pod.run(PROXY, PROXY, call).expect("runs");
+            let peer = peer.unwrap_or_else(|error| panic!("{to}, before: {before}: {error}"));
+            assert_eq!(peer.as_socket(), Some(addr(ip(to), 15002)));
+            let (accepted, from_addr) = listeners[1][n].accept().expect("accepted at 15006");
+            assert_eq!(from_addr.as_socket().map(|a| a.ip()), Some(ip(from)));
+            let original = if to.contains(':') {
+                accepted.original_dst_v6()
+            } else {
+                accepted.original_dst_v4()
+            };
+            let original = original.expect("an original destination").as_socket();
+            assert_eq!(original, Some(addr(ip(to), 15002)));
+        }
+    }
+}
+
+/// The proxy's listeners on localhost alone, IPv4 and IPv6, of MPTCP.
+fn mptcp(pod: &Pod, port: u16) -> [Socket; 2] {
+    LOCALHOST.map(|at| {
+        let listen = || -> std::io::Result<Socket> {
+            let at = addr(ip(at), port);
+            let socket = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::MPTCP))?;
+            socket.bind(&at.into())?;
+            socket.listen(16)?;
+            Ok(socket)
+        };
+        pod.run(PROXY, PROXY, listen).expect("runs").expect("an MPTCP listener")
+    })
 }
 
 /// F1, the reverse: localhost is nobody's off the pod, and the pod's address is not where its own
