@@ -18,6 +18,7 @@
 
 #define O_NONBLOCK 00004000
 #define SEND_SHUTDOWN 2
+#define EBUSY 16
 #define SOCK_NOSPACE 2 /* bit of a socket's flags: its writer was told to wait */
 #define SOL_TCP 6
 #define TCP_NOTSENT_LOWAT 25
@@ -36,6 +37,13 @@
 
 /* The kernel's flags in the low bits of a pointer, SK_USER_DATA_PTRMASK. */
 #define SK_USER_DATA_FLAGS 7ul
+
+/*
+ * A message of each direction goes by TCP at least this often, ns. Its packets keep the connection
+ * alive in connection tracking, and a network policy that has come since stops it: what it dropped is
+ * unread, and nothing is redirected before that is read.
+ */
+const volatile __u64 splice_refresh = 1000000000;
 
 /* Some connection wants to be looked at. */
 __u32 splices_wanted = 0;
@@ -307,6 +315,7 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	struct splice_key key;
 	struct tcp_sock *tp;
 	__u64 netns, age;
+	long err;
 
 	if (!sk || !s)
 		return 0;
@@ -354,8 +363,10 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	if (s->leg == LEG_SIDECAR && owner.uid != pod->proxy_uid)
 		return splice_refuse(s, pod, SPLICE_NOT_PROXY);
 	key = s->key;
-	if (bpf_map_update_elem(&spliced, &key, sk, BPF_NOEXIST))
-		return splice_refuse(s, pod, SPLICE_MAP_FULL);
+	err = bpf_map_update_elem(&spliced, &key, sk, BPF_NOEXIST);
+	if (err)
+		return splice_refuse(s, pod, err == -EBUSY ? SPLICE_IN_OTHER_MAP : SPLICE_MAP_FULL);
+	s->by_tcp = bpf_ktime_get_ns();
 	s->state = SPLICE_IN;
 	count(pod, SPLICE_SOCKETS);
 	return 0;
@@ -466,6 +477,8 @@ static __always_inline enum counter splice_verdict(struct splice *s, __u32 size,
 		s->burst = 0;
 	if (empty && size > SPLICE_LARGE)
 		return SPLICE_BULK;
+	if (bpf_ktime_get_ns() - s->by_tcp >= splice_refresh)
+		return SPLICE_REFRESH;
 	if (s->burst + SPLICE_MESSAGE + size > SPLICE_LIMIT)
 		return SPLICE_SPILLED;
 	return COUNTERS;
@@ -538,6 +551,7 @@ int redirect(struct sk_msg_md *msg)
 	}
 tcp:
 	s->redirecting = 0;
+	s->by_tcp = bpf_ktime_get_ns();
 	if (!s->off)
 		splice_bulk(s, msg->size);
 	count_n(s->mesh, why == COUNTERS ? SPLICE_NO_PEER : why, 1);

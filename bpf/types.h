@@ -226,13 +226,14 @@ struct splice {
 	__u32 burst; /* bytes redirected since the other end was last seen to have read all */
 	__u64 since; /* when it was marked, ns */
 	__u64 bulk; /* bytes that went by TCP, less those that were redirected */
+	__u64 by_tcp; /* when a message last went by TCP, ns */
 	__u64 peer; /* the kernel's address of the other end's socket; 0: not known yet */
 	enum splice_leg leg;
 	__u16 mesh; /* index into the counters */
 	__u16 quiet; /* leaving: no call that began before is under way any more */
 	struct splice_key key;
 };
-_Static_assert(sizeof(struct splice) == 96, "splice");
+_Static_assert(sizeof(struct splice) == 104, "splice");
 
 enum counter {
 	CAPTURED_OUTBOUND, /* connect: sent to the outbound listener */
@@ -253,10 +254,12 @@ enum counter {
 	SPLICE_NOT_PROXY, /* not eligible: between pods, but not between their proxies */
 	SPLICE_LEFT, /* sockets that left the map again: they send bulk, or have begun to block */
 	SPLICE_MAP_FULL, /* eligible, but there is no room in the map */
+	SPLICE_IN_OTHER_MAP, /* not eligible: in another program's sockmap */
 	SPLICE_MESSAGES, /* messages that skipped the TCP/IP stack */
 	SPLICE_BYTES, /* their bytes */
 	SPLICE_SPILLED, /* by TCP: too much is unread at the other end */
 	SPLICE_BULK, /* by TCP: a large message, which TCP carries better */
+	SPLICE_REFRESH, /* by TCP: its turn, so that what is between the ends sees the connection */
 	SPLICE_UNREAD, /* by TCP: what went by TCP before is not read yet */
 	SPLICE_NO_PEER, /* by TCP: the other end is not spliced, or may not be sent to */
 	COUNTERS,

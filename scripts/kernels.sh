@@ -38,6 +38,8 @@ skipped() {
 envoy: Envoy and its libraries are ten times as large as everything else
 bad_input a_missing_clang_is_explained_by_the_build: it is about the build, not about kernels
 edges beside_the_meshs_own_rules: iptables and the many modules that it takes are not in the machine
+splice_agent a_policy_that_comes_later_stops_a_spliced_connection: nftables and its modules are not in the machine
+splice_agent conntrack_does_not_forget_a_spliced_connection_that_talks: the same
 edges hundreds_of_pods_and_ten_thousand_connections: it is about bulk, which takes too long when emulated
 @5.15 outbound a_call_within_the_pod_leaves_by_lo_whatever_the_routes_say: pods that exempt an interface are refused there
 @5.15 sockets sockets_bound_to_an_exempt_device_are_direct: the same

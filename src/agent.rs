@@ -50,6 +50,8 @@ pub struct Config {
     pub pins: Pins,
     /// What is spliced.
     pub splice: splice::Mode,
+    /// How long a spliced connection's messages may do without TCP.
+    pub splice_refresh: Duration,
     /// Where health and metrics are served; none: nowhere.
     pub http: Option<SocketAddr>,
 }
@@ -116,7 +118,7 @@ async fn serve(config: &Config) -> Result<()> {
         }
     };
     let _lock = pins.lock()?;
-    let mut dataplane = Dataplane::load(pins)?;
+    let mut dataplane = Dataplane::load(pins, config.splice_refresh)?;
     dataplane.attach(&cgroup)?;
     let events = dataplane.events()?;
     let metrics = Arc::new(Metrics::new(pins, cgroup.id()));

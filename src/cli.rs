@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{io::Write, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
@@ -91,6 +91,18 @@ struct Run {
     /// `sidestep check` tells what it finds, `sidestep status` what is on.
     #[arg(long, value_name = "LEGS", value_enum, default_value = "auto", env = "SIDESTEP_SPLICE")]
     splice: splice::Mode,
+    /// Seconds after which a message of a spliced connection goes by TCP, in each direction.
+    ///
+    /// Its packets are what connection tracking and network policies see: a policy that forbids the
+    /// connection stops it within this time, and conntrack does not forget it while it talks.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        value_parser = clap::value_parser!(u32).range(1..),
+        default_value = "1",
+        env = "SIDESTEP_SPLICE_REFRESH"
+    )]
+    splice_refresh: u32,
     /// Serve /healthz, /readyz and /metrics on this address, such as 127.0.0.1:9465.
     #[arg(long, value_name = "ADDRESS:PORT", env = "SIDESTEP_HTTP")]
     http: Option<SocketAddr>,
@@ -262,6 +274,7 @@ impl Cli {
                     pins: args.paths.pins()?,
                     http: args.http,
                     splice: args.splice,
+                    splice_refresh: Duration::from_secs(args.splice_refresh.into()),
                     source: args.source(),
                 })?;
                 Ok(ExitCode::SUCCESS)

@@ -3,8 +3,9 @@
 mod common;
 
 use std::{
-    io::ErrorKind,
+    io::{ErrorKind, Write},
     net::{Shutdown, TcpStream},
+    process::{Command, Stdio},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread::{self, Scope},
     time::{Duration, Instant},
@@ -17,6 +18,7 @@ use common::{
 use nix::{poll::PollFlags, sys::epoll::EpollFlags};
 use serde_json::Value;
 use sidestep_lab::{
+    Pod,
     calls::{self, ReadCall},
     pattern::{Checker, Pattern, mix},
     wait_until,
@@ -452,4 +454,100 @@ fn a_mode_is_what_it_says() {
         let on = |leg: &str| legs[leg]["on"].as_bool().expect("on or not");
         assert_eq!((on("sidecar"), on("app")), (sidecar > 0, app > 0), "--splice {mode}: {legs}");
     }
+}
+
+/// Loads nftables rules in a pod's network namespace.
+fn nft(pod: &Pod, rules: &str) {
+    let mut nft = Command::new("nsenter")
+        .arg(format!("--net={}", pod.netns().display()))
+        .args(["--", "nft", "-f", "-"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .expect("nft runs");
+    nft.stdin.take().expect("a pipe").write_all(rules.as_bytes()).expect("written");
+    assert!(nft.wait().expect("ends").success(), "nft refused {rules}");
+}
+
+/// One question and its answer; false: none came in time.
+fn answered(Pair { client, server }: &Pair) -> bool {
+    put(client, b"?");
+    if !ready(server, PollFlags::POLLIN, patience() / 6) {
+        return false;
+    }
+    get(server, 1);
+    put(server, b"!");
+    let came = ready(client, PollFlags::POLLIN, patience() / 6);
+    if came {
+        get(client, 1);
+    }
+    came
+}
+
+/// F41: all packets between the pods are dropped from some moment on, as a CNI's policy does.
+#[test]
+fn a_policy_that_comes_later_stops_a_spliced_connection() {
+    let node = Splicing::start_refreshing("policy", "sidecar", 1);
+    let pair = node.connect(Leg::Sidecar);
+    node.wait_spliced(2);
+    let before = node.counter("splice_messages");
+    for _ in 0..100 {
+        assert!(answered(&pair));
+    }
+    assert!(node.counter("splice_messages") > before + 100, "nothing was redirected");
+    nft(
+        &node.b,
+        r#"table inet rules {
+            chain in {
+                type filter hook input priority 0
+                iifname != "lo" drop
+            }
+        }"#,
+    );
+    let start = Instant::now();
+    while answered(&pair) {
+        let limit = Duration::from_secs(1) + patience();
+        assert!(start.elapsed() < limit, "it talks on {:?} after it was forbidden", start.elapsed());
+    }
+    // Allowed again, nothing is lost, and the connection goes on: TCP sends it once more.
+    nft(&node.b, "delete table inet rules");
+    assert_eq!(get(&pair.server, 1), b"?");
+    put(&pair.server, b"!");
+    assert_eq!(get(&pair.client, 1), b"!");
+}
+
+/// F40: connection tracking forgets a connection of which it sees no packet; what is sent by TCP
+/// again is then dropped by rules that let only known connections through.
+#[test]
+fn conntrack_does_not_forget_a_spliced_connection_that_talks() {
+    let node = Splicing::start_refreshing("conntrack", "sidecar", 1);
+    nft(
+        &node.b,
+        r#"table ip rules {
+            chain in {
+                type filter hook input priority 0; policy drop;
+                iifname "lo" accept
+                ct state established accept
+                tcp flags syn / fin,syn,rst,ack ct state new accept
+            }
+            chain out {
+                type filter hook output priority 0; policy drop;
+                oifname "lo" accept
+                ct state established accept
+            }
+        }"#,
+    );
+    node.b.sysctl("net.netfilter.nf_conntrack_tcp_timeout_established", "3").expect("sysctl");
+    let pair = node.connect(Leg::Sidecar);
+    node.wait_spliced(2);
+    let (before, start) = (node.counter("splice_messages"), Instant::now());
+    let mut turns = 0;
+    // Twice as long as conntrack remembers.
+    while start.elapsed() < Duration::from_secs(6) {
+        assert!(answered(&pair), "after {turns} turns");
+        turns += 1;
+    }
+    let redirected = node.counter("splice_messages") - before;
+    assert!(redirected > turns, "{redirected} messages of {turns} turns were redirected");
+    put(&pair.server, &[1; LARGE]);
+    assert_eq!(get(&pair.client, LARGE).len(), LARGE);
 }

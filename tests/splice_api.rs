@@ -123,6 +123,18 @@ const ROWS: &[Row] = &[
         get(reader, 4);
         format!("{woken:?} {}", sent > 4)
     }),
+    // F42, this and the next.
+    hazard("reading no bytes", "reading no bytes", |writer, reader| {
+        put(writer, b"bytes");
+        get(reader, 5);
+        format!("{:?}", recv(reader.as_raw_fd(), &mut [], MsgFlags::empty()))
+    }),
+    hazard("a buffer with a bad part", "a buffer with a bad part", |writer, reader| {
+        put(writer, &[7; 200]);
+        assert_eq!(settled(200, || unread_bytes(reader)), 200);
+        let seen = half_bad(reader);
+        format!("{seen}, then {} bytes", get_up_to(reader, 200).0.len())
+    }),
     row("MSG_PEEK", |writer, reader| {
         put(writer, b"one");
         put(writer, b"two");
@@ -484,6 +496,23 @@ fn recvmmsg(stream: &TcpStream) -> Vec<u8> {
         .zip(&buffers)
         .flat_map(|(header, buffer)| buffer[..header.msg_len as usize].to_vec())
         .collect()
+}
+
+/// What MSG_PEEK shows.
+fn unread_bytes(stream: &TcpStream) -> usize {
+    recv(stream.as_raw_fd(), &mut [0; 1000], MsgFlags::MSG_PEEK).unwrap_or(0)
+}
+
+/// A read into two buffers of 100 bytes, of which the second one is not mapped.
+fn half_bad(stream: &TcpStream) -> String {
+    let mut good = [0_u8; 100];
+    let parts = [
+        libc::iovec { iov_base: good.as_mut_ptr().cast(), iov_len: good.len() },
+        libc::iovec { iov_base: std::ptr::without_provenance_mut(1), iov_len: 100 },
+    ];
+    // SAFETY: the first part is writable; the kernel answers EFAULT for the second, which is not.
+    let read = unsafe { libc::readv(stream.as_raw_fd(), parts.as_ptr(), 2) };
+    format!("{:?}", nix::errno::Errno::result(read))
 }
 
 /// Runs all rows on connections of this leg.

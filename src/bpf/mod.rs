@@ -38,6 +38,7 @@ use std::{
     path::{Path, PathBuf},
     rc::Rc,
     sync::{Mutex, OnceLock, PoisonError},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -80,7 +81,7 @@ use crate::{
 pub const LAYOUT: &str = "v3";
 
 /// The names of the kernel's counters, in the order of `enum counter`.
-const COUNTERS: [&str; 23] = [
+const COUNTERS: [&str; 25] = [
     "captured_outbound",
     "captured_self",
     "captured_dns",
@@ -98,10 +99,12 @@ const COUNTERS: [&str; 23] = [
     "splice_not_proxy",
     "splice_left",
     "splice_map_full",
+    "splice_in_other_map",
     "splice_messages",
     "splice_bytes",
     "splice_spilled",
     "splice_bulk",
+    "splice_refresh",
     "splice_unread",
     "splice_no_peer",
 ];
@@ -266,11 +269,12 @@ impl Dataplane {
     ///
     /// # Errors
     /// Where the kernel refuses a program, or a pinned map has another layout.
-    pub fn load(pins: &Pins) -> Result<Self> {
+    pub fn load(pins: &Pins, splice_refresh: Duration) -> Result<Self> {
         fs::create_dir_all(pins.maps())
             .and_then(|()| fs::create_dir_all(pins.links()))
             .with_context(|| format!("cannot create {}", pins.layout().display()))?;
         let mut open = open_node()?;
+        splice::set_refresh(&mut open, splice_refresh)?;
         for mut map in open.open_object_mut().maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             if !name.contains('.') {

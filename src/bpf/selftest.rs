@@ -27,7 +27,7 @@ use nix::{
     unistd::pipe,
 };
 
-use super::{COUNTERS, skel, wire};
+use super::{COUNTERS, skel, splice as splicing, wire};
 use crate::{
     netns,
     splice::{Hazard, Hurts},
@@ -61,6 +61,8 @@ const TRIALS: &[(&str, Hurts, Trial)] = &[
     ("writing after a reset", Hurts::Apps, write_after_reset),
     ("SO_RCVLOWAT", Hurts::Apps, low_water),
     ("a short read taken for the end", Hurts::Apps, short_read),
+    ("reading no bytes", Hurts::Apps, read_nothing),
+    ("a buffer with a bad part", Hurts::Apps, bad_buffer),
 ];
 
 /// What this kernel does wrong to spliced sockets; takes some 100 ms.
@@ -91,6 +93,8 @@ struct Bench<'a> {
 impl<'a> Bench<'a> {
     fn new(storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>) -> Result<Self> {
         let mut open = skel::SidestepSkelBuilder::default().open(storage)?;
+        // The trials say themselves what goes by TCP.
+        splicing::set_refresh(&mut open, Duration::MAX)?;
         for mut program in open.open_object_mut().progs_mut() {
             program.set_autoload(program.name() == "redirect");
         }
@@ -482,6 +486,33 @@ fn low_water(bench: &Bench) -> Result<()> {
     put(&mut writer, &bytes(100, 1000))?;
     ensure!(edge(&epoll, PATIENCE)?, "1100 bytes do not wake a reader that waits for {low}");
     Ok(())
+}
+
+fn read_nothing(bench: &Bench) -> Result<()> {
+    let (_writer, reader) = bench.pair()?;
+    let read = recv(reader.as_raw_fd(), &mut [], MsgFlags::empty());
+    ensure!(read == Err(Errno::EAGAIN), "with nothing to read, it is answered {read:?}");
+    Ok(())
+}
+
+fn bad_buffer(bench: &Bench) -> Result<()> {
+    let (mut writer, mut reader) = bench.pair()?;
+    put(&mut writer, &bytes(0, 200))?;
+    let start = Instant::now();
+    while recv(reader.as_raw_fd(), &mut [0; 200], MsgFlags::MSG_PEEK) != Ok(200) {
+        ensure!(start.elapsed() < PATIENCE, "the bytes do not come");
+    }
+    let mut good = [0_u8; 100];
+    let parts = [
+        libc::iovec { iov_base: good.as_mut_ptr().cast(), iov_len: good.len() },
+        // Nothing is mapped there.
+        libc::iovec { iov_base: std::ptr::without_provenance_mut(1), iov_len: 100 },
+    ];
+    // SAFETY: the first part is writable; the kernel answers EFAULT for the second, which is not.
+    let read = unsafe { libc::readv(reader.as_raw_fd(), parts.as_ptr(), 2) };
+    let read = Errno::result(read);
+    ensure!(read == Err(Errno::EFAULT), "it is answered {read:?}");
+    expect(&mut reader, 0, 200)
 }
 
 fn short_read(bench: &Bench) -> Result<()> {

@@ -52,6 +52,13 @@ pub struct Unfinished {
     pub stuck: BTreeSet<u64>,
 }
 
+/// Sets how long a spliced connection's messages may do without TCP.
+pub(super) fn set_refresh(open: &mut skel::OpenSidestepSkel<'_>, every: Duration) -> Result<()> {
+    let constants = open.maps.rodata_data.as_mut().context("the object has no rodata")?;
+    constants.splice_refresh = u64::try_from(every.as_nanos()).unwrap_or(u64::MAX);
+    Ok(())
+}
+
 /// The key of a connection's other end.
 fn other_end(end: &[u8]) -> Result<Vec<u8>> {
     let key: wire::splice_key = from_bytes(end)?;

@@ -68,11 +68,18 @@ pub struct Splicing {
 }
 
 impl Splicing {
-    /// With pods a and b enrolled, and c, which has opted out.
+    /// With pods a and b enrolled, and c, which has opted out. No message goes by TCP for the
+    /// connection's sake alone.
     pub fn start(tag: &str, mode: &str) -> Self {
+        Self::start_refreshing(tag, mode, 3600)
+    }
+
+    /// As `start`; after so many seconds a message goes by TCP.
+    pub fn start_refreshing(tag: &str, mode: &str, seconds: u32) -> Self {
         let lab = Lab::new(tag).expect("a lab");
         let [a, b, c] = ["a", "b", "c"].map(|name| lab.pod(name, PodNet::DUAL).expect("a pod"));
-        let mut agent = Agent::start_flags(binary(), &lab, &["--splice", mode]).expect("the agent");
+        let flags = ["--splice", mode, "--splice-refresh", &seconds.to_string()];
+        let mut agent = Agent::start_flags(binary(), &lab, &flags).expect("the agent");
         agent.add_pod(&a).expect("manifest a");
         agent.add_pod(&b).expect("manifest b");
         agent.add_manifest("c", &annotated(c.manifest(), OPT_OUT, "disabled")).expect("manifest c");
