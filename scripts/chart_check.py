@@ -26,7 +26,7 @@ CAPABILITIES = ["BPF", "PERFMON", "NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRA
 CLUSTER_RULES = [
     ([""], ["pods"], ["get", "list", "watch"], None),
     ([""], ["namespaces"], ["list", "watch"], None),
-    ([""], ["nodes"], ["get"], None),
+    ([""], ["nodes"], ["get"], None),  # patch as well, with the startup taint
     (["events.k8s.io"], ["events"], ["create", "patch"], None),
 ]
 KINDS = [
@@ -136,7 +136,6 @@ def check_always(r):
     r.check("first arguments", r.args[:2], ["run", "--kubernetes"])
     r.check("daemonset", r.args_of("--daemonset"), [f"--daemonset={namespace}/{name}"])
     env = {e["name"]: e for e in r.agent["env"]}
-    r.check("cgroup", env["SIDESTEP_CGROUP"].get("value"), "/sys/fs/cgroup")
     r.check("node name", env["SIDESTEP_NODE_NAME"].get("valueFrom"),
             {"fieldRef": {"fieldPath": "spec.nodeName"}})
     for probe, path in [("startupProbe", "/healthz"), ("livenessProbe", "/healthz"),
@@ -152,9 +151,11 @@ def check_always(r):
     r.check("cni flags", bool(r.args_of("--cni-")), cni)
     r.check("cni paths", {"cni-conf", "cni-bin", "run"} <= set(volumes), cni)
 
-    r.check("rules of the ClusterRole", r.rules("ClusterRole"), CLUSTER_RULES)
+    nodes = ["get", "patch"] if "--remove-startup-taint" in r.args else ["get"]
+    rules = [(g, res, nodes if res == ["nodes"] else verbs, names) for g, res, verbs, names in CLUSTER_RULES]
+    r.check("rules of the ClusterRole", r.rules("ClusterRole"), rules)
     r.check("rules of the Role", r.rules("Role"),
-            [(["apps"], ["daemonsets"], ["get"], [name])])
+            [(["apps"], ["daemonsets"], ["get", "list", "watch"], [name])])
     for kind, role in [("ClusterRoleBinding", "ClusterRole"), ("RoleBinding", "Role")]:
         binding = r.one(kind)
         r.check(f"role of {kind}", (binding["roleRef"]["kind"], binding["roleRef"]["name"]), (role, name))
@@ -169,6 +170,9 @@ def check_always(r):
 def check_default(r):
     r.check("mounts", r.mounts(), MOUNTS + CNI_MOUNTS)
     r.check("http", r.args_of("--http"), ["--http=127.0.0.1:9465"])
+    r.check("cgroup", [e["name"] for e in r.agent["env"]], ["SIDESTEP_NODE_NAME", "RUST_LOG"])
+    r.check("uninstall", r.args_of("--on-uninstall"), ["--on-uninstall=keep"])
+    r.check("startup taint", r.args_of("--remove-startup-taint"), [])
     r.check("log", r.args_of("--log"), ["--log-format=json"])
     r.check("cni", r.args_of("--cni"), [
         "--cni", "--cni-conf-dir=/etc/cni/net.d", "--cni-bin-dir=/opt/cni/bin",
@@ -210,6 +214,10 @@ def check_custom(r):
     r.check("mounts", r.mounts(), [
         MOUNTS[0], ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", None, True), MOUNTS[2],
         CNI_MOUNTS[0], (conf, conf, None, False), (binaries, binaries, None, False)])
+    env = {e["name"]: e.get("value") for e in r.agent["env"]}
+    r.check("cgroup", env.get("SIDESTEP_CGROUP"), "/sys/fs/cgroup")
+    r.check("uninstall", r.args_of("--on-uninstall"), ["--on-uninstall=unload"])
+    r.check("startup taint", r.args_of("--remove-startup-taint"), ["--remove-startup-taint"])
     r.check("http", r.args_of("--http"), ["--http=[::1]:9465"])
     r.check("probe", r.agent["livenessProbe"]["httpGet"]["host"], "::1")
     r.check("nodes", r.pod["nodeSelector"], {"kubernetes.io/os": "linux", "pool": "mesh"})

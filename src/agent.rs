@@ -12,9 +12,10 @@ use std::{
 use anyhow::{Context, Result};
 use notify::Watcher;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot},
-    time::{Instant, MissedTickBehavior, interval, sleep},
+    task,
+    time::{Instant, MissedTickBehavior, interval, sleep, sleep_until},
 };
 use tracing::{info, warn};
 
@@ -33,7 +34,7 @@ use crate::{
     problem::Problem,
     reconciler::{AddError, Look, Reconciler, Source},
     source::{
-        kubernetes::{self, Kubernetes},
+        kubernetes::{self, ApiServer, Kubernetes, OnUninstall, Removed},
         manifests::Manifests,
     },
     splice,
@@ -74,14 +75,23 @@ pub struct Cluster {
     pub proc: PathBuf,
     /// The CNI plugin; none: it is not installed.
     pub cni: Option<cni::Config>,
+    /// The node's startup taint is taken off.
+    pub remove_startup_taint: bool,
 }
 
 /// A namespace can appear, go or change its addresses with no change in the source.
 const RESYNC: Duration = Duration::from_secs(3);
 /// A burst of changes is one change.
 const SETTLE: Duration = Duration::from_millis(20);
+/// How soon the agent tries again to take the startup taint off, and how often it looks once that
+/// is done.
+const TAINT_RETRY: Duration = Duration::from_secs(2);
+/// See [`TAINT_RETRY`].
+const TAINT_AGAIN: Duration = Duration::from_secs(60);
 /// Requests of the CNI plugin that may wait.
 const REQUESTS: usize = 64;
+/// How long an agent that leaves for good waits for spliced connections to be TCP's again.
+const LEAVE: Duration = Duration::from_secs(10);
 
 /// Runs until SIGTERM or SIGINT, and leaves the data plane in force, unless Sidestep is being
 /// uninstalled.
@@ -95,16 +105,11 @@ pub fn run(config: &Config) -> Result<()> {
 }
 
 async fn serve(config: &Config) -> Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let terminate = signal(SignalKind::terminate())?;
+    let interrupt = signal(SignalKind::interrupt())?;
     check::privileges()?;
-    let cgroup = Cgroup::open(config.cgroup.as_deref())?;
-    let pins = &config.pins;
-    let (changed, mut changes) = mpsc::channel(1);
+    let (changed, changes) = mpsc::channel(1);
     let mut watchers = Vec::new();
-    let (asked, mut requests) = mpsc::channel(REQUESTS);
-    let mut installer = None;
-
     let source = match &config.source {
         SourceConfig::Manifests(dir) => {
             let mut manifests = Manifests::new(dir);
@@ -117,6 +122,36 @@ async fn serve(config: &Config) -> Result<()> {
             Source::Kubernetes(Box::new(kubernetes), Places::new(&cluster.proc))
         }
     };
+    let api = match &source {
+        Source::Kubernetes(kubernetes, _) => Some(kubernetes.api().clone()),
+        Source::Manifests(_) => None,
+    };
+    let events = Happenings { terminate, interrupt, changed, changes, watchers };
+    let done = intercept(config, source, events).await;
+    if let (Err(error), Some(api)) = (&done, api) {
+        api.tell_node(&format!("no pod can be intercepted on this node: {error:#}")).await;
+    }
+    done
+}
+
+/// What the agent's loop waits for, but for what the data plane and the CNI plugin say.
+struct Happenings {
+    terminate: Signal,
+    interrupt: Signal,
+    changed: mpsc::Sender<()>,
+    changes: mpsc::Receiver<()>,
+    /// Kept for what they watch.
+    watchers: Vec<notify::RecommendedWatcher>,
+}
+
+/// Intercepts the source's pods until the agent is told to end.
+async fn intercept(config: &Config, source: Source, happenings: Happenings) -> Result<()> {
+    let Happenings { mut terminate, mut interrupt, changed, mut changes, mut watchers } =
+        happenings;
+    let cgroup = Cgroup::open(config.cgroup.as_deref())?;
+    let pins = &config.pins;
+    let (asked, mut requests) = mpsc::channel(REQUESTS);
+    let mut installer = None;
     let _lock = pins.lock()?;
     let mut dataplane = Dataplane::load(pins, config.splice_refresh)?;
     dataplane.attach(&cgroup)?;
@@ -140,6 +175,12 @@ async fn serve(config: &Config) -> Result<()> {
         cni::server::serve(&cni.socket, kubernetes.api().clone(), asked.clone())?;
         watchers.push(watch(&cni.conf_dir, &changed)?);
         installer = Some(found);
+    }
+    if let (SourceConfig::Kubernetes(cluster), Source::Kubernetes(kubernetes, _)) =
+        (&config.source, reconciler.source())
+        && cluster.remove_startup_taint
+    {
+        task::spawn(remove_startup_taint(kubernetes.api().clone(), Arc::clone(&metrics)));
     }
 
     let mut tried = try_splices(config.splice);
@@ -172,7 +213,7 @@ async fn serve(config: &Config) -> Result<()> {
                 }
                 answer(&mut reconciler, batch, &metrics, &more);
                 // Those who wrote to the socket, and the watches, have their turn.
-                tokio::task::yield_now().await;
+                task::yield_now().await;
             }
             // A sandbox does not wait for it.
             Some(()) = changes.recv(), if !settling => {
@@ -182,7 +223,7 @@ async fn serve(config: &Config) -> Result<()> {
             () = &mut settle, if settling => {
                 settling = false;
                 while changes.try_recv().is_ok() {}
-                more = chain(installer.as_ref());
+                more = chain(installer.as_ref(), &metrics);
                 reconciler.sync(Look::Changes, &more);
             }
             Ok(found) = &mut tried, if !tried.is_terminated() => {
@@ -191,19 +232,74 @@ async fn serve(config: &Config) -> Result<()> {
             }
             () = &mut sweep => sweep.as_mut().reset(reconciler.sweep_splices().into()),
             _ = resync.tick() => {
-                more = chain(installer.as_ref());
+                more = chain(installer.as_ref(), &metrics);
                 reconciler.sync(Look::Everything, &more);
             }
         }
     }
-    if let Source::Kubernetes(kubernetes, _) = reconciler.source()
-        && let Some(why) = kubernetes.api().removed().await
-    {
-        info!("{why}: everything is taken away");
-        return unload(pins, cni.map(|cni| (cni.conf_dir.as_path(), cni.bin_dir.as_path())));
+    let removed = match reconciler.source() {
+        Source::Kubernetes(kubernetes, _) => kubernetes.api().removed().await,
+        Source::Manifests(_) => None,
+    };
+    let Some(removed) = removed else {
+        info!("ends; the data plane stays in force (`sidestep unload` takes it away)");
+        return Ok(());
+    };
+    // The plugin first: no new pod should wait for an agent that is gone.
+    if let Some(cni) = cni {
+        conflist::uninstall(&cni.conf_dir, &cni.bin_dir, &cni.socket)?;
     }
-    info!("ends; the data plane stays in force (`sidestep unload` takes it away)");
+    match removed {
+        Removed::Uninstalled(why) if keeps_pods(&config.source) => {
+            // Pods that have ended meanwhile are forgotten.
+            reconciler.sync(Look::Everything, &BTreeSet::new());
+            let living = reconciler.living();
+            if living > 0 {
+                leave(&mut reconciler, pins).await;
+                warn!(
+                    "{why}: {living} mesh pods stay intercepted until they end (`sidestep unload`)"
+                );
+                return Ok(());
+            }
+            info!("{why}, and no mesh pod is intercepted: everything is taken away");
+        }
+        Removed::Uninstalled(why) | Removed::TakenOut(why) => {
+            info!("{why}: everything is taken away");
+        }
+    }
+    info!("unloaded: {}", bpf::unload(pins)?);
     Ok(())
+}
+
+/// Takes the startup taint off the node whenever pods can be intercepted there. A node that has
+/// registered anew may have it again.
+async fn remove_startup_taint(api: ApiServer, metrics: Arc<Metrics>) {
+    loop {
+        let done = metrics.can_intercept() && api.remove_startup_taint().await;
+        sleep(if done { TAINT_AGAIN } else { TAINT_RETRY }).await;
+    }
+}
+
+/// Whether mesh pods stay intercepted when Sidestep is uninstalled.
+fn keeps_pods(source: &SourceConfig) -> bool {
+    match source {
+        SourceConfig::Kubernetes(cluster) => cluster.api.on_uninstall == OnUninstall::Keep,
+        SourceConfig::Manifests(_) => true,
+    }
+}
+
+/// Leaves the data plane to itself, for good. Spliced connections need an agent when they end, so
+/// they go back to TCP first.
+async fn leave(reconciler: &mut Reconciler, pins: &Pins) {
+    reconciler.splice(splice::Mode::Off, &Ok(Vec::new()));
+    let start = Instant::now();
+    let is_splicing = || bpf::spliced(pins).is_ok_and(|(_, sockets)| sockets > 0);
+    while is_splicing() && start.elapsed() < LEAVE {
+        sleep_until(reconciler.sweep_splices().into()).await;
+    }
+    if let Source::Kubernetes(kubernetes, _) = reconciler.source() {
+        kubernetes.send_events().await;
+    }
 }
 
 /// Tries what this kernel does to spliced sockets. No pod waits for that: until it is known, what an
@@ -221,19 +317,10 @@ fn try_splices(mode: splice::Mode) -> oneshot::Receiver<splice::Found> {
     told
 }
 
-/// Takes the plugin and the data plane away.
-fn unload(pins: &Pins, cni: Option<(&Path, &Path)>) -> Result<()> {
-    // The plugin first: no new pod should wait for an agent that is gone.
-    if let Some((conf_dir, bin_dir)) = cni {
-        conflist::uninstall(conf_dir, bin_dir)?;
-    }
-    info!("unloaded: {}", bpf::unload(pins)?);
-    Ok(())
-}
-
 /// Sees to the CNI configuration; what is wrong with it.
-fn chain(installer: Option<&Installer>) -> BTreeSet<Problem> {
+fn chain(installer: Option<&Installer>, metrics: &Metrics) -> BTreeSet<Problem> {
     let wrong = installer.and_then(|installer| installer.ensure().err());
+    metrics.chained(wrong.is_none());
     wrong.map(|error| Problem::node(format!("{error:#}"))).into_iter().collect()
 }
 
@@ -246,9 +333,11 @@ fn answer(
 ) {
     let reply = |verb, answer: oneshot::Sender<Reply>, result: Result<(), AddError>| {
         metrics.cni(verb, result.is_ok());
-        let retry = result == Err(AddError::NotYet);
-        let error = result.err().map(|error| error.to_string());
-        if answer.send(Reply { error, retry }).is_err() {
+        let reply = match result {
+            Ok(()) => Reply::default(),
+            Err(error) => Reply::refusal(error.to_string(), error == AddError::NotYet),
+        };
+        if answer.send(reply).is_err() {
             warn!("the CNI plugin did not wait for its answer");
         }
     };
@@ -265,7 +354,12 @@ fn answer(
                 Err(error) => Err(error),
             },
             (Request::Check(sandbox), Some(pod)) => reconciler.check(&pod, &sandbox),
-            (Request::Add(_) | Request::Check(_), None) => Err(AddError::NotYet),
+            (Request::Add(_) | Request::Check(_), None) => Ok(()),
+            (Request::Problems, _) => {
+                let problems = Some(reconciler.problems().clone());
+                let _ = answer.send(Reply { problems, ..Reply::default() });
+                continue;
+            }
             (Request::Del { container }, _) => {
                 reconciler.delete(&container);
                 Ok(())

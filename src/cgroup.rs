@@ -27,10 +27,13 @@ impl Cgroup {
     /// # Errors
     /// Where the path can't be opened or is not cgroup v2, or no cgroup v2 is mounted.
     pub fn open(path: Option<&Path>) -> Result<Self> {
-        let path = match path {
-            Some(path) => path.to_owned(),
-            None => root()?,
-        };
+        match path {
+            Some(path) => Self::at(path.to_owned()),
+            None => Self::root(),
+        }
+    }
+
+    fn at(path: PathBuf) -> Result<Self> {
         let dir =
             File::open(&path).with_context(|| format!("cannot open cgroup {}", path.display()))?;
         let kind = fstatfs(&dir)?.filesystem_type();
@@ -41,6 +44,17 @@ impl Cgroup {
         );
         let id = dir.metadata()?.ino();
         Ok(Self { path, dir, id })
+    }
+
+    /// The outermost cgroup that is mounted here: `/sys/fs/cgroup` on most nodes,
+    /// `/sys/fs/cgroup/unified` beside cgroup v1.
+    fn root() -> Result<Self> {
+        let mounts =
+            std::fs::read_to_string("/proc/self/mountinfo").context("cannot read mountinfo")?;
+        // Where another mount is on top of one, its path leads elsewhere.
+        roots(&mounts).into_iter().find_map(|path| Self::at(path).ok()).context(
+            "no cgroup v2 is mounted here (/proc/self/mountinfo): mount it, or name one by --cgroup",
+        )
     }
 
     /// The kernel's id of it.
@@ -61,24 +75,22 @@ impl AsRawFd for Cgroup {
     }
 }
 
-/// Where the whole cgroup v2 hierarchy is mounted: `/sys/fs/cgroup` on most nodes,
-/// `/sys/fs/cgroup/unified` beside cgroup v1.
-fn root() -> Result<PathBuf> {
-    let mounts =
-        std::fs::read_to_string("/proc/self/mountinfo").context("cannot read mountinfo")?;
-    find_root(&mounts).context(
-        "no cgroup v2 is mounted here (/proc/self/mountinfo): mount it, or name one by --cgroup",
-    )
-}
-
-/// The mount point of the first cgroup2 file system whose root is mounted.
-fn find_root(mountinfo: &str) -> Option<PathBuf> {
-    mountinfo.lines().find_map(|line| {
+/// Where cgroup v2 is mounted with all that this process' cgroup namespace has, or more, outermost
+/// first. A mount's root is told as seen from that namespace: in a container, `/` is the container's
+/// own cgroup, and the node's hierarchy, which the chart mounts beside, begins at `/../..` and so on.
+fn roots(mountinfo: &str) -> Vec<PathBuf> {
+    let parse = |line: &str| {
         let (mount, filesystem) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);
-        (root == "/" && filesystem.starts_with("cgroup2 ")).then(|| point.into())
-    })
+        let mut parts = root.split('/').filter(|part| !part.is_empty());
+        let is_whole = filesystem.starts_with("cgroup2 ") && parts.clone().all(|part| part == "..");
+        is_whole.then(|| (parts.by_ref().count(), PathBuf::from(point)))
+    };
+    let mut found: Vec<(usize, PathBuf)> = mountinfo.lines().filter_map(parse).collect();
+    // Of the same, the first: sorting is stable.
+    found.sort_by_key(|(above, _)| std::cmp::Reverse(*above));
+    found.into_iter().map(|(_, point)| point).collect()
 }
 
 #[cfg(test)]
@@ -90,11 +102,26 @@ mod tests {
         let hybrid = "32 24 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
                       33 32 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
                       42 32 0:38 / /sys/fs/cgroup/unified rw shared:1 - cgroup2 cgroup2 rw\n";
-        assert_eq!(find_root(hybrid), Some("/sys/fs/cgroup/unified".into()));
+        let first = |mounts| roots(mounts).into_iter().next();
+        assert_eq!(first(hybrid), Some("/sys/fs/cgroup/unified".into()));
         let pure = "30 24 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
-        assert_eq!(find_root(pure), Some("/sys/fs/cgroup".into()));
+        assert_eq!(first(pure), Some("/sys/fs/cgroup".into()));
         let part = "30 24 0:26 /kubepods /mnt rw - cgroup2 cgroup2 rw\n";
-        assert_eq!(find_root(part), None);
+        assert_eq!(first(part), None);
+    }
+
+    #[test]
+    fn in_a_container_the_nodes_own_comes_before_the_containers() {
+        // The runtime's own mount, and the node's by a volume elsewhere.
+        let beside = "90 80 0:26 / /sys/fs/cgroup ro - cgroup2 cgroup rw\n\
+                      91 80 0:26 /../../.. /host/cgroup ro - cgroup2 cgroup2 rw\n";
+        assert_eq!(roots(beside), ["/host/cgroup", "/sys/fs/cgroup"].map(PathBuf::from));
+        // On a hybrid node, with the node's directory on top of the runtime's own.
+        let hybrid = "90 80 0:50 / /sys/fs/cgroup ro - tmpfs tmpfs rw\n\
+                      91 90 0:38 /kubepods/poda/b /sys/fs/cgroup/unified ro - cgroup2 cgroup rw\n\
+                      92 80 0:28 / /sys/fs/cgroup ro - tmpfs tmpfs rw\n\
+                      93 92 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(roots(hybrid), [PathBuf::from("/sys/fs/cgroup/unified")]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::{
     agent::{self, Cluster, SourceConfig},
     bpf, bpffs, check,
     cni::{self, OnAgentAway, conflist},
-    source::kubernetes,
+    source::kubernetes::{self, OnUninstall},
     splice, status,
     telemetry::{self, LogFormat},
 };
@@ -34,10 +34,13 @@ enum Command {
     Check(CheckArgs),
     /// Show the enrolled pods, the hooks and the counters, from the kernel alone.
     ///
-    /// Needs no running agent. The JSON is described in docs/status.md.
+    /// Needs no running agent; one that runs with --cni is asked what is wrong on this node as
+    /// well. The JSON is described in docs/status.md.
     Status(StatusArgs),
     /// Take every link, program, map and pin away, and the CNI plugin out of the node's
     /// configuration. Refuses while an agent runs.
+    ///
+    /// Mesh pods that run are not intercepted from then on: their traffic gets past their sidecars.
     Unload(Unload),
 }
 
@@ -131,8 +134,8 @@ struct ClusterArgs {
     /// The node's own procfs.
     #[arg(long, value_name = "DIR", env = "SIDESTEP_PROC", default_value = "/proc")]
     proc: PathBuf,
-    /// The agent's own DaemonSet: where that is gone when the agent is told to end, everything
-    /// is taken away.
+    /// The agent's own DaemonSet: where that is gone when the agent is told to end, Sidestep has
+    /// been uninstalled.
     #[arg(
         long,
         value_name = "NAMESPACE/NAME",
@@ -141,6 +144,14 @@ struct ClusterArgs {
         requires = "kubernetes"
     )]
     daemonset: Option<(String, String)>,
+    /// What becomes of this node's mesh pods when Sidestep is uninstalled. The CNI plugin goes in
+    /// either case.
+    #[arg(long, value_name = "WHAT", value_enum, default_value = "keep")]
+    on_uninstall: OnUninstall,
+    /// Take the taint sidestep.io/agent-not-ready off this node whenever pods can be intercepted
+    /// here: no pod is scheduled to a fresh node before.
+    #[arg(long, requires = "kubernetes")]
+    remove_startup_taint: bool,
 }
 
 #[derive(Debug, Args)]
@@ -151,11 +162,9 @@ struct Cni {
     #[arg(long, requires = "kubernetes")]
     cni: bool,
     #[command(flatten)]
-    dirs: CniDirs,
-    /// Where the plugin reaches the agent.
-    #[arg(long, value_name = "PATH", default_value = cni::SOCKET)]
-    cni_socket: PathBuf,
-    /// What becomes of a new pod while no agent answers.
+    paths: CniPaths,
+    /// What becomes of a new pod while no agent answers: any that is in no excluded namespace,
+    /// since nobody knows then whether it is in a mesh.
     #[arg(long, value_name = "WHAT", value_enum, default_value = "refuse")]
     cni_on_agent_away: OnAgentAway,
     /// How long a new pod waits for an agent.
@@ -167,7 +176,7 @@ struct Cni {
 }
 
 #[derive(Debug, Args)]
-struct CniDirs {
+struct CniPaths {
     /// Directory of CNI configurations.
     #[arg(
         long,
@@ -179,6 +188,15 @@ struct CniDirs {
     /// Directory of CNI plugins.
     #[arg(long, value_name = "DIR", env = "SIDESTEP_CNI_BIN_DIR", default_value = "/opt/cni/bin")]
     cni_bin_dir: PathBuf,
+    #[command(flatten)]
+    socket: SocketArgs,
+}
+
+#[derive(Debug, Args)]
+struct SocketArgs {
+    /// Where the agent is reached on this node.
+    #[arg(long, value_name = "PATH", env = "SIDESTEP_CNI_SOCKET", default_value = cni::SOCKET)]
+    cni_socket: PathBuf,
 }
 
 /// `NAMESPACE/NAME`.
@@ -202,14 +220,16 @@ impl Run {
                 node: self.cluster.node_name.unwrap_or_default(),
                 kubeconfig: self.cluster.kubeconfig,
                 daemonset: self.cluster.daemonset,
+                on_uninstall: self.cluster.on_uninstall,
             },
             proc: self.cluster.proc,
+            remove_startup_taint: self.cluster.remove_startup_taint,
             cni: cni.cni.then(|| cni::Config {
-                conf_dir: cni.dirs.cni_conf_dir,
-                bin_dir: cni.dirs.cni_bin_dir,
-                socket: cni.cni_socket.clone(),
+                conf_dir: cni.paths.cni_conf_dir,
+                bin_dir: cni.paths.cni_bin_dir,
+                socket: cni.paths.socket.cni_socket.clone(),
                 settings: cni::Settings {
-                    socket: cni.cni_socket,
+                    socket: cni.paths.socket.cni_socket,
                     on_agent_away: cni.cni_on_agent_away,
                     timeout_seconds: cni.cni_timeout,
                     exclude_namespaces: cni.cni_exclude_namespaces,
@@ -249,6 +269,8 @@ struct StatusArgs {
     #[command(flatten)]
     paths: Paths,
     #[command(flatten)]
+    socket: SocketArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -257,7 +279,7 @@ struct Unload {
     #[command(flatten)]
     paths: Paths,
     #[command(flatten)]
-    cni: CniDirs,
+    cni: CniPaths,
 }
 
 impl Cli {
@@ -287,7 +309,7 @@ impl Cli {
             }
             Command::Status(args) => {
                 telemetry::init(LogFormat::Human);
-                let status = status::status(&args.paths.pins()?)?;
+                let status = status::status(&args.paths.pins()?, &args.socket.cni_socket)?;
                 print(&args.output, &status)?;
                 Ok(ExitCode::SUCCESS)
             }
@@ -299,7 +321,8 @@ impl Cli {
                 // Before anything is touched: an agent that runs would put it back.
                 let _lock = installed.then(|| pins.lock()).transpose()?;
                 let cni = &args.cni;
-                let changed = conflist::uninstall(&cni.cni_conf_dir, &cni.cni_bin_dir)?;
+                let socket = &cni.socket.cni_socket;
+                let changed = conflist::uninstall(&cni.cni_conf_dir, &cni.cni_bin_dir, socket)?;
                 if changed > 0 {
                     println!("The CNI plugin is removed: {changed} files changed.");
                 }

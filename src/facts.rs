@@ -16,7 +16,7 @@ use crate::mesh::{Kind, MESHES, Mesh};
 pub struct PodFacts {
     /// `namespace/name`.
     pub name: String,
-    /// `metadata.uid`, may be empty.
+    /// See [`pod_uid`]; may be empty.
     pub uid: String,
     /// Its mesh.
     pub mesh: &'static Mesh,
@@ -205,6 +205,36 @@ pub fn pod_name(pod: &Pod) -> Result<String, FactsError> {
     Ok(format!("{namespace}/{}", name.ok_or(FactsError::Missing("metadata.name"))?))
 }
 
+/// The kubelet writes these into the mirror of a static pod: what it calls the pod itself, as its
+/// cgroups and `K8S_POD_UID` of CNI do. Source: kubernetes `pkg/kubelet/types/pod_update.go`.
+const STATIC_UID: [&str; 2] = ["kubernetes.io/config.mirror", "kubernetes.io/config.hash"];
+
+/// The uid that the node knows a pod by: `metadata.uid`, and of a static pod's mirror that of the
+/// static pod. May be empty.
+pub fn pod_uid(pod: &Pod) -> &str {
+    static_uid(pod).or(pod.metadata.uid.as_deref()).unwrap_or_default()
+}
+
+/// The uid of the static pod whose mirror this object says that it is.
+pub fn static_uid(pod: &Pod) -> Option<&str> {
+    STATIC_UID.iter().find_map(|key| annotation(pod, key)).filter(|uid| !uid.is_empty())
+}
+
+/// Whether a uid is one that a kubelet gives to a static pod, the MD5 sum of its manifest: the API
+/// server's have dashes.
+pub fn is_static_uid(uid: &str) -> bool {
+    uid.len() == 32 && uid.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// The mesh of a pod that comes with the mesh's own iptables rules: an init container installs
+/// them, and Sidestep leaves the pod alone.
+pub fn own_iptables(pod: &Pod) -> Option<&'static Mesh> {
+    let spec = pod.spec.as_ref()?;
+    let inits = spec.init_containers.as_deref().unwrap_or_default();
+    let has = |name: &str| inits.iter().any(|container| container.name == name);
+    MESHES.iter().copied().find(|mesh| has(mesh.init_container))
+}
+
 /// `sidestep.io/intercept`: `disabled` takes a pod out of Sidestep's hands, `enabled` keeps it
 /// there though its namespace says otherwise. A pod's annotation, a namespace's label.
 pub const INTERCEPT: &str = "sidestep.io/intercept";
@@ -262,6 +292,12 @@ pub fn facts(pod: &Pod) -> Result<Option<Parsed>, FactsError> {
     if is_ambient(pod) { Err(FactsError::Ambient) } else { Ok(None) }
 }
 
+/// Whether Sidestep has something to do for the pod: it is in a mesh, or says so in a way that
+/// can't be read.
+pub fn is_in_mesh(pod: &Pod) -> bool {
+    !matches!(facts(pod), Ok(None) | Err(FactsError::Ambient))
+}
+
 /// A pod whose traffic Istio means to go through the node's proxy, that runs, and that Istio's own
 /// CNI agent did not redirect. Source: istio/istio `cni/pkg/util/podutil.go`.
 fn is_ambient(pod: &Pod) -> bool {
@@ -311,7 +347,7 @@ fn facts_of(
     let splice = Reader { error: &mut splice_error }.or(splice, false)?;
     let facts = PodFacts {
         name,
-        uid: pod.metadata.uid.clone().unwrap_or_default(),
+        uid: pod_uid(pod).to_owned(),
         mesh,
         proxy_uid: named_uid.unwrap_or(uid),
         proxy_gid: named_gid.unwrap_or(gid),

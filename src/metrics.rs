@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -78,6 +78,7 @@ pub struct Metrics {
     api_errors: Family<Label, Counter>,
     cni: Family<Labels, Counter>,
     syncs: AtomicU64,
+    chained: AtomicBool,
     last_turn: Mutex<Instant>,
 }
 
@@ -116,6 +117,7 @@ impl Metrics {
             api_errors,
             cni,
             syncs: AtomicU64::new(0),
+            chained: AtomicBool::new(false),
             last_turn: Mutex::new(Instant::now()),
         }
     }
@@ -196,6 +198,16 @@ impl Metrics {
         let synced = self.syncs.load(Ordering::Relaxed) > 0;
         ensure!(synced, "the source has not told this node's pods yet");
         Ok(())
+    }
+
+    /// Whether the CNI plugin is chained, where it is to be.
+    pub fn chained(&self, chained: bool) {
+        self.chained.store(chained, Ordering::Relaxed);
+    }
+
+    /// Whether a pod that starts now is intercepted from its first process on.
+    pub fn can_intercept(&self) -> bool {
+        self.chained.load(Ordering::Relaxed) && self.ready().is_ok()
     }
 
     /// All of it, in OpenMetrics' text format.

@@ -2,8 +2,10 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// Why something is not as it should be. The names are those of Events and of the metrics' label.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Reason {
     /// A field or annotation can't be read: everything is captured, or nothing spliced.
     InvalidPolicy,
@@ -17,19 +19,25 @@ pub enum Reason {
     Refused,
     /// The pod's inbound connections don't go to its sidecar.
     InboundNotIntercepted,
+    /// All pods of a mesh on this node come with the mesh's own iptables rules.
+    OwnIptables,
+    /// Sidestep is being uninstalled, and the pod stays intercepted.
+    StaysIntercepted,
     /// A manifest, the API server, the CNI configuration or the kernel's maps.
     Node,
 }
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::InvalidPolicy,
         Self::Unsupported,
         Self::InvalidPod,
         Self::NetworkNamespace,
         Self::Refused,
         Self::InboundNotIntercepted,
+        Self::OwnIptables,
+        Self::StaysIntercepted,
         Self::Node,
     ];
 
@@ -42,13 +50,15 @@ impl Reason {
             Self::NetworkNamespace => "NetworkNamespace",
             Self::Refused => "Refused",
             Self::InboundNotIntercepted => "InboundNotIntercepted",
+            Self::OwnIptables => "OwnIptables",
+            Self::StaysIntercepted => "StaysIntercepted",
             Self::Node => "Node",
         }
     }
 }
 
 /// One thing that is wrong.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Problem {
     /// Of which kind.
     pub reason: Reason,

@@ -20,6 +20,7 @@ use crate::{
     cni::Sandbox,
     desired::{Candidate, Desired, NetnsFacts, PodRow, Record, desired, device_addrs},
     facts::{self, FactsError, PodFacts},
+    mesh,
     metrics::{Fill, Metrics},
     netns::{self, LO, Netns},
     places::{Place, Places},
@@ -175,8 +176,8 @@ impl Reconciler {
     }
 
     /// The source.
-    pub fn source(&self) -> &Source {
-        &self.source
+    pub fn source(&mut self) -> &mut Source {
+        &mut self.source
     }
 
     /// Brings the kernel in step with the source; `more` is what else is wrong on this node.
@@ -351,12 +352,58 @@ impl Reconciler {
             }
         }
         self.enrol(candidates, &snapshot, problems)?;
+        problems.extend(self.own_iptables(&snapshot));
+        problems.extend(self.left_behind());
         self.take_over(problems)?;
         if look == Look::Everything {
             self.tidy(&snapshot);
             self.dataplane.retire()?;
         }
         Ok(true)
+    }
+
+    /// Meshes of which this node has pods, all with the mesh's own iptables rules: somebody has
+    /// installed Sidestep and not told the mesh.
+    fn own_iptables(&self, snapshot: &Snapshot) -> Vec<Problem> {
+        let mut found: BTreeMap<u16, Vec<&SourcePod>> = BTreeMap::new();
+        for pod in snapshot.pods.iter().filter(|found| !is_done(&found.pod)) {
+            if let Some(mesh) = facts::own_iptables(&pod.pod) {
+                found.entry(mesh.index).or_default().push(pod);
+            }
+        }
+        let enrolled: BTreeSet<u16> = self.pods.values().map(|pod| pod.row.mesh).collect();
+        found.retain(|mesh, _| !enrolled.contains(mesh));
+        let report = |(mesh, pods): (u16, Vec<&SourcePod>)| {
+            let (mesh, first) = (mesh::by_index(mesh)?, pods.iter().map(|pod| pod.name()).min()?);
+            // No number of pods: it would be another problem with each that comes or goes.
+            let text = format!(
+                "every pod of {} on this node has the init container {}, which installs iptables \
+                 rules (pod {first}, for one): none is intercepted by Sidestep; have the mesh leave \
+                 interception alone, docs/install.md says how, and restart the pods",
+                mesh.name, mesh.init_container
+            );
+            Some(Problem { reason: Reason::OwnIptables, pod: None, text })
+        };
+        found.into_iter().filter_map(report).collect()
+    }
+
+    /// The pods that stay intercepted while Sidestep is being uninstalled.
+    fn left_behind(&self) -> Vec<Problem> {
+        let Source::Kubernetes(kubernetes, _) = &self.source else {
+            return Vec::new();
+        };
+        if !kubernetes.leaves_pods_behind() {
+            return Vec::new();
+        }
+        let text = "Sidestep is being uninstalled: the pod stays intercepted until it ends, and no \
+                    agent looks after it; a new installation takes it over, and `sidestep unload` on \
+                    its node ends interception at once";
+        self.owners.values().map(|owner| problem(Reason::StaysIntercepted, owner, text)).collect()
+    }
+
+    /// How many pods are intercepted whose network namespaces live.
+    pub fn living(&self) -> usize {
+        self.owners.keys().filter(|cookie| self.dataplane.netns_lives(**cookie)).count()
     }
 
     /// Takes over from an agent whose maps have another layout once all its pods are enrolled
@@ -541,10 +588,10 @@ impl Reconciler {
         }
         let pod = kubernetes.inherit(pod);
         // What is wrong with the pod itself, the sync says.
-        if matches!(facts::facts(&pod), Ok(None) | Err(FactsError::Ambient)) {
+        if !facts::is_in_mesh(&pod) {
             return Ok(None);
         }
-        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        let uid = facts::pod_uid(&pod).to_owned();
         let cookie = Netns::open(&sandbox.netns).and_then(|ns| ns.cookie()).map_err(refused)?;
         let container = Some(sandbox.container.clone());
         places.remember(&uid, Place { path: sandbox.netns.clone(), cookie, container });
@@ -584,13 +631,12 @@ impl Reconciler {
         let Source::Kubernetes(kubernetes, _) = &mut self.source else {
             return Ok(());
         };
-        let facts = facts::facts(&kubernetes.inherit(Arc::clone(pod)));
-        if matches!(facts, Ok(None) | Err(FactsError::Ambient)) {
+        if !facts::is_in_mesh(&kubernetes.inherit(Arc::clone(pod))) {
             return Ok(());
         }
         let cookie = Netns::open(&sandbox.netns).and_then(|netns| netns.cookie());
         let cookie = cookie.map_err(|error| AddError::Refused(format!("{error:#}")))?;
-        self.enrolled(pod.metadata.uid.as_deref().unwrap_or_default(), cookie)
+        self.enrolled(facts::pod_uid(pod), cookie)
     }
 
     /// The container runtime removes a sandbox. Its pod stays intercepted until the namespace is
@@ -832,6 +878,12 @@ fn is_gone(error: &anyhow::Error) -> bool {
 fn is_running(pod: &Pod) -> bool {
     let deleted = pod.metadata.deletion_timestamp.is_some();
     !deleted && pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running")
+}
+
+/// Whether all containers of the pod have ended for good.
+fn is_done(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
 }
 
 fn problem(reason: Reason, record: &Record, text: &str) -> Problem {

@@ -1,10 +1,12 @@
-//! What is in force on this node, read from the kernel alone. docs/status.md describes the JSON.
+//! What is in force on this node, read from the kernel, and what the agent says that is wrong.
+//! docs/status.md describes the JSON.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     net::IpAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::Result;
@@ -12,8 +14,13 @@ use serde::Serialize;
 
 use crate::{
     bpf::{self, Pins},
+    cni::{Request, plugin},
+    problem::Problem,
     splice::{Leg, LegState},
 };
+
+/// How long an agent may take to say what is wrong.
+const ANSWER: Duration = Duration::from_secs(2);
 
 /// The state of the node's data plane.
 #[derive(Debug, Serialize)]
@@ -30,6 +37,8 @@ pub struct Status {
     pub hooks: Vec<HookStatus>,
     /// Counters since the maps were made: mesh -> name -> value.
     pub counters: BTreeMap<&'static str, BTreeMap<&'static str, u64>>,
+    /// What is wrong, says the agent; null: none answers.
+    pub problems: Option<Vec<ProblemStatus>>,
 }
 
 /// An enrolled pod.
@@ -55,6 +64,17 @@ pub struct PodStatus {
     pub dns_port: Option<u16>,
 }
 
+/// Something that is wrong.
+#[derive(Debug, Serialize)]
+pub struct ProblemStatus {
+    /// Of which kind: docs/metrics.md has them.
+    pub reason: &'static str,
+    /// The pod it is about, as `namespace/name`; null: no single one.
+    pub pod: Option<String>,
+    /// For people.
+    pub text: String,
+}
+
 /// What is spliced.
 #[derive(Debug, Default, Serialize)]
 pub struct SpliceStatus {
@@ -75,11 +95,13 @@ pub struct HookStatus {
     pub cgroup_id: u64,
 }
 
-/// Reads the state of the data plane below these pins.
+/// Reads the state of the data plane below these pins, and asks the agent at `socket`, where there
+/// is one, what is wrong.
 ///
 /// # Errors
 /// Where a pinned map can't be read.
-pub fn status(pins: &Pins) -> Result<Status> {
+pub fn status(pins: &Pins, socket: &Path) -> Result<Status> {
+    let problems = problems(socket);
     if !pins.exist() {
         return Ok(Status {
             version: 1,
@@ -88,6 +110,7 @@ pub fn status(pins: &Pins) -> Result<Status> {
             splice: SpliceStatus::default(),
             hooks: Vec::new(),
             counters: BTreeMap::new(),
+            problems,
         });
     }
     let mut pods: Vec<PodStatus> = bpf::enrolled(pins)?
@@ -116,11 +139,26 @@ pub fn status(pins: &Pins) -> Result<Status> {
     let (legs, sockets) = bpf::spliced(pins)?;
     let legs = Leg::ALL.iter().map(|leg| leg.name()).zip(legs).collect();
     let splice = SpliceStatus { legs, sockets };
-    Ok(Status { version: 1, installed: true, pods, splice, hooks, counters: bpf::counters(pins)? })
+    let counters = bpf::counters(pins)?;
+    Ok(Status { version: 1, installed: true, pods, splice, hooks, counters, problems })
+}
+
+/// What an agent says that listens there.
+fn problems(socket: &Path) -> Option<Vec<ProblemStatus>> {
+    let reply = plugin::ask(socket, &Request::Problems, ANSWER).ok()?;
+    let told = |problem: Problem| ProblemStatus {
+        reason: problem.reason.name(),
+        pod: problem.pod.map(|(name, _)| name),
+        text: problem.text,
+    };
+    Some(reply.problems?.into_iter().map(told).collect())
 }
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for problem in self.problems.iter().flatten() {
+            writeln!(f, "PROBLEM {}: {}", problem.reason, problem.text)?;
+        }
         if !self.installed {
             return writeln!(f, "Nothing is installed: no agent has run on these pins.");
         }

@@ -61,12 +61,12 @@ impl Installer {
     }
 }
 
-/// Takes the plugin out of every configuration in `conf_dir`, and off `bin_dir`. Says how many
-/// files that changed.
+/// Takes the plugin out of every configuration in `conf_dir` and off `bin_dir`, and the agent's
+/// socket away. Says how many files that changed.
 ///
 /// # Errors
 /// Where a file can't be written or removed. One that is no JSON is passed over.
-pub fn uninstall(conf_dir: &Path, bin_dir: &Path) -> Result<usize> {
+pub fn uninstall(conf_dir: &Path, bin_dir: &Path, socket: &Path) -> Result<usize> {
     let mut changed = 0;
     for path in configurations(conf_dir)? {
         let text =
@@ -80,12 +80,13 @@ pub fn uninstall(conf_dir: &Path, bin_dir: &Path) -> Result<usize> {
             Err(error) => warn!("CNI configuration {} is left alone: {error:#}", path.display()),
         }
     }
-    let plugin = bin_dir.join(PLUGIN);
-    match fs::remove_file(&plugin) {
-        Ok(()) => changed += 1,
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => {
-            return Err(error).with_context(|| format!("cannot remove {}", plugin.display()));
+    for path in [&bin_dir.join(PLUGIN), socket] {
+        match fs::remove_file(path) {
+            Ok(()) => changed += 1,
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot remove {}", path.display()));
+            }
         }
     }
     Ok(changed)
@@ -272,9 +273,12 @@ mod tests {
         installer.ensure().expect("repaired");
         assert!(has("10-a.conflist"));
         installer.install_plugin().expect("copied");
-        assert_eq!(uninstall(dir.path(), dir.path()).expect("removed"), 2);
+        let socket = dir.path().join("cni.sock");
+        fs::write(&socket, "").expect("written");
+        let taken = || uninstall(dir.path(), dir.path(), &socket).expect("removed");
+        assert_eq!(taken(), 3);
         assert!(!has("10-a.conflist"));
-        assert_eq!(uninstall(dir.path(), dir.path()).expect("nothing to do"), 0);
+        assert_eq!(taken(), 0, "nothing to do");
         let names = files(dir.path()).expect("read");
         assert_eq!(names.len(), 3, "nothing is left behind: {names:?}");
     }
@@ -302,7 +306,7 @@ mod tests {
             fs::write(&path, text).expect("written");
             let error = format!("{:#}", installer(dir.path()).ensure().expect_err("refused"));
             assert!(error.contains(name) && error.contains(word), "{error}");
-            uninstall(dir.path(), dir.path()).expect("nothing to do");
+            uninstall(dir.path(), dir.path(), &dir.path().join("s")).expect("nothing to do");
             assert_eq!(fs::read_to_string(&path).expect("there"), text);
         }
     }

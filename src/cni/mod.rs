@@ -10,6 +10,8 @@ use std::{collections::BTreeSet, path::PathBuf};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::problem::Problem;
+
 /// The plugin's name in CNI configurations, and its file's in the directory of plugins.
 pub const PLUGIN: &str = "sidestep-cni";
 /// Where the agent listens unless a flag says otherwise.
@@ -96,6 +98,8 @@ pub enum Request {
         /// Their ids.
         containers: BTreeSet<String>,
     },
+    /// What is wrong on this node? `sidestep status` asks.
+    Problems,
 }
 
 impl Request {
@@ -106,6 +110,7 @@ impl Request {
             Self::Check(_) => "check",
             Self::Del { .. } => "del",
             Self::Gc { .. } => "gc",
+            Self::Problems => "problems",
         }
     }
 }
@@ -118,4 +123,14 @@ pub struct Reply {
     /// It may be right in a moment.
     #[serde(default)]
     pub retry: bool,
+    /// What is wrong on this node, where that was the question.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problems: Option<BTreeSet<Problem>>,
+}
+
+impl Reply {
+    /// Something is wrong.
+    pub fn refusal(error: String, retry: bool) -> Self {
+        Self { error: Some(error), retry, problems: None }
+    }
 }

@@ -156,8 +156,8 @@ pub fn run(call: &Call) -> Result<String, CniError> {
     match insist(&settings, &request) {
         Reply { error: None, .. } => Ok(passed),
         Reply { retry: true, .. } if settings.on_agent_away == OnAgentAway::Allow => Ok(passed),
-        Reply { error: Some(msg), retry: true } => Err(fail(&version, code::TRY_AGAIN, msg)),
-        Reply { error: Some(msg), retry: false } => Err(fail(&version, code::REFUSED, msg)),
+        Reply { error: Some(msg), retry: true, .. } => Err(fail(&version, code::TRY_AGAIN, msg)),
+        Reply { error: Some(msg), retry: false, .. } => Err(fail(&version, code::REFUSED, msg)),
     }
 }
 
@@ -205,27 +205,25 @@ fn insist(settings: &Settings, request: &Request) -> Reply {
     let start = Instant::now();
     loop {
         let left = limit.saturating_sub(start.elapsed()).max(PAUSE);
-        let reply = ask(&settings.socket, request, left).unwrap_or_else(|error| Reply {
-            error: Some(format!("no agent answers: {error:#}")),
-            retry: true,
-        });
+        let reply = ask(&settings.socket, request, left)
+            .unwrap_or_else(|error| Reply::refusal(format!("no agent answers: {error:#}"), true));
         if !(reply.retry && reply.error.is_some()) {
             return reply;
         }
         if start.elapsed() + PAUSE >= limit {
             let error = reply.error.unwrap_or_default();
             let seconds = settings.timeout_seconds;
-            return Reply {
-                error: Some(format!("{error} (after {seconds} seconds)")),
-                retry: true,
-            };
+            return Reply::refusal(format!("{error} (after {seconds} seconds)"), true);
         }
         thread::sleep(PAUSE);
     }
 }
 
 /// Asks once.
-fn ask(socket: &Path, request: &Request, limit: Duration) -> Result<Reply> {
+///
+/// # Errors
+/// Where nobody listens on the socket, or the answer does not come in time or can't be read.
+pub fn ask(socket: &Path, request: &Request, limit: Duration) -> Result<Reply> {
     let mut stream = UnixStream::connect(socket)
         .with_context(|| format!("cannot connect to {}", socket.display()))?;
     stream.set_read_timeout(Some(limit))?;
@@ -285,7 +283,7 @@ mod tests {
     }
 
     fn refusal(text: &str, retry: bool) -> Reply {
-        Reply { error: Some(text.into()), retry }
+        Reply::refusal(text.into(), retry)
     }
 
     #[test]

@@ -34,7 +34,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Asked {
     /// The request.
     pub request: Request,
-    /// The pod, as the API server has it.
+    /// The pod, as the API server has it; none: it has none yet, and the pod is in no mesh.
     pub pod: Option<Arc<Pod>>,
     /// Takes the answer.
     pub answer: oneshot::Sender<Reply>,
@@ -92,7 +92,7 @@ async fn talk(stream: UnixStream, api: &ApiServer, asked: &mpsc::Sender<Asked>) 
         .context("nothing was asked in time")??;
     let reply = match serde_json::from_str(&line) {
         Ok(request) => ask(request, api, asked).await,
-        Err(error) => Reply { error: Some(format!("no request: {error}")), retry: false },
+        Err(error) => Reply::refusal(format!("no request: {error}"), false),
     };
     debug!(request = line.trim(), ?reply, "CNI");
     let mut text = serde_json::to_vec(&reply)?;
@@ -106,16 +106,14 @@ async fn talk(stream: UnixStream, api: &ApiServer, asked: &mpsc::Sender<Asked>) 
 
 async fn ask(request: Request, api: &ApiServer, asked: &mpsc::Sender<Asked>) -> Reply {
     let pod = match &request {
-        Request::Add(sandbox) | Request::Check(sandbox) => {
-            match api.pod(&sandbox.namespace, &sandbox.pod, sandbox.uid.as_deref()).await {
-                Ok(pod) => Some(pod),
-                Err(error) => return Reply { error: Some(format!("{error:#}")), retry: true },
-            }
-        }
-        Request::Del { .. } | Request::Gc { .. } => None,
+        Request::Add(sandbox) | Request::Check(sandbox) => match api.pod(sandbox).await {
+            Ok(pod) => pod,
+            Err(error) => return Reply::refusal(format!("{error:#}"), true),
+        },
+        Request::Del { .. } | Request::Gc { .. } | Request::Problems => None,
     };
     let (answer, answered) = oneshot::channel();
-    let gone = Reply { error: Some("the agent ends".into()), retry: true };
+    let gone = Reply::refusal("the agent ends".into(), true);
     if asked.send(Asked { request, pod, answer }).await.is_err() {
         return gone;
     }

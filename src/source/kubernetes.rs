@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
+use clap::ValueEnum;
 use futures_util::{FutureExt, Stream, StreamExt, pin_mut, stream};
 use k8s_openapi::api::{
     apps::v1::DaemonSet,
@@ -15,6 +16,7 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client,
+    api::{Patch, PatchParams},
     config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
     core::PartialObjectMeta,
     runtime::{
@@ -24,6 +26,7 @@ use kube::{
         watcher,
     },
 };
+use serde_json::json;
 use tokio::{
     sync::mpsc,
     task,
@@ -32,7 +35,11 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{Snapshot, SourcePod};
-use crate::{facts, problem::Problem};
+use crate::{
+    cni::Sandbox,
+    facts,
+    problem::{Problem, Reason},
+};
 
 /// How long a single question to the API server may take.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -43,6 +50,8 @@ const SILENCE: Duration = Duration::from_secs(300);
 const QUIET: Duration = Duration::from_secs(SILENCE.as_secs() + 100);
 /// Before a list that the API server asks for by 410.
 const RELIST: Duration = Duration::from_secs(1);
+/// Whoever makes a node may put this taint on it; the agent takes it off.
+const STARTUP_TAINT: &str = "sidestep.io/agent-not-ready";
 /// Events that wait for the API server; what comes on top is in the log alone.
 const EVENTS: usize = 256;
 /// What an Event's note may hold.
@@ -57,6 +66,27 @@ pub struct Config {
     pub kubeconfig: Option<PathBuf>,
     /// The agent's own DaemonSet, namespace and name.
     pub daemonset: Option<(String, String)>,
+    /// What becomes of this node's mesh pods when that is gone.
+    pub on_uninstall: OnUninstall,
+}
+
+/// What becomes of pods that are intercepted when Sidestep is uninstalled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnUninstall {
+    /// They stay intercepted until they end, or a new agent takes them over. Where there are none,
+    /// everything is taken away.
+    Keep,
+    /// Everything is taken away at once: their traffic gets past their sidecars from then on.
+    Unload,
+}
+
+/// Why an agent ends, where that is for good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Removed {
+    /// Its DaemonSet is gone or being deleted.
+    Uninstalled(String),
+    /// The node's label takes the node out.
+    TakenOut(String),
 }
 
 /// What goes wrong with the API server now, by what was asked of it, and how often it did.
@@ -70,7 +100,10 @@ struct Failing {
 pub struct Kubernetes {
     api: ApiServer,
     namespaces: Store<PartialObjectMeta<Namespace>>,
-    events: mpsc::Sender<(Problem, ObjectReference)>,
+    on_uninstall: OnUninstall,
+    /// None: no more are sent.
+    events: Option<mpsc::Sender<(Problem, ObjectReference)>>,
+    publisher: task::JoinHandle<()>,
     /// Pods that a CNI request was about and that the watch has not told of yet, by uid.
     ahead: BTreeMap<String, Arc<Pod>>,
 }
@@ -80,10 +113,25 @@ pub struct Kubernetes {
 pub struct ApiServer {
     client: Client,
     node: String,
-    daemonset: Option<(String, String)>,
-    had_rights: bool,
+    daemonset: Option<Arc<Own>>,
     pods: Store<Pod>,
     failing: Arc<Mutex<Failing>>,
+}
+
+/// The agent's own DaemonSet. It is watched, because `helm uninstall` takes the right to ask about
+/// it away right after it: a watch that runs tells of its end all the same.
+struct Own {
+    namespace: String,
+    name: String,
+    watched: Store<PartialObjectMeta<DaemonSet>>,
+}
+
+impl Own {
+    /// Whether the watch has told that it is gone, or being deleted.
+    fn is_gone(&self) -> bool {
+        let told = matches!(self.watched.wait_until_ready().now_or_never(), Some(Ok(())));
+        told && self.watched.state().iter().all(|own| own.metadata.deletion_timestamp.is_some())
+    }
 }
 
 impl Kubernetes {
@@ -109,16 +157,27 @@ impl Kubernetes {
         let watch = watch.modify(|namespace| namespace.metadata.managed_fields = None);
         follow("namespaces", watch.reflect(writer), &failing, &changed);
 
+        let daemonset = config.daemonset.clone().map(|(namespace, name)| {
+            let (watched, writer) = reflector::store();
+            let api = Api::<PartialObjectMeta<DaemonSet>>::namespaced(client.clone(), &namespace);
+            let only = watcher::Config::default().fields(&format!("metadata.name={name}"));
+            let watch = relisting(move || watcher(api.clone(), only.clone()));
+            follow("daemonsets", watch.reflect(writer), &failing, &changed);
+            Arc::new(Own { namespace, name, watched })
+        });
+
         let (events, queue) = mpsc::channel(EVENTS);
-        let recorder = Recorder::new(
-            client.clone(),
-            Reporter { controller: "sidestep".into(), instance: Some(config.node.clone()) },
-        );
-        task::spawn(publish(recorder, queue, Arc::clone(&failing)));
-        let (node, daemonset) = (config.node.clone(), config.daemonset.clone());
-        let mut api = ApiServer { client, node, daemonset, had_rights: false, pods, failing };
-        api.learn_rights().await;
-        Ok(Self { api, namespaces, events, ahead: BTreeMap::new() })
+        let recorder = recorder(&client, &config.node);
+        let publisher = task::spawn(publish(recorder, queue, Arc::clone(&failing)));
+        let api = ApiServer { client, node: config.node.clone(), daemonset, pods, failing };
+        Ok(Self {
+            api,
+            namespaces,
+            on_uninstall: config.on_uninstall,
+            events: Some(events),
+            publisher,
+            ahead: BTreeMap::new(),
+        })
     }
 
     /// Asks about single objects.
@@ -130,20 +189,11 @@ impl Kubernetes {
     pub fn read(&mut self) -> Option<Snapshot> {
         self.api.pods.wait_until_ready().now_or_never()?.ok()?;
         self.namespaces.wait_until_ready().now_or_never()?.ok()?;
-        let mut pods: BTreeMap<String, Arc<Pod>> = BTreeMap::new();
-        for pod in self.api.pods.state() {
-            let uid = pod.metadata.uid.clone().unwrap_or_default();
-            self.ahead.remove(&uid);
-            pods.insert(uid, pod);
-        }
+        let (mut pods, errors) = by_uid(self.api.pods.state());
+        self.ahead.retain(|uid, _| !pods.contains_key(uid));
         pods.extend(self.ahead.iter().map(|(uid, pod)| (uid.clone(), Arc::clone(pod))));
         let pods = pods.into_values().map(|pod| SourcePod { pod: self.inherit(pod), origin: None });
-        Some(Snapshot {
-            pods: pods.collect(),
-            errors: Vec::new(),
-            incomplete: false,
-            missing_may_run: true,
-        })
+        Some(Snapshot { pods: pods.collect(), errors, incomplete: false, missing_may_run: true })
     }
 
     /// What goes wrong with the API server now.
@@ -162,8 +212,7 @@ impl Kubernetes {
 
     /// Takes a pod in that the watch may not have told of yet.
     pub fn expect(&mut self, pod: Arc<Pod>) {
-        let uid = pod.metadata.uid.clone().unwrap_or_default();
-        self.ahead.insert(uid, pod);
+        self.ahead.insert(facts::pod_uid(&pod).to_owned(), pod);
     }
 
     /// Forgets the pods that the watch never told of, but for those of which `alive` says so.
@@ -171,23 +220,36 @@ impl Kubernetes {
         self.ahead.retain(|uid, _| alive(uid));
     }
 
-    /// Tells a pod what is wrong with it.
+    /// Tells a pod what is wrong with it; what is no pod's is told to the node.
     pub fn event(&self, problem: &Problem) {
-        let Some((name, uid)) = &problem.pod else {
-            return;
+        let object = match &problem.pod {
+            Some((name, uid)) => {
+                let (namespace, name) = name.split_once('/').unwrap_or(("default", name));
+                ObjectReference {
+                    kind: Some("Pod".into()),
+                    namespace: Some(namespace.into()),
+                    uid: Some(uid.clone()),
+                    ..node_object(name)
+                }
+            }
+            None => node_object(&self.api.node),
         };
-        let (namespace, name) = name.split_once('/').unwrap_or(("default", name));
-        let object = ObjectReference {
-            api_version: Some("v1".into()),
-            kind: Some("Pod".into()),
-            name: Some(name.into()),
-            namespace: Some(namespace.into()),
-            uid: Some(uid.clone()),
-            ..ObjectReference::default()
-        };
-        if self.events.try_send((problem.clone(), object)).is_err() {
-            warn!(pod = name, "too many Events wait for the API server: this one is not sent");
+        let sent = self.events.as_ref().map(|queue| queue.try_send((problem.clone(), object)));
+        if sent.is_some_and(|sent| sent.is_err()) {
+            warn!("too many Events wait for the API server, this one is not sent: {problem}");
         }
+    }
+
+    /// Sends the Events that wait still, as far as that is possible within a moment.
+    pub async fn send_events(&mut self) {
+        self.events = None;
+        let _ = timeout(2 * ANSWER, &mut self.publisher).await;
+    }
+
+    /// Whether Sidestep is being uninstalled, and leaves this node's mesh pods intercepted.
+    pub fn leaves_pods_behind(&self) -> bool {
+        let is_gone = self.api.daemonset.as_ref().is_some_and(|own| own.is_gone());
+        is_gone && self.on_uninstall == OnUninstall::Keep
     }
 
     /// How often the API server did not do what was asked, by what that was.
@@ -201,78 +263,159 @@ impl ApiServer {
         lock(&self.failing)
     }
 
-    /// The pod of that name, with that uid where one is given: what the watch told, or else what
-    /// the API server says now.
+    /// The pod of a sandbox, by its name, and by its uid where the runtime tells one: what the
+    /// watch told, or else what the API server says now. None: a static pod that the API server has
+    /// no mirror of. The kubelet makes that when it can, which may be after it started the pod. No
+    /// mesh injects its sidecar into a static pod.
     ///
     /// # Errors
     /// Where the API server doesn't know it, or doesn't answer in time.
-    pub async fn pod(&self, namespace: &str, name: &str, uid: Option<&str>) -> Result<Arc<Pod>> {
-        let same = |pod: &Pod| uid.is_some() && pod.metadata.uid.as_deref() == uid;
+    pub async fn pod(&self, sandbox: &Sandbox) -> Result<Option<Arc<Pod>>> {
+        let Sandbox { namespace, pod: name, uid, .. } = sandbox;
+        let uid = uid.as_deref();
+        let same = |pod: &Pod| uid == Some(facts::pod_uid(pod));
         let known = self.pods.get(&ObjectRef::new(name).within(namespace));
-        if let Some(pod) = known.filter(|pod| same(pod)) {
-            return Ok(pod);
+        if let Some(pod) = known.as_ref().filter(|pod| same(pod)) {
+            return Ok(Some(Arc::clone(pod)));
         }
+        let found = self.get_pod(namespace, name).await;
+        let other = match found {
+            Ok(Some(pod)) if uid.is_none() || same(&pod) => return Ok(Some(Arc::new(pod))),
+            Ok(other) => Ok(other.map(Arc::new)),
+            Err(error) => known.map(Some).ok_or(error),
+        };
+        // The mirror of an earlier manifest tells as much: that one was in a mesh, or not.
+        let other_is_plain =
+            other.as_ref().ok().and_then(Option::as_ref).is_none_or(|pod| !facts::is_in_mesh(pod));
+        if uid.is_some_and(facts::is_static_uid) && other_is_plain {
+            info!(
+                pod = format!("{namespace}/{name}"),
+                "is a static pod without a mirror: it starts"
+            );
+            return Ok(None);
+        }
+        match other? {
+            Some(other) => {
+                let (other, uid) = (facts::pod_uid(&other), uid.unwrap_or_default());
+                bail!("the API server's pod {namespace}/{name} has uid {other}, not {uid}")
+            }
+            None => bail!("the API server has no pod {namespace}/{name}"),
+        }
+    }
+
+    /// What the API server says about a pod now.
+    async fn get_pod(&self, namespace: &str, name: &str) -> Result<Option<Pod>> {
         let api = Api::<Pod>::namespaced(self.client.clone(), namespace);
         let answer = timeout(ANSWER, api.get_opt(name)).await;
         let found = answer
             .context("the API server does not answer")
             .and_then(|answer| answer.map_err(|error| explained("get", "pods", &error)));
         note(&self.failing, "get pods", found.as_ref().err().map(|error| format!("{error:#}")));
-        let mut pod =
-            found?.with_context(|| format!("the API server has no pod {namespace}/{name}"))?;
-        if uid.is_some() && !same(&pod) {
-            let other = pod.metadata.uid.unwrap_or_default();
-            let uid = uid.unwrap_or_default();
-            bail!("the API server's pod {namespace}/{name} has uid {other}, not {uid}");
-        }
-        keep_needed(&mut pod);
-        Ok(Arc::new(pod))
+        let mut found = found?;
+        found.iter_mut().for_each(keep_needed);
+        Ok(found)
     }
 
-    /// Why nothing of Sidestep is to stay on this node, if so: its DaemonSet is gone or being
-    /// deleted, or the node's label keeps it away. No answer: all of it stays.
-    pub async fn removed(&self) -> Option<String> {
+    /// Tells the node why nothing works there, where the agent can't go on.
+    pub async fn tell_node(&self, text: &str) {
+        let recorder = recorder(&self.client, &self.node);
+        if let Err(error) = tell(&recorder, &Problem::node(text), &node_object(&self.node)).await {
+            warn!("{error:#}");
+        }
+    }
+
+    /// Takes the startup taint off this node. Says whether the node is without it.
+    pub async fn remove_startup_taint(&self) -> bool {
+        let done = timeout(ANSWER, self.try_remove_startup_taint()).await;
+        let done =
+            done.unwrap_or_else(|_| bail!("cannot patch nodes: the API server does not answer"));
+        note(&self.failing, "nodes", done.as_ref().err().map(|error| format!("{error:#}")));
+        done.is_ok()
+    }
+
+    async fn try_remove_startup_taint(&self) -> Result<()> {
+        let nodes = Api::<Node>::all(self.client.clone());
+        let node =
+            nodes.get(&self.node).await.map_err(|error| explained("get", "nodes", &error))?;
+        let mut taints = node.spec.and_then(|spec| spec.taints).unwrap_or_default();
+        let before = taints.len();
+        taints.retain(|taint| taint.key != STARTUP_TAINT);
+        if taints.len() == before {
+            return Ok(());
+        }
+        // The list is replaced as a whole: somebody else's change meanwhile must not get lost.
+        let version = node.metadata.resource_version;
+        let patch = json!({"metadata": {"resourceVersion": version}, "spec": {"taints": taints}});
+        let patched = nodes.patch(&self.node, &PatchParams::default(), &Patch::Merge(patch)).await;
+        patched.map_err(|error| explained("patch", "nodes", &error))?;
+        info!(taint = STARTUP_TAINT, node = self.node, "taken off");
+        Ok(())
+    }
+
+    /// Why this agent ends for good, if so. Only what says so for sure counts: that the API server
+    /// has no such DaemonSet, or that it is being deleted. An answer that is none, such as 401 or
+    /// 403, may be the API server's own trouble.
+    pub async fn removed(&self) -> Option<Removed> {
         let node = Api::<Node>::all(self.client.clone());
         if let Ok(Ok(Some(node))) = timeout(ANSWER, node.get_metadata_opt(&self.node)).await
             && let Some(labels) = node.metadata.labels
             && labels.get(facts::INTERCEPT).is_some_and(|text| text == "disabled")
         {
-            return Some(format!("node {} has the label {}=disabled", self.node, facts::INTERCEPT));
+            let why = format!("node {} has the label {}=disabled", self.node, facts::INTERCEPT);
+            return Some(Removed::TakenOut(why));
         }
-        let (namespace, name) = self.daemonset.as_ref()?;
-        let gone = match self.find_daemonset(namespace, name).await? {
-            Ok(found) => found.is_none_or(|found| found.metadata.deletion_timestamp.is_some()),
-            // The rights that came with the DaemonSet went with it.
-            Err(kube::Error::Api(status)) => self.had_rights && matches!(status.code, 401 | 403),
-            Err(_) => false,
+        let own = self.daemonset.as_ref()?;
+        let Own { namespace, name, .. } = &**own;
+        let gone = own.is_gone() || {
+            let api = Api::<DaemonSet>::namespaced(self.client.clone(), namespace);
+            let found = timeout(ANSWER, api.get_metadata_opt(name)).await.ok()?.ok()?;
+            found.is_none_or(|found| found.metadata.deletion_timestamp.is_some())
         };
-        gone.then(|| format!("DaemonSet {namespace}/{name} is gone"))
+        gone.then(|| Removed::Uninstalled(format!("DaemonSet {namespace}/{name} is gone")))
     }
+}
 
-    /// The answer about a DaemonSet; none where none comes in time.
-    async fn find_daemonset(
-        &self,
-        namespace: &str,
-        name: &str,
-    ) -> Option<kube::Result<Option<PartialObjectMeta<DaemonSet>>>> {
-        let api = Api::<DaemonSet>::namespaced(self.client.clone(), namespace);
-        timeout(ANSWER, api.get_metadata_opt(name)).await.ok()
+/// Makes Events of this node's agent.
+fn recorder(client: &Client, node: &str) -> Recorder {
+    let reporter = Reporter { controller: "sidestep".into(), instance: Some(node.into()) };
+    Recorder::new(client.clone(), reporter)
+}
+
+/// What an Event about the node is told to: the uid is what `kubectl describe node` looks for, and
+/// what the kubelet's own Events have.
+fn node_object(node: &str) -> ObjectReference {
+    ObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some("Node".into()),
+        name: Some(node.into()),
+        uid: Some(node.into()),
+        ..ObjectReference::default()
     }
+}
 
-    /// Finds out whether the agent may ask about its own DaemonSet.
-    async fn learn_rights(&mut self) {
-        let Some((namespace, name)) = self.daemonset.clone() else {
-            return;
+/// Pods by the uid that the node knows them by, and objects that claim another's. What makes an
+/// object a static pod's mirror is in its annotations, which anybody writes who may create pods: so
+/// a pod whose own uid it is comes first, then the older object.
+fn by_uid(mut known: Vec<Arc<Pod>>) -> (BTreeMap<String, Arc<Pod>>, Vec<Problem>) {
+    known.sort_by_key(|pod| {
+        (facts::static_uid(pod).is_some(), pod.metadata.creation_timestamp.clone())
+    });
+    let (mut pods, mut errors) = (BTreeMap::<String, Arc<Pod>>::new(), Vec::new());
+    for pod in known {
+        let uid = facts::pod_uid(&pod).to_owned();
+        let Some(first) = pods.get(&uid) else {
+            pods.insert(uid, pod);
+            continue;
         };
-        match self.find_daemonset(&namespace, &name).await {
-            Some(Ok(Some(_))) => self.had_rights = true,
-            Some(Ok(None)) => {
-                warn!("the API server has no DaemonSet {namespace}/{name} (--daemonset)")
-            }
-            Some(Err(error)) => warn!("{:#}", explained("get", "daemonsets", &error)),
-            None => {}
-        }
+        let first = facts::pod_name(first).unwrap_or_default();
+        let text = format!("its annotations name uid {uid:?}, which is that of pod {first}");
+        // Told to the object itself, not to the pod that it claims to be.
+        let own = pod.metadata.uid.clone().unwrap_or_default();
+        let name = facts::pod_name(&pod).unwrap_or_default();
+        let text = format!("pod {name}: {text}: it is left alone");
+        errors.push(Problem { reason: Reason::InvalidPod, pod: Some((name, own)), text });
     }
+    (pods, errors)
 }
 
 fn lock(failing: &Mutex<Failing>) -> std::sync::MutexGuard<'_, Failing> {
@@ -362,7 +505,7 @@ fn watch_error(what: &str, error: &watcher::Error) -> String {
 fn explained(verb: &str, resource: &str, error: &kube::Error) -> anyhow::Error {
     match error {
         kube::Error::Api(status) if status.code == 403 => anyhow!(
-            "the API server forbids to {verb} {resource}: the agent's ClusterRole needs the verb \
+            "the API server forbids to {verb} {resource}: the agent's role needs the verb \
              {verb:?} on {resource:?} ({})",
             status.message
         ),
@@ -427,20 +570,24 @@ async fn publish(
     failing: Arc<Mutex<Failing>>,
 ) {
     while let Some((problem, object)) = queue.recv().await {
-        let event = Event {
-            type_: EventType::Warning,
-            reason: problem.reason.name().into(),
-            note: Some(note_of(&problem.text)),
-            action: "Intercept".into(),
-            secondary: None,
-        };
-        let sent = timeout(ANSWER, recorder.publish(&event, &object)).await;
-        let error = match sent {
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(format!("{:#}", explained(verb_of(&error), "events", &error))),
-            Err(_) => Some("cannot create events: the API server does not answer".into()),
-        };
-        note(&failing, "events", error);
+        let sent = tell(&recorder, &problem, &object).await;
+        note(&failing, "events", sent.err().map(|error| format!("{error:#}")));
+    }
+}
+
+/// Makes an Event of a problem.
+async fn tell(recorder: &Recorder, problem: &Problem, object: &ObjectReference) -> Result<()> {
+    let event = Event {
+        type_: EventType::Warning,
+        reason: problem.reason.name().into(),
+        note: Some(note_of(&problem.text)),
+        action: "Intercept".into(),
+        secondary: None,
+    };
+    match timeout(ANSWER, recorder.publish(&event, object)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(explained(verb_of(&error), "events", &error)),
+        Err(_) => bail!("cannot create events: the API server does not answer"),
     }
 }
 

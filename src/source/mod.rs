@@ -8,7 +8,7 @@ use std::{path::PathBuf, sync::Arc};
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::{
-    facts::pod_name,
+    facts::{self, pod_name},
     problem::{Problem, Reason},
 };
 
@@ -24,7 +24,7 @@ pub struct SourcePod {
 impl SourcePod {
     /// What is wrong with this pod: names the file, where there is one, and the pod.
     pub fn problem(&self, reason: Reason, text: &str) -> Problem {
-        let name = pod_name(&self.pod).unwrap_or_else(|_| "?".into());
+        let name = self.name();
         let text = match &self.origin {
             Some(file) => format!("{}: pod {name}: {text}", file.display()),
             None => format!("pod {name}: {text}"),
@@ -32,9 +32,14 @@ impl SourcePod {
         Problem { reason, pod: Some((name, self.uid().to_owned())), text }
     }
 
-    /// `metadata.uid`, may be empty.
+    /// `namespace/name`.
+    pub fn name(&self) -> String {
+        pod_name(&self.pod).unwrap_or_else(|_| "?".into())
+    }
+
+    /// What the node knows the pod by, see [`facts::pod_uid`]; may be empty.
     pub fn uid(&self) -> &str {
-        self.pod.metadata.uid.as_deref().unwrap_or_default()
+        facts::pod_uid(&self.pod)
     }
 }
 

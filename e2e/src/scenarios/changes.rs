@@ -12,8 +12,12 @@ use super::{Row, World};
 pub const SCENARIOS: &[Row] = &[
     ("live-annotation", "a changed annotation takes effect in a running pod", live_annotation),
     ("break-glass", "a pod's annotation and a namespace's label take it out", break_glass),
-    ("uninstall", "uninstalling leaves a clean node and CNI's configuration as it was", uninstall),
-    ("daemonset-gone", "an agent whose DaemonSet is deleted leaves a clean node", daemonset_gone),
+    ("uninstall", "uninstalling leaves a clean node where no mesh pod runs", uninstall),
+    (
+        "daemonset-gone",
+        "pods that run stay intercepted when the agent's DaemonSet is deleted, CNI's configuration is as it was",
+        daemonset_gone,
+    ),
 ];
 
 const OWN_KEY: &str = "sidestep.io/intercept";
@@ -69,6 +73,8 @@ fn uninstall(world: &World) -> Result<()> {
     soon_answered(node, "cart", target, "outbound")?;
     intercepted(node, "cart", own, target)?;
     ensure!(is_chained(&node.conflist()?.1), "the plugin is not in the configuration");
+    node.delete_pod("cart")?;
+    agent.wait_enrolled("cart", false)?;
     agent.uninstall()?;
     clean(node, &before)?;
     agent.ensure_no_pins()?;
@@ -80,7 +86,7 @@ fn daemonset_gone(world: &World) -> Result<()> {
     let (_, before) = node.conflist()?;
     let mut agent = world.agent()?;
     let target = server(node, "server")?;
-    mesh_pod(node, "cart")?;
+    let own = mesh_pod(node, "cart")?;
     soon_answered(node, "cart", target, "outbound")?;
 
     // A new version: the data plane stays in force meanwhile.
@@ -92,8 +98,9 @@ fn daemonset_gone(world: &World) -> Result<()> {
 
     agent.delete_daemonset()?;
     clean(node, &before)?;
-    agent.ensure_no_pins()?;
-    plain(node)
+    intercepted(node, "cart", own, target)?;
+    plain(node)?;
+    node.delete_pod("cart")
 }
 
 /// CNI's files are as they were.
@@ -104,12 +111,10 @@ fn clean(node: &Node, before: &Value) -> Result<()> {
     Ok(())
 }
 
-/// Pods work without the agent: those that run, and new ones.
+/// New pods work without the agent, and are not intercepted.
 fn plain(node: &Node) -> Result<()> {
     let target = server(node, "server-2")?;
-    answered(node, "cart", target, "app")?;
     let own = mesh_pod(node, "cart-2")?;
     answered(node, "cart-2", target, "app")?;
-    answered(node, "server-2", own, "app")?;
-    node.delete_pod("cart")
+    answered(node, "server-2", own, "app")
 }

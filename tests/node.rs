@@ -1,0 +1,354 @@
+//! What a node does to an agent: sandboxes that are made again, static pods, an uninstall, a mesh
+//! that was not told, taints. Each test names its row of the faults that the field found.
+
+mod common;
+
+use std::{fs, path::Path};
+
+use common::{cluster::*, *};
+use serde_json::{Value, json};
+use sidestep_e2e::ApiServer;
+use sidestep_lab::{Pod, PodNet, wait_until};
+
+/// What a kubelet calls a static pod.
+const STATIC: &str = "0f1e2d3c4b5a69788796a5b4c3d2e1f0";
+
+/// The mirror of a static pod, as a kubelet makes it.
+fn mirror(pod: &Pod, uid: &str) -> Value {
+    let mut object = pending(pod);
+    for key in ["hash", "mirror"] {
+        object = annotated(object, &format!("kubernetes.io/config.{key}"), uid);
+    }
+    object
+}
+
+/// With no annotation of a mesh.
+fn plain(mut object: Value) -> Value {
+    let annotations = object["metadata"]["annotations"].as_object_mut().expect("a map");
+    annotations.retain(|key, _| key.starts_with("kubernetes.io/"));
+    object["spec"]["containers"] = json!([{"name": "app"}]);
+    object
+}
+
+fn ips(pod: &Pod) -> Value {
+    Value::from_iter(pod.ips().iter().map(|ip| json!({"ip": ip.to_string()})))
+}
+
+/// What an app's call off the pod meets: the sidecar, which learns the destination.
+#[track_caller]
+fn intercepted(pod: &Pod) {
+    let _proxy = pod.fake_proxy(15001).expect("a proxy");
+    for target in [addr(ip(REMOTE4), 80), addr(ip(REMOTE6), 80)] {
+        assert_original(&pod.ask(APP, APP, target).expect("reaches the proxy"), target);
+    }
+}
+
+/// The kubelet makes a pod's sandbox again when it has died; status.podIPs names the old addresses
+/// until the new one is ready.
+#[test]
+fn f5_a_sandbox_that_is_made_again_starts() {
+    let cluster = Cluster::new("node-again");
+    cluster.in_force();
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    let object = cluster.api.put(running(&cluster.a)).expect("running");
+    cluster.becomes("its addresses to be known", || {
+        let status = cluster.agent.status().unwrap_or_default();
+        status["pods"][0]["captured"] == json!(cluster.a.ips())
+    });
+    // The new sandbox is another network namespace, with addresses of its own.
+    succeeds(&cluster.plugin("ADD", &cluster.b, &object));
+    let status = cluster.agent.status().expect("status");
+    let found = status["pods"].as_array().expect("a list");
+    let found = found.iter().find(|pod| pod["netns"] == json!(cluster.b.netns()));
+    assert_eq!(found.expect("enrolled")["captured"], json!(cluster.b.ips()));
+    intercepted(&cluster.b);
+    // What was said of the old one comes late.
+    let old = json!({"status": {"podIPs": ips(&cluster.a)}});
+    cluster.api.patch("pods", "lab", "a", &old).expect("patched");
+    succeeds(&cluster.plugin("CHECK", &cluster.b, &object));
+    let new = json!({"status": {"podIPs": ips(&cluster.b)}});
+    cluster.api.patch("pods", "lab", "a", &new).expect("patched");
+    intercepted(&cluster.b);
+    assert!(!cluster.agent.log().contains("ERROR"), "{}", cluster.agent.log_tail());
+}
+
+#[test]
+fn f4_a_static_pod_starts_and_is_known_by_its_hash() {
+    let cluster = Cluster::new("node-static");
+    cluster.in_force();
+    let input = cluster.input();
+    let add =
+        |pod: &Pod, uid: &str| cluster.plugin_as("ADD", pod, ["lab", pod.name(), uid], &input);
+    // Before the kubelet has made a mirror.
+    succeeds(&add(&cluster.b, STATIC));
+    // A uid of the API server's own that it does not know is no static pod's.
+    let (code, text) = refused(&add(&cluster.b, "7e3c1a52-0d6f-4c3b-9a71-5c2b7f7d9e10"));
+    assert_eq!((code, text.contains("has no pod lab/b")), (11, true), "{text}");
+    cluster.api.put(plain(mirror(&cluster.b, STATIC))).expect("created");
+    succeeds(&add(&cluster.b, STATIC));
+    succeeds(&add(&cluster.b, ""));
+    assert!(cluster.names().is_empty());
+
+    // One that somebody has given a sidecar.
+    let hash = STATIC.replace("0f", "1f");
+    let object = cluster.api.put(mirror(&cluster.a, &hash)).expect("created");
+    assert_ne!(object["metadata"]["uid"], json!(hash));
+    succeeds(&add(&cluster.a, &hash));
+    let status = cluster.agent.status().expect("status");
+    assert_eq!(status["pods"][0]["uid"], json!(hash), "as its cgroups have it");
+    intercepted(&cluster.a);
+    // Its manifest has changed, and the mirror is the old one's: it waits for the new one.
+    let (code, _) = refused(&add(&cluster.a, &STATIC.replace("0f", "2f")));
+    assert_eq!(code, 11, "to be tried again");
+    // `kubectl delete` of the mirror ends nothing, and the next one has another uid.
+    cluster.api.delete("pods", "lab", "a").expect("deleted");
+    cluster.api.put(mirror(&cluster.a, &hash)).expect("created");
+    intercepted(&cluster.a);
+    assert_eq!(cluster.names(), ["lab/a"]);
+}
+
+/// Anybody who may create pods may write the annotations of a mirror.
+#[test]
+fn f4_an_object_that_claims_another_pods_uid_gets_nothing() {
+    let cluster = Cluster::new("node-claim");
+    cluster.in_force();
+    let victim = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &victim));
+    let uid = victim["metadata"]["uid"].as_str().expect("a uid");
+    let mut liar = mirror(&cluster.b, uid);
+    liar = annotated(liar, "traffic.sidecar.istio.io/excludeOutboundPorts", "80");
+    cluster.api.put(liar).expect("created");
+    cluster.becomes("the liar to be told", || {
+        cluster.has_event("Pod", "b", "InvalidPod", "which is that of pod lab/a")
+    });
+    intercepted(&cluster.a);
+    assert_eq!(cluster.names(), ["lab/a"]);
+}
+
+#[test]
+fn f4_static_pods_that_ran_before_the_agent_are_found_by_their_cgroups() {
+    let mut cluster = Cluster::new("node-static-before");
+    cluster.in_force();
+    let mut object = running(&cluster.a);
+    for key in ["hash", "mirror"] {
+        object = annotated(object, &format!("kubernetes.io/config.{key}"), STATIC);
+    }
+    let mut known = object.clone();
+    known["metadata"]["uid"] = STATIC.into();
+    cluster.runs(|cluster| &cluster.a, &known);
+    object["metadata"]["uid"] = "7e3c1a52-0d6f-4c3b-9a71-5c2b7f7d9e10".into();
+    cluster.api.put(object).expect("created");
+    cluster.agent.wait_enrolled(&cluster.a).expect("enrolled");
+    intercepted(&cluster.a);
+}
+
+fn daemonset() -> Value {
+    json!({
+        "apiVersion": "apps/v1", "kind": "DaemonSet",
+        "metadata": {"name": "sidestep", "namespace": "kube-system"},
+        "spec": {
+            "selector": {"matchLabels": {"app": "sidestep"}},
+            "template": {
+                "metadata": {"labels": {"app": "sidestep"}},
+                "spec": {"containers": [{"name": "agent", "image": "sidestep"}]},
+            },
+        },
+    })
+}
+
+const OWN: [&str; 2] = ["--daemonset", "kube-system/sidestep"];
+
+fn installed(tag: &str, more: &[&str]) -> Cluster {
+    let flags = [&OWN, more].concat();
+    Cluster::with(tag, &flags, |api| drop(api.put(daemonset()).expect("created")))
+}
+
+/// The plugin, its entry and the socket are gone: F9.
+#[track_caller]
+fn unchained(cluster: &Cluster) {
+    assert_eq!(cluster.conflist(), serde_json::from_str::<Value>(BRIDGE).expect("JSON"));
+    for name in ["bin/sidestep-cni", "cni.sock"] {
+        let path = cluster.dir.path().join(name);
+        assert!(!path.exists(), "{} is left", path.display());
+    }
+}
+
+/// Ends the agent as `helm uninstall` does: the DaemonSet is gone, and so are the agent's rights.
+fn uninstall(cluster: &mut Cluster) {
+    cluster.api.delete("daemonsets.apps", "kube-system", "sidestep").expect("deleted");
+    // The watch tells.
+    cluster.becomes("the pods to be told", || {
+        cluster.names().is_empty() || cluster.agent.log().contains("is being uninstalled")
+    });
+    for verb in ["get", "list", "watch"] {
+        cluster.api.forbid(verb, "daemonsets");
+    }
+    cluster.agent.terminate().expect("ends");
+}
+
+#[test]
+fn f23_pods_that_run_stay_intercepted_when_the_agent_is_uninstalled() {
+    let mut cluster = installed("node-uninstall", &[]);
+    cluster.in_force();
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    cluster.agent.terminate().expect("ends");
+    assert!(cluster.is_chained() && cluster.agent.bpffs().exists(), "a restart takes nothing away");
+    let before = cluster.agent.log().matches("adopted=1").count();
+    cluster.agent.restart().expect("starts");
+    cluster.becomes("the new agent", || cluster.agent.log().matches("adopted=1").count() > before);
+    uninstall(&mut cluster);
+    unchained(&cluster);
+    assert!(cluster.has_event("Pod", "a", "StaysIntercepted", "sidestep unload"));
+    // Neither out nor in.
+    intercepted(&cluster.a);
+    let app = cluster.a.serve(addr([0, 0, 0, 0], 8080), APP, APP).expect("an app");
+    cluster.b.ask(APP, APP, addr(cluster.a.ipv4(), 8080)).expect_err("no sidecar listens");
+    drop(app);
+
+    // A fresh installation takes it over.
+    for verb in ["get", "list", "watch"] {
+        cluster.api.allow(verb, "daemonsets");
+    }
+    cluster.api.put(daemonset()).expect("created");
+    cluster.agent.restart().expect("starts");
+    cluster.becomes("the fresh agent", || {
+        cluster.agent.log().matches("adopted=1").count() > before + 1
+    });
+    cluster.in_force();
+    intercepted(&cluster.a);
+    // And where no mesh pod is left, nothing is.
+    drop(std::mem::replace(&mut cluster.a, cluster.lab.pod("c", PodNet::V4).expect("c")));
+    uninstall(&mut cluster);
+    unchained(&cluster);
+    assert!(!cluster.agent.bpffs().exists(), "{}", cluster.agent.log_tail());
+}
+
+#[test]
+fn f23_who_asks_for_it_gets_a_clean_node_at_once() {
+    let mut cluster = installed("node-unload", &["--on-uninstall", "unload"]);
+    cluster.in_force();
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    cluster.api.delete("daemonsets.apps", "kube-system", "sidestep").expect("deleted");
+    cluster.agent.terminate().expect("ends");
+    unchained(&cluster);
+    assert!(!cluster.agent.bpffs().exists());
+    let remote = cluster.a.ask(APP, APP, addr(ip(REMOTE4), 80));
+    assert!(remote.is_err(), "nothing is intercepted any more: {remote:?}");
+}
+
+/// An API server that refuses has not said that the agent was uninstalled.
+#[test]
+fn f13_an_api_server_that_refuses_or_is_away_takes_nothing_away() {
+    let mut cluster = installed("node-refuses", &[]);
+    cluster.in_force();
+    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    for verb in ["get", "list", "watch"] {
+        cluster.api.forbid(verb, "daemonsets");
+    }
+    let stays = |cluster: &mut Cluster| {
+        cluster.agent.terminate().expect("ends");
+        assert!(
+            cluster.is_chained() && cluster.agent.bpffs().exists(),
+            "{}",
+            cluster.agent.log_tail()
+        );
+        intercepted(&cluster.a);
+    };
+    stays(&mut cluster);
+    // From its start on: it says which right it lacks.
+    cluster.agent.restart().expect("starts");
+    cluster.agent.wait_log("verb \"list\" on \"daemonsets\"").expect("said");
+    stays(&mut cluster);
+    cluster.agent.restart().expect("starts");
+    cluster.api.stop().expect("stopped");
+    stays(&mut cluster);
+}
+
+/// `unload` takes the socket along as well.
+#[test]
+fn f9_unload_leaves_no_socket() {
+    let mut cluster = Cluster::new("node-socket");
+    cluster.in_force();
+    cluster.agent.kill9();
+    let at = |name: &str| cluster.dir.path().join(name).to_string_lossy().into_owned();
+    assert!(Path::new(&at("cni.sock")).exists());
+    let (conf, bin, socket) = (at("net.d"), at("bin"), at("cni.sock"));
+    let paths = ["--cni-conf-dir", &conf, "--cni-bin-dir", &bin, "--cni-socket", &socket];
+    cluster.agent.command(&[&["unload"], &paths[..]].concat()).expect("unloaded");
+    unchained(&cluster);
+}
+
+/// The pod as a mesh makes it that was not told to leave interception alone.
+fn with_init(pod: &Pod) -> Value {
+    let mut object = running(pod);
+    object["spec"]["initContainers"] = json!([{"name": "istio-init"}]);
+    object
+}
+
+#[test]
+fn f8_a_mesh_that_installs_iptables_itself_is_reported() {
+    let cluster = Cluster::new("node-iptables");
+    cluster.in_force();
+    cluster.api.put(with_init(&cluster.a)).expect("created");
+    cluster.becomes("the Event", || {
+        cluster.has_event("Node", NODE, "OwnIptables", "init container istio-init")
+    });
+    let problems = cluster.problems();
+    let text = &problems.iter().find(|(reason, _)| reason == "OwnIptables").expect("a problem").1;
+    assert!(
+        text.contains("istio") && text.contains("lab/a") && text.contains("install.md"),
+        "{text}"
+    );
+    // One pod that is intercepted: the mesh was told, and the others are from before.
+    let object = cluster.api.put(pending(&cluster.b)).expect("created");
+    succeeds(&cluster.plugin("ADD", &cluster.b, &object));
+    cluster.becomes("the problem to be solved", || cluster.problems().is_empty());
+}
+
+#[test]
+fn the_startup_taint_goes_when_pods_can_be_intercepted() {
+    let taints = json!([
+        {"key": "sidestep.io/agent-not-ready", "effect": "NoSchedule"},
+        {"key": "example.com/other", "effect": "NoSchedule"},
+    ]);
+    let prepare = |api: &ApiServer| {
+        let node = json!({"spec": {"taints": taints.clone()}});
+        api.patch("nodes", "", NODE, &node).expect("tainted");
+        api.forbid("list", "pods");
+    };
+    let cluster = Cluster::with("node-taint", &["--remove-startup-taint"], prepare);
+    let keys = || {
+        let node = cluster.api.get("nodes", "", NODE).expect("asked").expect("a node");
+        let taints = node["spec"]["taints"].as_array().cloned().unwrap_or_default();
+        taints
+            .iter()
+            .map(|taint| taint["key"].as_str().unwrap_or("").to_owned())
+            .collect::<Vec<_>>()
+    };
+    cluster.agent.wait_log("verb \"list\" on \"pods\"").expect("said");
+    assert_eq!(keys().len(), 2, "its pods are not known yet");
+    cluster.api.forbid("patch", "nodes");
+    cluster.api.allow("list", "pods");
+    cluster.agent.wait_log("verb \"patch\" on \"nodes\"").expect("said");
+    cluster.api.allow("patch", "nodes");
+    cluster.becomes("the taint to go", || keys() == ["example.com/other"]);
+}
+
+#[test]
+fn a_node_that_cannot_intercept_says_so() {
+    let mut cluster = Cluster::new("node-event");
+    cluster.in_force();
+    fs::write(cluster.dir.path().join("net.d/10-net.conflist"), "{ no json").expect("written");
+    cluster.becomes("the Event", || cluster.has_event("Node", NODE, "Node", "is left alone"));
+    // And one whose agent can't even start.
+    cluster.agent.restart_with(&["--http", "192.0.2.1:9"]).expect("starts");
+    cluster.becomes("the Event", || {
+        cluster.has_event("Node", NODE, "Node", "no pod can be intercepted on this node")
+    });
+    let agent = &mut cluster.agent;
+    wait_until("its end", SOON, || !agent.is_running()).expect("ended");
+}
