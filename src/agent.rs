@@ -1,16 +1,11 @@
 //! The agent: makes the source and the data plane, and goes round between what may happen.
 
 use std::{
-    collections::BTreeSet,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-    thread,
-    time::Duration,
+    collections::BTreeSet, net::SocketAddr, path::PathBuf, sync::Arc, thread, time::Duration,
 };
 
-use anyhow::{Context, Result};
-use notify::Watcher;
+use anyhow::Result;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot},
@@ -38,6 +33,7 @@ use crate::{
         manifests::Manifests,
     },
     splice,
+    watches::Watches,
 };
 
 /// What the agent was told on the command line.
@@ -73,6 +69,8 @@ pub struct Cluster {
     pub api: kubernetes::Config,
     /// The node's procfs.
     pub proc: PathBuf,
+    /// Where the container runtime keeps network namespaces by mounts.
+    pub netns_dir: PathBuf,
     /// The CNI plugin; none: it is not installed.
     pub cni: Option<cni::Config>,
     /// The node's startup taint is taken off.
@@ -90,6 +88,11 @@ const TAINT_RETRY: Duration = Duration::from_secs(2);
 const TAINT_AGAIN: Duration = Duration::from_secs(60);
 /// Requests of the CNI plugin that may wait.
 const REQUESTS: usize = 64;
+/// As many descriptors as the agent asks for, and how few it needs with its pods, connections and
+/// requests at once.
+const OPEN_FILES: u64 = 65_536;
+/// See [`OPEN_FILES`].
+const FEW_FILES: u64 = 1024;
 /// How long an agent that leaves for good waits for spliced connections to be TCP's again.
 const LEAVE: Duration = Duration::from_secs(10);
 
@@ -108,25 +111,26 @@ async fn serve(config: &Config) -> Result<()> {
     let terminate = signal(SignalKind::terminate())?;
     let interrupt = signal(SignalKind::interrupt())?;
     check::privileges()?;
+    raise_open_files();
     let (changed, changes) = mpsc::channel(1);
-    let mut watchers = Vec::new();
+    let mut watches = Watches::new(changed.clone());
     let source = match &config.source {
         SourceConfig::Manifests(dir) => {
             let mut manifests = Manifests::new(dir);
             manifests.read()?;
-            watchers.push(watch(dir, &changed)?);
+            watches.add(dir);
             Source::Manifests(manifests)
         }
         SourceConfig::Kubernetes(cluster) => {
             let kubernetes = Kubernetes::start(&cluster.api, changed.clone()).await?;
-            Source::Kubernetes(Box::new(kubernetes), Places::new(&cluster.proc))
+            Source::Kubernetes(Box::new(kubernetes), Places::new(&cluster.proc, &cluster.netns_dir))
         }
     };
     let api = match &source {
         Source::Kubernetes(kubernetes, _) => Some(kubernetes.api().clone()),
         Source::Manifests(_) => None,
     };
-    let events = Happenings { terminate, interrupt, changed, changes, watchers };
+    let events = Happenings { terminate, interrupt, changes, watches };
     let done = intercept(config, source, events).await;
     if let (Err(error), Some(api)) = (&done, api) {
         api.tell_node(&format!("no pod can be intercepted on this node: {error:#}")).await;
@@ -134,20 +138,36 @@ async fn serve(config: &Config) -> Result<()> {
     done
 }
 
+/// Takes as many descriptors as the agent may have. What others can make it open is bounded far
+/// below that: see `http.rs` and `cni/server.rs`.
+fn raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        let wanted = hard.min(OPEN_FILES).max(soft);
+        setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).map(|()| wanted)
+    });
+    match raised {
+        Ok(limit) if limit < FEW_FILES => {
+            warn!(
+                limit,
+                "few files may be open: raise the agent's limit (ulimit -n, LimitNOFILE=)"
+            );
+        }
+        Ok(_) => {}
+        Err(error) => warn!("cannot raise the limit of open files: {error}"),
+    }
+}
+
 /// What the agent's loop waits for, but for what the data plane and the CNI plugin say.
 struct Happenings {
     terminate: Signal,
     interrupt: Signal,
-    changed: mpsc::Sender<()>,
     changes: mpsc::Receiver<()>,
-    /// Kept for what they watch.
-    watchers: Vec<notify::RecommendedWatcher>,
+    watches: Watches,
 }
 
 /// Intercepts the source's pods until the agent is told to end.
 async fn intercept(config: &Config, source: Source, happenings: Happenings) -> Result<()> {
-    let Happenings { mut terminate, mut interrupt, changed, mut changes, mut watchers } =
-        happenings;
+    let Happenings { mut terminate, mut interrupt, mut changes, mut watches } = happenings;
     let cgroup = Cgroup::open(config.cgroup.as_deref())?;
     let pins = &config.pins;
     let (asked, mut requests) = mpsc::channel(REQUESTS);
@@ -173,7 +193,7 @@ async fn intercept(config: &Config, source: Source, happenings: Happenings) -> R
         let found = Installer::new(cni);
         found.install_plugin()?;
         cni::server::serve(&cni.socket, kubernetes.api().clone(), asked.clone())?;
-        watchers.push(watch(&cni.conf_dir, &changed)?);
+        watches.add(&cni.conf_dir);
         installer = Some(found);
     }
     if let (SourceConfig::Kubernetes(cluster), Source::Kubernetes(kubernetes, _)) =
@@ -223,7 +243,7 @@ async fn intercept(config: &Config, source: Source, happenings: Happenings) -> R
             () = &mut settle, if settling => {
                 settling = false;
                 while changes.try_recv().is_ok() {}
-                more = chain(installer.as_ref(), &metrics);
+                more = look_after(&mut watches, installer.as_mut(), &metrics);
                 reconciler.sync(Look::Changes, &more);
             }
             Ok(found) = &mut tried, if !tried.is_terminated() => {
@@ -232,7 +252,7 @@ async fn intercept(config: &Config, source: Source, happenings: Happenings) -> R
             }
             () = &mut sweep => sweep.as_mut().reset(reconciler.sweep_splices().into()),
             _ = resync.tick() => {
-                more = chain(installer.as_ref(), &metrics);
+                more = look_after(&mut watches, installer.as_mut(), &metrics);
                 reconciler.sync(Look::Everything, &more);
             }
         }
@@ -317,11 +337,17 @@ fn try_splices(mode: splice::Mode) -> oneshot::Receiver<splice::Found> {
     told
 }
 
-/// Sees to the CNI configuration; what is wrong with it.
-fn chain(installer: Option<&Installer>, metrics: &Metrics) -> BTreeSet<Problem> {
+/// Sees to the watched directories and to the CNI configuration; what is wrong with them.
+fn look_after(
+    watches: &mut Watches,
+    installer: Option<&mut Installer>,
+    metrics: &Metrics,
+) -> BTreeSet<Problem> {
+    let mut problems = watches.ensure();
     let wrong = installer.and_then(|installer| installer.ensure().err());
     metrics.chained(wrong.is_none());
-    wrong.map(|error| Problem::node(format!("{error:#}"))).into_iter().collect()
+    problems.extend(wrong.map(|error| Problem::node(format!("{error:#}"))));
+    problems
 }
 
 /// Answers the CNI plugin.
@@ -378,19 +404,4 @@ fn answer(
     for (pod, verb, answer) in announced {
         reply(verb, answer, reconciler.admitted(&pod));
     }
-}
-
-/// Tells of changes in a directory; a second one while the first is unread adds nothing.
-fn watch(dir: &Path, changed: &mpsc::Sender<()>) -> Result<notify::RecommendedWatcher> {
-    let changed = changed.clone();
-    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        // Reading a file is no change, and the agent itself reads them all.
-        if event.is_ok_and(|event| !event.kind.is_access()) {
-            let _ = changed.try_send(());
-        }
-    })?;
-    watcher
-        .watch(dir, notify::RecursiveMode::NonRecursive)
-        .with_context(|| format!("cannot watch directory {}", dir.display()))?;
-    Ok(watcher)
 }

@@ -134,6 +134,10 @@ struct ClusterArgs {
     /// The node's own procfs.
     #[arg(long, value_name = "DIR", env = "SIDESTEP_PROC", default_value = "/proc")]
     proc: PathBuf,
+    /// Where the container runtime keeps sandboxes' network namespaces by mounts: of those that a
+    /// pod's processes are in, one that is there is the pod's.
+    #[arg(long, value_name = "DIR", env = "SIDESTEP_NETNS_DIR", default_value = "/var/run/netns")]
+    netns_dir: PathBuf,
     /// The agent's own DaemonSet: where that is gone when the agent is told to end, Sidestep has
     /// been uninstalled.
     #[arg(
@@ -223,6 +227,7 @@ impl Run {
                 on_uninstall: self.cluster.on_uninstall,
             },
             proc: self.cluster.proc,
+            netns_dir: self.cluster.netns_dir,
             remove_startup_taint: self.cluster.remove_startup_taint,
             cni: cni.cni.then(|| cni::Config {
                 conf_dir: cni.paths.cni_conf_dir,

@@ -26,6 +26,7 @@ use rtnetlink::{
 use crate::{
     bpf::current_netns_cookie,
     desired::{NetnsFacts, PASSTHROUGH_V6, PodRow},
+    files,
 };
 
 /// Where captured IPv4 connections go; `VIA4_NET` of bpf/config.h.
@@ -58,7 +59,7 @@ impl Netns {
     /// # Errors
     /// Where there is nothing at the path.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path)
+        let file = files::open(path)
             .with_context(|| format!("cannot open network namespace {}", path.display()))?;
         Ok(Self { path: path.to_owned(), file })
     }

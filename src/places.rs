@@ -3,7 +3,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fs,
+    io::{self, ErrorKind},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -26,13 +28,15 @@ pub struct Place {
 #[derive(Debug)]
 pub struct Places {
     proc: PathBuf,
+    pins: PathBuf,
     known: BTreeMap<String, Place>,
 }
 
 impl Places {
-    /// None yet; processes are looked for in `proc`, the node's own procfs.
-    pub fn new(proc: &Path) -> Self {
-        Self { proc: proc.to_owned(), known: BTreeMap::new() }
+    /// None yet; processes are looked for in `proc`, the node's own procfs, and `pins` is where the
+    /// container runtime keeps network namespaces by mounts.
+    pub fn new(proc: &Path, pins: &Path) -> Self {
+        Self { proc: proc.to_owned(), pins: pins.to_owned(), known: BTreeMap::new() }
     }
 
     /// Takes in what somebody knows for sure.
@@ -69,21 +73,26 @@ impl Places {
         self.known.retain(|uid, _| uids.contains(uid));
     }
 
-    /// Looks for processes of these pods, by their cgroups, and remembers where the oldest of each
-    /// is: the sandbox's own comes first, and what a pod's processes do to themselves later counts
-    /// for nothing. The namespaces in `host` are nobody's.
+    /// Looks for processes of these pods, by their cgroups, and remembers where each pod is, by
+    /// [`of_sandbox`]. The namespaces in `host` are nobody's. Tells of the pods whose processes do
+    /// not show it, and why.
     ///
     /// # Errors
     /// Where the processes can't be listed, or those of a pod may not be looked at. One that is
     /// gone is passed over: they come and go.
-    pub fn search(&mut self, uids: &BTreeSet<String>, host: &BTreeSet<u64>) -> Result<()> {
+    pub fn search(
+        &mut self,
+        uids: &BTreeSet<String>,
+        host: &BTreeSet<u64>,
+    ) -> Result<BTreeMap<String, String>> {
+        let mut disputed = BTreeMap::new();
         if uids.is_empty() {
-            return Ok(());
+            return Ok(disputed);
         }
         let processes = fs::read_dir(&self.proc)
             .with_context(|| format!("cannot list processes in {}", self.proc.display()))?;
         let mut forbidden = None;
-        let mut found: BTreeMap<String, (Age, Place)> = BTreeMap::new();
+        let mut found: BTreeMap<String, Vec<Process>> = BTreeMap::new();
         for process in processes.flatten() {
             let name = process.file_name();
             let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
@@ -96,33 +105,115 @@ impl Places {
             let Some(age) = started(&dir).map(|start| (start, pid)) else {
                 continue;
             };
-            if found.get(&uid).is_some_and(|(oldest, _)| *oldest < age) {
-                continue;
+            match (namespace(&dir.join("ns/net")), namespace(&dir.join("ns/user"))) {
+                (Ok(net), user) => {
+                    let user = user.ok();
+                    found.entry(uid).or_default().push(Process { age, dir, net, user });
+                }
+                (Err(error), _) if error.kind() == ErrorKind::PermissionDenied => {
+                    forbidden = Some(error);
+                }
+                (Err(_), _) => {}
             }
-            let path = dir.join("ns/net");
-            let cookie = match Netns::open(&path).and_then(|netns| netns.cookie()) {
-                Ok(cookie) => cookie,
-                Err(error) => {
-                    if is_forbidden(&error) {
-                        forbidden = Some(error);
-                    }
+        }
+        // A process of a pod may have been let into the node's own namespace.
+        let nodes =
+            ["/proc/self/ns/net", "/proc/1/ns/net"].map(|path| namespace(Path::new(path)).ok());
+        for processes in found.values_mut() {
+            processes.retain(|process| !nodes.contains(&Some(process.net)));
+        }
+        found.retain(|_, processes| !processes.is_empty());
+        let pinned = self.pinned();
+        let own = namespace(Path::new("/proc/self/ns/user")).ok();
+        let mut all = uids.iter().all(|uid| found.contains_key(uid));
+        for (uid, processes) in found {
+            let process = match of_sandbox(processes, &pinned, own) {
+                Ok(process) => process,
+                Err(why) => {
+                    disputed.insert(uid, why);
                     continue;
                 }
             };
+            let path = process.dir.join("ns/net");
+            let cookie = Netns::open(&path).and_then(|netns| netns.cookie());
             // The number may have become another process' meanwhile.
-            if host.contains(&cookie) || pod_of(&dir).as_ref() != Some(&uid) {
-                continue;
+            let is_same = namespace(&path).is_ok_and(|net| net == process.net)
+                && pod_of(&process.dir).as_ref() == Some(&uid);
+            match cookie {
+                Ok(cookie) if is_same && !host.contains(&cookie) => {
+                    self.known.insert(uid, Place { path, cookie, container: None });
+                }
+                _ => all = false,
             }
-            found.insert(uid, (age, Place { path, cookie, container: None }));
         }
-        let all = found.len() == uids.len();
-        self.known.extend(found.into_iter().map(|(uid, (_, place))| (uid, place)));
         match forbidden.filter(|_| !all) {
-            Some(error) => Err(error
+            Some(error) => Err(anyhow::Error::from(error)
                 .context("the processes of pods may not be looked at (CAP_SYS_PTRACE, AppArmor)")),
-            None => Ok(()),
+            None => Ok(disputed),
         }
     }
+
+    /// The namespaces that somebody has pinned by a mount: only root of the node can, and container
+    /// runtimes do so with those of sandboxes.
+    fn pinned(&self) -> BTreeSet<Namespace> {
+        let entries = fs::read_dir(&self.pins).into_iter().flatten().flatten();
+        entries.filter_map(|entry| namespace(&entry.path()).ok()).collect()
+    }
+}
+
+/// A process of a pod, as procfs shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Process {
+    age: Age,
+    dir: PathBuf,
+    net: Namespace,
+    /// Its user namespace, where that may be looked at.
+    user: Option<Namespace>,
+}
+
+/// What tells namespaces apart for as long as they live: device and inode number.
+type Namespace = (u64, u64);
+
+/// The namespace at a path. Nothing is opened: it may be anything.
+fn namespace(path: &Path) -> io::Result<Namespace> {
+    fs::metadata(path).map(|found| (found.dev(), found.ino()))
+}
+
+/// The process that shows a pod's network namespace: that of its sandbox, and none that the pod's
+/// processes made for themselves.
+///
+/// Where the container runtime has pinned one of those that they are in, that is it. Else all have
+/// to agree, and to be in the node's own user namespace (`own`): who may make a network namespace
+/// without making a user namespace first is privileged. Of several processes the oldest.
+///
+/// # Errors
+/// Where that does not tell, the reason.
+fn of_sandbox(
+    mut processes: Vec<Process>,
+    pinned: &BTreeSet<Namespace>,
+    own: Option<Namespace>,
+) -> Result<Process, String> {
+    processes.sort_by_key(|process| process.age);
+    let is_pinned = |process: &&Process| pinned.contains(&process.net);
+    if let Some(process) = processes.iter().find(is_pinned) {
+        return Ok(process.clone());
+    }
+    let namespaces: BTreeSet<Namespace> = processes.iter().map(|process| process.net).collect();
+    if namespaces.len() > 1 {
+        return Err(format!(
+            "its processes are in {} network namespaces, and the container runtime has pinned none \
+             of them: which one is the pod's is not known",
+            namespaces.len()
+        ));
+    }
+    if processes.iter().any(|process| process.user.is_some() && process.user != own) {
+        return Err(
+            "its processes have a user namespace of their own, and their network namespace \
+                    is none that the container runtime has pinned: they may have made it themselves"
+                .into(),
+        );
+    }
+    processes.into_iter().next().ok_or_else(|| "it has no process".into())
 }
 
 /// When a process started, in ticks since the machine did, and its number.
@@ -132,11 +223,6 @@ type Age = (u64, u32);
 fn started(process: &Path) -> Option<u64> {
     let stat = fs::read_to_string(process.join("stat")).ok()?;
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
-}
-
-fn is_forbidden(error: &anyhow::Error) -> bool {
-    let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
-    kind == Some(io::ErrorKind::PermissionDenied)
 }
 
 /// The pod that a process belongs to, by its `metadata.uid`.
@@ -220,9 +306,36 @@ mod tests {
         assert_eq!(pod_of_cgroups(&path).as_deref(), Some(UID));
     }
 
+    /// F19: what a pod's processes do to themselves is not believed.
+    #[test]
+    fn f19_only_the_sandboxs_own_namespace_counts() {
+        let (node, inner) = (Some((4, 1)), Some((4, 2)));
+        let process = |pid: u32, net: u64, user| Process {
+            age: (u64::from(pid), pid),
+            dir: format!("/proc/{pid}").into(),
+            net: (4, net),
+            user,
+        };
+        let pins = |net: &[u64]| -> BTreeSet<Namespace> { net.iter().map(|n| (4, *n)).collect() };
+        let shown = |processes: &[Process], pinned: &[u64]| {
+            of_sandbox(processes.to_vec(), &pins(pinned), node).map(|process| process.age.1)
+        };
+        // The first process has made user and network namespaces for itself.
+        let first = process(10, 70, inner);
+        let (second, third) = (process(11, 50, node), process(12, 50, node));
+        let all = [first.clone(), third, second.clone()];
+        assert_eq!(shown(&all, &[50, 60]), Ok(11), "the oldest of those in the pinned one");
+        assert!(shown(&all, &[]).expect_err("they disagree").contains("2 network namespaces"));
+        let alone = shown(&[first], &[50]);
+        assert!(alone.expect_err("nobody disagrees").contains("made it themselves"));
+        assert_eq!(shown(&[second], &[]), Ok(11), "a runtime that pins nothing");
+        // A pod with a user namespace of its own, by the kubelet.
+        assert_eq!(shown(&[process(20, 80, inner)], &[80]), Ok(20));
+    }
+
     #[test]
     fn no_procfs_is_an_error() {
-        let mut places = Places::new(Path::new("/nonexistent"));
+        let mut places = Places::new(Path::new("/nonexistent"), Path::new("/nonexistent"));
         let error = places.search(&BTreeSet::from([UID.to_owned()]), &BTreeSet::new());
         assert!(error.expect_err("no procfs").to_string().contains("/nonexistent"));
     }

@@ -123,6 +123,8 @@ pub struct Reconciler {
     visited: BTreeMap<String, NetnsFacts>,
     /// Pods whose namespace was looked for in vain, by uid; at how many looks at everything.
     missing: BTreeMap<String, u32>,
+    /// Pods whose processes do not show their namespace, by uid, and why.
+    disputed: BTreeMap<String, String>,
     /// What was wrong at the last sync: said once, not every time.
     problems: BTreeSet<Problem>,
 }
@@ -161,6 +163,7 @@ impl Reconciler {
             taking_over: None,
             visited: BTreeMap::new(),
             missing: BTreeMap::new(),
+            disputed: BTreeMap::new(),
             problems: BTreeSet::new(),
         })
     }
@@ -469,8 +472,17 @@ impl Reconciler {
             .filter(|uid| again || !self.missing.contains_key(*uid))
             .cloned()
             .collect();
-        if let Err(error) = places.search(&wanted, &self.host) {
-            problems.insert(Problem::node(format!("{error:#}")));
+        match places.search(&wanted, &self.host) {
+            Ok(found) => self.disputed.extend(found),
+            Err(error) => {
+                problems.insert(Problem::node(format!("{error:#}")));
+            }
+        }
+        self.disputed.retain(|uid, _| unknown.contains(uid) && places.get(uid).is_none());
+        for (found, _) in pods {
+            if let Some(why) = self.disputed.get(found.uid()) {
+                problems.insert(found.problem(Reason::NetworkNamespace, why));
+            }
         }
         self.missing.retain(|uid, _| unknown.contains(uid) && places.get(uid).is_none());
         for uid in wanted.into_iter().filter(|uid| places.get(uid).is_none()) {
@@ -544,7 +556,10 @@ impl Reconciler {
             // Its processes are gone, or it has another namespace by now: it is looked for again.
             Some(Err(error)) if cookie.is_some() && is_gone(&error) => Ok(None),
             Some(visit) => visit.map(Some).context(what),
-            None if is_running(&found.pod) && self.missing.get(found.uid()) >= Some(&MISSES) => {
+            None if is_running(&found.pod)
+                && self.missing.get(found.uid()) >= Some(&MISSES)
+                && !self.disputed.contains_key(found.uid()) =>
+            {
                 Err(anyhow::anyhow!(
                     "no process of it is found on this node: its network namespace is not known \
                      (is --proc the node's own procfs, and is --node-name this node?)"

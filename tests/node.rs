@@ -6,6 +6,7 @@ mod common;
 use std::{fs, path::Path};
 
 use common::{cluster::*, *};
+use nix::{sys::stat::Mode, unistd::mkfifo};
 use serde_json::{Value, json};
 use sidestep_e2e::ApiServer;
 use sidestep_lab::{Pod, PodNet, wait_until};
@@ -351,4 +352,25 @@ fn a_node_that_cannot_intercept_says_so() {
     });
     let agent = &mut cluster.agent;
     wait_until("its end", SOON, || !agent.is_running()).expect("ended");
+}
+
+/// A FIFO would be waited for, for ever.
+#[test]
+fn f34_a_fifo_is_refused_by_name_and_holds_nothing_up() {
+    let mut node = Node::new("node-fifo");
+    for path in [node.agent.pods_dir().join("fifo.yaml"), node.agent.pods_dir().join("netns")] {
+        mkfifo(&path, Mode::S_IRWXU).expect("a FIFO");
+    }
+    let mut manifest = node.b.manifest();
+    let netns = node.agent.pods_dir().join("netns");
+    manifest["metadata"]["annotations"]["sidestep.io/netns"] = json!(netns);
+    node.agent.add_manifest("b", &manifest).expect("written");
+    node.agent.add_pod(&node.a).expect("written");
+    node.agent.wait_enrolled(&node.a).expect("the other pod goes on");
+    for words in [["fifo.yaml", "it is a FIFO"], ["pod lab/b", "it is a FIFO"]] {
+        node.agent.wait_log(words[0]).expect("said");
+        let log = node.agent.log();
+        assert!(log.lines().any(|line| words.iter().all(|word| line.contains(word))), "{log}");
+    }
+    node.agent.terminate().expect("it ends when it is told to");
 }

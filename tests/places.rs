@@ -32,12 +32,32 @@ fn a_pod_is_where_its_oldest_process_is() {
     process(proc.path(), 20, 900, &made.netns());
     process(proc.path(), 4000, 51, &made.netns());
     let uids = BTreeSet::from([UID.to_owned()]);
-    let mut places = Places::new(proc.path());
+    let mut places = Places::new(proc.path(), Path::new("/run/netns"));
     places.search(&uids, &BTreeSet::new()).expect("searched");
     assert_eq!(places.get(UID).map(|place| place.cookie), Some(cookie(&own)));
     // The host's namespace is nobody's, whoever says so.
-    let mut places = Places::new(proc.path());
+    let mut places = Places::new(proc.path(), Path::new("/run/netns"));
     let host = BTreeSet::from([cookie(&own), cookie(&made)]);
     places.search(&uids, &host).expect("searched");
     assert_eq!(places.get(UID), None);
+}
+
+/// F19: a runtime that pins nothing, and processes of which one has made a namespace for itself.
+#[test]
+fn f19_processes_that_disagree_show_nothing() {
+    let lab = Lab::new("places-two").expect("a lab");
+    let [own, made] = ["own", "made"].map(|name| lab.pod(name, PodNet::V4).expect("a pod"));
+    let proc = tempfile::tempdir().expect("a directory");
+    process(proc.path(), 20, 900, &made.netns());
+    let uids = BTreeSet::from([UID.to_owned()]);
+    let search = || {
+        let mut places = Places::new(proc.path(), Path::new("/nonexistent"));
+        let disputed = places.search(&uids, &BTreeSet::new()).expect("searched");
+        (places.get(UID).map(|place| place.cookie), disputed.get(UID).cloned())
+    };
+    assert_eq!(search(), (Some(cookie(&made)), None), "all agree");
+    process(proc.path(), 300, 50, &own.netns());
+    let (found, why) = search();
+    assert_eq!(found, None);
+    assert!(why.expect("told").contains("2 network namespaces"));
 }

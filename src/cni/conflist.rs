@@ -5,24 +5,68 @@ use std::{
     io::{ErrorKind, Write},
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 use tracing::{info, warn};
 
-use super::{Config, PLUGIN, Settings};
+use super::{Config, PLUGIN, Settings, VERSIONS};
+use crate::files;
+
+/// Rewrites in a row that are no fight yet: others install themselves at the same time.
+const PATIENT: u32 = 3;
+/// The longest pause between rewrites, while somebody else keeps writing the configuration.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// The node's CNI directories.
 #[derive(Debug)]
 pub struct Installer {
     config: Config,
+    fight: Fight,
+}
+
+/// How often somebody else has written the configuration anew, after it had been put right.
+#[derive(Debug, Default)]
+struct Fight {
+    rounds: u32,
+    last: Option<Instant>,
+}
+
+impl Fight {
+    /// How long the configuration stays as the other one wrote it.
+    fn pause(&self) -> Duration {
+        let doublings = self.rounds.saturating_sub(PATIENT);
+        match doublings {
+            0 => Duration::ZERO,
+            n => LONGEST_PAUSE.min(Duration::from_secs(1 << n.min(6))),
+        }
+    }
+
+    /// Whether somebody fights. It is over when the configuration was left alone for a while.
+    fn goes_on(&mut self, now: Instant) -> bool {
+        if self.last.is_none_or(|last| now - last > 2 * LONGEST_PAUSE) {
+            *self = Self::default();
+        }
+        self.rounds > PATIENT
+    }
+
+    /// Whether the configuration may be written at this time; if so, that counts.
+    fn strikes(&mut self, now: Instant) -> bool {
+        self.goes_on(now);
+        if self.last.is_some_and(|last| now - last < self.pause()) {
+            return false;
+        }
+        *self = Self { rounds: self.rounds + 1, last: Some(now) };
+        true
+    }
 }
 
 impl Installer {
     /// For these directories and settings.
     pub fn new(config: &Config) -> Self {
-        Self { config: config.clone() }
+        Self { config: config.clone(), fight: Fight::default() }
     }
 
     /// Copies the running executable to the directory of plugins, where it is another one.
@@ -40,11 +84,17 @@ impl Installer {
     }
 
     /// Sees to it that the configuration that the container runtime uses ends with the plugin:
-    /// another agent may have written it anew.
+    /// another agent may have written it anew. Where one does so again and again, with pauses that
+    /// grow to a minute.
     ///
     /// # Errors
     /// Where there is no such file, or it can't be read, understood or written: it is left alone.
-    pub fn ensure(&self) -> Result<()> {
+    /// Where another program keeps writing it.
+    pub fn ensure(&mut self) -> Result<()> {
+        self.ensure_at(Instant::now())
+    }
+
+    fn ensure_at(&mut self, now: Instant) -> Result<()> {
         let dir = &self.config.conf_dir;
         let path = primary(dir)?.with_context(|| {
             format!("no CNI configuration in {} yet (--cni-conf-dir)", dir.display())
@@ -52,11 +102,23 @@ impl Installer {
         let left = || format!("CNI configuration {} is left alone", path.display());
         let conflist = path.extension().is_some_and(|extension| extension == "conflist");
         ensure!(conflist, "{}: it holds a single plugin, a .conflist is needed to add one", left());
-        let text = fs::read_to_string(&path).with_context(left)?;
-        if let Some(text) = chained(&text, &self.config.settings).with_context(left)? {
+        let text = files::read(&path).with_context(left)?;
+        if let Some(text) = chained(&text, &self.config.settings).with_context(left)?
+            && self.fight.strikes(now)
+        {
             rewrite(&path, &text).with_context(left)?;
-            info!(path = %path.display(), "the plugin is chained");
+            if self.fight.rounds <= PATIENT {
+                info!(path = %path.display(), "the plugin is chained");
+            }
         }
+        ensure!(
+            !self.fight.goes_on(now),
+            "CNI configuration {}: another program keeps writing it without {PLUGIN}, or with other \
+             settings of it: is there a second agent, or one that wants the file for itself? It is \
+             put right every {} seconds at most, and pods that start meanwhile may not be intercepted",
+            path.display(),
+            LONGEST_PAUSE.as_secs()
+        );
         Ok(())
     }
 }
@@ -69,8 +131,7 @@ impl Installer {
 pub fn uninstall(conf_dir: &Path, bin_dir: &Path, socket: &Path) -> Result<usize> {
     let mut changed = 0;
     for path in configurations(conf_dir)? {
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = files::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         match unchained(&text) {
             Ok(Some(text)) => {
                 rewrite(&path, &text)?;
@@ -100,6 +161,7 @@ fn chained(text: &str, settings: &Settings) -> Result<Option<String>> {
         entry.extend(settings);
     }
     let (mut config, mut plugins) = parse(text)?;
+    check_versions(&config)?;
     ensure!(!plugins.is_empty(), "it has no plugins to be chained to");
     let entry = Value::Object(entry);
     if plugins.last() == Some(&entry) && plugins.iter().filter(|p| is_ours(p)).count() == 1 {
@@ -131,6 +193,23 @@ fn parse(text: &str) -> Result<(Value, Vec<Value>)> {
     };
     let plugins = plugins.clone();
     Ok((config, plugins))
+}
+
+/// Whether the plugin takes every version that the runtime may call it with: `cniVersion`, or the
+/// newest that it knows of `cniVersions` (CNI 1.1). Chained to another one, it would refuse every
+/// pod of the node. None is 0.1.0, and works.
+fn check_versions(config: &Value) -> Result<()> {
+    let single = config.get("cniVersion").into_iter();
+    let several = match config.get("cniVersions") {
+        None => &[][..],
+        Some(list) => list.as_array().context("cniVersions: a list is expected")?,
+    };
+    for version in single.chain(several) {
+        let known =
+            version.as_str().is_some_and(|text| text.is_empty() || VERSIONS.contains(&text));
+        ensure!(known, "cniVersion {version}: one of {} is expected", VERSIONS.join(", "));
+    }
+    Ok(())
 }
 
 fn is_ours(plugin: &Value) -> bool {
@@ -196,6 +275,8 @@ fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use proptest::prelude::*;
 
     use super::{super::OnAgentAway, *};
@@ -258,7 +339,7 @@ mod tests {
     #[test]
     fn the_first_file_by_name_is_the_one() {
         let dir = tempfile::tempdir().expect("directory");
-        let installer = installer(dir.path());
+        let mut installer = installer(dir.path());
         let error = installer.ensure().expect_err("nothing there").to_string();
         assert!(error.contains("no CNI configuration"), "{error}");
         for name in ["20-b.conflist", "10-a.conflist", "05-notes.txt"] {
@@ -281,6 +362,66 @@ mod tests {
         assert_eq!(taken(), 0, "nothing to do");
         let names = files(dir.path()).expect("read");
         assert_eq!(names.len(), 3, "nothing is left behind: {names:?}");
+    }
+
+    /// F3: every version that libcni takes is chained; another one is not.
+    #[test]
+    fn f3_the_plugin_is_chained_where_it_takes_the_version() {
+        let list = |key: &str, value: Value| {
+            let mut config: Value = serde_json::from_str(BRIDGE).expect("json");
+            config.as_object_mut().expect("an object").shift_remove("cniVersion");
+            config[key] = value;
+            chained(&config.to_string(), &settings())
+        };
+        for version in ["", "0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"] {
+            list("cniVersion", version.into()).expect(version).expect("chained");
+        }
+        list("other", "".into()).expect("none at all").expect("chained");
+        list("cniVersions", serde_json::json!(["0.4.0", "1.1.0"])).expect("read").expect("chained");
+        for (key, value) in [
+            ("cniVersion", serde_json::json!("2.0.0")),
+            ("cniVersion", serde_json::json!("1.0")),
+            ("cniVersion", serde_json::json!(1.0)),
+            ("cniVersions", serde_json::json!(["1.0.0", "9.0.0"])),
+            ("cniVersions", serde_json::json!("1.0.0")),
+        ] {
+            let error = list(key, value.clone()).expect_err("left alone").to_string();
+            assert!(error.contains("cniVersion"), "{error}");
+            assert!(
+                value.is_string() && key == "cniVersions" || error.contains("0.3.0"),
+                "{error}"
+            );
+        }
+    }
+
+    /// F35: two agents, each of which wants its own entry.
+    #[test]
+    fn f35_a_fight_over_the_configuration_is_named_and_slows_down() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("10-a.conflist");
+        let mut installer = installer(dir.path());
+        let (start, mut writes, mut errors) = (Instant::now(), 0, BTreeSet::new());
+        for tick in 0..6000 {
+            // The other one is quick: it looks ten times a second.
+            fs::write(&path, BRIDGE).expect("written");
+            let done = installer.ensure_at(start + Duration::from_millis(100 * tick));
+            writes += u32::from(fs::read_to_string(&path).expect("read").contains(PLUGIN));
+            errors.extend(done.err().map(|error| error.to_string()));
+        }
+        assert!((10..25).contains(&writes), "{writes} in ten minutes");
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        assert!(
+            errors
+                .iter()
+                .all(|text| text.contains("10-a.conflist") && text.contains("second agent"))
+        );
+        // It gives up: the file is put right, and after a while all is well.
+        let later = start + Duration::from_secs(700);
+        installer.ensure_at(later).expect_err("a moment ago they fought");
+        installer.ensure_at(later + 4 * LONGEST_PAUSE).expect("it is over");
+        assert!(fs::read_to_string(&path).expect("read").contains(PLUGIN));
+        fs::write(&path, BRIDGE).expect("written");
+        installer.ensure_at(later + 5 * LONGEST_PAUSE).expect("put right at once");
     }
 
     #[test]

@@ -14,6 +14,10 @@ use crate::problem::Problem;
 
 /// The plugin's name in CNI configurations, and its file's in the directory of plugins.
 pub const PLUGIN: &str = "sidestep-cni";
+/// The versions of the specification that the plugin takes, oldest first: all that libcni knows.
+/// What they ask of a chained plugin is the same in all. A configuration that names none has the
+/// first. Source: containernetworking/cni `pkg/version/version.go`.
+pub const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 /// Where the agent listens unless a flag says otherwise.
 pub const SOCKET: &str = "/run/sidestep/cni.sock";
 

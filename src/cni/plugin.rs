@@ -16,10 +16,8 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{OnAgentAway, Reply, Request, Sandbox, Settings};
+use super::{OnAgentAway, Reply, Request, Sandbox, Settings, VERSIONS};
 
-/// What the specification's versions ask of a chained plugin has not changed since the first.
-const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 /// Between two attempts to reach the agent.
 const PAUSE: Duration = Duration::from_millis(200);
 /// How long the agent may take where its answer changes nothing.
@@ -112,7 +110,7 @@ pub fn run(call: &Call) -> Result<String, CniError> {
         let msg = "the configuration is no JSON object";
         return Err(fail(&version, code::DECODING, msg.into()));
     }
-    if let Some(named) = config["cniVersion"].as_str() {
+    if let Some(named) = config["cniVersion"].as_str().filter(|named| !named.is_empty()) {
         version = named.to_owned();
     }
     match command {
@@ -332,6 +330,24 @@ mod tests {
         run(&call("ADD", &config(socket, excluded))).expect("excluded");
     }
 
+    /// F3: the agent chains the plugin into configurations of these versions.
+    #[test]
+    fn f3_every_version_that_a_runtime_may_use_is_taken() {
+        let socket = Path::new("/nonexistent/s");
+        let with = |version: Option<&str>| {
+            let version = version.map(|version| format!(r#""cniVersion":"{version}","#));
+            let version = version.unwrap_or_default();
+            let allow = config(socket, r#""onAgentAway":"allow","#);
+            allow.replacen(r#""cniVersion":"1.0.0","#, &version, 1)
+        };
+        for version in VERSIONS.into_iter().map(Some).chain([None, Some("")]) {
+            let result = run(&call("ADD", &with(version))).expect("added");
+            assert!(result.contains("eth0"), "{result}");
+        }
+        let error = run(&call("ADD", &with(Some("0.5.0")))).expect_err("refused");
+        assert!(error.msg.contains("0.5.0") && error.msg.contains("0.2.0"), "{error:?}");
+    }
+
     #[test]
     fn what_is_no_pod_passes() {
         let mut call = call("ADD", &config(Path::new("/nonexistent/s"), ""));
@@ -364,7 +380,7 @@ mod tests {
             let text = run(&call("VERSION", input)).expect("answered");
             let answer: Value = serde_json::from_str(&text).expect("json");
             assert_eq!(answer["cniVersion"], "1.1.0");
-            assert!(answer["supportedVersions"].as_array().is_some_and(|all| all.len() == 4));
+            assert!(answer["supportedVersions"].as_array().is_some_and(|all| all.len() == 7));
         }
         run(&call("STATUS", &config(Path::new("/nonexistent/s"), ""))).expect("ready");
     }

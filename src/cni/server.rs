@@ -15,7 +15,7 @@ use nix::unistd::geteuid;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
-    sync::{mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot},
     task,
     time::timeout,
 };
@@ -26,6 +26,8 @@ use crate::source::kubernetes::ApiServer;
 
 /// A request is one line, no longer than this.
 const LONGEST: u64 = 64 << 10;
+/// Connections at the same time: each is a descriptor.
+const CONNECTIONS: usize = 256;
 /// How long the plugin may take to say it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -48,11 +50,14 @@ pub fn serve(socket: &Path, api: ApiServer, asked: mpsc::Sender<Asked>) -> Resul
     let listener = listen(socket)
         .with_context(|| format!("cannot listen on {} (--cni-socket)", socket.display()))?;
     task::spawn(async move {
-        loop {
+        // Root alone connects, but a runtime may start many pods at once: the others wait.
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        while let Ok(place) = Arc::clone(&places).acquire_owned().await {
             match listener.accept().await {
                 Ok((stream, _)) => {
                     let (api, asked) = (api.clone(), asked.clone());
                     task::spawn(async move {
+                        let _place = place;
                         if let Err(error) = talk(stream, &api, &asked).await {
                             warn!("CNI request: {error:#}");
                         }

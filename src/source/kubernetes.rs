@@ -234,8 +234,9 @@ impl Kubernetes {
             }
             None => node_object(&self.api.node),
         };
-        let sent = self.events.as_ref().map(|queue| queue.try_send((problem.clone(), object)));
-        if sent.is_some_and(|sent| sent.is_err()) {
+        if let Some(queue) = &self.events
+            && queue.try_send((problem.clone(), object)).is_err()
+        {
             warn!("too many Events wait for the API server, this one is not sent: {problem}");
         }
     }

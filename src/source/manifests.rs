@@ -14,7 +14,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 use super::{Snapshot, SourcePod};
-use crate::{facts::pod_name, problem::Problem};
+use crate::{facts::pod_name, files, problem::Problem};
 
 /// The annotation that names a pod's network namespace, as a path. Honoured by this source only.
 pub const NETNS_ANNOTATION: &str = "sidestep.io/netns";
@@ -75,7 +75,7 @@ impl Manifests {
         let mut last = std::mem::take(&mut self.last);
         for path in files {
             let (mut pods, mut errors) = (Vec::new(), Vec::new());
-            let text = fs::read_to_string(&path).map_err(ManifestError::Unreadable);
+            let text = files::read(&path).map_err(ManifestError::Unreadable);
             match text.and_then(|text| documents(&text)) {
                 // Removed since the directory was listed.
                 Err(ManifestError::Unreadable(error)) if error.kind() == NotFound => continue,
