@@ -416,7 +416,7 @@ mod tests {
                 .all(|text| text.contains("10-a.conflist") && text.contains("second agent"))
         );
         // It gives up: the file is put right, and after a while all is well.
-        let later = start + Duration::from_secs(700);
+        let later = start + Duration::from_secs(610);
         installer.ensure_at(later).expect_err("a moment ago they fought");
         installer.ensure_at(later + 4 * LONGEST_PAUSE).expect("it is over");
         assert!(fs::read_to_string(&path).expect("read").contains(PLUGIN));
