@@ -107,6 +107,11 @@ static __always_inline bool is_dns(const struct pod *pod, const struct outbound 
 	return pod->dns_port && c->dport == DNS_PORT;
 }
 
+static __always_inline bool is_proxy_user(const struct pod *pod, __u32 uid)
+{
+	return !(pod->flags & POD_NO_UID) && uid == pod->proxy_uid;
+}
+
 static __always_inline bool is_proxy_group(const struct pod *pod, const struct outbound *c)
 {
 	return pod->flags & POD_GID_EXEMPT && c->gid == pod->proxy_gid;
@@ -171,10 +176,15 @@ static __always_inline bool excluded_first(const struct pod *pod, const struct o
 
 static __always_inline enum verdict tcp_verdict(const struct pod *pod, const struct outbound *c)
 {
-	bool proxy = c->uid == pod->proxy_uid, within;
+	bool proxy = is_proxy_user(pod, c->uid), dns = is_dns(pod, c), within;
 
 	if (!pod_captures(pod, &c->dst) || addr_is_multicast(&c->dst))
 		return GO_DIRECT;
+	if (dns && pod->flags & (POD_TCP_DNS_DIRECT | POD_TCP_DNS_ANY)) {
+		if (pod->flags & POD_TCP_DNS_DIRECT && !proxy)
+			return GO_DIRECT;
+		dns = false;
+	}
 	within = within_pod(c);
 	if (excluded_first(pod, c, within, false))
 		return GO_DIRECT;
@@ -182,9 +192,9 @@ static __always_inline enum verdict tcp_verdict(const struct pod *pod, const str
 		if (addr_is_passthrough(&c->src))
 			return GO_DIRECT;
 		if (proxy)
-			return is_dns(pod, c) ? GO_DIRECT : self_verdict(pod, c);
+			return dns ? GO_DIRECT : self_verdict(pod, c);
 		/* The app's own business, but for DNS, which may have a server on localhost. */
-		if (!is_dns(pod, c) && !(pod->flags & POD_LOOPBACK_INCLUDED))
+		if (!dns && !(pod->flags & POD_LOOPBACK_INCLUDED))
 			return GO_DIRECT;
 		if (is_proxy_group(pod, c))
 			return self_verdict(pod, c);
@@ -193,7 +203,7 @@ static __always_inline enum verdict tcp_verdict(const struct pod *pod, const str
 	}
 	if (proxy || is_proxy_group(pod, c))
 		return GO_DIRECT;
-	if (is_dns(pod, c))
+	if (dns)
 		return leads_nowhere(pod, c, within) ? GO_NOWHERE : GO_DNS;
 	if (addr_is_localhost(&c->dst) || cidr_in(pod, c->netns, OUT_EXCLUDE_CIDRS, &c->dst))
 		return GO_DIRECT;
@@ -212,7 +222,7 @@ static __always_inline enum verdict udp_verdict(const struct pod *pod, const str
 	within = within_pod(c);
 	if (excluded_first(pod, c, within, true) || leads_nowhere(pod, c, within))
 		return GO_DIRECT;
-	if (c->uid == pod->proxy_uid || is_proxy_group(pod, c))
+	if (is_proxy_user(pod, c->uid) || is_proxy_group(pod, c))
 		return GO_DIRECT;
 	return GO_DNS;
 }

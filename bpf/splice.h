@@ -360,7 +360,7 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	if (!splice_safe(tp))
 		return splice_refuse(s, pod, SPLICE_NOT_SAFE);
 	owner_of_kernel(sk, &owner);
-	if (s->leg == LEG_SIDECAR && owner.uid != pod->proxy_uid)
+	if (s->leg == LEG_SIDECAR && !is_proxy_user(pod, owner.uid))
 		return splice_refuse(s, pod, SPLICE_NOT_PROXY);
 	key = s->key;
 	err = bpf_map_update_elem(&spliced, &key, sk, BPF_NOEXIST);

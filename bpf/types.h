@@ -27,6 +27,9 @@ enum pod_flag {
 	POD_CIDRS_FIRST = 1 << 8, /* excluded destinations beat everything, not just includes */
 	POD_EXCLUDE_IFS = 1 << 9, /* some of the pod's interfaces are exempt */
 	POD_SPLICE = 1 << 10, /* its connections may skip the TCP/IP stack */
+	POD_NO_UID = 1 << 11, /* proxy_uid is nobody: no user is exempt */
+	POD_TCP_DNS_DIRECT = 1 << 12, /* DNS is captured, but the app's DNS over TCP never is */
+	POD_TCP_DNS_ANY = 1 << 13, /* DNS is captured; over TCP, 53 is a port as any other */
 };
 
 /* One enrolled pod; key: its network namespace's cookie. */

@@ -9,7 +9,7 @@ use std::{
 use ipnet::{IpNet, Ipv6Net};
 use thiserror::Error;
 
-use crate::facts::{Ipv6, PodFacts, PortRange, Ports, Protocol, Ranges, UidExclusion};
+use crate::facts::{Ipv6, PodFacts, PortRange, Ports, Protocol, Ranges, TcpDns, UidExclusion};
 
 /// What an enrolled pod's network namespace says about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,10 +64,10 @@ pub enum RuleSet {
 /// The row of the kernel's `pods` map; see `struct pod` of bpf/types.h.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodRow {
-    /// The sidecar's user.
-    pub proxy_uid: u32,
-    /// The sidecar's group.
-    pub proxy_gid: u32,
+    /// The sidecar's user, which is exempt; none: no user is.
+    pub proxy_uid: Option<u32>,
+    /// The sidecar's group, where it is exempt as well.
+    pub proxy_gid: Option<u32>,
     /// The pod's IPv4 address; none: it has none.
     pub ip4: Option<Ipv4Addr>,
     /// The pod's IPv6 address, a link-local one where it has no other; none: it has none.
@@ -76,8 +76,6 @@ pub struct PodRow {
     pub capture_v4: bool,
     /// IPv6 is captured.
     pub capture_v6: bool,
-    /// The sidecar's group is exempt as well.
-    pub gid_exempt: bool,
     /// The sidecar's calls to its own pod go to the inbound listener.
     pub self_inbound: bool,
     /// Every outbound connection is included.
@@ -94,6 +92,8 @@ pub struct PodRow {
     pub exclude_ifs: bool,
     /// Its connections within the node may skip the TCP/IP stack.
     pub splice: bool,
+    /// DNS over TCP, where DNS is captured.
+    pub tcp_dns: TcpDns,
     /// The lists that have entries.
     pub sets: BTreeSet<RuleSet>,
     /// The sidecar's outbound listener.
@@ -355,7 +355,7 @@ fn enrol(
     rules.ranges(RuleSet::OutExcludeCidrs, &policy.exclude_outbound_ranges);
     rules.ranges(RuleSet::InExcludeCidrs, &policy.exclude_inbound_ranges);
     rules.users(&policy.exclude_outbound_for_uids);
-    if let Some(key) = facts.mesh.keys.exclude_interfaces
+    if let Some(key) = facts.mesh.exclude_interfaces
         && !policy.exclude_interfaces.is_empty()
         && !limits.tells_interface
     {
@@ -424,7 +424,6 @@ fn enrol(
         ip6,
         capture_v4: true,
         capture_v6,
-        gid_exempt: facts.gid_exempt,
         self_inbound: facts.mesh.self_inbound,
         out_all,
         in_all,
@@ -433,6 +432,7 @@ fn enrol(
         cidrs_first: facts.mesh.cidrs_first,
         exclude_ifs: !excluded_ifs.is_empty(),
         splice: facts.splice,
+        tcp_dns: facts.tcp_dns,
         sets: rules.sets(),
         out_port: facts.outbound_port,
         in_port: facts.inbound_port,
@@ -630,14 +630,14 @@ mod tests {
                 name: name.into(),
                 uid: format!("uid-{name}"),
                 mesh: &ISTIO,
-                proxy_uid: 1337,
-                proxy_gid: 1337,
-                gid_exempt: true,
+                proxy_uid: Some(1337),
+                proxy_gid: Some(1337),
                 ips: vec![ip],
                 ipv6: Ipv6::WhereFirst,
                 outbound_port: 15001,
                 inbound_port: 15006,
                 dns_port: None,
+                tcp_dns: TcpDns::Captured,
                 policy: Policy::default(),
                 splice: true,
             },
@@ -663,7 +663,8 @@ mod tests {
         let out = plain(&[candidate("ns/a", 7, "10.0.0.7")]);
         let (row, record) = &out.pods[&7];
         assert_eq!((row.out_port, row.in_port, row.hbone_port), (15001, 15006, 15008));
-        assert!(row.out_all && row.in_all && row.gid_exempt && row.self_inbound);
+        assert!(row.out_all && row.in_all && row.self_inbound);
+        assert_eq!((row.proxy_uid, row.proxy_gid), (Some(1337), Some(1337)));
         assert_eq!((row.ip4, row.ip6), (Some([10, 0, 0, 7].into()), None));
         assert_eq!(record.pod, "ns/a");
         let exempt: Vec<u16> = out.port_rules.iter().map(|rule| rule.port).collect();

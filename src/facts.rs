@@ -9,7 +9,7 @@ use k8s_openapi::{
 };
 use thiserror::Error;
 
-use crate::mesh::{Kind, MESHES, Mesh};
+use crate::mesh::{MESHES, Mesh};
 
 /// A pod that is in a mesh.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,18 +20,18 @@ pub struct PodFacts {
     pub uid: String,
     /// Its mesh.
     pub mesh: &'static Mesh,
-    /// The sidecar's user.
-    pub proxy_uid: u32,
-    /// The sidecar's group.
-    pub proxy_gid: u32,
-    /// The sidecar's group is exempt as well.
-    pub gid_exempt: bool,
+    /// The sidecar's user, which is exempt; none: no user is.
+    pub proxy_uid: Option<u32>,
+    /// The sidecar's group, where it is exempt as well.
+    pub proxy_gid: Option<u32>,
     /// The sidecar's outbound listener.
     pub outbound_port: u16,
     /// The sidecar's inbound listener.
     pub inbound_port: u16,
     /// The sidecar's DNS listener, where DNS is captured.
     pub dns_port: Option<u16>,
+    /// DNS over TCP, where DNS is captured.
+    pub tcp_dns: TcpDns,
     /// `status.podIPs`, may be empty.
     pub ips: Vec<IpAddr>,
     /// When IPv6 is captured.
@@ -40,6 +40,17 @@ pub struct PodFacts {
     pub policy: Policy,
     /// Its connections within the node may skip the TCP/IP stack.
     pub splice: bool,
+}
+
+/// What becomes of DNS over TCP in a pod whose DNS is captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TcpDns {
+    /// It goes to the sidecar's DNS listener.
+    Captured,
+    /// The app's is never captured; the sidecar's is as to any port.
+    Direct,
+    /// It is TCP as to any port.
+    AsAnyPort,
 }
 
 /// When a pod's IPv6 is captured, given that it has an IPv6 address.
@@ -163,7 +174,7 @@ pub enum FactsError {
     /// A field that can't be read.
     #[error("{key}: {text:?}: {why}")]
     Invalid {
-        /// The annotation or field.
+        /// The annotation or field, and the field of an annotation that has such.
         key: String,
         /// The offending text.
         text: String,
@@ -173,7 +184,7 @@ pub enum FactsError {
     /// A mode of the mesh that is not implemented.
     #[error("{key}: {text:?} is not supported yet: the pod is left alone")]
     Unsupported {
-        /// The annotation.
+        /// The annotation, and the field of it where it has such.
         key: String,
         /// Its value.
         text: String,
@@ -194,6 +205,8 @@ pub struct Parsed {
     /// A field or annotation that can't be read. The policy then captures everything: a pod
     /// whose exclusions are unknown must not send anything past its proxy.
     pub policy_error: Option<FactsError>,
+    /// What the mesh itself skips or ignores, and so do we: the rest of the policy holds.
+    pub warnings: Vec<FactsError>,
     /// `sidestep.io/splice` can't be read. The pod's connections then stay with TCP.
     pub splice_error: Option<FactsError>,
 }
@@ -245,36 +258,37 @@ pub const SPLICE: &str = "sidestep.io/splice";
 
 /// Istio's label for pods without sidecars, a pod's or its namespace's.
 const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+const AMBIENT: &str = "ambient";
 
 /// The pod as its namespace makes it: what the namespace says and the pod itself does not. Of a
-/// mesh's annotations that is what the mesh itself takes from there ([`Keys::of_namespace`]).
-///
-/// [`Keys::of_namespace`]: crate::mesh::Keys::of_namespace
+/// mesh's annotations that is what the mesh itself takes from there ([`Mesh::of_namespace`]).
 pub fn inherit(mut pod: Arc<Pod>, namespace: &ObjectMeta) -> Arc<Pod> {
-    let mut add = |key: &str, value: Option<&String>| {
-        if let Some(value) = value
-            && annotation(&pod, key).is_none()
-        {
-            let annotations = &mut Arc::make_mut(&mut pod).metadata.annotations;
-            annotations.get_or_insert_default().insert(key.into(), value.clone());
-        }
-    };
     for key in [INTERCEPT, SPLICE] {
-        add(key, namespace.labels.as_ref().and_then(|labels| labels.get(key)));
-    }
-    if let Some(annotations) = &namespace.annotations {
-        for key in MESHES.iter().flat_map(|mesh| mesh.keys.of_namespace) {
-            add(key, annotations.get(*key));
+        let value = namespace.labels.as_ref().and_then(|labels| labels.get(key));
+        if let Some(value) = value.filter(|_| annotation(&pod, key).is_none()) {
+            annotate(&mut pod, key, value);
         }
     }
+    for key in MESHES.iter().flat_map(|mesh| mesh.of_namespace) {
+        let value = namespace.annotations.as_ref().and_then(|annotations| annotations.get(*key));
+        if let Some(value) = value.filter(|_| annotation(&pod, key).is_none_or(str::is_empty)) {
+            annotate(&mut pod, key, value);
+        }
+    }
+    // In a namespace of ambient mode every pod is in it that does not say "none".
     let mode = namespace.labels.as_ref().and_then(|labels| labels.get(DATAPLANE_MODE));
-    if let Some(mode) = mode
-        && label(&pod, DATAPLANE_MODE).is_none()
+    if mode.is_some_and(|mode| mode == AMBIENT)
+        && !matches!(label(&pod, DATAPLANE_MODE), Some(AMBIENT | "none"))
     {
         let labels = &mut Arc::make_mut(&mut pod).metadata.labels;
-        labels.get_or_insert_default().insert(DATAPLANE_MODE.into(), mode.clone());
+        labels.get_or_insert_default().insert(DATAPLANE_MODE.into(), AMBIENT.into());
     }
     pod
+}
+
+fn annotate(pod: &mut Arc<Pod>, key: &str, value: &str) {
+    let annotations = &mut Arc::make_mut(pod).metadata.annotations;
+    annotations.get_or_insert_default().insert(key.into(), value.into());
 }
 
 /// The facts of a pod that is in a mesh; `None` for one that is not, or that was taken out of
@@ -285,7 +299,7 @@ pub fn facts(pod: &Pod) -> Result<Option<Parsed>, FactsError> {
         return Ok(None);
     }
     for mesh in MESHES {
-        if let Some(proxy) = proxy_of(mesh, pod) {
+        if let Some(proxy) = (mesh.proxy_of)(pod) {
             return facts_of(mesh, name, pod, proxy);
         }
     }
@@ -302,7 +316,7 @@ pub fn is_in_mesh(pod: &Pod) -> bool {
 /// CNI agent did not redirect. Source: istio/istio `cni/pkg/util/podutil.go`.
 fn is_ambient(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-    label(pod, DATAPLANE_MODE) == Some("ambient")
+    label(pod, DATAPLANE_MODE) == Some(AMBIENT)
         && annotation(pod, INTERCEPT) != Some("disabled")
         && annotation(pod, "sidecar.istio.io/status").is_none()
         && annotation(pod, "ambient.istio.io/redirection") != Some("enabled")
@@ -317,60 +331,64 @@ fn facts_of(
 ) -> Result<Option<Parsed>, FactsError> {
     // What can't be read must not open a hole: the mesh's default stands in for it, and the
     // policy captures everything.
-    let mut error = None;
-    let mut read = Reader { error: &mut error };
+    let mut read = Reader::default();
     let intercept = annotation(pod, INTERCEPT);
     if !read.or(intercept.map_or(Ok(true), |text| switch(INTERCEPT, text)), true)? {
         return Ok(None);
     }
-    if mesh.kind == Kind::Istio && !read.or(istio_mode(pod), true)? {
+    let Some(settings) = (mesh.settings)(pod, proxy, &mut read)? else {
         return Ok(None);
-    }
-    let keys = &mesh.keys;
-    for key in keys.unsupported {
-        if let Some(text) = annotation(pod, key).filter(|text| !text.trim().is_empty()) {
-            return Err(FactsError::Unsupported { key: (*key).into(), text: text.into() });
-        }
-    }
-    let policy = read.or(policy(mesh, pod), Policy::default())?;
-    let uid = read.or(container_id(proxy, "runAsUser"), None)?.unwrap_or(mesh.uid);
-    let gid = read.or(container_id(proxy, "runAsGroup"), None)?.unwrap_or(mesh.gid);
-    let named_uid = read.or(number(pod, keys.proxy_uid), None)?;
-    let named_gid = read.or(number(pod, keys.proxy_gid), None)?;
-    let outbound = read.or(number(pod, keys.outbound_port), None)?;
-    let inbound = read.or(number(pod, keys.inbound_port), None)?;
-    let dns_port = read.or(dns_port(mesh, pod, proxy), None)?;
+    };
     let ips = read.or(pod_ips(pod), Vec::new())?;
-    let ipv6 = read.or(ipv6(mesh, pod, proxy), Ipv6::Always)?;
-    let mut splice_error = None;
     let splice = annotation(pod, SPLICE).map_or(Ok(true), |text| switch(SPLICE, text));
-    let splice = Reader { error: &mut splice_error }.or(splice, false)?;
     let facts = PodFacts {
         name,
         uid: pod_uid(pod).to_owned(),
         mesh,
-        proxy_uid: named_uid.unwrap_or(uid),
-        proxy_gid: named_gid.unwrap_or(gid),
-        gid_exempt: mesh.gid_exempt || named_gid.is_some(),
-        outbound_port: outbound.unwrap_or(mesh.outbound_port),
-        inbound_port: inbound.unwrap_or(mesh.inbound_port),
-        dns_port,
+        proxy_uid: settings.proxy_uid,
+        proxy_gid: settings.proxy_gid,
+        outbound_port: settings.outbound_port,
+        inbound_port: settings.inbound_port,
+        dns_port: settings.dns_port,
+        tcp_dns: settings.tcp_dns,
         ips,
-        ipv6,
-        policy: if error.is_some() { Policy::default() } else { policy },
-        splice: splice && mesh.reads_until_empty,
+        ipv6: settings.ipv6,
+        policy: if read.error.is_some() { Policy::default() } else { settings.policy },
+        splice: *splice.as_ref().unwrap_or(&false) && mesh.reads_until_empty,
     };
-    Ok(Some(Parsed { facts, policy_error: error, splice_error }))
+    Ok(Some(Parsed {
+        facts,
+        policy_error: read.error,
+        warnings: read.warnings,
+        splice_error: splice.err(),
+    }))
 }
 
-/// Keeps the first thing that can't be read.
-struct Reader<'a> {
-    error: &'a mut Option<FactsError>,
+/// What a mesh's own annotations, labels and variables say about a pod.
+pub(crate) struct Settings {
+    pub proxy_uid: Option<u32>,
+    pub proxy_gid: Option<u32>,
+    pub outbound_port: u16,
+    pub inbound_port: u16,
+    pub dns_port: Option<u16>,
+    pub tcp_dns: TcpDns,
+    pub ipv6: Ipv6,
+    pub policy: Policy,
 }
 
-impl Reader<'_> {
+/// Keeps the first thing that can't be read, and what the mesh does not care for.
+#[derive(Default)]
+pub(crate) struct Reader {
+    error: Option<FactsError>,
+    warnings: Vec<FactsError>,
+}
+
+/// So many items that a mesh skips are named; the whole text has them all.
+const NAMED: usize = 8;
+
+impl Reader {
     /// The value, or `default` where it is invalid. What is not supported stays an error.
-    fn or<T>(&mut self, read: Result<T, FactsError>, default: T) -> Result<T, FactsError> {
+    pub fn or<T>(&mut self, read: Result<T, FactsError>, default: T) -> Result<T, FactsError> {
         match read {
             Err(error @ FactsError::Invalid { .. }) => {
                 self.error.get_or_insert(error);
@@ -379,99 +397,78 @@ impl Reader<'_> {
             other => other,
         }
     }
-}
 
-/// Whether Istio redirects this pod at all.
-fn istio_mode(pod: &Pod) -> Result<bool, FactsError> {
-    let key = "sidecar.istio.io/interceptionMode";
-    match annotation(pod, key) {
-        None | Some("REDIRECT") => Ok(true),
-        Some("NONE") => Ok(false),
-        Some("TPROXY") => Err(FactsError::Unsupported { key: key.into(), text: "TPROXY".into() }),
-        Some(mode) => Err(invalid(key, mode, "REDIRECT, TPROXY or NONE expected")),
+    /// Something that changes nothing, and that the pod should know of.
+    pub fn warn(&mut self, key: &str, text: &str, why: &str) {
+        self.warnings.push(invalid(key, text, why));
+    }
+
+    /// Items of a list that the mesh skips; `what` says what they are not.
+    pub fn skipped(&mut self, key: &str, text: &str, items: &[&str], what: &str) {
+        if items.is_empty() {
+            return;
+        }
+        let mut named = Vec::from_iter(items.iter().take(NAMED).map(|item| format!("{item:?}")));
+        if items.len() > NAMED {
+            named.push(format!("and {} more", items.len() - NAMED));
+        }
+        let why = format!("skipped, as by the mesh, for they are {what}: {}", named.join(", "));
+        self.warn(key, text, &why);
     }
 }
 
-/// The port that DNS goes to, where it is captured: Istio's proxies say so in their environment,
-/// Kuma's do it unless an annotation says otherwise.
-fn dns_port(mesh: &Mesh, pod: &Pod, proxy: &Container) -> Result<Option<u16>, FactsError> {
-    let captured = match mesh.kind {
-        Kind::Istio => match env(proxy, "ISTIO_META_DNS_CAPTURE") {
-            None => false,
-            Some(text) => go_bool("istio-proxy's env ISTIO_META_DNS_CAPTURE", text)?,
-        },
-        Kind::Kuma => {
-            let key = "kuma.io/builtin-dns";
-            annotation(pod, key).map_or(Ok(true), |text| kuma_bool(key, text))?
-        }
-        Kind::Linkerd => false,
-    };
-    let port = number(pod, mesh.keys.dns_port)?.or(mesh.dns_port);
-    Ok(port.filter(|_| captured))
-}
-
-/// When IPv6 is captured, by what the mesh told its proxy.
-fn ipv6(mesh: &Mesh, pod: &Pod, proxy: &Container) -> Result<Ipv6, FactsError> {
-    Ok(match mesh.kind {
-        Kind::Istio => match env(proxy, "ISTIO_DUAL_STACK") {
-            Some(text) if go_bool("istio-proxy's env ISTIO_DUAL_STACK", text)? => Ipv6::Always,
-            _ => Ipv6::WhereFirst,
-        },
-        Kind::Kuma => {
-            let key = "kuma.io/transparent-proxying-ip-family-mode";
-            match annotation(pod, key) {
-                None | Some("dualstack" | "ipv6") => Ipv6::Always,
-                Some("ipv4") => Ipv6::Never,
-                Some(text) => return Err(invalid(key, text, "dualstack, ipv4 or ipv6 expected")),
-            }
-        }
-        // Its rules are installed for IPv6 where its listeners are opened for it.
-        Kind::Linkerd => {
-            let listens = env(proxy, "LINKERD2_PROXY_OUTBOUND_LISTEN_ADDRS");
-            if listens.is_some_and(|all| all.contains('[')) { Ipv6::Always } else { Ipv6::Never }
-        }
-    })
-}
-
-fn annotation<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
+pub(crate) fn annotation<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
     pod.metadata.annotations.as_ref()?.get(key).map(String::as_str)
 }
 
-fn label<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
+pub(crate) fn label<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
     pod.metadata.labels.as_ref()?.get(key).map(String::as_str)
 }
 
-/// A container's literal environment variable.
-fn env<'a>(container: &'a Container, name: &str) -> Option<&'a str> {
+/// A container's environment variable, where it is there: of several with one name the last, and
+/// one that takes its value from elsewhere is empty, as for the meshes.
+pub(crate) fn env<'a>(container: &'a Container, name: &str) -> Option<&'a str> {
     let variables = container.env.as_deref().unwrap_or_default();
-    variables.iter().find(|variable| variable.name == name)?.value.as_deref()
+    let last = variables.iter().rfind(|variable| variable.name == name)?;
+    Some(last.value.as_deref().unwrap_or_default())
 }
 
-fn invalid(key: &str, text: &str, why: &str) -> FactsError {
+/// Whether any mesh looks at this variable.
+pub(crate) fn reads_env(name: &str) -> bool {
+    MESHES.iter().any(|mesh| mesh.env.contains(&name))
+}
+
+pub(crate) fn init_containers(pod: &Pod) -> &[Container] {
+    pod.spec.as_ref().and_then(|spec| spec.init_containers.as_deref()).unwrap_or_default()
+}
+
+/// The container of this name, among the init containers (a native sidecar is one) and the others.
+pub(crate) fn sidecar<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {
+    let others = pod.spec.as_ref().map(|spec| &spec.containers[..]).unwrap_or_default();
+    init_containers(pod).iter().chain(others).find(|container| container.name == name)
+}
+
+pub(crate) fn invalid(key: &str, text: &str, why: &str) -> FactsError {
     FactsError::Invalid { key: key.into(), text: text.into(), why: why.into() }
 }
 
-/// An annotation's number, where the mesh has the annotation and the pod sets it.
-fn number<T: FromStr>(pod: &Pod, key: Option<&str>) -> Result<Option<T>, FactsError> {
-    let Some((key, text)) = key.and_then(|key| Some((key, annotation(pod, key)?))) else {
+/// An annotation's port, where the pod has the annotation.
+pub(crate) fn port(pod: &Pod, key: &str) -> Result<Option<u16>, FactsError> {
+    let Some(text) = annotation(pod, key) else {
         return Ok(None);
     };
-    let why = format!("a number of {} bits expected", 8 * size_of::<T>());
-    digits(text.trim()).map(Some).ok_or_else(|| invalid(key, text, &why))
+    let port = digits(text.trim()).filter(|port| *port != 0);
+    port.map(Some).ok_or_else(|| invalid(key, text, "a port from 1 to 65535 expected"))
+}
+
+/// The number of a user or group; the kernel takes the largest for "nobody known".
+pub(crate) fn user(text: &str) -> Option<u32> {
+    digits(text).filter(|id| *id != u32::MAX)
 }
 
 /// A number as the meshes write it: FromStr takes a sign as well.
-fn digits<T: FromStr>(text: &str) -> Option<T> {
+pub(crate) fn digits<T: FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
-}
-
-/// What Go's strconv.ParseBool takes.
-fn go_bool(key: &str, text: &str) -> Result<bool, FactsError> {
-    match text {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
-        "0" | "f" | "F" | "false" | "FALSE" | "False" | "" => Ok(false),
-        _ => Err(invalid(key, text, "true or false expected")),
-    }
 }
 
 /// Sidestep's own switch.
@@ -483,58 +480,17 @@ fn switch(key: &str, text: &str) -> Result<bool, FactsError> {
     }
 }
 
-/// What Kuma takes for a switch.
-fn kuma_bool(key: &str, text: &str) -> Result<bool, FactsError> {
-    match text {
-        "enabled" | "true" | "yes" => Ok(true),
-        "disabled" | "false" | "no" => Ok(false),
-        _ => Err(invalid(key, text, "enabled or disabled expected")),
-    }
-}
-
-/// The sidecar of a pod that the mesh injected, and where no init container installs iptables
-/// rules instead. Sources: istio/istio `cni/pkg/plugin/plugin.go`, linkerd/linkerd2-proxy-init
-/// `cni-plugin/main.go`, kumahq/kuma `app/cni/pkg/cni/main.go`; native sidecars beside.
-fn proxy_of<'a>(mesh: &Mesh, pod: &'a Pod) -> Option<&'a Container> {
-    let spec = pod.spec.as_ref()?;
-    let inits = spec.init_containers.as_deref().unwrap_or_default();
-    if inits.iter().any(|container| container.name == mesh.init_container) {
-        return None;
-    }
-    let native = inits.iter().filter(|c| c.restart_policy.as_deref() == Some("Always"));
-    let proxy = spec.containers.iter().chain(native).find(|c| c.name == mesh.proxy_container)?;
-    let injected = match mesh.kind {
-        Kind::Istio => istio_injected(pod, proxy),
-        Kind::Linkerd => true,
-        Kind::Kuma => annotation(pod, "kuma.io/sidecar-injected") == Some("true"),
-    };
-    injected.then_some(proxy)
-}
-
-/// The proxy runs as a sidecar, was injected, and is not opted out.
-fn istio_injected(pod: &Pod, proxy: &Container) -> bool {
-    let key = "sidecar.istio.io/inject";
-    let args = proxy.args.as_deref().unwrap_or_default();
-    annotation(pod, "sidecar.istio.io/status").is_some()
-        && label(pod, key).or_else(|| annotation(pod, key)) != Some("false")
-        && args.first().is_some_and(|mode| mode == "proxy")
-        && args.get(1).is_none_or(|kind| kind.is_empty() || kind == "sidecar")
-        && env(proxy, "DISABLE_ENVOY") != Some("true")
-}
-
 /// A container's user or group, where it is set and not zero.
-fn container_id(proxy: &Container, field: &str) -> Result<Option<u32>, FactsError> {
+pub(crate) fn container_id(proxy: &Container, field: &str) -> Result<Option<u32>, FactsError> {
     let id = proxy.security_context.as_ref().and_then(|context| match field {
         "runAsUser" => context.run_as_user,
         _ => context.run_as_group,
     });
-    let Some(id) = id.filter(|id| *id != 0) else {
+    let Some(text) = id.filter(|id| *id != 0).map(|id| id.to_string()) else {
         return Ok(None);
     };
     let key = format!("containers[{}].securityContext.{field}", proxy.name);
-    u32::try_from(id)
-        .map(Some)
-        .map_err(|_| invalid(&key, &id.to_string(), "a number of 32 bits expected"))
+    user(&text).map(Some).ok_or_else(|| invalid(&key, &text, "a number of 32 bits expected"))
 }
 
 fn pod_ips(pod: &Pod) -> Result<Vec<IpAddr>, FactsError> {
@@ -547,162 +503,23 @@ fn pod_ips(pod: &Pod) -> Result<Vec<IpAddr>, FactsError> {
         .collect()
 }
 
-/// What the pod's annotations include and exclude.
-fn policy(mesh: &Mesh, pod: &Pod) -> Result<Policy, FactsError> {
-    let keys = &mesh.keys;
-    let text = |key: Option<&str>| key.and_then(|key| annotation(pod, key)).unwrap_or_default();
-    let ports =
-        |key: Option<&str>| parse_ports(key.unwrap_or_default(), text(key), keys.port_ranges);
-    let ranges = |key: Option<&str>| parse_ranges(key.unwrap_or_default(), text(key));
-
-    let mut exclude_inbound_ports = ports(Some(keys.exclude_inbound_ports))?;
-    let mut exclude_outbound_ports = match annotation(pod, keys.exclude_outbound_ports) {
-        Some(_) => ports(Some(keys.exclude_outbound_ports))?,
-        None => mesh.outbound_excluded_default.iter().copied().map(PortRange::one).collect(),
-    };
-    let set = |key: Option<&'static str>| key.filter(|key| annotation(pod, key).is_some());
-    let mut include_inbound_ports = match set(keys.include_inbound_ports) {
-        Some(key) if text(Some(key)).trim() != "*" => Ports::Only(ports(Some(key))?),
-        _ => Ports::All,
-    };
-    match mesh.kind {
-        Kind::Istio => {
-            // The health port; zero switches it off.
-            let key = "status.sidecar.istio.io/port";
-            let health = parse_ports(key, text(Some(key)), false)?;
-            exclude_inbound_ports.extend(health.iter().filter(|port| port.first != 0));
-        }
-        Kind::Linkerd => {
-            // Its control plane talks to the API server directly.
-            let component = label(pod, "linkerd.io/control-plane-component");
-            if component.is_some_and(|name| !name.is_empty()) {
-                exclude_outbound_ports.extend([443, 6443].map(PortRange::one));
-            }
-        }
-        Kind::Kuma => {
-            // A gateway takes connections itself.
-            let key = "kuma.io/gateway";
-            if annotation(pod, key).map_or(Ok(false), |text| kuma_bool(key, text))? {
-                include_inbound_ports = Ports::Only(BTreeSet::new());
-            }
-        }
-    }
-    Ok(Policy {
-        exclude_outbound_ports,
-        exclude_outbound_ranges: ranges(keys.exclude_outbound_ranges)?,
-        include_outbound_ports: ports(keys.include_outbound_ports)?,
-        include_outbound_ranges: match set(keys.include_outbound_ranges) {
-            Some(key) if text(Some(key)).trim() != "*" => Ranges::Only(ranges(Some(key))?),
-            _ => Ranges::All,
-        },
-        include_inbound_ports,
-        exclude_inbound_ports,
-        exclude_inbound_ranges: ranges(keys.exclude_inbound_ranges)?,
-        exclude_outbound_for_uids: match keys.exclude_outbound_for_uids {
-            Some(key) => parse_uid_exclusions(key, text(Some(key)))?,
-            None => Vec::new(),
-        },
-        exclude_interfaces: match keys.exclude_interfaces {
-            Some(key) => parse_interfaces(key, text(Some(key)))?,
-            None => BTreeSet::new(),
-        },
-    })
-}
-
-/// `net1, net2`: comma-separated names of interfaces; empty: none.
-pub fn parse_interfaces(key: &str, text: &str) -> Result<BTreeSet<String>, FactsError> {
-    let is_name = |name: &str| {
-        (1..16).contains(&name.len()) && !name.contains(|c: char| c == '/' || c.is_whitespace())
-    };
-    items(text, ',')
-        .map(|item| {
-            let bad = || invalid(key, text, &format!("{item:?} is not an interface's name"));
-            Some(item.to_owned()).filter(|name| is_name(name)).ok_or_else(bad)
-        })
-        .collect()
-}
-
-/// `80, 443` and, where the mesh has `ranges`, `8000-8100`: comma-separated ports, blanks around
-/// them allowed; empty: none.
-pub fn parse_ports(key: &str, text: &str, ranges: bool) -> Result<BTreeSet<PortRange>, FactsError> {
-    let range = |item: &str| -> Option<PortRange> {
-        if let Some(port) = digits(item) {
-            return Some(PortRange::one(port));
-        }
-        let (first, last) = item.split_once('-').filter(|_| ranges)?;
-        let (first, last) = (digits(first.trim())?, digits(last.trim())?);
-        (first <= last).then_some(PortRange { first, last })
-    };
-    let wanted = if ranges { "a port or a range of ports" } else { "a port" };
-    items(text, ',')
-        .map(|item| {
-            range(item).ok_or_else(|| {
-                invalid(key, text, &format!("{item:?} is not {wanted} from 0 to 65535"))
-            })
-        })
-        .collect()
-}
-
-/// Kuma's `[[tcp|udp:]PORTS:]UIDS;...`, where PORTS is `*`, or ports and ranges `a-b` separated
-/// by commas, and UIDS a user or a range `a-b`; no protocol: both; no ports: all.
-pub fn parse_uid_exclusions(key: &str, text: &str) -> Result<Vec<UidExclusion>, FactsError> {
-    items(text, ';')
-        .map(|item| {
-            let bad = |why: &str| invalid(key, text, &format!("{item:?}: {why}"));
-            let fields: Vec<&str> = item.split(':').map(str::trim).collect();
-            let (protocol, ports, uids) = match fields[..] {
-                [uids] => ("", "*", uids),
-                [ports, uids] => ("", ports, uids),
-                [protocol, ports, uids] => (protocol, ports, uids),
-                _ => return Err(bad("[[tcp|udp:]PORTS:]UIDS expected")),
-            };
-            let protocol = match protocol {
-                "tcp" => Protocol::Tcp,
-                "udp" => Protocol::Udp,
-                "" | "*" => Protocol::Both,
-                _ => return Err(bad("the protocol is tcp or udp")),
-            };
-            let ports = match ports {
-                "" | "*" => [PortRange::ALL].into(),
-                ports => parse_ports(key, ports, true).map_err(|e| bad(&e.to_string()))?,
-            };
-            let (first, last) = uids.split_once('-').unwrap_or((uids, uids));
-            match (digits(first.trim()), digits(last.trim())) {
-                (Some(first_uid), Some(last_uid)) if first_uid <= last_uid => {
-                    Ok(UidExclusion { protocol, ports, first_uid, last_uid })
-                }
-                _ => Err(bad("a user or a range of users expected at the end")),
-            }
-        })
-        .collect()
-}
-
-/// `10.0.0.0/8, fd00::/8, 192.0.2.1`: comma-separated ranges or addresses; empty: none.
-pub fn parse_ranges(key: &str, text: &str) -> Result<BTreeSet<IpNet>, FactsError> {
+/// `10.0.0.0/8`, `fd00::/8`, or an address alone.
+pub(crate) fn parse_range(text: &str) -> Option<IpNet> {
     // By parts: the library's own parser takes leading zeros, and reads them as decimal.
-    let range = |item: &str| -> Option<IpNet> {
-        let Some((address, bits)) = item.split_once('/') else {
-            return item.parse::<IpAddr>().ok().map(IpNet::from);
-        };
-        IpNet::new(address.parse().ok()?, digits(bits)?).ok()
-    };
-    items(text, ',')
-        .map(|item| {
-            let bad = || invalid(key, text, &format!("{item:?} is not an IP range"));
-            range(item).ok_or_else(bad)
-        })
-        .collect()
+    match text.split_once('/') {
+        Some((address, bits)) => IpNet::new(address.parse().ok()?, digits(bits)?).ok(),
+        None => text.parse::<IpAddr>().ok().map(IpNet::from),
+    }
 }
 
-fn items(text: &str, separator: char) -> impl Iterator<Item = &str> {
-    // A single empty item is an empty list; an empty item among others is an error.
-    let empty = text.trim().is_empty();
-    text.split(separator).map(str::trim).filter(move |_| !empty)
+/// The items of a list, separated by commas, as they are: blanks belong to them. Of an empty text
+/// none; an empty item among others is one.
+pub(crate) fn items(text: &str) -> impl Iterator<Item = &str> {
+    text.split(',').filter(move |_| !text.is_empty())
 }
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
     use serde_json::{Value, json};
 
     use super::*;
@@ -736,7 +553,7 @@ mod tests {
     fn an_injected_pod() {
         let facts = parsed(|_| {}).expect("in the mesh").facts;
         assert_eq!((facts.name.as_str(), facts.uid.as_str()), ("shop/a", "u-1"));
-        assert_eq!((facts.proxy_uid, facts.proxy_gid), (1337, 1337));
+        assert_eq!((facts.proxy_uid, facts.proxy_gid), (Some(1337), Some(1337)));
         assert_eq!((facts.mesh.name, facts.dns_port), ("istio", None));
         let by_default =
             Policy { exclude_outbound_ports: [PortRange::one(15020)].into(), ..Policy::default() };
@@ -746,7 +563,6 @@ mod tests {
     #[test]
     fn what_makes_a_pod_no_mesh_pod() {
         assert!(parsed(|p| p["metadata"]["annotations"] = json!({})).is_none());
-        assert!(parsed(|p| p["spec"]["containers"][1]["args"] = json!(["wait"])).is_none());
         assert!(parsed(|p| p["spec"]["containers"][1]["args"][1] = "router".into()).is_none());
         assert!(parsed(|p| p["spec"]["containers"][1]["name"] = "envoy".into()).is_none());
         assert!(
@@ -769,16 +585,61 @@ mod tests {
     }
 
     #[test]
-    fn a_native_sidecar_counts_and_a_plain_init_container_does_not() {
-        let init = |restart: Value| {
+    fn f12_the_sidecar_is_known_by_its_name() {
+        let args = |args: Value| move |p: &mut Value| p["spec"]["containers"][1]["args"] = args;
+        for taken in
+            [json!(null), json!([]), json!(["proxy"]), json!(["wait"]), json!(["wait", "router"])]
+        {
+            assert!(parsed(args(taken.clone())).is_some(), "{taken}");
+        }
+        for kind in ["router", "waypoint", "ztunnel"] {
+            assert!(parsed(args(json!(["proxy", kind]))).is_none(), "{kind}");
+        }
+        // Whether it is a native sidecar or is said not to restart says nothing, in no mesh.
+        let init = |proxy: &'static str, restart: Value| {
             move |p: &mut Value| {
+                p["metadata"]["annotations"]["kuma.io/sidecar-injected"] = "true".into();
                 p["spec"]["containers"] = json!([{"name": "app"}]);
-                p["spec"]["initContainers"] =
-                    json!([{"name": "istio-proxy", "args": ["proxy"], "restartPolicy": restart}]);
+                p["spec"]["initContainers"] = json!([{"name": proxy, "restartPolicy": restart}]);
             }
         };
-        assert!(parsed(init("Always".into())).is_some());
-        assert!(parsed(init(Value::Null)).is_none());
+        for mesh in MESHES {
+            for restart in [json!("Always"), json!(null)] {
+                let parsed = parsed(init(mesh.proxy_container, restart)).expect("in the mesh");
+                assert_eq!(parsed.facts.mesh, *mesh);
+            }
+        }
+    }
+
+    #[test]
+    fn f64_gos_booleans_and_the_last_of_an_environment() {
+        let env = |env: Value| move |p: &mut Value| p["spec"]["containers"][1]["env"] = env;
+        let one = |name: &str, value: &str| json!({"name": name, "value": value});
+        for on in ["1", "t", "T", "true", "TRUE", "True"] {
+            assert!(parsed(env(json!([one("DISABLE_ENVOY", on)]))).is_none(), "{on}");
+            let dns = parsed(env(json!([one("ISTIO_META_DNS_CAPTURE", on)]))).expect("in");
+            assert_eq!(dns.facts.dns_port, Some(15053), "{on}");
+        }
+        for off in ["0", "f", "F", "false", "FALSE", "False"] {
+            assert_eq!(annotated("sidecar.istio.io/inject", off), Ok(None), "{off}");
+            assert!(parsed(env(json!([one("DISABLE_ENVOY", off)]))).is_some(), "{off}");
+        }
+        for unreadable in ["yes", "no", "", "tRUE", " true"] {
+            assert!(annotated("sidecar.istio.io/inject", unreadable).expect("facts").is_some());
+            assert!(parsed(env(json!([one("DISABLE_ENVOY", unreadable)]))).is_some());
+        }
+        let twice = |first, last| {
+            let dns = |value| one("ISTIO_META_DNS_CAPTURE", value);
+            parsed(env(json!([dns(first), dns(last)]))).expect("in").facts.dns_port
+        };
+        assert_eq!((twice("true", "false"), twice("false", "true")), (None, Some(15053)));
+        for name in ["ISTIO_META_DNS_CAPTURE", "ISTIO_DUAL_STACK"] {
+            let parsed = parsed(env(json!([one(name, "on")]))).expect("in the mesh");
+            assert_eq!((parsed.facts.dns_port, parsed.facts.ipv6), (None, Ipv6::WhereFirst));
+            assert_eq!(parsed.policy_error, None, "Istio goes on");
+            let warning = parsed.warnings[0].to_string();
+            assert!(warning.contains(name) && warning.contains("\"on\""), "{warning}");
+        }
     }
 
     #[test]
@@ -790,10 +651,10 @@ mod tests {
             }
         };
         let facts = parsed(user(4000)).expect("in the mesh").facts;
-        assert_eq!((facts.proxy_uid, facts.proxy_gid), (4000, 7));
-        assert_eq!(parsed(user(0)).expect("in the mesh").facts.proxy_uid, 1337);
+        assert_eq!((facts.proxy_uid, facts.proxy_gid), (Some(4000), Some(7)));
+        assert_eq!(parsed(user(0)).expect("in the mesh").facts.proxy_uid, Some(1337));
         let negative = parsed(user(-1)).expect("in the mesh");
-        assert_eq!(negative.facts.proxy_uid, 1337);
+        assert_eq!(negative.facts.proxy_uid, Some(1337));
         let error = negative.policy_error.expect("an error").to_string();
         assert!(error.contains("runAsUser") && error.contains("-1"), "{error}");
     }
@@ -829,6 +690,7 @@ mod tests {
         for (key, text) in [
             ("sidecar.istio.io/interceptionMode", "TPROXY"),
             ("traffic.sidecar.istio.io/kubevirtInterfaces", "net1"),
+            ("istio.io/reroute-virtual-interfaces", "net1"),
         ] {
             let error = annotated(key, text).expect_err("refused").to_string();
             assert!(error.contains(key) && error.contains(text), "{error}");
@@ -875,6 +737,7 @@ mod tests {
         };
         assert_eq!(of(json!({})), Err(FactsError::Ambient));
         assert_eq!(of(json!({DATAPLANE_MODE: "none"})), Ok(None));
+        assert_eq!(of(json!({DATAPLANE_MODE: "other"})), Err(FactsError::Ambient), "I21");
     }
 
     fn linkerd(patch: impl FnOnce(&mut Value)) -> Option<Parsed> {
@@ -904,28 +767,14 @@ mod tests {
     #[test]
     fn a_linkerd_pod() {
         let facts = linkerd(|_| {}).expect("in the mesh").facts;
-        assert_eq!((facts.mesh.name, facts.proxy_uid, facts.gid_exempt), ("linkerd", 2102, false));
+        assert_eq!(
+            (facts.mesh.name, facts.proxy_uid, facts.proxy_gid),
+            ("linkerd", Some(2102), None)
+        );
         assert_eq!((facts.outbound_port, facts.inbound_port, facts.dns_port), (4140, 4143, None));
         assert_eq!((facts.ipv6, facts.policy), (Ipv6::Never, Policy::default()));
         let init = |p: &mut Value| p["spec"]["initContainers"] = json!([{"name": "linkerd-init"}]);
         assert!(linkerd(init).is_none(), "its own rules are there");
-    }
-
-    #[test]
-    fn linkerds_annotations() {
-        let policy = |key, text| linkerd(note(key, text)).expect("in").facts.policy;
-        let key = "config.linkerd.io/skip-inbound-ports";
-        let ports = ranges([(80, 80), (8000, 8100)]);
-        assert_eq!(policy(key, "80, 8000-8100").exclude_inbound_ports, ports);
-        let key = "config.linkerd.io/skip-outbound-ports";
-        assert_eq!(policy(key, "80,8000-8100").exclude_outbound_ports, ports);
-        let subnet: IpNet = "10.1.0.0/16".parse().expect("a range");
-        let skipped = policy("config.linkerd.io/skip-subnets", "10.1.0.0/16");
-        assert_eq!(skipped.exclude_inbound_ranges, [subnet].into());
-        let facts = linkerd(note("config.linkerd.io/proxy-gid", "7")).expect("in").facts;
-        assert_eq!((facts.proxy_gid, facts.gid_exempt), (7, true));
-        let facts = linkerd(note("config.linkerd.io/proxy-uid", "7")).expect("in").facts;
-        assert_eq!(facts.proxy_uid, 7);
         let component = |p: &mut Value| {
             p["metadata"]["labels"]["linkerd.io/control-plane-component"] = "destination".into();
         };
@@ -940,14 +789,43 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_range_captures_everything() {
-        for text in ["8100-8000", "80-", "-80", "1-65536", "80--81", "80-+81"] {
-            let key = "config.linkerd.io/skip-inbound-ports";
-            let parsed = linkerd(|p| p["metadata"]["annotations"][key] = text.into()).expect("in");
-            assert_eq!(parsed.facts.policy, Policy::default());
-            let error = parsed.policy_error.expect("an error").to_string();
-            assert!(error.contains(key) && error.contains(text), "{error}");
+    fn f11_an_id_that_is_not_above_zero_exempts_nobody() {
+        let of = |key, text| linkerd(note(key, text)).expect("in");
+        for nobody in ["0", "-1", "-0", "+0", "-2102"] {
+            let parsed = of("config.linkerd.io/proxy-uid", nobody);
+            assert_eq!((parsed.facts.proxy_uid, parsed.policy_error), (None, None), "{nobody}");
+            let parsed = of("config.linkerd.io/proxy-gid", nobody);
+            assert_eq!((parsed.facts.proxy_gid, parsed.policy_error), (None, None), "{nobody}");
         }
+        let gid = of("config.linkerd.io/proxy-gid", "7").facts;
+        assert_eq!((gid.proxy_uid, gid.proxy_gid), (Some(2102), Some(7)));
+        assert_eq!(of("config.linkerd.io/proxy-uid", "7").facts.proxy_uid, Some(7));
+        for bad in ["4294967295", "4294967296", "x", " 7", "1.5", "--1", "+-1"] {
+            let parsed = of("config.linkerd.io/proxy-uid", bad);
+            assert_eq!(parsed.facts.proxy_uid, Some(2102), "{bad}");
+            let error = parsed.policy_error.expect("an error").to_string();
+            assert!(error.contains("proxy-uid") && error.contains(bad), "{error}");
+        }
+    }
+
+    #[test]
+    fn f66_linkerd_skips_what_is_no_port_and_the_pod_is_told() {
+        let key = "config.linkerd.io/skip-inbound-ports";
+        let text = "80, 443,8000-8100,x,9-1,+90,-1,70000,,1-2-3";
+        let parsed = linkerd(note(key, text)).expect("in");
+        let ports = ranges([(80, 80), (90, 90), (8000, 8100)]);
+        assert_eq!((parsed.facts.policy.exclude_inbound_ports, parsed.policy_error), (ports, None));
+        let [warning] = &parsed.warnings[..] else { panic!("{:?}", parsed.warnings) };
+        let warning = warning.to_string();
+        for named in [key, text, "\" 443\"", "\"x\"", "\"9-1\"", "\"-1\"", "\"\"", "\"1-2-3\""] {
+            assert!(warning.contains(named), "{named}: {warning}");
+        }
+        let many = Box::leak(vec!["x"; 100_000].join(",").into_boxed_str());
+        let [warning] = &linkerd(note(key, many)).expect("in").warnings[..] else { panic!() };
+        assert!(warning.to_string().contains("and 99992 more"), "how many is said, and not each");
+        // A subnet that is none is not skipped: Linkerd sets up no such pod.
+        let parsed = linkerd(note("config.linkerd.io/skip-subnets", "10.0.0.0/8,x")).expect("in");
+        assert!(parsed.policy_error.is_some() && parsed.facts.policy == Policy::default());
     }
 
     #[test]
@@ -965,92 +843,164 @@ mod tests {
     }
 
     #[test]
-    fn a_kuma_pod() {
+    fn a_kuma_pod_without_a_configuration() {
         let facts = kuma(|_| {}).expect("in the mesh").facts;
-        assert_eq!((facts.mesh.name, facts.proxy_uid, facts.gid_exempt), ("kuma", 5678, false));
-        assert_eq!((facts.inbound_port, facts.dns_port), (15006, Some(15053)));
-        assert_eq!((facts.ipv6, facts.policy), (Ipv6::Always, Policy::default()));
-        let injected = "kuma.io/sidecar-injected";
-        assert!(kuma(note(injected, "false")).is_none());
+        assert_eq!((facts.mesh.name, facts.proxy_uid, facts.proxy_gid), ("kuma", Some(5678), None));
+        assert_eq!((facts.inbound_port, facts.tcp_dns), (15006, TcpDns::Direct));
+        let policy = Policy {
+            exclude_inbound_ports: ranges([(9001, 9001), (9901, 9901)]),
+            exclude_outbound_ports: ranges([(9901, 9901)]),
+            ..Policy::default()
+        };
+        assert_eq!((facts.ipv6, facts.policy), (Ipv6::Always, policy), "F60");
+        assert_eq!(facts.dns_port, None, "F62");
+        assert!(kuma(note("kuma.io/sidecar-injected", "false")).is_none());
         let facts = kuma(note("kuma.io/sidecar-uid", "7")).expect("in").facts;
-        assert_eq!(facts.proxy_uid, 7);
-        let facts = kuma(note("kuma.io/builtin-dns", "disabled")).expect("in").facts;
-        assert_eq!(facts.dns_port, None);
+        assert_eq!(facts.proxy_uid, Some(7));
+        let facts = kuma(note("kuma.io/builtin-dns", "ENABLED")).expect("in").facts;
+        assert_eq!(facts.dns_port, Some(15053));
         let key = "kuma.io/transparent-proxying-ip-family-mode";
-        assert_eq!(kuma(note(key, "ipv4")).expect("in").facts.ipv6, Ipv6::Never);
+        assert_eq!(kuma(note(key, "IPv4")).expect("in").facts.ipv6, Ipv6::Never);
         let gateway = kuma(note("kuma.io/gateway", "enabled")).expect("in").facts;
         assert_eq!(gateway.policy.include_inbound_ports, Ports::Only([].into()));
+        let map =
+            kuma(note("traffic.kuma.io/transparent-proxy-configmap-name", "mine")).expect("in");
+        assert!(map.policy_error.is_none() && map.warnings[0].to_string().contains("\"mine\""));
     }
 
     #[test]
-    fn kumas_ports_for_users() {
-        let key = "traffic.kuma.io/exclude-outbound-ports-for-uids";
-        let text = "tcp:22,80-90:1000;udp:53:1000-1001; *:7 ;8";
-        let all = kuma(note(key, text)).expect("in").facts.policy.exclude_outbound_for_uids;
-        let one = |protocol, ports, first_uid, last_uid| UidExclusion {
-            protocol,
-            ports,
-            first_uid,
-            last_uid,
+    fn f60_the_probe_proxys_port_is_exempt() {
+        let of = |text| {
+            let parsed = kuma(note("kuma.io/application-probe-proxy-port", text)).expect("in");
+            (parsed.facts.policy.exclude_inbound_ports, parsed.policy_error.is_some())
         };
-        assert_eq!(
-            all,
-            [
-                one(Protocol::Tcp, ranges([(22, 22), (80, 90)]), 1000, 1000),
-                one(Protocol::Udp, ranges([(53, 53)]), 1000, 1001),
-                one(Protocol::Both, [PortRange::ALL].into(), 7, 7),
-                one(Protocol::Both, [PortRange::ALL].into(), 8, 8),
-            ]
-        );
-        for text in ["icmp:1:2", "tcp:x:2", "tcp:1:b", "tcp:1:3-2", "1:2:3:4", ";", "1:+2"] {
-            assert!(parse_uid_exclusions(key, text).is_err(), "{text}");
-        }
+        assert_eq!(of("9123"), (ranges([(9123, 9123), (9901, 9901)]), false));
+        assert_eq!(of("0"), (ranges([(9901, 9901)]), false));
+        assert_eq!(of("x"), (BTreeSet::new(), true));
+        let both = kuma(|p| {
+            p["metadata"]["annotations"]["traffic.kuma.io/exclude-inbound-ports"] = "7070".into();
+            p["metadata"]["annotations"]["traffic.kuma.io/exclude-outbound-ports"] = "".into();
+        });
+        let policy = both.expect("in").facts.policy;
+        assert_eq!(policy.exclude_inbound_ports, ranges([(7070, 7070), (9001, 9001)]));
+        assert_eq!(policy.exclude_outbound_ports, BTreeSet::new());
+    }
+
+    /// A pod with this `transparent-proxy-config`.
+    fn configured(text: &str) -> Parsed {
+        let text = text.to_owned();
+        let key = "traffic.kuma.io/transparent-proxy-config";
+        kuma(|p| p["metadata"]["annotations"][key] = text.into()).expect("in the mesh")
     }
 
     #[test]
-    fn ranges_are_written_one_way() {
-        let range = |text: &str| text.parse::<IpNet>().expect("a range");
-        let all = parse_ranges("key", "10.0.0.0/8, fd00::/8, 192.0.2.1").expect("ranges");
-        assert_eq!(all, [range("10.0.0.0/8"), range("fd00::/8"), range("192.0.2.1/32")].into());
-        for text in ["010.0.0.0/8", "10.0.0.0/08x", "10.0.0.0/33", "10.0.0.0/", "/8", "10.0.0.0/+8"]
-        {
-            assert!(parse_ranges("key", text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn interfaces_are_names() {
-        assert_eq!(
-            parse_interfaces("key", "net1, eth0.5"),
-            Ok(["net1".to_owned(), "eth0.5".to_owned()].into())
+    fn f63_kumas_configuration_is_the_whole_of_it() {
+        let injected = configured(
+            "cniMode: true\nipFamilyMode: dualstack\nkumaDPUser: \"7777\"\nredirect:\n  dns: \
+             {captureAll: true, enabled: true, port: 15053, resolvConfigPath: /etc/resolv.conf, \
+             skipConntrackZoneSplit: false}\n  inbound: {enabled: true, excludePorts: [9001], port: \
+             15106}\n  outbound: {enabled: true, port: 15101}\nretry: {maxRetries: 4, \
+             sleepBetweenRetries: 2s}\nwait: 5\nwaitInterval: 0\n",
         );
-        for text in ["net1,,net2", "a/b", "a b", "sixteen-letters-"] {
-            assert!(parse_interfaces("key", text).is_err(), "{text}");
-        }
-    }
+        assert_eq!((injected.policy_error, injected.warnings), (None, Vec::new()));
+        let facts = injected.facts;
+        assert_eq!((facts.proxy_uid, facts.dns_port), (Some(7777), Some(15053)));
+        assert_eq!((facts.outbound_port, facts.inbound_port), (15101, 15106));
+        let only = Policy { exclude_inbound_ports: ranges([(9001, 9001)]), ..Policy::default() };
+        assert_eq!((facts.policy, facts.tcp_dns), (only, TcpDns::Direct));
 
-    proptest! {
-        #[test]
-        fn every_port_list_is_read_whole(ports: BTreeSet<u16>, blanks in "[ ]{0,3}") {
-            let text = ports.iter().map(u16::to_string).collect::<Vec<_>>()
-                .join(&format!("{blanks},{blanks}"));
-            let parsed = parse_ports("key", &text, false).expect("valid");
-            prop_assert_eq!(parsed, ports.into_iter().map(PortRange::one).collect());
+        let of = |text| configured(text).facts.policy;
+        let off = of("redirect: {inbound: {enabled: false}, outbound: {enabled: false}}");
+        assert_eq!(off.include_inbound_ports, Ports::Only([].into()));
+        assert_eq!(off.exclude_outbound_ports, [PortRange::ALL].into());
+        let inn = of("redirect: {inbound: {includePorts: [80], excludePorts: [80]}}");
+        assert_eq!(inn.include_inbound_ports, Ports::Only(ranges([(80, 80)])));
+        let out = of("redirect: {outbound: {includePorts: \"80,443\", excludePorts: 80}}");
+        assert_eq!(out.include_outbound_ports, ranges([(80, 80), (443, 443)]));
+        assert_eq!(out.include_outbound_ranges, Ranges::Only([].into()));
+        assert!(out.exclude_outbound_ports.is_empty());
+        let ips =
+            of("redirect: {outbound: {excludePortsForIPs: [\"10.0.0.0/8, fd00::/8\", 192.0.2.1]}}");
+        assert_eq!(ips.exclude_outbound_ranges.len(), 3);
+        let insert = configured("redirect: {outbound: {insertRedirectInsteadOfAppend: true}}");
+        assert_eq!(insert.facts.tcp_dns, TcpDns::AsAnyPort);
+        for text in ["{}", "null", " ", "# nothing", "{unknown: {field: 1}}", "{redirect: null}"] {
+            let parsed = configured(text);
+            assert_eq!(
+                (parsed.facts.policy, parsed.policy_error),
+                (Policy::default(), None),
+                "{text}"
+            );
+            assert_eq!((parsed.facts.proxy_uid, parsed.facts.dns_port), (Some(5678), None));
         }
-
-        #[test]
-        fn parsers_never_panic(text: String) {
-            for error in [
-                parse_ports("key", &text, false).err(),
-                parse_ports("key", &text, true).err(),
-                parse_ranges("key", &text).err(),
-                parse_uid_exclusions("key", &text).err(),
+        // The pod's other annotations are in it already, and do not count.
+        let both = kuma(|p| {
+            for (key, text) in [
+                ("traffic.kuma.io/transparent-proxy-config", "{}"),
+                ("traffic.kuma.io/exclude-outbound-ports", "80"),
+                ("kuma.io/sidecar-uid", "7"),
+                ("kuma.io/builtin-dns", "enabled"),
+                ("kuma.io/gateway", "enabled"),
             ] {
-                if let Some(FactsError::Invalid { text: told, .. }) = error {
-                    prop_assert_eq!(&told, &text);
-                }
+                p["metadata"]["annotations"][key] = text.into();
             }
+        });
+        assert_eq!(both, Some(configured("{}")));
+    }
+
+    #[test]
+    fn f63_what_kuma_would_refuse_captures_everything() {
+        for (text, named) in [
+            ("ipFamilyMode: ipv6", "ipFamilyMode: \"ipv6\""),
+            ("redirect: {inbound: {port: 0}}", "redirect.inbound.port: \"0\""),
+            ("redirect: {outbound: {port: \"15001\"}}", "redirect.outbound.port: \"15001\""),
+            ("redirect: {dns: {enabled: true, port: 0}}", "redirect.dns.port: \"0\""),
+            ("redirect: {inbound: {excludePorts: [a]}}", "redirect.inbound.excludePorts: \"a\""),
+            ("redirect: {inbound: {excludePorts: [80-90]}}", "\"80-90\""),
+            ("redirect: {inbound: {excludePorts: {a: 1}}}", "redirect.inbound.excludePorts"),
+            ("redirect: {outbound: {excludePortsForIPs: [\"\"]}}", "outbound.excludePortsForIPs"),
+            ("redirect: {outbound: {excludePortsForUIDs: [\"70000\"]}}", "\"70000\""),
+            ("redirect: {outbound: {excludePorts: [80]}, inbound: {includePorts: x}}", "\"x\""),
+            ("kumaDPUser: kuma-dp", "kumaDPUser: \"kuma-dp\""),
+            ("not: [yaml", "traffic.kuma.io/transparent-proxy-config"),
+            ("text", "traffic.kuma.io/transparent-proxy-config"),
+            ("redirect: {inbound: {enabled: maybe}}", "traffic.kuma.io/transparent-proxy-config"),
+        ] {
+            let parsed = configured(text);
+            assert_eq!(parsed.facts.policy, Policy::default(), "{text}");
+            let error = parsed.policy_error.expect(text).to_string();
+            assert!(error.contains(named), "{text}: {error}");
         }
+        assert_eq!(configured("[").facts.dns_port, Some(15053), "DNS as well");
+        assert_eq!(configured("redirect: {dns: {port: 0}}").policy_error, None, "it is off");
+    }
+
+    #[test]
+    fn f63_a_configuration_of_aliases_of_aliases_is_refused() {
+        let mut text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+        for n in 1..12 {
+            let all = vec![format!("*a{}", n - 1); 10].join(", ");
+            text += &format!("a{n}: &a{n} [{all}]\n");
+        }
+        assert!(configured(&text).policy_error.is_some(), "10^12 items");
+    }
+
+    #[test]
+    fn f63_what_we_cannot_do_or_see_is_said() {
+        let key = "traffic.kuma.io/transparent-proxy-config";
+        let vnet = "redirect: {vnet: {networks: [\"docker0:172.17.0.0/16\"]}}";
+        let pod = pod(|p| {
+            p["metadata"]["annotations"] = json!({"kuma.io/sidecar-injected": "true", key: vnet});
+            p["spec"]["containers"] = json!([{ "name": "kuma-sidecar" }]);
+        });
+        let error = facts(&pod).expect_err("refused").to_string();
+        assert!(error.contains("redirect.vnet.networks") && error.contains("docker0"), "{error}");
+        let uids = configured("redirect: {inbound: {excludePortsForUIDs: [\"1000\"]}}");
+        assert_eq!(uids.facts.policy.include_inbound_ports, Ports::Only([].into()));
+        assert!(uids.warnings[0].to_string().contains("\"1000\""));
+        let some = configured("redirect: {dns: {enabled: true}}");
+        assert_eq!(some.facts.dns_port, Some(15053));
+        assert!(some.warnings[0].to_string().contains("captureAll"));
     }
 
     fn namespace(value: serde_json::Value) -> ObjectMeta {
@@ -1068,14 +1018,23 @@ mod tests {
             "config.linkerd.io/skip-outbound-ports": "3306",
             "config.linkerd.io/skip-inbound-ports": "9000",
             "config.linkerd.io/proxy-uid": "7",
+            "config.linkerd.io/proxy-gid": "8",
             "traffic.sidecar.istio.io/excludeOutboundPorts": "1",
         }}));
         let inherited = inherit(Arc::clone(&pod), &of);
-        let policy = facts(&inherited).expect("facts").expect("in a mesh").facts.policy;
+        let own = facts(&inherited).expect("facts").expect("in a mesh").facts;
+        assert_eq!((own.proxy_uid, own.proxy_gid), (Some(7), Some(8)), "F66");
+        let policy = own.policy;
         assert_eq!(policy.exclude_outbound_ports, [PortRange::one(25)].into(), "the pod's own");
         assert!(policy.exclude_inbound_ports.contains(&PortRange::one(9000)), "the namespace's");
         let keys = inherited.metadata.annotations.as_ref().expect("annotations");
-        assert_eq!(keys.len(), 2, "nothing else is taken: {keys:?}");
+        assert_eq!(keys.len(), 4, "nothing else is taken: {keys:?}");
+        let mut empty = Pod::clone(&pod);
+        let annotations = empty.metadata.annotations.as_mut().expect("annotations");
+        annotations.insert("config.linkerd.io/skip-outbound-ports".into(), String::new());
+        let policy =
+            facts(&inherit(Arc::new(empty), &of)).expect("facts").expect("in").facts.policy;
+        assert_eq!(policy.exclude_outbound_ports, [PortRange::one(3306)].into(), "F66: empty");
         assert_eq!(*inherit(Arc::clone(&pod), &namespace(json!({}))), *pod);
     }
 

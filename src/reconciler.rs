@@ -439,6 +439,12 @@ impl Reconciler {
             return Ok(None);
         };
         let name = &parsed.facts.name;
+        for warning in &parsed.warnings {
+            problems.insert(Problem {
+                text: format!("pod {name}: {warning}"),
+                ..found.problem(Reason::InvalidPolicy, "")
+            });
+        }
         for (error, meanwhile) in [
             (parsed.policy_error, "everything is captured"),
             (parsed.splice_error, "nothing is spliced"),

@@ -360,6 +360,7 @@ fn istios_excluded_ranges_are_not_about_dns() {
 
 #[test]
 fn kumas_exclusions_and_dns() {
+    let with_dns = |node: &Node| annotated(kuma(&node.a), "kuma.io/builtin-dns", "enabled");
     let node = Node::with_manifest("kuma", kuma);
     let _resolver = Resolver::start(&node);
     let _remote = remote_servers(&node);
@@ -369,18 +370,26 @@ fn kumas_exclusions_and_dns() {
         let [v4, v6, mapped] = [0, 1, 2].map(|n| both(uid, servers(1)[n]));
         [v4, mapped, v6]
     };
-    assert_eq!(all(APP), [(true, true); 3]);
+    // F62: where nothing says that DNS is captured, it is not. (TCP then goes to the outbound listener.)
+    for server in servers(1) {
+        assert!(!captured(&node, APP, APP, server), "{server}");
+    }
+    node.agent.add_manifest("a", &with_dns(&node)).expect("a manifest");
+    node.becomes("UDP to be captured", || captured(&node, APP, APP, servers(1)[0]));
+    // F61: nobody listens for DNS over TCP, which goes straight out.
+    assert_eq!(all(APP), [(true, false); 3]);
     assert_eq!(all(5678), [(false, false); 3], "the proxy");
     // UDP and TCP, asked for IPv4 and IPv6.
     for (key, text, [v4, v6]) in [
-        ("exclude-outbound-ips", "10.96.53.1", [(false, false), (true, true)]),
-        ("exclude-outbound-ips", "fd96::/64", [(true, true), (false, false)]),
+        ("exclude-outbound-ips", "10.96.53.1", [(false, false), (true, false)]),
+        ("exclude-outbound-ips", "fd96::/64", [(true, false), (false, false)]),
         ("exclude-outbound-ports", "53", [(true, false); 2]),
-        ("exclude-outbound-ports-for-uids", "udp:53:1000", [(false, true); 2]),
+        ("exclude-outbound-ports-for-uids", "udp:53:1000", [(false, false); 2]),
         ("exclude-outbound-ports-for-uids", "tcp:53:1000", [(true, false); 2]),
-        ("exclude-outbound-ports-for-uids", "53:999;54:1000", [(true, true); 2]),
+        ("exclude-outbound-ports-for-uids", "53:999;54:1000", [(true, false); 2]),
+        ("exclude-outbound-ports-for-uids", "TCP,udp:53:1000", [(false, false); 2]),
     ] {
-        let manifest = annotated(kuma(&node.a), &format!("traffic.kuma.io/{key}"), text);
+        let manifest = annotated(with_dns(&node), &format!("traffic.kuma.io/{key}"), text);
         node.agent.add_manifest("a", &manifest).expect("a manifest");
         node.becomes(&format!("{key}={text}: {v4:?} {v6:?}"), || all(APP) == [v4, v4, v6]);
     }

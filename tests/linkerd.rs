@@ -87,7 +87,7 @@ fn skipped_outbound_ports_and_ranges() {
     for (target, _) in remotes(&node.a, 0) {
         node.lab.add_node_address(canonical(target).ip()).ok();
     }
-    set(&node, "skip-outbound-ports", "443, 8001-8006");
+    set(&node, "skip-outbound-ports", "443,8001-8006");
     for (port, direct) in
         [(443, true), (444, false), (8000, false), (8001, true), (8006, true), (8007, false)]
     {
@@ -117,4 +117,63 @@ fn inbound_goes_to_the_proxy_but_for_skipped_ports_and_subnets() {
     node.becomes("the port to be let through", || steered() == [false, false]);
     set(&node, "skip-inbound-ports", "8081");
     node.becomes("another port to change nothing", || steered() == [true, true]);
+}
+
+#[test]
+fn f11_an_id_that_is_not_above_zero_exempts_nobody() {
+    let node = Node::with_manifest("zero", |a| {
+        let manifest = annotated(linkerd(a), "config.linkerd.io/proxy-uid", "0");
+        annotated(manifest, "config.linkerd.io/proxy-gid", "0")
+    });
+    let _sidecar = sidecar(&node);
+    for (target, _) in remotes(&node.a, 80) {
+        for id in [0, APP, LINKERD] {
+            let answer = node.a.ask(id, id, target).expect("captured");
+            assert_original(&answer, target);
+            assert_eq!(answer.seen.local.port(), 4140, "user and group {id}");
+        }
+    }
+    // -1 is the charts' word for no group, and no mistake.
+    set(&node, "proxy-gid", "-1");
+    node.lab.add_node_address(ip(REMOTE4)).expect("an address that refuses");
+    node.becomes("the usual user to be direct again", || {
+        node.a.ask(LINKERD, APP, addr(ip(REMOTE4), 80)).is_err()
+    });
+    assert!(!node.agent.log().contains("proxy-gid"), "{}", node.agent.log());
+}
+
+#[test]
+fn f66_what_is_no_port_is_skipped_and_the_pod_is_told() {
+    let node = Node::with_manifest("skipped", linkerd);
+    let _sidecar = sidecar(&node);
+    let _app: Vec<_> = [80, 443, 8080]
+        .map(|port| node.a.serve(addr(ip("0.0.0.0"), port), APP, APP).expect("app"))
+        .into();
+    let steered = || {
+        [80, 443, 8080].map(|port| {
+            let target = addr(node.a.ipv4(), port);
+            node.b.ask(0, 0, target).expect("answered").seen.orig.is_some()
+        })
+    };
+    set(&node, "skip-inbound-ports", "80, 443,https,8080");
+    node.becomes("the items that are ports to hold", || steered() == [false, true, false]);
+    node.agent.wait_log("skip-inbound-ports").expect("said");
+    let log = node.agent.log();
+    let line = log.lines().find(|line| line.contains("skip-inbound-ports")).expect("a line");
+    for named in ["pod lab/a", " 443", "https"] {
+        assert!(line.contains(named), "{named} is not in {line}");
+    }
+}
+
+/// L8 as Linkerd has it with IPv6 on: what linkerd-network-validator dials and listens on.
+#[test]
+fn mn16_the_validator_of_a_dual_stack_mesh_reaches_itself() {
+    let node = Node::with_manifest("validator", linkerd);
+    let listen = ["[::]:4140".parse().expect("an address")];
+    let opts = ServeOpts { uid: 65534, gid: 65534, ..ServeOpts::on(listen) };
+    let _validator = Server::start(&node.a, ServeOpts { v6_only: false, ..opts }).expect("starts");
+    for target in ["[fd00::1]:20001", "1.1.1.1:20001"].map(|at| at.parse().expect("an address")) {
+        let answer = node.a.ask(65534, 65534, target).expect("reaches its own listener");
+        assert_eq!(answer.seen.local.port(), 4140, "{target}");
+    }
 }

@@ -506,7 +506,11 @@ fn a_policy_that_comes_later_stops_a_spliced_connection() {
     let start = Instant::now();
     while answered(&pair) {
         let limit = Duration::from_secs(1) + patience();
-        assert!(start.elapsed() < limit, "it talks on {:?} after it was forbidden", start.elapsed());
+        assert!(
+            start.elapsed() < limit,
+            "it talks on {:?} after it was forbidden",
+            start.elapsed()
+        );
     }
     // Allowed again, nothing is lost, and the connection goes on: TCP sends it once more.
     nft(&node.b, "delete table inet rules");

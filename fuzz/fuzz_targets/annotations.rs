@@ -1,6 +1,6 @@
 #![no_main]
 //! A pod of some mesh with any annotations: a line is `KEY=TEXT`, or `NAME=TEXT` for a variable
-//! of the proxy's environment; a line `@N` is the mesh of the pod, and begins another pod.
+//! of the proxy's environment (`\\n` in TEXT begins a line there); a line `@N` is the mesh of the pod, and begins another pod.
 
 use std::mem;
 
@@ -17,7 +17,7 @@ libfuzzer_sys::fuzz_target!(|text: &str| {
             pods.push(mem::replace(&mut pod, next));
         } else if let Some((key, value)) = line.split_once('=') {
             if key.contains('/') {
-                pod["metadata"]["annotations"][key] = value.into();
+                pod["metadata"]["annotations"][key] = value.replace("\\n", "\n").into();
             } else {
                 let env = &mut pod["spec"]["containers"][0]["env"];
                 env.as_array_mut().expect("env").push(json!({"name": key, "value": value}));

@@ -10,10 +10,8 @@ use ipnet::{IpNet, Ipv6Net};
 use k8s_openapi::api::core::v1::Pod;
 use sidestep::{
     desired::{Candidate, Desired, Limits, NetnsFacts, RuleSet, desired},
-    facts::{
-        FactsError, PodFacts, PortRange, Ports, Protocol, Ranges, UidExclusion, facts,
-        parse_interfaces, parse_ports, parse_ranges, parse_uid_exclusions,
-    },
+    facts::{FactsError, PodFacts, PortRange, Ports, Protocol, Ranges, UidExclusion, facts},
+    mesh::{istio, kuma, linkerd},
 };
 
 const KEY: &str = "example.org/key";
@@ -26,31 +24,50 @@ const LIMITS: Limits = Limits {
     cidr_rules: 65536,
     uid_rules: 16384,
     excluded_ifs: 4096,
+    tells_interface: true,
 };
 /// So few that much is refused.
-const TIGHT: Limits =
-    Limits { pods: 1, locals: 3, port_rules: 6, cidr_rules: 2, uid_rules: 2, excluded_ifs: 1 };
+const TIGHT: Limits = Limits {
+    pods: 1,
+    locals: 3,
+    port_rules: 6,
+    cidr_rules: 2,
+    uid_rules: 2,
+    excluded_ifs: 1,
+    tells_interface: false,
+};
 
 /// Every parser of lists, on the same text.
 pub fn check_lists(text: &str) {
-    for ranges in [false, true] {
-        if let Some(ports) = told(parse_ports(KEY, text, ranges), text) {
-            let expected: BTreeSet<PortRange> =
-                items(text, ',').map(|i| port_range(i, ranges)).collect();
-            assert_eq!(ports, expected, "{text:?}");
-        }
+    let trimmed = || items(text.trim()).map(str::trim);
+    if let Some(ports) = told(istio::parse_ports(KEY, text), text) {
+        assert_eq!(ports, trimmed().map(port).collect(), "{text:?}");
     }
-    if let Some(ranges) = told(parse_ranges(KEY, text), text) {
-        let expected: BTreeSet<IpNet> = items(text, ',').map(ip_range).collect();
-        assert_eq!(ranges, expected, "{text:?}");
+    if let Some(ports) = told(kuma::parse_ports(KEY, text), text) {
+        let expected: BTreeSet<PortRange> =
+            trimmed().filter(|item| !item.is_empty()).map(port).collect();
+        assert!(ports.iter().all(|port| port.first != 0), "{text:?}");
+        assert_eq!(ports, expected, "{text:?}");
     }
-    if let Some(names) = told(parse_interfaces(KEY, text), text) {
-        let expected: BTreeSet<String> = items(text, ',').map(str::to_owned).collect();
+    let (ports, bad) = linkerd::parse_ports(text);
+    let mut good = items(text).filter(|item| !bad.contains(item));
+    assert_eq!(ports, good.by_ref().map(signed_range).collect(), "{text:?}");
+    if let Some(ranges) = told(istio::parse_ranges(KEY, text), text) {
+        assert_eq!(ranges, items(text).map(ip_range).collect(), "{text:?}");
+    }
+    if let Some(ranges) = told(kuma::parse_ips(KEY, text), text) {
+        assert_eq!(ranges, text.split(',').map(str::trim).map(ip_range).collect(), "{text:?}");
+    }
+    if let Some(ranges) = told(linkerd::parse_subnets(KEY, text), text) {
+        assert_eq!(ranges, items(text).map(str::trim).map(ip_range).collect(), "{text:?}");
+    }
+    if let Some(names) = told(istio::parse_interfaces(KEY, text), text) {
+        let expected: BTreeSet<String> = items(text).map(|item| item.trim().to_owned()).collect();
         assert_eq!(names, expected, "{text:?}");
         assert!(names.iter().all(|name| !name.is_empty() && name.len() < 16), "{text:?}");
     }
-    if let Some(exclusions) = told(parse_uid_exclusions(KEY, text), text) {
-        let expected: Vec<UidExclusion> = items(text, ';').map(uid_exclusion).collect();
+    if let Some(exclusions) = told(kuma::parse_uid_exclusions(KEY, text), text) {
+        let expected: Vec<UidExclusion> = text.split(';').map(uid_exclusion).collect();
         assert_eq!(exclusions, expected, "{text:?}");
     }
 }
@@ -71,23 +88,31 @@ fn told<T>(parsed: Result<T, FactsError>, whole: &str) -> Option<T> {
 // A second reading of what the parsers accept, as simple as can be: it may panic, and then a
 // parser took what it should not have.
 
-fn items(text: &str, separator: char) -> impl Iterator<Item = &str> {
-    text.split(separator).map(str::trim).filter(move |_| !text.trim().is_empty())
+fn items(text: &str) -> impl Iterator<Item = &str> {
+    text.split(',').filter(move |_| !text.is_empty())
 }
 
 fn number(text: &str) -> u32 {
-    let text = text.trim();
     assert!(!text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()), "no number: {text:?}");
     text.parse().expect("a number")
 }
 
-fn port_range(item: &str, ranges: bool) -> PortRange {
+fn port(item: &str) -> PortRange {
+    PortRange::one(u16::try_from(number(item)).expect("a port"))
+}
+
+fn port_range(item: &str) -> PortRange {
     let (first, last) = item.split_once('-').unwrap_or((item, item));
-    assert!(ranges || first == last, "no range was asked for: {item:?}");
-    let port = |text| u16::try_from(number(text)).expect("a port");
-    let range = PortRange { first: port(first), last: port(last) };
+    let range = PortRange { first: port(first).first, last: port(last).last };
     assert!(range.first <= range.last, "{item:?}");
     range
+}
+
+/// Each number may have a sign.
+fn signed_range(item: &str) -> PortRange {
+    let (first, last) = item.split_once('-').unwrap_or((item, item));
+    let bare = |text: &str| text.strip_prefix('+').unwrap_or(text).to_owned();
+    port_range(&format!("{}-{}", bare(first), bare(last)))
 }
 
 fn ip_range(item: &str) -> IpNet {
@@ -100,19 +125,21 @@ fn ip_range(item: &str) -> IpNet {
 }
 
 fn uid_exclusion(item: &str) -> UidExclusion {
-    let mut fields = item.rsplit(':').map(str::trim);
+    let mut fields = item.rsplit(':');
     let uids = fields.next().expect("uids");
     let ports = fields.next().unwrap_or("*");
-    let protocol = match fields.next().unwrap_or_default() {
-        "tcp" => Protocol::Tcp,
-        "udp" => Protocol::Udp,
-        "" | "*" => Protocol::Both,
-        other => panic!("no protocol: {other:?}"),
+    let protocols = fields.next().unwrap_or_default().to_ascii_lowercase();
+    let named: BTreeSet<&str> = protocols.split(',').map(str::trim).collect();
+    let protocol = match Vec::from_iter(named)[..] {
+        ["tcp"] => Protocol::Tcp,
+        ["udp"] => Protocol::Udp,
+        ["" | "*"] | ["tcp", "udp"] => Protocol::Both,
+        ref other => panic!("no protocol: {other:?}"),
     };
     assert_eq!(fields.next(), None, "{item:?}");
     let ports = match ports {
         "" | "*" => [PortRange::ALL].into(),
-        ports => items(ports, ',').map(|item| port_range(item, true)).collect(),
+        ports => ports.split(',').map(port_range).collect(),
     };
     let (first, last) = uids.split_once('-').unwrap_or((uids, uids));
     UidExclusion { protocol, ports, first_uid: number(first), last_uid: number(last) }
@@ -151,12 +178,16 @@ pub fn check_pods(pods: &[Pod]) {
     }
 }
 
-/// The error names an annotation or a field of this pod, with all of its text.
+/// The error names an annotation or a field of this pod, with all of its text; or a field of an
+/// annotation that has such.
 fn assert_named(pod: &Pod, error: &FactsError) {
     let (FactsError::Invalid { key, text, .. } | FactsError::Unsupported { key, text }) = error
     else {
         return;
     };
+    if key.contains(": ") {
+        return;
+    }
     let whole = pod.metadata.annotations.as_ref().and_then(|all| all.get(key));
     assert!(whole.is_none_or(|whole| whole == text), "{error}: not all of {whole:?}");
     let everything = serde_json::to_value(pod).expect("a pod is JSON");

@@ -17,6 +17,7 @@ use crate::{
         CidrRule, DeviceFamily, MAX_NETNS, MAX_POD, MAX_UID, PodRow, PortRule, Record, RuleSet,
         UidRule,
     },
+    facts::TcpDns,
     reset::Reset,
     splice::LegState,
 };
@@ -201,7 +202,10 @@ pub(crate) fn pod_of(row: &PodRow) -> pod {
     let flags = [
         (row.capture_v4, pod_flag::POD_CAPTURE_V4),
         (row.capture_v6, pod_flag::POD_CAPTURE_V6),
-        (row.gid_exempt, pod_flag::POD_GID_EXEMPT),
+        (row.proxy_uid.is_none(), pod_flag::POD_NO_UID),
+        (row.proxy_gid.is_some(), pod_flag::POD_GID_EXEMPT),
+        (row.tcp_dns == TcpDns::Direct, pod_flag::POD_TCP_DNS_DIRECT),
+        (row.tcp_dns == TcpDns::AsAnyPort, pod_flag::POD_TCP_DNS_ANY),
         (row.self_inbound, pod_flag::POD_SELF_INBOUND),
         (row.out_all, pod_flag::POD_OUT_ALL),
         (row.in_all, pod_flag::POD_IN_ALL),
@@ -213,8 +217,8 @@ pub(crate) fn pod_of(row: &PodRow) -> pod {
     ];
     let address = |ip: Option<IpAddr>| ip.map(addr::from).unwrap_or_default();
     pod {
-        proxy_uid: row.proxy_uid,
-        proxy_gid: row.proxy_gid,
+        proxy_uid: row.proxy_uid.unwrap_or_default(),
+        proxy_gid: row.proxy_gid.unwrap_or_default(),
         flags: pod_flag(flags.iter().filter(|(on, _)| *on).fold(0, |all, (_, flag)| all | flag.0)),
         sets: row.sets.iter().fold(0, |all, set| all | 1 << (set_of(*set).0 & 0xff)),
         ip4: address(row.ip4.map(IpAddr::V4)),

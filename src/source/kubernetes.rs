@@ -643,7 +643,9 @@ fn keep_container(container: Container) -> Container {
     Container {
         name: container.name,
         args: container.args,
-        env: container.env.map(|env| env.into_iter().filter(|var| var.value.is_some()).collect()),
+        env: container
+            .env
+            .map(|env| env.into_iter().filter(|one| facts::reads_env(&one.name)).collect()),
         restart_policy: container.restart_policy,
         security_context: container.security_context,
         ..Default::default()
@@ -720,7 +722,7 @@ mod tests {
         let mut slim = whole.clone();
         keep_needed(&mut slim);
         let facts = facts::facts(&whole).expect("facts").expect("in a mesh");
-        assert_eq!(facts.facts.proxy_uid, 1400);
+        assert_eq!(facts.facts.proxy_uid, Some(1400));
         assert_eq!(facts.facts.dns_port, Some(15053));
         assert_eq!(facts::facts(&slim).expect("facts"), Some(facts));
         let size = |pod: &Pod| serde_json::to_string(pod).expect("JSON").len();

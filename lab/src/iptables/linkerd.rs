@@ -1,5 +1,6 @@
-//! Linkerd's rules. Facts from linkerd/linkerd2-proxy-init: `internal/iptables/iptables.go` (which
-//! rules, in which order; at most 15 ports to a rule) and `cni-plugin/main.go` (annotations).
+//! The rules of Linkerd 2.18 to edge-26.8.3. Facts from linkerd/linkerd2-proxy-init:
+//! `pkg/iptables/iptables.go` (which rules, in which order; at most 15 ports to a rule), `pkg/ports`
+//! and `proxy-init/cmd/root.go` (formats), `cni-plugin/main.go` (annotations).
 
 use super::{Annotations, Family, RuleSet, Table, items};
 
@@ -12,7 +13,7 @@ pub struct Linkerd {
     skip_inbound_ports: Vec<String>,
     skip_outbound_ports: Vec<String>,
     skip_subnets: Vec<String>,
-    uid: u32,
+    uid: Option<u32>,
     gid: Option<u32>,
 }
 
@@ -27,17 +28,34 @@ impl Linkerd {
     /// From a pod's annotations.
     pub fn new(annotations: &Annotations) -> Self {
         let get = |name: &str| annotations.get(&format!("config.linkerd.io/{name}"));
+        let ports = |name: &str| -> Vec<String> {
+            let items = get(name).into_iter().flat_map(|text| text.split(','));
+            items.filter(|item| is_port_or_range(item)).map(str::to_owned).collect()
+        };
         // The proxy's control and admin ports, which the plugin's own configuration names.
         let mut skip_inbound_ports = vec!["4190".to_owned(), "4191".to_owned()];
-        skip_inbound_ports.extend(items(get("skip-inbound-ports")));
-        let number = |name: &str| get(name).and_then(|text| text.trim().parse().ok());
+        skip_inbound_ports.extend(ports("skip-inbound-ports"));
+        // There is a rule for ids above zero alone.
+        let id = |name: &str, default: i64| {
+            let id = get(name).and_then(|text| text.parse().ok()).unwrap_or(default);
+            u32::try_from(id).ok().filter(|id| *id > 0)
+        };
         Self {
             skip_inbound_ports,
-            skip_outbound_ports: items(get("skip-outbound-ports")),
+            skip_outbound_ports: ports("skip-outbound-ports"),
             skip_subnets: items(get("skip-subnets")),
-            uid: number("proxy-uid").unwrap_or(Self::UID),
-            gid: number("proxy-gid").filter(|gid| *gid > 0),
+            uid: id("proxy-uid", Self::UID.into()),
+            gid: id("proxy-gid", 0),
         }
+    }
+}
+
+/// Whether Linkerd takes the item: others are skipped, and a blank is a part of it.
+fn is_port_or_range(item: &str) -> bool {
+    let (first, last) = item.split_once('-').unwrap_or((item, item));
+    match (first.parse::<u16>(), last.parse::<u16>()) {
+        (Ok(first), Ok(last)) => first <= last,
+        _ => false,
     }
 }
 
@@ -74,7 +92,9 @@ impl RuleSet for Linkerd {
         nat.add("PROXY_INIT_REDIRECT", &to(Self::INBOUND));
         nat.add("PREROUTING", "-j PROXY_INIT_REDIRECT");
 
-        nat.add("PROXY_INIT_OUTPUT", &format!("-m owner --uid-owner {} -j RETURN", self.uid));
+        if let Some(uid) = self.uid {
+            nat.add("PROXY_INIT_OUTPUT", &format!("-m owner --uid-owner {uid} -j RETURN"));
+        }
         if let Some(gid) = self.gid {
             nat.add("PROXY_INIT_OUTPUT", &format!("-m owner --gid-owner {gid} -j RETURN"));
         }

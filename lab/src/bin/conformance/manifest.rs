@@ -43,8 +43,6 @@ pub fn manifest(pod: &Pod, setup: &Setup) -> Value {
                     if setup.v4_only { "ipv4" } else { "dualstack" },
                 "kuma.io/transparent-proxying-inbound-port": "15006",
                 "kuma.io/transparent-proxying-outbound-port": "15001",
-                "kuma.io/builtin-dns": if setup.dns { "enabled" } else { "disabled" },
-                "kuma.io/builtin-dns-port": "15053",
             }),
             json!({
                 "name": "kuma-sidecar",
@@ -55,7 +53,13 @@ pub fn manifest(pod: &Pod, setup: &Setup) -> Value {
     };
     manifest["metadata"]["labels"] = json!({"app": pod.name()});
     manifest["metadata"]["annotations"] = annotations;
-    manifest["metadata"]["annotations"]["sidestep.io/netns"] = json!(pod.netns());
+    let all = &mut manifest["metadata"]["annotations"];
+    if setup.mesh == Mesh::Kuma && setup.dns {
+        // The injector says so where DNS is captured, and nothing elsewhere.
+        all["kuma.io/builtin-dns"] = json!("enabled");
+        all["kuma.io/builtin-dns-port"] = json!("15053");
+    }
+    all["sidestep.io/netns"] = json!(pod.netns());
     for (key, value) in &setup.annotations {
         manifest["metadata"]["annotations"][key] = json!(value);
     }

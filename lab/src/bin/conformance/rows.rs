@@ -32,6 +32,7 @@ pub fn rows() -> Vec<Row> {
         istio_outbound(),
         linkerd(),
         kuma(),
+        kuma_configured(),
         dns(),
     ];
     all.into_iter().flatten().flat_map(Draft::rows).collect()
@@ -707,8 +708,10 @@ fn istio_outbound() -> Vec<Draft> {
 
 fn linkerd() -> Vec<Draft> {
     let pod = |id, says| row(id, &[Linkerd], says);
-    let inbound = |id, says| pod(id, says).with("skip-inbound-ports", "25, 8000-8010");
-    let outbound = |id, says| pod(id, says).with("skip-outbound-ports", "25, 8000-8010");
+    let inbound = |id, says| pod(id, says).with("skip-inbound-ports", "25,8000-8010");
+    let outbound = |id, says| pod(id, says).with("skip-outbound-ports", "25,8000-8010");
+    // Which Linkerd skips, all but the first and the last.
+    let bad = "25, 80,8010-8000,x,,90";
     let subnets = |id, says| pod(id, says).with("skip-subnets", "10.77.0.10/32,fd77::a/128");
     vec![
         pod("L1", "a pod calls").peer_calls(Own, 8080).inbound().peer(Peer),
@@ -723,6 +726,26 @@ fn linkerd() -> Vec<Draft> {
         inbound("L1.skip.last", "the last of a skipped range").peer_calls(Own, 8010).by("app"),
         inbound("L1.skip.below", "below a skipped range").peer_calls(Own, 7999).inbound(),
         inbound("L1.skip.above", "above a skipped range").peer_calls(Own, 8011).inbound(),
+        pod("L1.bad", "an item with a blank is no port, and is skipped: F66")
+            .with("skip-inbound-ports", bad)
+            .peer_calls(Own, 80)
+            .inbound(),
+        pod("L1.bad.first", "what is before it holds")
+            .with("skip-inbound-ports", bad)
+            .peer_calls(Own, 25)
+            .by("app"),
+        pod("L1.bad.last", "and what is after it")
+            .with("skip-inbound-ports", bad)
+            .peer_calls(Own, 90)
+            .by("app"),
+        pod("L2.bad", "the same outbound")
+            .with("skip-outbound-ports", bad)
+            .app(Remote, 80)
+            .outbound(),
+        pod("L2.bad.last", "what is after it holds")
+            .with("skip-outbound-ports", bad)
+            .app(Remote, 90)
+            .by("remote"),
         inbound("L1.skip.4190", "skipping adds to the defaults").peer_calls(Own, 4190).by("app"),
         inbound("L1.skip.out", "skipping inbound says nothing on outbound")
             .app(Remote, 8000)
@@ -788,6 +811,30 @@ fn linkerd() -> Vec<Draft> {
             .who(Who::ProxyUser)
             .to(Remote, 80)
             .outbound(),
+        pod("L2.uid.zero", "user 0 exempts nobody, not even the proxy: F11")
+            .with("proxy-uid", "0")
+            .who(Who::ProxyUser)
+            .to(Remote, 80)
+            .outbound(),
+        pod("L2.uid.root", "nor root")
+            .with("proxy-uid", "0")
+            .who(Who::User(0))
+            .to(Remote, 80)
+            .outbound(),
+        pod("L2.uid.own", "its own pod is exempt all the same")
+            .with("proxy-uid", "0")
+            .who(Who::ProxyUser)
+            .to(Own, 8080)
+            .by("app"),
+        pod("L2.gid.zero", "group 0 exempts nobody: F11")
+            .with("proxy-gid", "0")
+            .who(Who::User(0))
+            .to(Remote, 80)
+            .outbound(),
+        pod("L2.gid.none", "nor does -1, which is the charts' word for it")
+            .with("proxy-gid", "-1")
+            .app(Remote, 80)
+            .outbound(),
         outbound("L2.skip", "a skipped port").app(Remote, 25).by("remote"),
         outbound("L2.skip.first", "the first of a skipped range").app(Remote, 8000).by("remote"),
         outbound("L2.skip.last", "the last of a skipped range").app(Remote, 8010).by("remote"),
@@ -834,7 +881,36 @@ fn kuma() -> Vec<Draft> {
             .with("exclude-inbound-ports", "9090,9091")
             .peer_calls(Own, 8080)
             .inbound(),
-        pod("K.in.15020", "no port is exempt by itself").peer_calls(Own, 15020).inbound(),
+        pod("K.in.15020", "no port of Istio's is exempt").peer_calls(Own, 15020).inbound(),
+        pod("K.probe", "the probe proxy's port is exempt: F60").peer_calls(Own, 9001).by("app"),
+        pod("K.probe.host", "for the kubelet").host_calls(Own, 9001).by("app"),
+        pod("K.probe.next", "a border").peer_calls(Own, 9000).inbound(),
+        pod("K.probe.named", "the pod names it")
+            .with("kuma.io/application-probe-proxy-port", "9123")
+            .host_calls(Own, 9123)
+            .by("app"),
+        pod("K.probe.old", "then the usual one is a port as any other")
+            .with("kuma.io/application-probe-proxy-port", "9123")
+            .host_calls(Own, 9001)
+            .inbound(),
+        pod("K.probe.off", "0: there is none")
+            .with("kuma.io/application-probe-proxy-port", "0")
+            .host_calls(Own, 9001)
+            .inbound(),
+        pod("K.probe.ex", "excluding ports leaves it exempt")
+            .with("exclude-inbound-ports", "9090")
+            .host_calls(Own, 9001)
+            .by("app"),
+        pod("K.admin", "Envoy's admin port is exempt inbound").peer_calls(Own, 9901).by("app"),
+        pod("K.admin.ex", "unless the pod has a list")
+            .with("exclude-inbound-ports", "9090")
+            .peer_calls(Own, 9901)
+            .inbound(),
+        pod("K.admin.out", "and outbound").app(Remote, 9901).by("remote"),
+        pod("K.admin.out.ex", "unless the pod has a list")
+            .with("exclude-outbound-ports", "443")
+            .app(Remote, 9901)
+            .outbound(),
         pod("K.out", "an excluded outbound port")
             .with("exclude-outbound-ports", "443,80")
             .app(Remote, 80)
@@ -859,6 +935,14 @@ fn kuma() -> Vec<Draft> {
             .who(Who::User(2011))
             .to(Remote, 9000)
             .outbound(),
+        pod("K.users.both", "both protocols, in capitals: F67")
+            .with("exclude-outbound-ports-for-uids", "TCP,udp:80:1000")
+            .app(Remote, 80)
+            .by("remote"),
+        pod("K.gateway", "a gateway takes connections itself")
+            .with("kuma.io/gateway", "enabled")
+            .peer_calls(Own, 8080)
+            .by("app"),
         users("K.users.all", "all ports for a user")
             .who(Who::User(3000))
             .to(Remote, 80)
@@ -892,8 +976,130 @@ fn kuma() -> Vec<Draft> {
     ]
 }
 
+/// Kuma 3's `transparent-proxy-config`: F63. The pod's other annotations are there as well, and
+/// count for nothing.
+fn kuma_configured() -> Vec<Draft> {
+    let pod = |id, says, redirect: &str| {
+        let config = format!(r#"{{"cniMode": true, "redirect": {redirect}}}"#);
+        row(id, &[Kuma], says)
+            .with("transparent-proxy-config", &config)
+            .with("exclude-outbound-ports", "80")
+            .with("exclude-inbound-ports", "8080")
+    };
+    let dns = |id, says, outbound: &str| {
+        let dns = r#"{"enabled": true, "captureAll": true, "port": 15053}"#;
+        pod(id, says, &format!(r#"{{"dns": {dns}, "outbound": {outbound}}}"#)).dns()
+    };
+    let injected = r#"{"inbound": {"enabled": true, "port": 15006, "excludePorts": [9001]},
+                       "outbound": {"enabled": true, "port": 15001}}"#;
+    let inbound = |fields: &str| format!(r#"{{"inbound": {{{fields}}}}}"#);
+    let outbound = |fields: &str| format!(r#"{{"outbound": {{{fields}}}}}"#);
+    let include = r#""includePorts": [80], "excludePorts": [80]"#;
+    let (ips, users) = (r#""excludePortsForIPs": "#, r#""excludePortsForUIDs": "#);
+    let remote = outbound(&format!(r#"{ips}["10.96.0.0/16,fd96::/16"]"#));
+    let peers = inbound(&format!(r#"{ips}["10.77.0.10", "fd77::a"]"#));
+    vec![
+        pod("C.out", "the configuration alone counts", injected).app(Remote, 80).outbound(),
+        pod("C.in", "both ways", injected).peer_calls(Own, 8080).inbound(),
+        pod("C.probe", "the probe proxy's port is in it", injected).host_calls(Own, 9001).by("app"),
+        pod("C.probe.not", "and nowhere else", "{}").host_calls(Own, 9001).inbound(),
+        pod("C.admin.not", "as is Envoy's admin port", "{}").app(Remote, 9901).outbound(),
+        pod("C.self", "the proxy's own call", injected).proxy(Own, 8080).inbound(),
+        pod("C.in.off", "inbound is off", &inbound(r#""enabled": false"#))
+            .peer_calls(Own, 80)
+            .by("app"),
+        pod("C.in.off.out", "which says nothing on outbound", &inbound(r#""enabled": false"#))
+            .app(Remote, 81)
+            .outbound(),
+        pod("C.in.only", "only these ports, excluded or not", &inbound(include))
+            .peer_calls(Own, 80)
+            .inbound(),
+        pod("C.in.only.other", "no other port", &inbound(include)).peer_calls(Own, 81).by("app"),
+        pod("C.in.ips", "excluded sources", &peers).peer_calls(Own, 80).by("app"),
+        pod("C.in.ips.other", "other sources", &peers).host_calls(Own, 80).inbound(),
+        pod(
+            "C.in.users",
+            "excluding ports of users inbound excludes all: a quirk",
+            &inbound(&format!(r#"{users}["1000"]"#)),
+        )
+        .peer_calls(Own, 80)
+        .by("app"),
+        pod("C.out.off", "outbound is off", &outbound(r#""enabled": false"#))
+            .app(Remote, 81)
+            .by("remote"),
+        pod("C.out.off.self", "for the proxy's own call too", &outbound(r#""enabled": false"#))
+            .proxy(Own, 80)
+            .by("app"),
+        pod("C.out.off.in", "which says nothing on inbound", &outbound(r#""enabled": false"#))
+            .peer_calls(Own, 80)
+            .inbound(),
+        dns("C.out.off.dns", "nor on DNS", r#"{"enabled": false}"#)
+            .asks(Remote, Manner::Unconnected)
+            .dns_answers(),
+        pod("C.out.only", "only these ports, excluded or not", &outbound(include))
+            .app(Remote, 80)
+            .outbound(),
+        pod("C.out.only.other", "no other port", &outbound(include)).app(Remote, 81).by("remote"),
+        pod("C.out.only.self", "the proxy's own call is none of them", &outbound(include))
+            .proxy(Own, 81)
+            .inbound(),
+        pod("C.out.only.lo", "nor is the app's to its own pod", &outbound(include))
+            .app(Own, 80)
+            .by("app"),
+        pod("C.out.ips", "excluded destinations", &remote).app(Remote, 81).by("remote"),
+        pod("C.out.ips.other", "other destinations", &remote).app(Far, 81).outbound(),
+        dns("C.out.ips.dns", "DNS too", &format!(r#"{{{ips}["10.96.0.10,fd96::10"]}}"#))
+            .asks(Remote, Manner::Unconnected)
+            .answered("remote"),
+        pod(
+            "C.out.users",
+            "a user's ports",
+            &outbound(&format!(r#"{users}["tcp,udp:81:1001", "1000"]"#)),
+        )
+        .app(Remote, 82)
+        .by("remote"),
+        pod(
+            "C.out.users.port",
+            "by protocol and port",
+            &outbound(&format!(r#"{users}["tcp,udp:81:1001", "1000"]"#)),
+        )
+        .who(Who::User(1001))
+        .to(Remote, 81)
+        .by("remote"),
+        pod(
+            "C.out.users.other",
+            "another port of that user",
+            &outbound(&format!(r#"{users}["tcp,udp:81:1001", "1000"]"#)),
+        )
+        .who(Who::User(1001))
+        .to(Remote, 82)
+        .outbound(),
+        dns("C.dns", "DNS is on", "{}").asks(Remote, Manner::Unconnected).dns_answers(),
+        dns("C.dns.tcp", "DNS over TCP goes straight out", "{}").app(Remote, 53).by("remote"),
+        dns(
+            "C.dns.insert",
+            "unless the jump is inserted before its rule",
+            r#"{"insertRedirectInsteadOfAppend": true}"#,
+        )
+        .app(Remote, 53)
+        .outbound(),
+        dns(
+            "C.dns.insert.lo",
+            "which says nothing on localhost",
+            r#"{"insertRedirectInsteadOfAppend": true}"#,
+        )
+        .app(Localhost, 53)
+        .by("app"),
+        pod("C.dns.off", "by default DNS is off", "{}")
+            .udp(Who::App, Remote, 53)
+            .answered("remote"),
+    ]
+}
+
 fn dns() -> Vec<Draft> {
     let both = |id, says| row(id, ENVOY, says).dns();
+    let istio = |id, says| row(id, &[Istio], says).dns();
+    let kuma = |id, says| row(id, &[Kuma], says).dns();
     let asks = |id, says, manner| both(id, says).asks(Remote, manner).dns_answers();
     vec![
         asks("T11", "the app asks a resolver, connected", Manner::Connected),
@@ -922,11 +1128,22 @@ fn dns() -> Vec<Draft> {
             .dns()
             .udp(Who::ProxyGroup, Remote, 53)
             .dns_answers(),
-        both("T11.tcp", "the app asks by TCP").app(Remote, 53).by("dns").peer(Own),
-        both("T11.tcp.lo", "the app asks localhost by TCP").app(Localhost, 53).by("dns"),
-        both("T11.tcp.own", "the app asks its own pod by TCP").app(Own, 53).by("dns"),
+        istio("T11.tcp", "the app asks by TCP").app(Remote, 53).by("dns").peer(Own),
+        istio("T11.tcp.lo", "the app asks localhost by TCP").app(Localhost, 53).by("dns"),
+        istio("T11.tcp.own", "the app asks its own pod by TCP").app(Own, 53).by("dns"),
+        kuma("T11.tcp", "the app asks by TCP: nobody listens for that, F61")
+            .app(Remote, 53)
+            .by("remote")
+            .peer(Own),
+        kuma("T11.tcp.lo", "the app asks localhost by TCP").app(Localhost, 53).by("app"),
+        kuma("T11.tcp.2", "the app asks 127.0.0.2 by TCP")
+            .app(Loopback, 53)
+            .by("app")
+            .kinds(Kind::IPV4),
+        kuma("T11.tcp.own", "the app asks its own pod by TCP").app(Own, 53).by("app"),
         both("T11.tcp.proxy", "the proxy asks by TCP").proxy(Remote, 53).by("remote"),
-        both("T11.tcp.proxy.own", "the proxy asks its own pod by TCP").proxy(Own, 53).by("app"),
+        istio("T11.tcp.proxy.own", "the proxy asks its own pod by TCP").proxy(Own, 53).by("app"),
+        kuma("T11.tcp.proxy.own", "the proxy asks its own pod by TCP").proxy(Own, 53).inbound(),
         both("T11.udp", "UDP to another port").udp(Who::App, Remote, 443).answered("remote"),
         both("T11.tcp.other", "TCP to another port").app(Remote, 80).outbound(),
         both("T11.self", "the proxy's own call").proxy(Own, 8080).inbound(),
@@ -953,8 +1170,8 @@ fn dns() -> Vec<Draft> {
         row("T11.users.tcp", &[Kuma], "which says nothing on TCP")
             .dns()
             .with("exclude-outbound-ports-for-uids", "udp:53:1000")
-            .app(Remote, 53)
-            .by("dns"),
+            .app(Remote, 80)
+            .outbound(),
         row("T11.ip", &[Kuma], "an excluded resolver")
             .dns()
             .with("exclude-outbound-ips", "10.96.0.10,fd96::10")
