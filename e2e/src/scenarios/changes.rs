@@ -116,5 +116,5 @@ fn plain(node: &Node) -> Result<()> {
     let target = server(node, "server-2")?;
     let own = mesh_pod(node, "cart-2")?;
     answered(node, "cart-2", target, "app")?;
-    answered(node, "server-2", own, "app")
+    answered(node, "server-2", own, "app").map(drop)
 }
