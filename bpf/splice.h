@@ -40,8 +40,8 @@
 
 /*
  * A message of each direction goes by TCP at least this often, ns. Its packets keep the connection
- * alive in connection tracking, and a network policy that has come since stops it: what it dropped is
- * unread, and nothing is redirected before that is read.
+ * alive in connection tracking, and a network policy that has come since stops it: what that
+ * dropped is unread, and nothing is redirected before it is read.
  */
 const volatile __u64 splice_refresh = 1000000000;
 
