@@ -28,7 +28,7 @@ VM_TESTS     = budget inbound outbound unload sockets splice_memory
 SECONDS      = 60
 FUZZ_TARGETS = lists annotations manifests
 
-.PHONY: build help deps demo conformance records test torture bench bench-control kernels check chart image e2e clean-e2e fuzz mutants fmt clean
+.PHONY: build help deps demo conformance records test torture bench bench-control kernels check chart image e2e clean-e2e fuzz corpus mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
@@ -115,6 +115,12 @@ fuzz: ## fuzz the parsers of what people write; SECONDS=300 for longer
 			-dict=fuzz/words.dict -timeout=10 -print_final_stats=1 -verbosity=0 \
 			-max_total_time=$$(($(SECONDS) / $(words $(FUZZ_TARGETS)))); \
 	done
+
+corpus: ## ask Istio's own code what it makes of tests/corpus' pods (root, Go 1.26); ISTIO=VERSION of istio.io/istio
+	mkdir -p target
+	cd lab/istio-verdicts $(if $(ISTIO),&& go get istio.io/istio@$(ISTIO) && go mod tidy) && \
+		go run . < ../../tests/corpus/istio.pods.jsonl > ../../target/istio.verdicts.jsonl
+	mv target/istio.verdicts.jsonl tests/corpus/istio.verdicts.jsonl
 
 mutants: ## change each decision of the eBPF programs, and see a test notice (root); ONLY=dns.h
 	@scripts/deps.sh

@@ -32,7 +32,8 @@ impl Linkerd {
             let items = get(name).into_iter().flat_map(|text| text.split(','));
             items.filter(|item| is_port_or_range(item)).map(str::to_owned).collect()
         };
-        // The proxy's control and admin ports, which the plugin's own configuration names.
+        // The proxy's control and admin ports. linkerd-init adds the annotation's to them;
+        // linkerd2-cni skips the annotation's alone.
         let mut skip_inbound_ports = vec!["4190".to_owned(), "4191".to_owned()];
         skip_inbound_ports.extend(ports("skip-inbound-ports"));
         // There is a rule for ids above zero alone.
