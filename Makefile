@@ -60,6 +60,7 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 		exit 1; }
 	@$(MAKE) --no-print-directory deps
 	@$(MAKE) --no-print-directory check
+	@e2e/cluster/parts.sh etcd kube-apiserver
 	cargo test --workspace --no-fail-fast
 	@$(MAKE) --no-print-directory conformance ARGS=--quiet
 	$(DEBUG)/torture --seconds 24
@@ -77,6 +78,7 @@ bench: deps build ## interception and splicing against iptables (root): docs/per
 		--sidestep $(abspath $(BIN)) $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 bench-control: build ## the scale of Kubernetes mode (root): docs/scale.md; QUICK=1, ARGS="--help"
+	@e2e/cluster/parts.sh etcd kube-apiserver
 	cargo build -q -p sidestep-e2e --bin bench-control
 	$(DEBUG)/bench-control --sidestep $(abspath $(BIN)) \
 		$(if $(filter-out 0,$(QUICK)),--pods 60 --others 1000 --seconds 15 --rest 5) $(ARGS)

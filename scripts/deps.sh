@@ -79,6 +79,7 @@ procps ps
 file file
 shellcheck shellcheck
 cpio cpio
+openssl openssl
 xz-utils xz
 zstd zstd
 qemu-system-x86 qemu-system-x86_64
@@ -89,7 +90,7 @@ END
     have busybox && file -L "$(command -v busybox)" | grep -q 'statically linked' || echo busybox-static
     # Some of their kernels are Debian's, also where this system is not.
     [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
-    # For the machines as well: a client of an API server wants some.
+    # A client of an API server wants some, also where it is told which to trust.
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
     # Compiles the eBPF programs; any version from 14 on will do.
     have_versioned clang || echo clang-14

@@ -1,5 +1,5 @@
-//! The agent against an API server: pods are found, enrolled before they run, told what is wrong
-//! with them; the server may go away.
+//! The agent against a real API server: pods are found, enrolled before they run, told what is
+//! wrong with them; the server may go away.
 
 mod common;
 
@@ -7,20 +7,27 @@ use std::{
     fs,
     io::Write,
     os::unix::fs::{PermissionsExt, symlink},
+    path::Path,
     process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU16, Ordering},
+    },
+    time::Duration,
 };
 
 use common::{cluster::*, *};
+use k8s_openapi::api::core::v1::{Node as ApiNode, Pod as ApiPod};
 use serde_json::{Value, json};
 use sidestep::bpf::LAYOUT;
-use sidestep_e2e::apiserver::Gone;
-use sidestep_lab::{Pod, PodNet, wait_until};
+use sidestep_e2e::Envtest;
+use sidestep_lab::{Lab, Pod, PodNet, wait_until};
 
 #[test]
 fn a_fresh_pod_is_intercepted_before_its_first_process() {
     let cluster = Cluster::new("k8s-fresh");
     cluster.in_force();
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     let result = succeeds(&cluster.plugin("ADD", &cluster.a, &object));
     assert_eq!(serde_json::from_str::<Value>(&result).expect("JSON")["cniVersion"], "1.0.0");
     // Nothing of the pod ran until now, and its object names no address.
@@ -35,28 +42,32 @@ fn a_fresh_pod_is_intercepted_before_its_first_process() {
     let _app = cluster.a.serve(addr([0, 0, 0, 0], 8080), APP, APP).expect("an app");
     cluster.b.ask(APP, APP, addr(cluster.a.ipv4(), 8080)).expect_err("no sidecar listens");
     succeeds(&cluster.plugin("DEL", &cluster.a, &object));
-    assert_eq!(cluster.names(), ["lab/a"], "it is intercepted until its namespace is gone");
+    assert_eq!(
+        cluster.names(),
+        [cluster.named("a")],
+        "it is intercepted until its namespace is gone"
+    );
 }
 
 #[test]
 fn a_pod_that_is_in_no_mesh_starts_untouched() {
     let cluster = Cluster::new("k8s-plain");
     cluster.in_force();
-    let mut object = pending(&cluster.a);
+    let mut object = cluster.pending(&cluster.a);
     object["metadata"]["annotations"] = json!({});
-    let object = cluster.api.put(object).expect("created");
+    let object = cluster.create(object);
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
     assert!(cluster.names().is_empty());
 }
 
 #[test]
 fn pods_that_ran_before_the_agent_are_found_by_their_processes() {
-    let mut cluster = Cluster::new("k8s-before");
+    let mut cluster = Cluster::alone("k8s-before");
     cluster.agent.terminate().expect("ends");
-    let object = cluster.api.put(running(&cluster.a)).expect("created");
+    let object = cluster.create(cluster.running(&cluster.a));
     cluster.runs(|cluster| &cluster.a, &object);
     cluster.agent.restart().expect("starts");
-    cluster.agent.wait_enrolled(&cluster.a).expect("enrolled");
+    cluster.wait_enrolled("a");
     let status = cluster.agent.status().expect("status");
     assert!(status["pods"][0]["netns"].as_str().is_some_and(|path| path.starts_with("/proc/")));
     // A restart of the agent finds it again, whatever the API server does meanwhile.
@@ -67,9 +78,9 @@ fn pods_that_ran_before_the_agent_are_found_by_their_processes() {
     let target = addr(ip(REMOTE4), 80);
     assert_original(&cluster.a.ask(APP, APP, target).expect("reaches the proxy"), target);
     cluster.agent.wait_log("can't be reached").expect("said");
-    assert_eq!(cluster.names(), ["lab/a"]);
+    assert_eq!(cluster.names(), [cluster.named("a")]);
     cluster.api.resume().expect("resumed");
-    cluster.agent.wait_enrolled(&cluster.a).expect("still enrolled");
+    cluster.wait_enrolled("a");
 }
 
 /// Those that charts/sidestep names, one by one.
@@ -83,12 +94,11 @@ fn the_charts_capabilities_are_enough() {
     assert_eq!(names.len(), 7, "{names:?}");
     let mut cluster = Cluster::with_capabilities("k8s-caps", &names.join(","));
     cluster.in_force();
-    let fresh = cluster.api.put(pending(&cluster.a)).expect("created");
+    let fresh = cluster.create_pending(&cluster.a);
     succeeds(&cluster.plugin("ADD", &cluster.a, &fresh));
-    let object = running(&cluster.b);
+    let object = cluster.create(cluster.running(&cluster.b));
     cluster.runs(|cluster| &cluster.b, &object);
-    cluster.api.put(object).expect("created");
-    cluster.agent.wait_enrolled(&cluster.b).expect("found by its process");
+    cluster.wait_enrolled("b");
     let target = addr(ip(REMOTE4), 80);
     for pod in [&cluster.a, &cluster.b] {
         let _proxy = pod.fake_proxy(15001).expect("a proxy");
@@ -101,46 +111,217 @@ fn a_missing_capability_is_named() {
     let few = "+bpf,+perfmon,+net_admin,+net_raw,+sys_admin,+dac_read_search";
     let mut cluster = Cluster::with_capabilities("k8s-ptrace", few);
     cluster.in_force();
-    let object = running(&cluster.a);
+    let object = cluster.create(cluster.running(&cluster.a));
     cluster.runs(|cluster| &cluster.a, &object);
-    cluster.api.put(object).expect("created");
     cluster.agent.wait_log("CAP_SYS_PTRACE").expect("said");
 }
 
+/// As a control plane's upgrade does. The server's memory of changes begins anew with it, and
+/// etcd has forgotten all before, so the agent's watches are answered by 410 and list again.
 #[test]
 fn the_api_server_may_go_away_and_forget() {
-    let cluster = Cluster::new("k8s-away");
+    let cluster = Cluster::alone("k8s-away");
     cluster.in_force();
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
     let _proxy = cluster.a.fake_proxy(15001).expect("a proxy");
-    let target = addr(ip(REMOTE4), 80);
-    let works = || assert_original(&cluster.a.ask(APP, APP, target).expect("reached"), target);
+    let lists = || {
+        let asked = cluster.api.asked(&cluster.name).expect("the audit log");
+        asked.iter().filter(|asked| asked.verb == "list" && asked.uri.contains("/pods?")).count()
+    };
+    let ends: [fn(&Envtest) -> anyhow::Result<()>; 2] = [Envtest::stop, Envtest::kill];
+    for (end, (value, left)) in ends.into_iter().zip([("disabled", 0), ("enabled", 1)]) {
+        let (before, said) = (lists(), cluster.agent.log().matches("can't be reached").count());
+        // Something that its watch for pods is not about, and that moves the version on.
+        cluster.label_namespace("round", value.into());
+        cluster.api.compact().expect("compacted");
+        end(&cluster.api).expect("ended");
+        cluster.becomes("the complaint", || {
+            cluster.agent.log().matches("can't be reached").count() > said
+        });
+        assert_eq!(cluster.names().len(), 1 - left, "what is in force stays");
+        let log = cluster.agent.log();
+        assert!(!log.contains("failed with error"), "in the agent's own words: {log}");
+        cluster.api.resume().expect("resumed");
+        // What comes after that is seen: it follows the server again.
+        cluster.annotate("a", "sidestep.io/intercept", value.into());
+        cluster.becomes("the change", || cluster.names().len() == left);
+        assert!(lists() > before, "it was told to list again");
+        cluster.agent.wait_log("solved: ").expect("solved");
+    }
+    cluster.works(&cluster.a);
+}
+
+/// A ClusterRole that somebody takes away takes what is in force away from nobody.
+#[test]
+fn a_running_agent_may_lose_its_rights() {
+    let cluster = Cluster::alone("k8s-lost");
+    cluster.in_force();
+    let object = cluster.create_pending(&cluster.a);
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    let _proxy = cluster.a.fake_proxy(15001).expect("a proxy");
+    let rights = [("list", "pods"), ("watch", "pods"), ("watch", "namespaces")];
+    for (verb, resource) in rights {
+        cluster.forbid(verb, resource);
+    }
+    // Watches that run go on: rights are looked at when they begin.
     cluster.api.stop().expect("stopped");
-    cluster.agent.wait_log("can't be reached").expect("said");
-    works();
-    let log = cluster.agent.log();
-    assert!(!log.contains("failed with error"), "in the agent's own words: {log}");
-    cluster.api.compact(Gone::Event);
     cluster.api.resume().expect("resumed");
-    cluster.agent.wait_log("solved: ").expect("solved");
-    works();
-    // What comes after that is seen: it follows the server again.
-    let off = json!({"metadata": {"annotations": {"sidestep.io/intercept": "disabled"}}});
-    cluster.api.patch("pods", "lab", "a", &off).expect("patched");
-    cluster.becomes("the pod to leave", || cluster.names().is_empty());
-    cluster.api.compact(Gone::Status);
-    let on = json!({"metadata": {"annotations": {"sidestep.io/intercept": "enabled"}}});
-    cluster.api.patch("pods", "lab", "a", &on).expect("patched");
-    cluster.becomes("the pod to be back", || cluster.names() == ["lab/a"]);
-    works();
+    for resource in ["pods", "namespaces"] {
+        cluster.agent.wait_log(&format!("verb \"watch\" on \"{resource}\"")).expect("said");
+    }
+    cluster.works(&cluster.a);
+    cluster.annotate("a", "sidestep.io/intercept", "disabled".into());
+    for (verb, resource) in rights {
+        cluster.allow(verb, resource);
+    }
+    cluster.becomes("the change", || cluster.names().is_empty());
+}
+
+/// As with kubelets that are behind, or a clock that is: the token in the agent's file is too old.
+#[test]
+fn an_expired_token_is_named_and_a_new_one_is_taken() {
+    let parts = Parts::new("k8s-token", shared());
+    let expired = parts.api.expired_token(&parts.name).expect("a token");
+    let good = fs::read_to_string(parts.at("token")).expect("a token");
+    parts.write("token", &expired);
+    let cluster = parts.cluster(&[], |_| {});
+    cluster.agent.wait_log("does not accept the agent's token").expect("said");
+    fs::write(cluster.dir.path().join("token"), good).expect("written");
+    let object = cluster.create_pending(&cluster.a);
+    // The file is read again once a minute.
+    wait_until("the pod to be let in", Duration::from_secs(100), || {
+        cluster.is_chained() && cluster.plugin("ADD", &cluster.a, &object).status.success()
+    })
+    .unwrap_or_else(|error| panic!("{error:#}; {}", cluster.agent.log_tail()));
+    cluster.becomes("the watch", || cluster.agent.log().contains("solved: "));
+}
+
+/// It takes connections, and answers nothing.
+#[test]
+fn an_api_server_that_hangs_holds_up_only_what_it_is_asked_for() {
+    let cluster = Cluster::alone("k8s-hangs");
+    cluster.in_force();
+    let first = cluster.create_pending(&cluster.a);
+    succeeds(&cluster.plugin("ADD", &cluster.a, &first));
+    let _proxy = cluster.a.fake_proxy(15001).expect("a proxy");
+    cluster.api.freeze().expect("frozen");
+    cluster.works(&cluster.a);
+    succeeds(&cluster.plugin("CHECK", &cluster.a, &first));
+    // One that the agent would have to ask for.
+    let (code, text) = refused(&cluster.plugin("ADD", &cluster.b, &cluster.pending(&cluster.b)));
+    assert_eq!(code, 11, "to be tried again: {text}");
+    cluster.works(&cluster.a);
+    cluster.api.go_on().expect("continued");
+    let second = cluster.create_pending(&cluster.b);
+    cluster.becomes("the pod to be let in", || {
+        cluster.plugin("ADD", &cluster.b, &second).status.success()
+    });
+    cluster.annotate("a", "sidestep.io/intercept", "disabled".into());
+    cluster.becomes("the change", || cluster.names() == [cluster.named("b")]);
+}
+
+/// The node's link goes down, and no end of a connection is told.
+#[test]
+fn a_cut_network_is_caught_up_with() {
+    let lab = Lab::new("k8s-cut").expect("a lab");
+    let uplink = lab.pod("uplink", PodNet::V4).expect("the node's link");
+    let node = Path::new("/run/netns").join(lab.node_name());
+    let api = Envtest::start_in(&node, [10, 77, 0, 1].into()).expect("an API server");
+    let mut parts = Parts::on("k8s-cut", api, lab);
+    parts.run_agent_by(&format!("nsenter --net={} --", uplink.netns().display()));
+    let cluster = parts.cluster(&[], |_| {});
+    cluster.in_force();
+    let object = cluster.create_pending(&cluster.a);
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    let _proxy = cluster.a.fake_proxy(15001).expect("a proxy");
+    let cut = |direction: &str| uplink.ip(&format!("link set eth0 {direction}")).expect("set");
+
+    // For a moment: TCP itself gets over it.
+    cut("down");
+    let second = cluster.create_pending(&cluster.b);
+    cluster.annotate("a", "sidestep.io/intercept", "disabled".into());
+    let (code, text) = refused(&cluster.plugin("ADD", &cluster.b, &second));
+    assert_eq!(code, 11, "to be tried again: {text}");
+    assert_eq!(cluster.names(), [cluster.named("a")], "what is in force stays");
+    cluster.works(&cluster.a);
+    cut("up");
+    cluster.becomes("the change", || cluster.names().is_empty());
+    cluster.becomes("the pod to be let in", || {
+        cluster.plugin("ADD", &cluster.b, &second).status.success()
+    });
+
+    // Until the server has forgotten the connections, as one that lost its power.
+    cut("down");
+    cluster.api.kill().expect("killed");
+    cluster.api.resume().expect("resumed");
+    cut("up");
+    cluster.annotate("b", "sidestep.io/intercept", "disabled".into());
+    wait_until("the change", Duration::from_secs(60), || cluster.names().is_empty())
+        .unwrap_or_else(|error| panic!("{error:#}; {}", cluster.agent.log_tail()));
+}
+
+/// What only a proxy can do: each of these is an answer that a healthy API server does not give, or
+/// not when a test wants it.
+#[test]
+fn answers_that_make_no_sense_are_survived() {
+    let parts = Parts::new("k8s-answers", shared());
+    let kubeconfig = parts.api.kubeconfig(&parts.at("token"));
+    let proxy = parts.api.proxy(kubeconfig).expect("a proxy");
+    parts.write("kubeconfig", &proxy.kubeconfig().to_string());
+    let cluster = parts.cluster(&[], |_| {});
+    cluster.in_force();
+    let object = cluster.create_pending(&cluster.a);
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    let _proxy = cluster.a.fake_proxy(15001).expect("a proxy");
+    let status = |code: u16, reason: &str| {
+        let status = json!({
+            "kind": "Status", "apiVersion": "v1", "status": "Failure",
+            "code": code, "reason": reason, "message": format!("{reason}, says the proxy"),
+        });
+        (code, status.to_string())
+    };
+    let mut excluded = 9000;
+    for (what, (code, body)) in [
+        // By the HTTP status, where real servers send an event.
+        ("watch=true", status(410, "Expired")),
+        ("/pods?", status(429, "TooManyRequests")),
+        ("/pods?", status(500, "InternalError")),
+        ("/pods?", status(503, "ServiceUnavailable")),
+        ("/pods?", (200, "<html>not what you think</html>".to_owned())),
+        ("/pods?", (200, "{\"kind\": \"PodList\"".to_owned())),
+    ] {
+        let given = Arc::new(AtomicU16::new(0));
+        let count = Arc::clone(&given);
+        let answer = body.clone();
+        proxy.answer(move |_, uri| {
+            uri.contains(what).then(|| {
+                count.fetch_add(1, Ordering::Relaxed);
+                (code, answer.clone())
+            })
+        });
+        proxy.cut();
+        cluster.becomes(&format!("{code} to be given twice"), || given.load(Ordering::Relaxed) > 1);
+        cluster.works(&cluster.a);
+        assert_eq!(cluster.names(), [cluster.named("a")], "{code}: {body}");
+        succeeds(&cluster.plugin("CHECK", &cluster.a, &object));
+        proxy.answer(|_, _| None);
+        excluded += 1;
+        let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
+        cluster.annotate("a", key, excluded.to_string().into());
+        let target = addr(ip(REMOTE4), excluded);
+        cluster.becomes(&format!("the change after {code}"), || {
+            cluster.a.ask(APP, APP, target).is_err()
+        });
+    }
+    cluster.works(&cluster.a);
 }
 
 #[test]
 fn annotations_and_the_namespaces_label_change_live() {
     let cluster = Cluster::new("k8s-live");
     cluster.in_force();
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
     let _proxy = cluster.a.fake_proxy(15001).expect("a proxy");
     let remote = addr(ip("10.77.255.1"), 8099);
@@ -156,18 +337,11 @@ fn annotations_and_the_namespaces_label_change_live() {
     };
     assert!(captured());
     let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
-    let annotate = |value: Value| {
-        let patch = json!({"metadata": {"annotations": {key: value}}});
-        cluster.api.patch("pods", "lab", "a", &patch).expect("patched");
-    };
-    annotate("8099".into());
+    cluster.annotate("a", key, "8099".into());
     cluster.becomes("the port to be excluded", || !captured());
-    annotate(Value::Null);
+    cluster.annotate("a", key, Value::Null);
     cluster.becomes("the port to be captured", captured);
-    let label = |value: Value| {
-        let patch = json!({"metadata": {"labels": {"sidestep.io/intercept": value}}});
-        cluster.api.patch("namespaces", "", "lab", &patch).expect("patched");
-    };
+    let label = |value| cluster.label_namespace("sidestep.io/intercept", value);
     label("disabled".into());
     cluster.becomes("the namespace to be left alone", || cluster.names().is_empty());
     assert!(!captured());
@@ -179,15 +353,15 @@ fn annotations_and_the_namespaces_label_change_live() {
 fn a_force_deleted_pod_is_intercepted_until_its_namespace_is_gone() {
     let mut cluster = Cluster::new("k8s-force");
     cluster.in_force();
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
-    cluster.api.delete("pods", "lab", "a").expect("deleted");
+    cluster.api.delete::<ApiPod>(&cluster.name, "a").expect("deleted");
     // Its successor has the same name, and another namespace and uid.
-    let mut successor = pending(&cluster.b);
+    let mut successor = cluster.pending(&cluster.b);
     successor["metadata"]["name"] = "a".into();
-    let successor = cluster.api.put(successor).expect("created");
+    let successor = cluster.create(successor);
     succeeds(&cluster.plugin("ADD", &cluster.b, &successor));
-    assert_eq!(cluster.names(), ["lab/a", "lab/a"]);
+    assert_eq!(cluster.names(), [cluster.named("a"), cluster.named("a")]);
     let _proxies = [&cluster.a, &cluster.b].map(|pod| pod.fake_proxy(15001).expect("a proxy"));
     let target = addr(ip(REMOTE4), 80);
     for pod in [&cluster.a, &cluster.b] {
@@ -199,7 +373,7 @@ fn a_force_deleted_pod_is_intercepted_until_its_namespace_is_gone() {
     drop(_proxies);
     let gone = std::mem::replace(&mut cluster.a, cluster.lab.pod("c", PodNet::V4).expect("c"));
     drop(gone);
-    cluster.becomes("the namespace's state to go", || cluster.names() == ["lab/a"]);
+    cluster.becomes("the namespace's state to go", || cluster.names() == [cluster.named("a")]);
 }
 
 /// A Job's pod: its object stays, its namespace goes.
@@ -207,10 +381,9 @@ fn a_force_deleted_pod_is_intercepted_until_its_namespace_is_gone() {
 fn a_pod_that_is_done_is_no_problem() {
     let mut cluster = Cluster::new("k8s-done");
     cluster.in_force();
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
-    let done = json!({"status": {"phase": "Succeeded"}});
-    cluster.api.patch("pods", "lab", "a", &done).expect("patched");
+    cluster.set_status("a", json!({"phase": "Succeeded"}));
     drop(std::mem::replace(&mut cluster.a, cluster.lab.pod("c", PodNet::V4).expect("c")));
     cluster.becomes("the namespace's state to go", || cluster.names().is_empty());
     assert!(!cluster.agent.log().contains("ERROR"), "{}", cluster.agent.log_tail());
@@ -220,30 +393,21 @@ fn a_pod_that_is_done_is_no_problem() {
 fn a_pod_that_cannot_be_enrolled_does_not_start_and_is_told() {
     let cluster = Cluster::new("k8s-refuse");
     cluster.in_force();
-    let tproxy = annotated(pending(&cluster.a), "sidecar.istio.io/interceptionMode", "TPROXY");
-    let object = cluster.api.put(tproxy).expect("created");
+    let tproxy =
+        annotated(cluster.pending(&cluster.a), "sidecar.istio.io/interceptionMode", "TPROXY");
+    let object = cluster.create(tproxy);
     let (code, text) = refused(&cluster.plugin("ADD", &cluster.a, &object));
     assert_eq!(code, 100);
-    assert!(text.contains("lab/a") && text.contains("TPROXY"), "{text}");
-    let events = || cluster.api.list("events.events.k8s.io").expect("events");
-    cluster.becomes("an Event", || {
-        events().iter().any(|event| {
-            event["regarding"]["name"] == "a"
-                && event["reason"] == "Unsupported"
-                && event["note"].as_str().is_some_and(|note| note.contains("TPROXY"))
-        })
-    });
+    assert!(text.contains(&cluster.named("a")) && text.contains("TPROXY"), "{text}");
+    cluster.becomes("an Event", || cluster.has_event("Pod", "a", "Unsupported", &["TPROXY"]));
     // Annotations that can't be read capture everything, and say so.
     let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
-    let object = cluster.api.put(annotated(pending(&cluster.b), key, "80,http")).expect("created");
+    let object = cluster.create(annotated(cluster.pending(&cluster.b), key, "80,http"));
     succeeds(&cluster.plugin("ADD", &cluster.b, &object));
     cluster.becomes("an Event for b", || {
-        events().iter().any(|event| {
-            let note = event["note"].as_str().unwrap_or_default();
-            event["regarding"]["name"] == "b" && note.contains(key) && note.contains("80,http")
-        })
+        cluster.has_event("Pod", "b", "InvalidPolicy", &[key, "80,http"])
     });
-    assert_eq!(cluster.names(), ["lab/b"]);
+    assert_eq!(cluster.names(), [cluster.named("b")]);
 }
 
 /// It is Istio's own agents' business, so it starts; that nobody took it is said.
@@ -251,27 +415,20 @@ fn a_pod_that_cannot_be_enrolled_does_not_start_and_is_told() {
 fn an_ambient_pod_starts_and_is_told_that_it_is_left_alone() {
     let cluster = Cluster::new("k8s-ambient");
     cluster.in_force();
-    let label = json!({"metadata": {"labels": {"istio.io/dataplane-mode": "ambient"}}});
-    cluster.api.patch("namespaces", "", "lab", &label).expect("patched");
-    let mut object = pending(&cluster.a);
+    cluster.label_namespace("istio.io/dataplane-mode", "ambient".into());
+    let mut object = cluster.pending(&cluster.a);
     object["metadata"]["annotations"] = json!({});
-    object["spec"]["containers"] = json!([{"name": "app"}]);
-    let object = cluster.api.put(object).expect("created");
+    object["spec"]["containers"] = json!([{"name": "app", "image": "app"}]);
+    let object = cluster.create(object);
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
-    let runs = json!({"status": {"phase": "Running"}});
-    cluster.api.patch("pods", "lab", "a", &runs).expect("patched");
+    cluster.set_status("a", json!({"phase": "Running"}));
     cluster.becomes("an Event", || {
-        cluster.api.list("events.events.k8s.io").expect("events").iter().any(|event| {
-            let note = event["note"].as_str().unwrap_or_default();
-            event["regarding"]["name"] == "a"
-                && event["reason"] == "Unsupported"
-                && note.contains("istio.io/dataplane-mode: \"ambient\"")
-        })
+        let words = ["istio.io/dataplane-mode: \"ambient\""];
+        cluster.has_event("Pod", "a", "Unsupported", &words)
     });
     succeeds(&cluster.plugin("CHECK", &cluster.a, &object));
     assert!(cluster.names().is_empty());
-    let taken = json!({"metadata": {"annotations": {"ambient.istio.io/redirection": "enabled"}}});
-    cluster.api.patch("pods", "lab", "a", &taken).expect("patched");
+    cluster.annotate("a", "ambient.istio.io/redirection", "enabled".into());
     cluster.agent.wait_log("solved: ").expect("Istio's own agent has it");
 }
 
@@ -282,18 +439,22 @@ fn a_full_map_refuses_a_pod_and_wedges_nothing() {
     // Every other port is a rule of its own: half of what there is room for.
     let ports: Vec<String> = (1..=u16::MAX).step_by(2).map(|port| port.to_string()).collect();
     let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
-    let greedy = |pod: &Pod| annotated(pending(pod), key, &ports.join(","));
-    let first = cluster.api.put(greedy(&cluster.a)).expect("created");
+    let greedy = |pod: &Pod| annotated(cluster.pending(pod), key, &ports.join(","));
+    let first = cluster.create(greedy(&cluster.a));
     succeeds(&cluster.plugin("ADD", &cluster.a, &first));
-    let second = cluster.api.put(greedy(&cluster.b)).expect("created");
+    let second = cluster.create(greedy(&cluster.b));
     let (code, text) = refused(&cluster.plugin("ADD", &cluster.b, &second));
     assert_eq!(code, 100);
-    assert!(text.contains("lab/b") && text.contains("port_rules map is full"), "{text}");
-    assert_eq!(cluster.names(), ["lab/a"]);
+    assert!(
+        text.contains(&cluster.named("b")) && text.contains("port_rules map is full"),
+        "{text}"
+    );
+    assert_eq!(cluster.names(), [cluster.named("a")]);
     // With less, it is let in, and the first one still works as it should.
-    let modest = json!({"metadata": {"annotations": {key: "81"}}});
-    cluster.api.patch("pods", "lab", "b", &modest).expect("patched");
-    cluster.becomes("the second pod to be let in", || cluster.names() == ["lab/a", "lab/b"]);
+    cluster.annotate("b", key, "81".into());
+    cluster.becomes("the second pod to be let in", || {
+        cluster.names() == [cluster.named("a"), cluster.named("b")]
+    });
     let _proxies = [&cluster.a, &cluster.b].map(|pod| pod.fake_proxy(15001).expect("a proxy"));
     let target = addr(ip(REMOTE4), 80);
     for pod in [&cluster.a, &cluster.b] {
@@ -306,7 +467,7 @@ fn no_agent_no_pod() {
     let mut cluster = Cluster::new("k8s-no-agent");
     cluster.in_force();
     cluster.agent.kill9();
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     let (code, text) = refused(&cluster.plugin("ADD", &cluster.a, &object));
     assert_eq!(code, 11, "to be tried again: {text}");
     assert!(text.contains("no agent answers"), "{text}");
@@ -316,7 +477,7 @@ fn no_agent_no_pod() {
     cluster.becomes("the pod to be let in", || {
         cluster.plugin("ADD", &cluster.a, &object).status.success()
     });
-    assert_eq!(cluster.names(), ["lab/a"]);
+    assert_eq!(cluster.names(), [cluster.named("a")]);
 }
 
 #[test]
@@ -356,13 +517,13 @@ fn a_configuration_that_others_write_is_repaired() {
 fn bad_requests_of_the_plugin_are_named() {
     let cluster = Cluster::new("k8s-requests");
     cluster.in_force();
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     let (code, text) = refused(&cluster.plugin_with("ADD", &cluster.a, &object, "{ no json"));
     assert_eq!((code, text.contains("no JSON")), (6, true), "{text}");
     let mut unknown = object.clone();
     unknown["metadata"]["name"] = "nobody".into();
     let (code, text) = refused(&cluster.plugin("ADD", &cluster.a, &unknown));
-    assert_eq!((code, text.contains("lab/nobody")), (11, true), "{text}");
+    assert_eq!((code, text.contains(&cluster.named("nobody"))), (11, true), "{text}");
     // Somebody who says nothing sensible to the socket itself.
     let mut stream = std::os::unix::net::UnixStream::connect(cluster.dir.path().join("cni.sock"))
         .expect("connected");
@@ -378,22 +539,22 @@ fn a_forbidden_verb_is_named() {
     let forbidden = [("list", "pods"), ("watch", "namespaces"), ("get", "nodes")];
     let cluster = Cluster::with("k8s-rbac", &[], |api| {
         for (verb, resource) in forbidden {
-            api.forbid(verb, resource);
+            api.forbid("k8s-rbac", verb, resource).expect("forbidden");
         }
     });
-    let (api, agent) = (&cluster.api, &cluster.agent);
+    let agent = &cluster.agent;
     for (verb, resource) in forbidden {
         cluster.becomes("the complaint", || {
             agent.log().contains(&format!("verb \"{verb}\" on \"{resource}\""))
         });
-        api.allow(verb, resource);
+        cluster.allow(verb, resource);
     }
     // Of those that are asked for later, each is named when it is: nothing else waits for it.
-    api.forbid("create", "events");
-    let tproxy = annotated(pending(&cluster.b), "sidecar.istio.io/interceptionMode", "TPROXY");
-    api.put(tproxy).expect("created");
+    cluster.forbid("create", "events");
+    let tproxy = "sidecar.istio.io/interceptionMode";
+    cluster.create(annotated(cluster.pending(&cluster.b), tproxy, "TPROXY"));
     agent.wait_log("verb \"create\" on \"events\"").expect("said");
-    let object = api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     cluster.becomes("the pod to be let in", || {
         cluster.is_chained() && cluster.plugin("ADD", &cluster.a, &object).status.success()
     });
@@ -402,14 +563,16 @@ fn a_forbidden_verb_is_named() {
 /// Where the watch has not told of the pod yet, it is asked for.
 #[test]
 fn a_pod_that_may_not_be_asked_for_is_named() {
-    let cluster = Cluster::with("k8s-get", &[], |api| api.forbid("get", "pods"));
+    let cluster = Cluster::with("k8s-get", &[], |api| {
+        api.forbid("k8s-get", "get", "pods").expect("forbidden");
+    });
     cluster.in_force();
-    let object = pending(&cluster.a);
+    let object = cluster.pending(&cluster.a);
     let (code, text) = refused(&cluster.plugin("ADD", &cluster.a, &object));
     assert_eq!(code, 11, "to be tried again: {text}");
     assert!(text.contains("verb \"get\" on \"pods\""), "{text}");
     // The watch tells: then nothing needs to be asked.
-    let object = cluster.api.put(object).expect("created");
+    let object = cluster.create(object);
     cluster.becomes("the pod to be let in", || {
         cluster.plugin("ADD", &cluster.a, &object).status.success()
     });
@@ -419,9 +582,9 @@ fn a_pod_that_may_not_be_asked_for_is_named() {
 fn a_node_or_kubeconfig_that_cannot_be_right_ends_the_agent() {
     let mut cluster = Cluster::new("k8s-config");
     cluster.in_force();
-    cluster.api.delete("nodes", "", NODE).expect("deleted");
+    cluster.api.delete::<ApiNode>("", &cluster.name).expect("deleted");
     cluster.agent.restart().expect("starts");
-    cluster.agent.wait_log("no node \"lab\" (--node-name)").expect("said");
+    cluster.agent.wait_log("no node \"k8s-config\" (--node-name)").expect("said");
     let agent = &mut cluster.agent;
     wait_until("its end", SOON, || !agent.is_running()).expect("ended");
     fs::write(cluster.dir.path().join("kubeconfig"), "clusters: [").expect("written");
@@ -436,7 +599,7 @@ fn a_node_that_is_taken_out_keeps_nothing() {
     let mut cluster = Cluster::new("k8s-node");
     cluster.in_force();
     let patch = json!({"metadata": {"labels": {"sidestep.io/intercept": "disabled"}}});
-    cluster.api.patch("nodes", "", NODE, &patch).expect("patched");
+    cluster.api.patch::<ApiNode>("", &cluster.name, &patch).expect("patched");
     cluster.agent.terminate().expect("ends");
     assert!(!cluster.is_chained() && !cluster.agent.bpffs().exists());
 }
@@ -458,7 +621,9 @@ fn get(at: std::net::SocketAddr, path: &str) -> (u16, String) {
 #[test]
 fn health_and_metrics() {
     let flags = ["--http", "127.0.0.1:0"];
-    let cluster = Cluster::with("k8s-http", &flags, |api| api.forbid("list", "pods"));
+    let cluster = Cluster::with("k8s-http", &flags, |api| {
+        api.forbid("k8s-http", "list", "pods").expect("forbidden");
+    });
     cluster.agent.wait_log("health and metrics").expect("said");
     let log = cluster.agent.log();
     let port = log.split("address=127.0.0.1:").nth(1).expect("an address");
@@ -468,9 +633,9 @@ fn health_and_metrics() {
     let (status, text) = get(http, "/readyz");
     assert_eq!(status, 503, "the first list has not come: {text}");
     assert!(text.contains("not told"), "{text}");
-    cluster.api.allow("list", "pods");
+    cluster.allow("list", "pods");
     cluster.becomes("readiness", || get(http, "/readyz").0 == 200);
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
     let _proxy = cluster.a.fake_proxy(15001).expect("a proxy");
     cluster.a.ask(APP, APP, addr(ip(REMOTE4), 80)).expect("reached");
@@ -497,15 +662,17 @@ fn health_and_metrics() {
 fn other_nodes_pods_are_never_sent() {
     let cluster = Cluster::new("k8s-others");
     cluster.in_force();
-    let mut other = running(&cluster.b);
+    let mut other = cluster.running(&cluster.b);
     other["spec"]["nodeName"] = "another".into();
-    cluster.api.put(other).expect("created");
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    cluster.create(other);
+    let object = cluster.create_pending(&cluster.a);
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
-    assert_eq!(cluster.names(), ["lab/a"]);
-    let of_pods = |path: &str| path.ends_with("/pods");
-    for request in cluster.api.requests().iter().filter(|request| of_pods(&request.path)) {
-        assert!(request.query.contains("spec.nodeName%3Dlab"), "{request:?}");
+    assert_eq!(cluster.names(), [cluster.named("a")]);
+    let asked = cluster.api.asked(&cluster.name).expect("the audit log");
+    let of_pods: Vec<_> = asked.iter().filter(|asked| asked.uri.contains("/pods?")).collect();
+    assert!(of_pods.iter().any(|asked| asked.verb == "watch"), "{asked:?}");
+    for asked in of_pods {
+        assert!(asked.uri.contains("spec.nodeName%3Dk8s-others"), "{asked:?}");
     }
 }
 

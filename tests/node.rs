@@ -3,20 +3,23 @@
 
 mod common;
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, sync::Arc};
 
 use common::{cluster::*, *};
+use k8s_openapi::api::{
+    apps::v1::DaemonSet,
+    core::v1::{Node as ApiNode, Pod as ApiPod},
+};
 use nix::{sys::stat::Mode, unistd::mkfifo};
 use serde_json::{Value, json};
-use sidestep_e2e::ApiServer;
+use sidestep_e2e::Envtest;
 use sidestep_lab::{Pod, PodNet, wait_until};
 
 /// What a kubelet calls a static pod.
 const STATIC: &str = "0f1e2d3c4b5a69788796a5b4c3d2e1f0";
 
-/// The mirror of a static pod, as a kubelet makes it.
-fn mirror(pod: &Pod, uid: &str) -> Value {
-    let mut object = pending(pod);
+/// The mirror of a static pod that is this object, as a kubelet makes it.
+fn mirror(mut object: Value, uid: &str) -> Value {
     for key in ["hash", "mirror"] {
         object = annotated(object, &format!("kubernetes.io/config.{key}"), uid);
     }
@@ -27,12 +30,8 @@ fn mirror(pod: &Pod, uid: &str) -> Value {
 fn plain(mut object: Value) -> Value {
     let annotations = object["metadata"]["annotations"].as_object_mut().expect("a map");
     annotations.retain(|key, _| key.starts_with("kubernetes.io/"));
-    object["spec"]["containers"] = json!([{"name": "app"}]);
+    object["spec"]["containers"] = json!([{"name": "app", "image": "app"}]);
     object
-}
-
-fn ips(pod: &Pod) -> Value {
-    Value::from_iter(pod.ips().iter().map(|ip| json!({"ip": ip.to_string()})))
 }
 
 /// What an app's call off the pod meets: the sidecar, which learns the destination.
@@ -50,9 +49,10 @@ fn intercepted(pod: &Pod) {
 fn f5_a_sandbox_that_is_made_again_starts() {
     let cluster = Cluster::new("node-again");
     cluster.in_force();
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
-    let object = cluster.api.put(running(&cluster.a)).expect("running");
+    let has = |pod: &Pod| cluster.set_status("a", pod.manifest()["status"].clone());
+    has(&cluster.a);
     cluster.becomes("its addresses to be known", || {
         let status = cluster.agent.status().unwrap_or_default();
         status["pods"][0]["captured"] == json!(cluster.a.ips())
@@ -65,11 +65,9 @@ fn f5_a_sandbox_that_is_made_again_starts() {
     assert_eq!(found.expect("enrolled")["captured"], json!(cluster.b.ips()));
     intercepted(&cluster.b);
     // What was said of the old one comes late.
-    let old = json!({"status": {"podIPs": ips(&cluster.a)}});
-    cluster.api.patch("pods", "lab", "a", &old).expect("patched");
+    has(&cluster.a);
     succeeds(&cluster.plugin("CHECK", &cluster.b, &object));
-    let new = json!({"status": {"podIPs": ips(&cluster.b)}});
-    cluster.api.patch("pods", "lab", "a", &new).expect("patched");
+    has(&cluster.b);
     intercepted(&cluster.b);
     assert!(!cluster.agent.log().contains("ERROR"), "{}", cluster.agent.log_tail());
 }
@@ -79,21 +77,22 @@ fn f4_a_static_pod_starts_and_is_known_by_its_hash() {
     let cluster = Cluster::new("node-static");
     cluster.in_force();
     let input = cluster.input();
-    let add =
-        |pod: &Pod, uid: &str| cluster.plugin_as("ADD", pod, ["lab", pod.name(), uid], &input);
+    let add = |pod: &Pod, uid: &str| {
+        cluster.plugin_as("ADD", pod, [&cluster.name, pod.name(), uid], &input)
+    };
     // Before the kubelet has made a mirror.
     succeeds(&add(&cluster.b, STATIC));
     // A uid of the API server's own that it does not know is no static pod's.
     let (code, text) = refused(&add(&cluster.b, "7e3c1a52-0d6f-4c3b-9a71-5c2b7f7d9e10"));
-    assert_eq!((code, text.contains("has no pod lab/b")), (11, true), "{text}");
-    cluster.api.put(plain(mirror(&cluster.b, STATIC))).expect("created");
+    assert_eq!((code, text.contains("has no pod node-static/b")), (11, true), "{text}");
+    cluster.create(plain(mirror(cluster.pending(&cluster.b), STATIC)));
     succeeds(&add(&cluster.b, STATIC));
     succeeds(&add(&cluster.b, ""));
     assert!(cluster.names().is_empty());
 
     // One that somebody has given a sidecar.
     let hash = STATIC.replace("0f", "1f");
-    let object = cluster.api.put(mirror(&cluster.a, &hash)).expect("created");
+    let object = cluster.create(mirror(cluster.pending(&cluster.a), &hash));
     assert_ne!(object["metadata"]["uid"], json!(hash));
     succeeds(&add(&cluster.a, &hash));
     let status = cluster.agent.status().expect("status");
@@ -103,10 +102,10 @@ fn f4_a_static_pod_starts_and_is_known_by_its_hash() {
     let (code, _) = refused(&add(&cluster.a, &STATIC.replace("0f", "2f")));
     assert_eq!(code, 11, "to be tried again");
     // `kubectl delete` of the mirror ends nothing, and the next one has another uid.
-    cluster.api.delete("pods", "lab", "a").expect("deleted");
-    cluster.api.put(mirror(&cluster.a, &hash)).expect("created");
+    cluster.api.delete::<ApiPod>(&cluster.name, "a").expect("deleted");
+    cluster.create(mirror(cluster.pending(&cluster.a), &hash));
     intercepted(&cluster.a);
-    assert_eq!(cluster.names(), ["lab/a"]);
+    assert_eq!(cluster.names(), [cluster.named("a")]);
 }
 
 /// Anybody who may create pods may write the annotations of a mirror.
@@ -114,55 +113,53 @@ fn f4_a_static_pod_starts_and_is_known_by_its_hash() {
 fn f4_an_object_that_claims_another_pods_uid_gets_nothing() {
     let cluster = Cluster::new("node-claim");
     cluster.in_force();
-    let victim = cluster.api.put(pending(&cluster.a)).expect("created");
+    let victim = cluster.create_pending(&cluster.a);
     succeeds(&cluster.plugin("ADD", &cluster.a, &victim));
     let uid = victim["metadata"]["uid"].as_str().expect("a uid");
-    let mut liar = mirror(&cluster.b, uid);
+    let mut liar = mirror(cluster.pending(&cluster.b), uid);
     liar = annotated(liar, "traffic.sidecar.istio.io/excludeOutboundPorts", "80");
-    cluster.api.put(liar).expect("created");
+    cluster.create(liar);
     cluster.becomes("the liar to be told", || {
-        cluster.has_event("Pod", "b", "InvalidPod", "which is that of pod lab/a")
+        cluster.has_event("Pod", "b", "InvalidPod", &["which is that of pod node-claim/a"])
     });
     intercepted(&cluster.a);
-    assert_eq!(cluster.names(), ["lab/a"]);
+    assert_eq!(cluster.names(), [cluster.named("a")]);
 }
 
 #[test]
 fn f4_static_pods_that_ran_before_the_agent_are_found_by_their_cgroups() {
     let mut cluster = Cluster::new("node-static-before");
     cluster.in_force();
-    let mut object = running(&cluster.a);
-    for key in ["hash", "mirror"] {
-        object = annotated(object, &format!("kubernetes.io/config.{key}"), STATIC);
-    }
+    let object = mirror(cluster.running(&cluster.a), STATIC);
     let mut known = object.clone();
     known["metadata"]["uid"] = STATIC.into();
     cluster.runs(|cluster| &cluster.a, &known);
-    object["metadata"]["uid"] = "7e3c1a52-0d6f-4c3b-9a71-5c2b7f7d9e10".into();
-    cluster.api.put(object).expect("created");
-    cluster.agent.wait_enrolled(&cluster.a).expect("enrolled");
+    let object = cluster.create(object);
+    assert_ne!(object["metadata"]["uid"], known["metadata"]["uid"]);
+    cluster.wait_enrolled("a");
     intercepted(&cluster.a);
 }
 
-fn daemonset() -> Value {
+fn daemonset(name: &str) -> Value {
     json!({
         "apiVersion": "apps/v1", "kind": "DaemonSet",
-        "metadata": {"name": "sidestep", "namespace": "kube-system"},
+        "metadata": {"name": name, "namespace": name},
         "spec": {
-            "selector": {"matchLabels": {"app": "sidestep"}},
+            "selector": {"matchLabels": {"app": name}},
             "template": {
-                "metadata": {"labels": {"app": "sidestep"}},
+                "metadata": {"labels": {"app": name}},
                 "spec": {"containers": [{"name": "agent", "image": "sidestep"}]},
             },
         },
     })
 }
 
-const OWN: [&str; 2] = ["--daemonset", "kube-system/sidestep"];
-
-fn installed(tag: &str, more: &[&str]) -> Cluster {
-    let flags = [&OWN, more].concat();
-    Cluster::with(tag, &flags, |api| drop(api.put(daemonset()).expect("created")))
+/// With the agent's own DaemonSet, which has the test's name as well.
+fn installed(tag: &str, api: Arc<Envtest>, more: &[&str]) -> Cluster {
+    let own = format!("{tag}/{tag}");
+    let flags = [&["--daemonset", &own], more].concat();
+    let create = |api: &Envtest| drop(api.create(daemonset(tag)).expect("created"));
+    Parts::new(tag, api).cluster(&flags, create)
 }
 
 /// The plugin, its entry and the socket are gone: F9.
@@ -177,22 +174,22 @@ fn unchained(cluster: &Cluster) {
 
 /// Ends the agent as `helm uninstall` does: the DaemonSet is gone, and so are the agent's rights.
 fn uninstall(cluster: &mut Cluster) {
-    cluster.api.delete("daemonsets.apps", "kube-system", "sidestep").expect("deleted");
+    cluster.api.delete::<DaemonSet>(&cluster.name, &cluster.name).expect("deleted");
     // The watch tells.
     cluster.becomes("the pods to be told", || {
         cluster.names().is_empty() || cluster.agent.log().contains("is being uninstalled")
     });
     for verb in ["get", "list", "watch"] {
-        cluster.api.forbid(verb, "daemonsets");
+        cluster.forbid(verb, "daemonsets");
     }
     cluster.agent.terminate().expect("ends");
 }
 
 #[test]
 fn f23_pods_that_run_stay_intercepted_when_the_agent_is_uninstalled() {
-    let mut cluster = installed("node-uninstall", &[]);
+    let mut cluster = installed("node-uninstall", shared(), &[]);
     cluster.in_force();
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
     cluster.agent.terminate().expect("ends");
     assert!(cluster.is_chained() && cluster.agent.bpffs().exists(), "a restart takes nothing away");
@@ -201,7 +198,7 @@ fn f23_pods_that_run_stay_intercepted_when_the_agent_is_uninstalled() {
     cluster.becomes("the new agent", || cluster.agent.log().matches("adopted=1").count() > before);
     uninstall(&mut cluster);
     unchained(&cluster);
-    assert!(cluster.has_event("Pod", "a", "StaysIntercepted", "sidestep unload"));
+    assert!(cluster.has_event("Pod", "a", "StaysIntercepted", &["sidestep unload"]));
     // Neither out nor in.
     intercepted(&cluster.a);
     let app = cluster.a.serve(addr([0, 0, 0, 0], 8080), APP, APP).expect("an app");
@@ -210,9 +207,9 @@ fn f23_pods_that_run_stay_intercepted_when_the_agent_is_uninstalled() {
 
     // A fresh installation takes it over.
     for verb in ["get", "list", "watch"] {
-        cluster.api.allow(verb, "daemonsets");
+        cluster.allow(verb, "daemonsets");
     }
-    cluster.api.put(daemonset()).expect("created");
+    cluster.create(daemonset(&cluster.name));
     cluster.agent.restart().expect("starts");
     cluster.becomes("the fresh agent", || {
         cluster.agent.log().matches("adopted=1").count() > before + 1
@@ -228,11 +225,11 @@ fn f23_pods_that_run_stay_intercepted_when_the_agent_is_uninstalled() {
 
 #[test]
 fn f23_who_asks_for_it_gets_a_clean_node_at_once() {
-    let mut cluster = installed("node-unload", &["--on-uninstall", "unload"]);
+    let mut cluster = installed("node-unload", shared(), &["--on-uninstall", "unload"]);
     cluster.in_force();
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
-    cluster.api.delete("daemonsets.apps", "kube-system", "sidestep").expect("deleted");
+    cluster.api.delete::<DaemonSet>(&cluster.name, &cluster.name).expect("deleted");
     cluster.agent.terminate().expect("ends");
     unchained(&cluster);
     assert!(!cluster.agent.bpffs().exists());
@@ -243,12 +240,12 @@ fn f23_who_asks_for_it_gets_a_clean_node_at_once() {
 /// An API server that refuses has not said that the agent was uninstalled.
 #[test]
 fn f13_an_api_server_that_refuses_or_is_away_takes_nothing_away() {
-    let mut cluster = installed("node-refuses", &[]);
+    let mut cluster = installed("node-refuses", Envtest::start().expect("an API server"), &[]);
     cluster.in_force();
-    let object = cluster.api.put(pending(&cluster.a)).expect("created");
+    let object = cluster.create_pending(&cluster.a);
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
     for verb in ["get", "list", "watch"] {
-        cluster.api.forbid(verb, "daemonsets");
+        cluster.forbid(verb, "daemonsets");
     }
     let stays = |cluster: &mut Cluster| {
         cluster.agent.terminate().expect("ends");
@@ -284,9 +281,8 @@ fn f9_unload_leaves_no_socket() {
 }
 
 /// The pod as a mesh makes it that was not told to leave interception alone.
-fn with_init(pod: &Pod) -> Value {
-    let mut object = running(pod);
-    object["spec"]["initContainers"] = json!([{"name": "istio-init"}]);
+fn with_init(mut object: Value) -> Value {
+    object["spec"]["initContainers"] = json!([{"name": "istio-init", "image": "istio/proxyv2"}]);
     object
 }
 
@@ -294,18 +290,18 @@ fn with_init(pod: &Pod) -> Value {
 fn f8_a_mesh_that_installs_iptables_itself_is_reported() {
     let cluster = Cluster::new("node-iptables");
     cluster.in_force();
-    cluster.api.put(with_init(&cluster.a)).expect("created");
+    cluster.create(with_init(cluster.running(&cluster.a)));
     cluster.becomes("the Event", || {
-        cluster.has_event("Node", NODE, "OwnIptables", "init container istio-init")
+        cluster.has_event("Node", &cluster.name, "OwnIptables", &["init container istio-init"])
     });
     let problems = cluster.problems();
     let text = &problems.iter().find(|(reason, _)| reason == "OwnIptables").expect("a problem").1;
     assert!(
-        text.contains("istio") && text.contains("lab/a") && text.contains("install.md"),
+        text.contains("istio") && text.contains("node-iptables/a") && text.contains("install.md"),
         "{text}"
     );
     // One pod that is intercepted: the mesh was told, and the others are from before.
-    let object = cluster.api.put(pending(&cluster.b)).expect("created");
+    let object = cluster.create_pending(&cluster.b);
     succeeds(&cluster.plugin("ADD", &cluster.b, &object));
     cluster.becomes("the problem to be solved", || cluster.problems().is_empty());
 }
@@ -316,14 +312,16 @@ fn the_startup_taint_goes_when_pods_can_be_intercepted() {
         {"key": "sidestep.io/agent-not-ready", "effect": "NoSchedule"},
         {"key": "example.com/other", "effect": "NoSchedule"},
     ]);
-    let prepare = |api: &ApiServer| {
+    let prepare = |api: &Envtest| {
         let node = json!({"spec": {"taints": taints.clone()}});
-        api.patch("nodes", "", NODE, &node).expect("tainted");
-        api.forbid("list", "pods");
+        api.patch::<ApiNode>("", "node-taint", &node).expect("tainted");
+        api.forbid("node-taint", "list", "pods").expect("forbidden");
     };
     let cluster = Cluster::with("node-taint", &["--remove-startup-taint"], prepare);
     let keys = || {
-        let node = cluster.api.get("nodes", "", NODE).expect("asked").expect("a node");
+        let nodes = cluster.api.list::<ApiNode>("").expect("nodes");
+        let node = nodes.iter().find(|node| node["metadata"]["name"] == cluster.name);
+        let node = node.expect("a node");
         let taints = node["spec"]["taints"].as_array().cloned().unwrap_or_default();
         taints
             .iter()
@@ -332,10 +330,10 @@ fn the_startup_taint_goes_when_pods_can_be_intercepted() {
     };
     cluster.agent.wait_log("verb \"list\" on \"pods\"").expect("said");
     assert_eq!(keys().len(), 2, "its pods are not known yet");
-    cluster.api.forbid("patch", "nodes");
-    cluster.api.allow("list", "pods");
+    cluster.forbid("patch", "nodes");
+    cluster.allow("list", "pods");
     cluster.agent.wait_log("verb \"patch\" on \"nodes\"").expect("said");
-    cluster.api.allow("patch", "nodes");
+    cluster.allow("patch", "nodes");
     cluster.becomes("the taint to go", || keys() == ["example.com/other"]);
 }
 
@@ -344,11 +342,18 @@ fn a_node_that_cannot_intercept_says_so() {
     let mut cluster = Cluster::new("node-event");
     cluster.in_force();
     fs::write(cluster.dir.path().join("net.d/10-net.conflist"), "{ no json").expect("written");
-    cluster.becomes("the Event", || cluster.has_event("Node", NODE, "Node", "is left alone"));
+    cluster.becomes("the Event", || {
+        cluster.has_event("Node", &cluster.name, "Node", &["is left alone"])
+    });
     // And one whose agent can't even start.
     cluster.agent.restart_with(&["--http", "192.0.2.1:9"]).expect("starts");
     cluster.becomes("the Event", || {
-        cluster.has_event("Node", NODE, "Node", "no pod can be intercepted on this node")
+        cluster.has_event(
+            "Node",
+            &cluster.name,
+            "Node",
+            &["no pod can be intercepted on this node"],
+        )
     });
     let agent = &mut cluster.agent;
     wait_until("its end", SOON, || !agent.is_running()).expect("ended");

@@ -1,8 +1,9 @@
-//! For scenarios of Sidestep's Kubernetes mode: a node of a kind cluster, and the agent on it.
+//! For tests of Sidestep's Kubernetes mode: a node of a kind cluster and the agent on it, and a real
+//! API server without a cluster.
 #![forbid(unsafe_code)]
 
 pub mod agent;
-pub mod apiserver;
+pub mod envtest;
 pub mod image;
 pub mod kind;
 pub mod mesh;
@@ -12,5 +13,5 @@ pub mod usage;
 pub mod web;
 
 pub use agent::Agent;
-pub use apiserver::ApiServer;
+pub use envtest::Envtest;
 pub use node::Node;

@@ -10,6 +10,11 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
 use futures_util::{FutureExt, Stream, StreamExt, pin_mut, stream};
+use hyper_timeout::TimeoutConnector;
+use hyper_util::{
+    client::legacy::{Client as HttpClient, connect::HttpConnector},
+    rt::TokioExecutor,
+};
 use k8s_openapi::api::{
     apps::v1::DaemonSet,
     core::v1::{Container, Namespace, Node, ObjectReference, Pod, PodSpec, PodStatus},
@@ -17,6 +22,7 @@ use k8s_openapi::api::{
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
+    client::{ClientBuilder, ConfigExt},
     config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
     core::PartialObjectMeta,
     runtime::{
@@ -32,6 +38,7 @@ use tokio::{
     task,
     time::{sleep, timeout},
 };
+use tower::{BoxError, ServiceBuilder};
 use tracing::{info, warn};
 
 use super::{Snapshot, SourcePod};
@@ -46,6 +53,12 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// How long the API server may say nothing to a list or a watch: it ends each watch itself after
 /// 290 seconds.
 const SILENCE: Duration = Duration::from_secs(300);
+/// A connection that is silent for so long is asked whether its other end is still there, and four
+/// times more, this far apart: an API server that lost its power, or a network between that lost its
+/// memory, ends no connection. client-go asks after 30 seconds, by HTTP/2, and waits for 15.
+const ALIVE: Duration = Duration::from_secs(20);
+/// See [`ALIVE`].
+const ALIVE_AGAIN: Duration = Duration::from_secs(5);
 /// A watch that can't be had fails more often than this: kube pauses for a minute at most.
 const QUIET: Duration = Duration::from_secs(SILENCE.as_secs() + 100);
 /// Before a list that the API server asks for by 410.
@@ -510,6 +523,11 @@ fn explained(verb: &str, resource: &str, error: &kube::Error) -> anyhow::Error {
              {verb:?} on {resource:?} ({})",
             status.message
         ),
+        kube::Error::Api(status) if status.code == 401 => anyhow!(
+            "cannot {verb} {resource}: the API server does not accept the agent's token, which has \
+             expired, or whose service account is gone ({})",
+            status.message
+        ),
         kube::Error::Api(status) => {
             anyhow!("cannot {verb} {resource}: {} ({})", status.message, status.code)
         }
@@ -540,17 +558,31 @@ async fn client(config: &Config) -> Result<Client> {
             )
         })?,
     };
-    Client::try_from(limited(config, SILENCE))
+    limited(config, SILENCE)
         .map_err(|error| anyhow!("cannot make a client of the API server: {error}"))
 }
 
-/// With an end to waiting. An API server that took a request and has died since, without a word,
-/// would else be waited for as long as the agent lives.
-fn limited(mut config: kube::Config, silence: Duration) -> kube::Config {
-    config.read_timeout = Some(silence);
+/// A client with an end to waiting. An API server that took a request and has died since, without a
+/// word, would else be waited for as long as the agent lives. It is not kube's own client, which does
+/// not ask whether a connection is alive, and which tries again for minutes where the API server says
+/// 429 or 503, and tells nobody.
+fn limited(config: kube::Config, silence: Duration) -> kube::Result<Client> {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_keepalive(Some(ALIVE));
+    tcp.set_keepalive_interval(Some(ALIVE_AGAIN));
+    tcp.set_keepalive_retries(Some(4));
+    let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(tcp)?);
+    connector.set_connect_timeout(config.connect_timeout);
+    connector.set_read_timeout(Some(silence));
     // Counted from the request on, not from when its connection was last used.
-    config.reset_reader_on_write = true;
-    config
+    connector.set_reset_reader_on_write(true);
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .map_err(BoxError::from)
+        .service(HttpClient::builder(TokioExecutor::new()).build(connector));
+    Ok(ClientBuilder::new(service, config.default_namespace).build())
 }
 
 /// A node of another name than the API server's has no pods: better said at once.
@@ -680,7 +712,7 @@ mod tests {
         let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("http://{}", silent.local_addr().expect("an address"));
         let config = kube::Config::new(url.parse().expect("a URL"));
-        let client = Client::try_from(limited(config, Duration::from_millis(100)));
+        let client = limited(config, Duration::from_millis(100));
         let pods = Api::<Pod>::all(client.expect("a client"));
         let listed = timeout(ANSWER, pods.list(&Default::default())).await;
         listed.expect("it waits for ever").expect_err("nobody answered");

@@ -1,4 +1,4 @@
-//! A node of a cluster: an API server, an agent with its CNI plugin, two pods.
+//! A node of a cluster: a real API server, an agent with its CNI plugin, two pods.
 
 use std::{
     ffi::OsString,
@@ -7,29 +7,35 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::PathBuf,
     process::{Command, Output, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
+use k8s_openapi::api::{
+    core::v1::{Namespace, Pod as ApiPod},
+    events::v1::Event,
+};
 use serde_json::{Value, json};
-use sidestep_e2e::ApiServer;
+use sidestep_e2e::Envtest;
 use sidestep_lab::{Agent, Lab, Pod, PodNet, Process, slowdown, wait_until};
 
-use super::{addr, binary};
+use super::{APP, REMOTE4, addr, assert_original, binary, ip};
 
-pub const NODE: &str = "lab";
 pub const BRIDGE: &str =
     r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"},{"type":"portmap"}]}"#;
 
-/// A node of a cluster: an API server, CNI directories, two pods that nobody told of yet.
+/// A node of a cluster: an API server, CNI directories, two pods that nobody told of yet. The
+/// node, the pods' namespace and the agent's account all have the test's name.
 pub struct Cluster {
     pub agent: Agent,
     // Kept for its processes, which show where a pod's namespace is.
     pub processes: Vec<(Process, PathBuf)>,
     pub a: Pod,
     pub b: Pod,
-    pub lab: Lab,
+    pub name: String,
+    pub api: Arc<Envtest>,
     pub dir: tempfile::TempDir,
-    pub api: ApiServer,
+    pub lab: Lab,
 }
 
 impl Drop for Cluster {
@@ -48,54 +54,108 @@ impl Cluster {
     }
 
     /// With more flags, and with what `prepare` does to the API server.
-    pub fn with(tag: &str, flags: &[&str], prepare: impl FnOnce(&ApiServer)) -> Self {
-        Self::made(tag, flags, None, prepare)
+    pub fn with(tag: &str, flags: &[&str], prepare: impl FnOnce(&Envtest)) -> Self {
+        Parts::new(tag, shared()).cluster(flags, prepare)
+    }
+
+    /// With an API server of its own, to be stopped and starved.
+    pub fn alone(tag: &str) -> Self {
+        Parts::new(tag, Envtest::start().expect("an API server")).cluster(&[], |_| {})
     }
 
     /// With an agent that has these capabilities alone.
     pub fn with_capabilities(tag: &str, capabilities: &str) -> Self {
-        Self::made(tag, &[], Some(capabilities), |_| {})
+        let mut parts = Parts::new(tag, shared());
+        let limits = format!("setpriv --no-new-privs --bounding-set=-all,{capabilities}");
+        parts.run_agent_by(&limits);
+        parts.cluster(&[], |_| {})
     }
 
-    pub fn made(
-        tag: &str,
-        flags: &[&str],
-        capabilities: Option<&str>,
-        prepare: impl FnOnce(&ApiServer),
-    ) -> Self {
-        let api = ApiServer::start(addr([127, 0, 0, 1], 0)).expect("an API server");
-        api.put(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}))
-            .expect("a node");
-        api.put(json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "lab"}}))
-            .expect("a namespace");
-        prepare(&api);
-        let dir = tempfile::tempdir().expect("a directory");
-        api.write_kubeconfig(&dir.path().join("kubeconfig")).expect("written");
-        for name in ["net.d", "bin"] {
-            fs::create_dir(dir.path().join(name)).expect("made");
-        }
-        fs::write(dir.path().join("net.d/10-net.conflist"), BRIDGE).expect("written");
-        let lab = Lab::new(tag).expect("a lab");
-        let (a, b) = (lab.pod("a", PodNet::DUAL), lab.pod("b", PodNet::DUAL));
-        let mut agent = binary().to_owned();
-        if let Some(capabilities) = capabilities {
-            let script = format!(
-                "#!/bin/sh\nexec setpriv --no-new-privs --bounding-set=-all,{capabilities} {} \"$@\"\n",
-                agent.display()
-            );
-            agent = dir.path().join("limited");
-            fs::write(&agent, script).expect("written");
-            fs::set_permissions(&agent, fs::Permissions::from_mode(0o755)).expect("executable");
-        }
-        let agent = Agent::start_with(&agent, &lab, Self::flags(&dir, flags)).expect("an agent");
-        let (a, b) = (a.expect("pod a"), b.expect("pod b"));
-        Self { agent, processes: Vec::new(), a, b, lab, dir, api }
+    /// The pod as the API server has it, not yet started.
+    pub fn pending(&self, pod: &Pod) -> Value {
+        let mut object = pod.manifest();
+        object["metadata"]["namespace"] = self.name.clone().into();
+        object["spec"]["nodeName"] = self.name.clone().into();
+        object["status"] = json!({"phase": "Pending"});
+        let annotations = object["metadata"]["annotations"].as_object_mut().expect("a map");
+        annotations.shift_remove("sidestep.io/netns");
+        object
     }
 
-    pub fn flags(dir: &tempfile::TempDir, more: &[&str]) -> Vec<OsString> {
+    pub fn running(&self, pod: &Pod) -> Value {
+        let mut object = self.pending(pod);
+        object["status"] = pod.manifest()["status"].clone();
+        object
+    }
+
+    pub fn create(&self, object: Value) -> Value {
+        self.api.create(object).expect("created")
+    }
+
+    /// [`Cluster::pending`], created.
+    pub fn create_pending(&self, pod: &Pod) -> Value {
+        self.create(self.pending(pod))
+    }
+
+    pub fn patch(&self, pod: &str, patch: &Value) {
+        self.api.patch::<ApiPod>(&self.name, pod, patch).expect("patched");
+    }
+
+    pub fn set_status(&self, pod: &str, status: Value) {
+        self.api.patch_status::<ApiPod>(&self.name, pod, status).expect("patched");
+    }
+
+    /// With one of the pod's annotations set, or taken away.
+    pub fn annotate(&self, pod: &str, key: &str, value: Value) {
+        self.patch(pod, &json!({"metadata": {"annotations": {key: value}}}));
+    }
+
+    pub fn label_namespace(&self, key: &str, value: Value) {
+        let patch = json!({"metadata": {"labels": {key: value}}});
+        self.api.patch::<Namespace>("", &self.name, &patch).expect("patched");
+    }
+
+    /// Whether there is such an Event on a pod of the test, or on the node, with these words in its
+    /// note.
+    pub fn has_event(&self, kind: &str, name: &str, reason: &str, words: &[&str]) -> bool {
+        let namespace = if kind == "Node" { "default" } else { &self.name };
+        let events = self.api.list::<Event>(namespace).expect("events");
+        events.iter().any(|event| {
+            event["regarding"]["kind"] == kind
+                && event["regarding"]["name"] == name
+                && event["reason"] == reason
+                && words.iter().all(|word| event["note"].as_str().is_some_and(|n| n.contains(word)))
+        })
+    }
+
+    pub fn allow(&self, verb: &str, resource: &str) {
+        self.api.allow(&self.name, verb, resource).expect("allowed");
+    }
+
+    pub fn forbid(&self, verb: &str, resource: &str) {
+        self.api.forbid(&self.name, verb, resource).expect("forbidden");
+    }
+
+    /// A pod as `status` calls it.
+    pub fn named(&self, pod: &str) -> String {
+        format!("{}/{pod}", self.name)
+    }
+
+    pub fn wait_enrolled(&mut self, pod: &str) {
+        let name = self.named(pod);
+        self.agent.wait_named(&name, true).expect("enrolled");
+    }
+
+    /// The pod's app is intercepted.
+    pub fn works(&self, pod: &Pod) {
+        let target = addr(ip(REMOTE4), 80);
+        assert_original(&pod.ask(APP, APP, target).expect("reached"), target);
+    }
+
+    pub fn flags(dir: &tempfile::TempDir, name: &str, more: &[&str]) -> Vec<OsString> {
         let at = |name: &str| dir.path().join(name).into_os_string();
         let mut flags: Vec<OsString> = vec!["--kubernetes".into(), "--node-name".into()];
-        flags.extend([NODE.into(), "--kubeconfig".into(), at("kubeconfig"), "--cni".into()]);
+        flags.extend([name.into(), "--kubeconfig".into(), at("kubeconfig"), "--cni".into()]);
         flags.extend(["--cni-conf-dir".into(), at("net.d"), "--cni-bin-dir".into(), at("bin")]);
         flags.extend(["--cni-socket".into(), at("cni.sock"), "--cni-timeout".into()]);
         flags.push((2 * slowdown()).to_string().into());
@@ -129,8 +189,7 @@ impl Cluster {
     pub fn plugin_with(&self, command: &str, pod: &Pod, object: &Value, input: &str) -> Output {
         let meta = &object["metadata"];
         let text = |key: &str| meta[key].as_str().unwrap_or_default();
-        let (namespace, name, uid) = (text("namespace"), text("name"), text("uid"));
-        self.plugin_as(command, pod, [namespace, name, uid], input)
+        self.plugin_as(command, pod, [text("namespace"), text("name"), text("uid")], input)
     }
 
     /// The same, with these namespace, name and uid in `CNI_ARGS`, whatever the pod's object says.
@@ -186,17 +245,6 @@ impl Cluster {
         problems.iter().map(|problem| (text(problem, "reason"), text(problem, "text"))).collect()
     }
 
-    /// Whether there is such an Event, with these words in its note.
-    pub fn has_event(&self, kind: &str, name: &str, reason: &str, words: &str) -> bool {
-        let events = self.api.list("events.events.k8s.io").expect("events");
-        events.iter().any(|event| {
-            event["regarding"]["kind"] == kind
-                && event["regarding"]["name"] == name
-                && event["reason"] == reason
-                && event["note"].as_str().is_some_and(|note| note.contains(words))
-        })
-    }
-
     pub fn names(&self) -> Vec<String> {
         let status = self.agent.status().unwrap_or_default();
         let pods = status["pods"].as_array().cloned().unwrap_or_default();
@@ -204,22 +252,65 @@ impl Cluster {
     }
 }
 
-/// The pod as the API server has it, not yet started.
-pub fn pending(pod: &Pod) -> Value {
-    let mut object = pod.manifest();
-    object["status"] = json!({"phase": "Pending"});
-    object["metadata"]["annotations"]["sidestep.io/netns"] = Value::Null;
-    object["metadata"]["annotations"]
-        .as_object_mut()
-        .expect("a map")
-        .shift_remove("sidestep.io/netns");
-    object
+/// The API server that the tests of a file share.
+pub fn shared() -> Arc<Envtest> {
+    Envtest::shared().expect("an API server")
 }
 
-pub fn running(pod: &Pod) -> Value {
-    let mut object = pending(pod);
-    object["status"] = pod.manifest()["status"].clone();
-    object
+/// What a cluster is made of, before it has an agent.
+pub struct Parts {
+    pub name: String,
+    pub api: Arc<Envtest>,
+    pub dir: tempfile::TempDir,
+    pub lab: Lab,
+    pub binary: PathBuf,
+}
+
+impl Parts {
+    pub fn new(tag: &str, api: Arc<Envtest>) -> Self {
+        Self::on(tag, api, Lab::new(tag).expect("a lab"))
+    }
+
+    pub fn on(tag: &str, api: Arc<Envtest>, lab: Lab) -> Self {
+        api.add_account(tag).expect("an account");
+        api.create(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": tag}}))
+            .expect("a node");
+        let dir = tempfile::tempdir().expect("a directory");
+        for name in ["net.d", "bin"] {
+            fs::create_dir(dir.path().join(name)).expect("made");
+        }
+        fs::write(dir.path().join("net.d/10-net.conflist"), BRIDGE).expect("written");
+        let parts = Self { name: tag.to_owned(), api, dir, lab, binary: binary().to_owned() };
+        let token = parts.api.token(tag).expect("a token");
+        parts.write("token", &token);
+        parts.write("kubeconfig", &parts.api.kubeconfig(&parts.at("token")).to_string());
+        parts
+    }
+
+    pub fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn write(&self, name: &str, text: &str) {
+        fs::write(self.at(name), text).expect("written");
+    }
+
+    /// Has the agent started by this command.
+    pub fn run_agent_by(&mut self, command: &str) {
+        self.write("agent", &format!("#!/bin/sh\nexec {command} {} \"$@\"\n", binary().display()));
+        self.binary = self.at("agent");
+        fs::set_permissions(&self.binary, fs::Permissions::from_mode(0o755)).expect("executable");
+    }
+
+    pub fn cluster(self, flags: &[&str], prepare: impl FnOnce(&Envtest)) -> Cluster {
+        prepare(&self.api);
+        let Self { name, api, dir, lab, binary } = self;
+        let (a, b) = (lab.pod("a", PodNet::DUAL), lab.pod("b", PodNet::DUAL));
+        let flags = Cluster::flags(&dir, &name, flags);
+        let agent = Agent::start_with(&binary, &lab, flags).expect("an agent");
+        let (a, b) = (a.expect("pod a"), b.expect("pod b"));
+        Cluster { agent, processes: Vec::new(), a, b, name, api, dir, lab }
+    }
 }
 
 #[track_caller]

@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use hdrhistogram::Histogram;
+use k8s_openapi::api::core::v1::Pod as ApiPod;
 use serde::Serialize;
 use serde_json::json;
 use sidestep_lab::interrupted;
@@ -229,7 +230,7 @@ fn change(adding: &Adding<'_>, over: &AtomicBool) -> Result<(Times, Vec<String>)
         let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
         let patch = json!({"metadata": {"annotations": {key: port.to_string()}}});
         let start = Instant::now();
-        adding.node.api.patch("pods", NAMESPACE, &name, &patch)?;
+        adding.node.api.patch::<ApiPod>(NAMESPACE, &name, &patch)?;
         match adding.node.kernel.wait_excluded(cookie, port) {
             Ok(()) => Times::record(&mut times, start.elapsed())?,
             Err(error) => lost.push(format!("{name}: {error:#}")),

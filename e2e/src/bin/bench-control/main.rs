@@ -101,7 +101,7 @@ fn measure(sidestep: &Path, others: usize, settings: &Settings) -> Result<Run> {
     let rest = Duration::from_secs(settings.rest_seconds);
     progress("an empty node at rest");
     let empty = Usage::over(&node, rest)?;
-    node.api.clear_requests();
+    node.clear_requests()?;
 
     progress("filling");
     let (pods, filled) = fill(&node, settings.pods)?;
@@ -112,7 +112,7 @@ fn measure(sidestep: &Path, others: usize, settings: &Settings) -> Result<Run> {
     let before = Usage::now(&node)?;
     let (pods, churned) = churn(&node, pods, settings, progress)?;
     let during = before.until(&Usage::now(&node)?);
-    let requests = node.requests();
+    let requests = node.requests()?;
     node.settle()?;
     let after_churn = Usage::now(&node)?.rss_kib;
 

@@ -7,15 +7,19 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use k8s_openapi::api::core::v1::Pod as ApiPod;
 use serde_json::{Value, json};
-use sidestep_e2e::ApiServer;
-use sidestep_lab::{Agent, Lab, wait_for, wait_until};
+use sidestep_e2e::Envtest;
+use sidestep_lab::{Agent, Lab, interrupted, wait_for, wait_until};
 
 use crate::{
     kernel::Kernel,
@@ -28,16 +32,23 @@ const CONFLIST: &str =
 const RESYNC: Duration = Duration::from_secs(3);
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The agent's account.
+const AGENT: &str = "sidestep";
+/// Objects that are created at the same time.
+const CREATORS: u32 = 8;
+
 /// Dropped in this order.
 pub struct Node {
     pub kernel: Kernel,
     pub agent: Agent,
-    pub api: ApiServer,
+    pub api: Arc<Envtest>,
     config: Value,
     http: SocketAddr,
     dir: tempfile::TempDir,
     base: PathBuf,
     made: AtomicU32,
+    /// Of the agent's requests, those that came before what is measured.
+    asked_before: AtomicUsize,
     _lab: Lab,
 }
 
@@ -46,19 +57,19 @@ impl Node {
     pub fn start(sidestep: &Path, others: usize) -> Result<Self> {
         let localhost = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let lab = Lab::new("bench")?;
-        let api = ApiServer::start(localhost)?;
+        let api = Envtest::start()?;
+        api.add_account(AGENT)?;
         for (kind, name) in [("Node", NODE), ("Namespace", NAMESPACE)] {
             let labels = json!({"istio-injection": "enabled"});
-            api.put(json!({
+            api.create(json!({
                 "apiVersion": "v1", "kind": kind, "metadata": {"name": name, "labels": labels},
             }))?;
         }
-        for number in 0..u32::try_from(others)? {
-            api.put(pod::other(number))?;
-        }
+        create_others(&api, u32::try_from(others)?)?;
         let dir = tempfile::tempdir().context("a directory")?;
         let at = |name: &str| dir.path().join(name);
-        api.write_kubeconfig(&at("kubeconfig"))?;
+        fs::write(at("token"), api.token(AGENT)?)?;
+        fs::write(at("kubeconfig"), api.kubeconfig(&at("token")).to_string())?;
         for name in ["net.d", "bin"] {
             fs::create_dir(at(name))?;
         }
@@ -91,30 +102,32 @@ impl Node {
         let kernel = Kernel::open(agent.bpffs())?;
         let base = lab.node_name().strip_suffix("node").context("the lab's names")?;
         let base = Path::new("/run/netns").join(base);
-        let made = AtomicU32::new(1);
-        Ok(Self { kernel, agent, api, config, http, dir, base, made, _lab: lab })
+        let (made, asked_before) = (AtomicU32::new(1), AtomicUsize::new(0));
+        Ok(Self { kernel, agent, api, config, http, dir, base, made, asked_before, _lab: lab })
     }
 
     /// A new pod's namespace and object.
     pub fn create(&self) -> Result<Pod> {
-        let pod = Pod::make(&self.base, self.made.fetch_add(1, Ordering::Relaxed))?;
-        self.api.put(pod.pending())?;
+        let mut pod = Pod::make(&self.base, self.made.fetch_add(1, Ordering::Relaxed))?;
+        let created = self.api.create(pod.pending())?;
+        let uid = created["metadata"]["uid"].as_str().context("a pod without a uid")?;
+        pod.uid = uid.to_owned();
         Ok(pod)
     }
 
     /// What the kubelet writes once a pod runs.
     pub fn runs(&self, pod: &Pod) -> Result<()> {
-        self.api.patch("pods", NAMESPACE, &pod.name, &pod.running()).map(drop)
+        self.api.patch_status::<ApiPod>(NAMESPACE, &pod.name, pod.running())
     }
 
-    /// Ends a pod as the kubelet does: its sandbox first, its object last.
+    /// Ends a pod as a user and the kubelet do: it is asked to end, its sandbox goes, its object
+    /// last.
     pub fn remove(&self, pod: Pod) -> Result<()> {
-        let deleted = json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}});
-        self.api.patch("pods", NAMESPACE, &pod.name, &deleted)?;
+        self.api.ask_to_end::<ApiPod>(NAMESPACE, &pod.name)?;
         self.plugin("DEL", &pod)?;
         let name = pod.name.clone();
         drop(pod);
-        self.api.delete("pods", NAMESPACE, &name).map(drop)
+        self.api.delete::<ApiPod>(NAMESPACE, &name)
     }
 
     /// Runs the plugin to its end; how long it took.
@@ -177,7 +190,7 @@ impl Node {
 
     /// What came from the API server on the agent's connections, in bytes.
     pub fn received(&self, pid: u32) -> Result<u64> {
-        let peer = self.api.addr().to_string();
+        let peer = self.api.address().to_string();
         let output = Command::new("ss").args(["-tinHOp", "dst", &peer]).output().context("ss")?;
         let text = String::from_utf8_lossy(&output.stdout);
         let own = format!("pid={pid},");
@@ -187,16 +200,24 @@ impl Node {
         Ok(bytes.sum())
     }
 
-    /// Requests to the API server, by method and resource.
-    pub fn requests(&self) -> BTreeMap<String, usize> {
+    /// Forgets the agent's requests so far.
+    pub fn clear_requests(&self) -> Result<()> {
+        self.asked_before.store(self.api.asked(AGENT)?.len(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The agent's requests to the API server since then, by verb and path.
+    pub fn requests(&self) -> Result<BTreeMap<String, usize>> {
         let mut all = BTreeMap::new();
-        for request in self.api.requests() {
-            let watch = if request.query.contains("watch=true") { " watch" } else { "" };
-            let path = request.path.split("/pods/").collect::<Vec<_>>();
-            let path = if path.len() > 1 { format!("{}/pods/NAME", path[0]) } else { request.path };
-            *all.entry(format!("{}{watch} {path}", request.method)).or_default() += 1;
+        for asked in self.api.asked(AGENT)?.iter().skip(self.asked_before.load(Ordering::Relaxed)) {
+            let path = asked.uri.split('?').next().unwrap_or_default();
+            let path = match path.split_once("/pods/") {
+                Some((namespace, _)) => format!("{namespace}/pods/NAME"),
+                None => path.to_owned(),
+            };
+            *all.entry(format!("{} {path}", asked.verb)).or_default() += 1;
         }
-        all
+        Ok(all)
     }
 
     /// The lines of the agent's log that are errors or warnings.
@@ -205,6 +226,25 @@ impl Node {
         let bad = |line: &&str| line.contains("ERROR") || line.contains("WARN");
         log.lines().filter(bad).map(str::to_owned).collect()
     }
+}
+
+/// Creates that many pods of other nodes.
+fn create_others(api: &Envtest, count: u32) -> Result<()> {
+    thread::scope(|scope| {
+        let create = |first: u32| -> Result<()> {
+            for number in (first..count).step_by(CREATORS as usize) {
+                ensure!(!interrupted(), "interrupted");
+                api.create(pod::other(number))?;
+            }
+            Ok(())
+        };
+        let creators: Vec<_> =
+            (0..CREATORS).map(|first| scope.spawn(move || create(first))).collect();
+        for creator in creators {
+            creator.join().map_err(|_| anyhow!("a thread panicked"))??;
+        }
+        Ok(())
+    })
 }
 
 /// The body of an HTTP answer with status 200.

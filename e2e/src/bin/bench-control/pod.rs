@@ -59,6 +59,7 @@ impl Drop for Netns {
 /// A pod with its namespace.
 pub struct Pod {
     pub name: String,
+    /// The API server's; empty before it has the pod.
     pub uid: String,
     pub netns: PathBuf,
     ip: String,
@@ -68,25 +69,25 @@ pub struct Pod {
 impl Pod {
     /// The pod with this number; `base` is what its namespace's path starts with.
     pub fn make(base: &Path, number: u32) -> Result<Self> {
-        let (name, uid) = names("pod", number);
+        let name = format!("pod-{number}");
         let [_, _, high, low] = number.to_be_bytes();
         let ip = format!("10.78.{high}.{low}");
         let netns = PathBuf::from(format!("{}p{number}", base.display()));
         let _handle = Netns::make(&netns, &ip)?;
-        Ok(Self { name, uid, netns, ip, _handle })
+        Ok(Self { name, uid: String::new(), netns, ip, _handle })
     }
 
     /// Its object as the scheduler leaves it.
     pub fn pending(&self) -> Value {
-        object(&self.name, &self.uid, NODE)
+        object(&self.name, NODE)
     }
 
     /// What the kubelet says of it once it runs.
     pub fn running(&self) -> Value {
-        json!({"status": {
+        json!({
             "phase": "Running", "podIP": self.ip, "podIPs": [{"ip": self.ip}],
             "conditions": conditions("True"),
-        }})
+        })
     }
 
     /// `CNI_CONTAINERID`.
@@ -97,17 +98,11 @@ impl Pod {
 
 /// A pod of another node, which runs.
 pub fn other(number: u32) -> Value {
-    let (name, uid) = names("other", number);
-    let mut object = object(&name, &uid, &format!("node-{}", number % 50));
+    let mut object = object(&format!("other-{number}"), &format!("node-{}", number % 50));
     let [_, _, high, low] = number.to_be_bytes();
     let ip = format!("10.79.{high}.{low}");
     object["status"] = json!({"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}]});
     object
-}
-
-fn names(kind: &str, number: u32) -> (String, String) {
-    let mark = u16::from(kind == "other");
-    (format!("{kind}-{number}"), format!("{number:08x}-0000-4000-8000-{mark:012x}"))
 }
 
 fn conditions(ready: &str) -> Value {
@@ -125,8 +120,7 @@ fn conditions(ready: &str) -> Value {
 
 /// A pod as Istio's webhook leaves it, with as much around it as there is in a cluster: most of
 /// an object of some 8 KB is nothing to the agent.
-fn object(name: &str, uid: &str, node: &str) -> Value {
-    let fields: Vec<Value> = ["kube-controller-manager", "kubelet"].map(managed_fields).into();
+fn object(name: &str, node: &str) -> Value {
     let env: Vec<Value> = (0..20)
         .map(|n| json!({"name": format!("SETTING_{n}"), "value": format!("the value of {n}")}))
         .collect();
@@ -149,7 +143,6 @@ fn object(name: &str, uid: &str, node: &str) -> Value {
         "metadata": {
             "name": name,
             "namespace": NAMESPACE,
-            "uid": uid,
             "labels": {"app": "shop", "pod-template-hash": "7d4b9c8f5", "version": "v1"},
             "annotations": {
                 "sidecar.istio.io/status": "{\"initContainers\":[\"istio-validation\"]}",
@@ -159,7 +152,6 @@ fn object(name: &str, uid: &str, node: &str) -> Value {
                 "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "shop-7d4b9c8f5",
                 "uid": "7d4b9c8f-0000-4000-8000-000000000000", "controller": true,
             }],
-            "managedFields": fields,
         },
         "spec": {
             "nodeName": node,
@@ -183,15 +175,5 @@ fn object(name: &str, uid: &str, node: &str) -> Value {
             ],
         },
         "status": {"phase": "Pending", "qosClass": "Burstable", "conditions": conditions("False")},
-    })
-}
-
-fn managed_fields(manager: &str) -> Value {
-    let fields: serde_json::Map<String, Value> = (0..40)
-        .map(|n| (format!("k:{{\"name\":\"SETTING_{n}\"}}"), json!({".": {}, "f:value": {}})))
-        .collect();
-    json!({
-        "manager": manager, "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1",
-        "time": "2026-01-01T00:00:00Z", "fieldsV1": {"f:spec": fields},
     })
 }
