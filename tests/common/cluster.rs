@@ -158,7 +158,7 @@ impl Cluster {
         flags.extend([name.into(), "--kubeconfig".into(), at("kubeconfig"), "--cni".into()]);
         flags.extend(["--cni-conf-dir".into(), at("net.d"), "--cni-bin-dir".into(), at("bin")]);
         flags.extend(["--cni-socket".into(), at("cni.sock"), "--cni-timeout".into()]);
-        flags.push((2 * slowdown()).to_string().into());
+        flags.push((5 * slowdown()).to_string().into());
         flags.extend(more.iter().map(Into::into));
         flags
     }
