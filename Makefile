@@ -63,6 +63,7 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	@e2e/cluster/parts.sh etcd kube-apiserver
 	cargo test --workspace --no-fail-fast
 	@$(MAKE) --no-print-directory conformance ARGS=--quiet
+	@$(MAKE) --no-print-directory e2e ARGS=--quick
 	$(DEBUG)/torture --seconds 24
 	$(DEBUG)/bench --smoke --out $(DEBUG)/../bench-smoke
 	@$(MAKE) --no-print-directory chart

@@ -103,19 +103,7 @@ pub fn all() -> Vec<Scenario> {
 }
 
 /// Those that say most in little time: `make test` has some minutes for them.
-pub const QUICK: &[&str] = &[
-    "fresh-pod",
-    "agent-upgraded",
-    "uninstall",
-    "mesh-start",
-    "mesh-mtls",
-    "mesh-annotation",
-    "load-upgrade",
-    "load-reinstall",
-    "life-sandbox",
-    "life-static",
-    "life-reboot",
-];
+pub const QUICK: &[&str] = &["mesh-start", "mesh-mtls", "load-reinstall", "life-sandbox"];
 
 /// What the modules list: name, doc line, function.
 type Row = (&'static str, &'static str, fn(&World) -> Result<()>);
