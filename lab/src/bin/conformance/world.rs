@@ -470,8 +470,9 @@ fn cross(ips: impl IntoIterator<Item = IpAddr>, ports: &BTreeSet<u16>) -> Vec<So
 fn secondary4(ip: IpAddr) -> Result<IpAddr> {
     let IpAddr::V4(v4) = ip else { anyhow::bail!("{ip} is not IPv4") };
     let [a, b, c, d] = v4.octets();
-    ensure!(d < 120, "too many pods on one node");
-    Ok(Ipv4Addr::new(a, b, c, d + 120).into())
+    // A lab's 1,000 pods have all their own addresses below 10.77.4.0.
+    ensure!(c < 128, "{ip} is not a pod's own address");
+    Ok(Ipv4Addr::new(a, b, c + 128, d).into())
 }
 
 fn secondary6(ip: IpAddr) -> Result<IpAddr> {
