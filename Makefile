@@ -102,7 +102,7 @@ chart: ## lint, render, validate and pack the Helm chart: target/chart
 image: build ## a container image as an OCI archive: target/image; takes no docker
 	@scripts/image.py $(BIN) $${CARGO_TARGET_DIR:-target}/image
 
-# ENGINE, IP, PROXY, MESH and KEEP reach it by the environment.
+# ENGINE, IP, PROXY, MESH, CONFORMANCE and KEEP reach it by the environment.
 e2e: deps ## scenarios in a kind cluster, on any machine (root): e2e/README.md; ENGINE= IP= PROXY= ARGS="--only agent" KEEP=1
 	@e2e/run.sh $(ARGS)
 

@@ -6,6 +6,8 @@
 #
 # Environment, beside that of cluster.sh: MESH=istio (default), linkerd, kuma or none: what the scenarios
 # of a mesh run under. KEEP=1 leaves the cluster. Logs of what fails are in target/e2e-logs.
+# CONFORMANCE=1: in place of the scenarios, Kubernetes' own conformance tests of the network, without
+# the agent and the mesh and with them; half an hour, and logs in target/e2e-kubernetes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,6 +32,8 @@ finish() {
     exit "$status"
 }
 
+[ "${CONFORMANCE:-}" != 1 ] || [ "$MESH" != none ] || die "CONFORMANCE=1 takes a mesh: MESH=none"
+
 declare -A CLI=([linkerd]=linkerd [kuma]=kumactl)
 case $MESH in
 istio | none) ;;
@@ -49,11 +53,18 @@ cargo build -q -p sidestep-e2e
 mkdir -p "$OUT"
 "$TARGET/debug/e2e" image "$OUT/pod.tar"
 
-arguments=(--kind-name "$NAME" --logs "$TARGET/e2e-logs")
+arguments=(--kind-name "$NAME")
 [ "$MESH" = none ] || arguments+=(--mesh "$MESH")
 "$cluster" load "$archive" "$OUT/pod.tar"
 if [ "$MESH" = istio ]; then
     "$cluster" istio "$OUT/istio"
     arguments+=(--istio "$OUT/istio")
 fi
-"$cluster" in "$TARGET/debug/e2e" run "${arguments[@]}" "$@"
+if [ "${CONFORMANCE:-}" = 1 ]; then
+    "$cluster" tests "$OUT/kubernetes"
+    "$cluster" in "$TARGET/debug/e2e" judge "${arguments[@]}" --out "$TARGET/e2e-kubernetes" \
+        --program "$SIDESTEP_LAB_DIR/parts/bin/e2e.test" \
+        --repositories "$OUT/kubernetes/repositories.yaml" "$@"
+else
+    "$cluster" in "$TARGET/debug/e2e" run "${arguments[@]}" --logs "$TARGET/e2e-logs" "$@"
+fi

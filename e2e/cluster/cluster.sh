@@ -6,6 +6,7 @@
 #   cluster.sh load ARCHIVE...  loads images into its nodes
 #   cluster.sh istio DIR    loads Istio's images, and writes to DIR what helm installs them with:
 #                           charts/ (where the published ones are not used) and values.yaml
+#   cluster.sh tests DIR    loads the images of Kubernetes' own tests, and builds those: kubernetes-tests.sh
 #   cluster.sh down         removes it
 #   cluster.sh clean        down, also after a run that was killed, and what an engine of our own stores
 #
@@ -132,6 +133,7 @@ load)
     for archive; do inside kind load image-archive "$archive" --name "$NAME"; done
     ;;
 istio) "$here/istio.sh" "${2:?a directory}" ;;
+tests) "$here/kubernetes-tests.sh" "${2:?a directory}" ;;
 down) down ;;
 clean)
     down

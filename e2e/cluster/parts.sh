@@ -35,6 +35,7 @@ table() {
     done
     cat <<'TABLE'
 agnhost kubernetes k8s.io/kubernetes/test/images/agnhost
+e2e.test kubernetes-tests k8s.io/kubernetes/test/e2e
 etcd etcd go.etcd.io/etcd/server/v3
 etcdctl etcd go.etcd.io/etcd/etcdctl/v3
 crictl critools sigs.k8s.io/cri-tools/cmd/crictl
@@ -61,7 +62,7 @@ version_of() { # MODULE-DIRECTORY PACKAGE
 ldflags_of() { # MODULE-DIRECTORY VERSION
     local flags='-s -w' minor
     case $1 in
-    kubernetes)
+    kubernetes | kubernetes-tests)
         minor=${2#v*.}
         flags+=" -X k8s.io/component-base/version.gitVersion=$2"
         flags+=" -X k8s.io/component-base/version.gitMajor=1"
@@ -131,6 +132,9 @@ lock() { # NAME
 
 build() { # NAME MODULE-DIRECTORY PACKAGE
     local name=$1 directory=$2 package=$3 flags version key start log=$PARTS/log/$1
+    # A package's tests are a program as well.
+    local verb=(build)
+    [[ $name != *.test ]] || verb=(test -c)
     version=$(version_of "$directory" "$package")
     [ -n "$version" ] || die "$here/$directory/go.mod does not require the module of $package"
     flags=$(ldflags_of "$directory" "$version")
@@ -141,7 +145,7 @@ build() { # NAME MODULE-DIRECTORY PACKAGE
     start=$SECONDS
     printf 'parts: %s %s ... ' "$name" "$version" >&2
     rm -f "$PARTS/key/$name"
-    if ! go_in "$directory" build -trimpath -ldflags "$flags" -o "$PARTS/bin/$name.new" "$package" \
+    if ! go_in "$directory" "${verb[@]}" -trimpath -ldflags "$flags" -o "$PARTS/bin/$name.new" "$package" \
         >"$log" 2>&1; then
         echo FAILED >&2
         grep -v '^go: downloading ' "$log" | tail -5 >&2

@@ -124,13 +124,6 @@ fn keep(dir: &Path, name: &str, text: &str) {
     }
 }
 
-/// Where a node has cgroup v2: beside v1 where its host has both, and then systemd puts it below.
-pub fn cgroup_root(node: &Shell) -> Result<String> {
-    let script = "if [ \"$(stat -f -c %T /sys/fs/cgroup)\" = cgroup2fs ]; \
-                  then echo /sys/fs/cgroup; else echo /sys/fs/cgroup/unified; fi";
-    Ok(node.script(script, &[])?.trim().to_owned())
-}
-
 /// The chart's release. The node's label decides whether its agent is there: when it goes, the
 /// DaemonSet ends its pod as for a new version. Nothing here waits until the agent is ready.
 pub struct Release<'a> {
@@ -181,9 +174,7 @@ impl<'a> Release<'a> {
             // Before it is: what fails half way is to be removed as well.
             self.installed = true;
             let timeout = format!("cni.timeoutSeconds={}", self.cni_timeout);
-            let root = format!("cgroupRoot={}", cgroup_root(&self.kind.shell)?);
-            let file = "charts/sidestep/ci/e2e.yaml";
-            let values = ["--values", file, "--set", &timeout, "--set", &root];
+            let values = ["--values", "charts/sidestep/ci/e2e.yaml", "--set", &timeout];
             self.helm(
                 "install",
                 &[&["charts/sidestep", "--create-namespace"][..], &values].concat(),

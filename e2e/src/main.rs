@@ -1,6 +1,7 @@
 //! Runs Sidestep's scenarios in Kubernetes mode.
 #![forbid(unsafe_code)]
 
+mod judge;
 mod scenarios;
 
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use sidestep_e2e::image;
 use sidestep_e2e::mesh::{Istio, Mesh};
 
+use judge::Tests;
 use scenarios::{QUICK, Settings};
 
 #[derive(Parser)]
@@ -49,6 +51,28 @@ enum Command {
         #[arg(long, value_name = "SECONDS", default_value_t = 0)]
         away: u64,
     },
+    /// Run Kubernetes' own conformance tests of the network, without the agent and a mesh and then with
+    /// both, and compare what passes
+    Judge {
+        /// The kind cluster, with no agent and no mesh
+        #[arg(long, value_name = "NAME", default_value = "sidestep-e2e")]
+        kind_name: String,
+        /// The mesh
+        #[arg(long, value_enum)]
+        mesh: MeshName,
+        /// As for `run`
+        #[arg(long, value_name = "DIR")]
+        istio: Option<PathBuf>,
+        /// Kubernetes' e2e.test
+        #[arg(long, value_name = "PATH")]
+        program: PathBuf,
+        /// What it takes by KUBE_TEST_REPO_LIST
+        #[arg(long, value_name = "PATH")]
+        repositories: PathBuf,
+        /// Where its logs and reports go
+        #[arg(long, value_name = "DIR", default_value = "target/e2e-kubernetes")]
+        out: PathBuf,
+    },
     /// Say what each scenario shows; those of --quick have a star
     List,
     /// Write the image of the scenarios' pods, as an OCI archive
@@ -65,6 +89,16 @@ enum MeshName {
     Kuma,
 }
 
+impl MeshName {
+    fn with(self, istio: Option<PathBuf>) -> Mesh {
+        match self {
+            Self::Istio => Mesh::Istio(Istio { dir: istio }),
+            Self::Linkerd => Mesh::Linkerd,
+            Self::Kuma => Mesh::Kuma,
+        }
+    }
+}
+
 fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
@@ -78,11 +112,7 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     match Cli::parse().command {
         Command::Run { kind_name, mesh, istio, only, quick, logs, away } => {
-            let mesh = mesh.map(|mesh| match mesh {
-                MeshName::Istio => Mesh::Istio(Istio { dir: istio }),
-                MeshName::Linkerd => Mesh::Linkerd,
-                MeshName::Kuma => Mesh::Kuma,
-            });
+            let mesh = mesh.map(|mesh| mesh.with(istio));
             let away = Duration::from_secs(away);
             let settings = Settings { kind: kind_name, mesh, away, logs };
             scenarios::run(&settings, |scenario| {
@@ -91,6 +121,9 @@ fn run() -> Result<()> {
                 }
                 only.is_empty() || only.iter().any(|name| scenario.name.contains(name.as_str()))
             })
+        }
+        Command::Judge { kind_name, mesh, istio, program, repositories, out } => {
+            judge::judge(&Tests { program, repositories, out }, &kind_name, mesh.with(istio))
         }
         Command::Image { archive } => image::write_pods(&archive),
         Command::List => {

@@ -14,7 +14,7 @@ use sidestep_lab::{interrupted, slowdown};
 
 use super::{Mesh, Space, owned};
 use crate::Node;
-use crate::kind::{cgroup_root, keep_logs};
+use crate::kind::keep_logs;
 use crate::shell::Shell;
 
 /// The agent's release, its namespace, its DaemonSet.
@@ -91,16 +91,7 @@ impl Cluster {
 
     /// Installs the agent on all nodes, or changes its values, and waits until it is ready.
     pub fn install_agent(&self, values: &[&str]) -> Result<()> {
-        let root = self.cgroup_root()?;
-        let root = format!("cgroupRoot={root}");
-        let common = [
-            "charts/sidestep",
-            "--create-namespace",
-            "--set",
-            "image.pullPolicy=Never",
-            "--set",
-            &root,
-        ];
+        let common = ["charts/sidestep", "--create-namespace", "--set", "image.pullPolicy=Never"];
         let wait = ["--wait", "--timeout", HELM];
         let args = [&owned(&common)[..], &owned(values), &owned(&wait)];
         self.helm(AGENT, &["upgrade", "--install", AGENT], &args)?;
@@ -213,11 +204,6 @@ impl Cluster {
     /// For commands on a node.
     pub fn shell(&self, node: &str) -> Shell {
         Shell::new(&["docker", "exec", "--privileged", "-i", node])
-    }
-
-    /// Where the nodes have cgroup v2: elsewhere where their host has both.
-    fn cgroup_root(&self) -> Result<String> {
-        cgroup_root(&self.shell(self.worker(0)?))
     }
 
     /// How long a pod may take to come up or to go.

@@ -29,6 +29,12 @@ pub const SCENARIOS: &[MeshRow] = &[
         reboot,
     ),
     ("life-churn", "300 mesh pods come and go, and leave nothing behind", Of::Istio, churn),
+    (
+        "life-taint",
+        "pods wait for a node with the startup taint until its agent can intercept them",
+        Of::All,
+        taint,
+    ),
     ("life-join", "a node joins, and its first mesh pod is in the mesh", Of::All, join),
 ];
 
@@ -90,7 +96,9 @@ fn runtime(cluster: &Cluster) -> Result<()> {
 const MANIFESTS: &str = "/etc/kubernetes/manifests";
 
 fn static_pods(cluster: &Cluster) -> Result<()> {
-    let space = cluster.space("life-static")?;
+    let space = cluster.plain_space("life-static")?;
+    // Where the mesh injects, the API server refuses the mirror pod: it would have the sidecar's token.
+    let injected = cluster.space("life-static-injected")?;
     let node = cluster.worker(0)?;
     let shell = cluster.shell(node);
     // The injector does not see static pods: the second has its sidecar in its manifest.
@@ -99,10 +107,14 @@ fn static_pods(cluster: &Cluster) -> Result<()> {
     proxy["image"] = app(&[])["image"].clone();
     let meshed = json!({"containers": [app(&["serve", "0.0.0.0:8080"]), proxy]});
     let status = json!({"sidecar.istio.io/status": "{}"});
-    let pods = [("plain", plain, json!({})), ("meshed", meshed, status)];
+    let pods = [
+        ("plain", &space, plain.clone(), json!({})),
+        ("meshed", &space, meshed, status),
+        ("mirrorless", &injected, plain, json!({})),
+    ];
     let file = |name: &str| format!("{MANIFESTS}/e2e-{name}.json");
     let tested = (|| {
-        for (name, spec, annotations) in &pods {
+        for (name, space, spec, annotations) in &pods {
             let pod = json!({
                 "apiVersion": "v1",
                 "kind": "Pod",
@@ -111,9 +123,14 @@ fn static_pods(cluster: &Cluster) -> Result<()> {
             });
             shell.replace(&file(name), &pod.to_string())?;
         }
-        for (name, ..) in &pods {
+        for name in ["plain", "meshed"] {
             space.wait_ready(&format!("{name}-{node}"))?;
         }
+        cluster.soon("the static pod without a mirror pod to run", || {
+            let ps = ["crictl", "ps", "--state", "running", "--namespace", injected.name(), "-q"];
+            ensure!(!shell.run(&ps)?.trim().is_empty(), "it does not");
+            Ok(())
+        })?;
         space.wait_enrolled(&format!("meshed-{node}"), true)?;
         let entry = cluster.enrolled(node, &space.full(&format!("plain-{node}")))?;
         ensure!(entry.is_none(), "the agent has taken it: {entry:?}");
@@ -369,4 +386,38 @@ fn join(cluster: &Cluster) -> Result<()> {
     cluster.agents_ready()?;
     space.wait_ready("first")?;
     space.get_known("first", "http://server/").map(drop)
+}
+
+const TAINT: &str = "sidestep.io/agent-not-ready";
+
+fn taint(cluster: &Cluster) -> Result<()> {
+    let space = cluster.space("life-taint")?;
+    space.server("server", cluster.worker(0)?, json!({}))?;
+    space.wait_ready("server")?;
+    let node = cluster.worker(1)?;
+    cluster.kubectl(&["taint", "node", node, &format!("{TAINT}=:NoSchedule")])?;
+    let tested = (|| {
+        // By the scheduler: a pod that names its node passes it, and the taint.
+        let edit = json!({"spec": {"nodeSelector": {"kubernetes.io/hostname": node}}});
+        space.pod("client", None, &["pause"], edit)?;
+        cluster.soon("the scheduler to find no node", || {
+            let conditions = space.get_pod("client")?["status"]["conditions"].to_string();
+            ensure!(conditions.contains(TAINT), "{conditions}");
+            Ok(())
+        })?;
+        cluster.install_agent(&["--set", "startupTaint.enabled=true"])?;
+        space.wait_ready("client")?;
+        space.ensure_first_try("client")?;
+        space.wait_enrolled("client", true)?;
+        space.get_known("client", "http://server/")?;
+        let taints = cluster.kubectl(&["get", "node", node, "-o", "jsonpath={.spec.taints}"])?;
+        ensure!(!taints.contains(TAINT), "the node still has {taints}");
+        Ok(())
+    })();
+    if tested.is_err() {
+        // Others want the node.
+        cluster.kubectl(&["taint", "node", node, &format!("{TAINT}-")])?;
+    }
+    cluster.install_agent(&[])?;
+    tested
 }

@@ -14,7 +14,12 @@ pub const SCENARIOS: &[MeshRow] = &[
     ("mesh-annotation", "a changed annotation takes effect, both ways", Of::All, annotation),
     ("mesh-dns", "names that only the mesh knows are resolved by the sidecar", Of::Istio, dns),
     ("mesh-inits", "init containers before the sidecar, and after it", Of::Istio, inits),
-    ("mesh-job", "a Job ends, and all of it was in the mesh", Of::Istio, job),
+    (
+        "mesh-job",
+        "Jobs end, with either kind of sidecar, and all of them were in the mesh",
+        Of::Istio,
+        job,
+    ),
     ("mesh-probes", "probes of every kind under STRICT", Of::Istio, probes),
     ("mesh-gateway", "an ingress gateway is left alone, and works", Of::Istio, gateway),
     ("mesh-waypoint", "a waypoint is left alone", Of::GatewayApi, waypoint),
@@ -191,38 +196,60 @@ fn job(cluster: &Cluster) -> Result<()> {
     let space = cluster.space("mesh-job")?;
     space.server("server", cluster.worker(0)?, json!({}))?;
     space.wait_ready("server")?;
-    let edit = json!({
-        "metadata": {"annotations": cluster.mesh.sidecar_style(true)},
-        "spec": {"restartPolicy": "Never"},
-    });
     let worker = cluster.worker(1)?;
     let args = ["get", "http://server/"];
-    space.apply(&[
-        json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "job"}}),
-        json!({
-            "apiVersion": "batch/v1",
-            "kind": "Job",
-            "metadata": {"name": "job"},
-            "spec": {
-                "backoffLimit": 0,
-                "completions": 3,
-                "template": space.template("job", Some(worker), &args, edit),
-            },
-        }),
-    ])?;
-    let wait = ["wait", "--for=condition=complete", "job/job", "--timeout=180s"];
-    space.kubectl(&wait).with_context(|| {
-        let seen = space.kubectl(&["describe", "pods", "-l", "app=job"]);
-        seen.unwrap_or_else(|err| format!("{err:#}"))
-    })?;
-    let said = space.kubectl(&["logs", "-l", "app=job", "-c", "app", "--tail=-1"])?;
-    let known = said.lines().filter(|line| line.contains("/sa/job")).count();
-    ensure!(known == 3, "the three pods of the Job said {said}");
-    space.kubectl(&["delete", "job", "job", "--timeout", "120s"])?;
+    for (name, native, completions) in [("native", true, 3), ("classic", false, 1)] {
+        let edit = json!({
+            "metadata": {"annotations": cluster.mesh.sidecar_style(native)},
+            "spec": {"restartPolicy": "Never"},
+        });
+        space.apply(&[
+            json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}}),
+            json!({
+                "apiVersion": "batch/v1",
+                "kind": "Job",
+                "metadata": {"name": name},
+                "spec": {
+                    "backoffLimit": 0,
+                    "completions": completions,
+                    "template": space.template(name, Some(worker), &args, edit),
+                },
+            }),
+        ])?;
+        let label = format!("app={name}");
+        if !native {
+            // A classic sidecar runs until it is told that the app has ended.
+            let pod = cluster.soon("the app to end", || {
+                let pod = space.pod_of(name)?;
+                let statuses = space.get_pod(&pod)?["status"]["containerStatuses"].clone();
+                let mut app = statuses.as_array().into_iter().flatten();
+                let app = app.find(|one| one["name"] == "app").context("no app yet")?;
+                ensure!(app["state"]["terminated"]["exitCode"] == 0, "{:#}", app["state"]);
+                Ok(pod)
+            })?;
+            let quit = ["pilot-agent", "request", "POST", "quitquitquit"];
+            let exec = ["exec", &pod, "-c", cluster.mesh.sidecar(), "--"];
+            space.kubectl(&[&exec[..], &quit].concat())?;
+        }
+        let job = format!("job/{name}");
+        let wait = ["wait", "--for=condition=complete", &job, "--timeout=180s"];
+        space.kubectl(&wait).with_context(|| {
+            let seen = space.kubectl(&["describe", "pods", "-l", &label]);
+            seen.unwrap_or_else(|err| format!("{err:#}"))
+        })?;
+        let said = space.kubectl(&["logs", "-l", &label, "-c", "app", "--tail=-1"])?;
+        let account = format!("/sa/{name}");
+        let known = said.lines().filter(|line| line.contains(&account)).count();
+        ensure!(known == completions, "the pods of the Job {name} said {said}");
+        space.kubectl(&["delete", &job, "--timeout", "120s"])?;
+    }
     cluster.soon("the agent to have none of its pods", || {
         let status = cluster.status(worker)?;
         let pods = status["pods"].to_string();
-        ensure!(!pods.contains("mesh-job/job"), "{pods}");
+        ensure!(
+            !["native", "classic"].iter().any(|name| pods.contains(&space.full(name))),
+            "{pods}"
+        );
         Ok(())
     })
 }
