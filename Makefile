@@ -28,7 +28,7 @@ VM_TESTS     = budget inbound outbound unload sockets splice_memory
 SECONDS      = 60
 FUZZ_TARGETS = lists annotations manifests
 
-.PHONY: build help deps demo conformance records test torture bench bench-control kernels check chart image e2e clean-e2e fuzz corpus mutants fmt clean
+.PHONY: build help deps demo conformance records test torture bench bench-control bench-mesh kernels check chart image e2e clean-e2e fuzz corpus mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
@@ -83,6 +83,9 @@ bench-control: build ## the scale of Kubernetes mode (root): docs/scale.md; QUIC
 	cargo build -q -p sidestep-e2e --bin bench-control
 	$(DEBUG)/bench-control --sidestep $(abspath $(BIN)) \
 		$(if $(filter-out 0,$(QUICK)),--pods 60 --others 1000 --seconds 15 --rest 5) $(ARGS)
+
+bench-mesh: deps ## HTTP under a real Istio, by its own rules and by Sidestep (root): docs/performance.md; ARGS="--help"
+	@e2e/run.sh --bench $(ARGS)
 
 kernels: ## the binary and its tests in VMs under other kernels; KERNELS="6.1" runs one
 	@scripts/kernels.sh $(if $(UPDATE_BUDGET),--update-budget) $(KERNELS)

@@ -3,6 +3,7 @@
 # removes it.
 #
 #   e2e/run.sh [ARGUMENTS of `e2e run`]
+#   e2e/run.sh --bench [ARGUMENTS of `e2e bench`]    measures under a real Istio: `make bench-mesh`
 #
 # Environment, beside that of cluster.sh: MESH=istio (default), linkerd, kuma or none: what the scenarios
 # of a mesh run under. KEEP=1 leaves the cluster. Logs of what fails are in target/e2e-logs.
@@ -32,7 +33,11 @@ finish() {
     exit "$status"
 }
 
-[ "${CONFORMANCE:-}" != 1 ] || [ "$MESH" != none ] || die "CONFORMANCE=1 takes a mesh: MESH=none"
+what=run
+[ "${CONFORMANCE:-}" != 1 ] || what=judge
+[ "${1:-}" != --bench ] || { what=bench && shift; }
+[ $what != bench ] || [ "$MESH" = istio ] || die "the measurement is made under Istio, not under MESH=$MESH"
+[ $what != judge ] || [ "$MESH" != none ] || die "CONFORMANCE=1 takes a mesh: MESH=none"
 
 declare -A CLI=([linkerd]=linkerd [kuma]=kumactl)
 case $MESH in
@@ -52,19 +57,26 @@ archive=$(echo "$TARGET"/image/sidestep-*.tar)
 cargo build -q -p sidestep-e2e
 mkdir -p "$OUT"
 "$TARGET/debug/e2e" image "$OUT/pod.tar"
+images=("$archive" "$OUT/pod.tar")
+if [ $what = bench ]; then
+    e2e/cluster/parts.sh fortio
+    "$TARGET/debug/e2e" image "$OUT/program.tar" "$SIDESTEP_LAB_DIR/parts/bin/fortio"
+    images+=("$OUT/program.tar")
+fi
 
 arguments=(--kind-name "$NAME")
-[ "$MESH" = none ] || arguments+=(--mesh "$MESH")
-"$cluster" load "$archive" "$OUT/pod.tar"
+[ "$MESH" = none ] || [ $what = bench ] || arguments+=(--mesh "$MESH")
+"$cluster" load "${images[@]}"
 if [ "$MESH" = istio ]; then
     "$cluster" istio "$OUT/istio"
     arguments+=(--istio "$OUT/istio")
 fi
-if [ "${CONFORMANCE:-}" = 1 ]; then
+case $what in
+run) arguments+=(--logs "$TARGET/e2e-logs") ;;
+judge)
     "$cluster" tests "$OUT/kubernetes"
-    "$cluster" in "$TARGET/debug/e2e" judge "${arguments[@]}" --out "$TARGET/e2e-kubernetes" \
-        --program "$SIDESTEP_LAB_DIR/parts/bin/e2e.test" \
-        --repositories "$OUT/kubernetes/repositories.yaml" "$@"
-else
-    "$cluster" in "$TARGET/debug/e2e" run "${arguments[@]}" --logs "$TARGET/e2e-logs" "$@"
-fi
+    arguments+=(--out "$TARGET/e2e-kubernetes" --program "$SIDESTEP_LAB_DIR/parts/bin/e2e.test"
+        --repositories "$OUT/kubernetes/repositories.yaml")
+    ;;
+esac
+"$cluster" in "$TARGET/debug/e2e" $what "${arguments[@]}" "$@"

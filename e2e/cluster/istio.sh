@@ -51,7 +51,7 @@ with_libraries() { # PROGRAM DIRECTORY PATH
 }
 
 make_images() {
-    local proxy=$work/proxyv2 pilot=$work/pilot agnhost=$work/agnhost
+    local proxy=$work/proxyv2 pilot=$work/pilot agnhost=$work/agnhost program library
     mkdir -p "$pilot/usr/local/bin" "$proxy"/{bin,usr/local/bin,var/lib/istio/envoy,etc/istio/proxy}
     cp "$BIN/pilot-discovery" "$pilot/usr/local/bin/"
     import "docker.io/istio/pilot:$TAG" "$pilot" 'USER 1337:1337' \
@@ -60,6 +60,14 @@ make_images() {
     cp "$BIN/pilot-agent" "$proxy/usr/local/bin/"
     with_libraries "$ENVOY" "$proxy" usr/local/bin/envoy
     cp "$(command -v busybox)" "$proxy/bin/sh"
+    # For istio-init, where the mesh installs its own rules.
+    for program in ip{,6}tables{,-save,-restore}; do
+        with_libraries "$(command -v "$program")" "$proxy" "usr/bin/$program"
+    done
+    for library in /usr/lib/*/xtables/*.so; do
+        mkdir -p "$proxy$(dirname "$library")"
+        cp -L "$library" "$proxy$library"
+    done
     install -m 644 "$istio/tools/packaging/common/envoy_bootstrap.json" \
         "$proxy/var/lib/istio/envoy/envoy_bootstrap_tmpl.json"
     # The proxy writes its configuration there, whatever its user.

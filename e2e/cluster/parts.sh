@@ -41,6 +41,7 @@ etcdctl etcd go.etcd.io/etcd/etcdctl/v3
 crictl critools sigs.k8s.io/cri-tools/cmd/crictl
 kind kind sigs.k8s.io/kind
 coredns coredns github.com/coredns/coredns
+fortio fortio fortio.org/fortio
 crane crane github.com/google/go-containerregistry/cmd/crane
 pilot-discovery istio istio.io/istio/pilot/cmd/pilot-discovery
 pilot-agent istio istio.io/istio/pilot/cmd/pilot-agent

@@ -14,6 +14,14 @@ use tar::{Builder, Header, HeaderMode};
 /// Its name.
 pub const IMAGE: &str = "e2e.local/pod:1";
 
+/// The image of [`write_program`].
+pub const PROGRAM_IMAGE: &str = "e2e.local/program:1";
+
+/// Writes [`PROGRAM_IMAGE`]: this program, and these arguments unless told others.
+pub fn write_program(archive: &Path, program: &Path, arguments: &[&str]) -> Result<()> {
+    write(archive, PROGRAM_IMAGE, program, arguments)
+}
+
 /// Writes [`IMAGE`], as an archive for `kind load image-archive`.
 pub fn write_pods(archive: &Path) -> Result<()> {
     write(archive, IMAGE, &pod_program()?, &["pause"])

@@ -1,6 +1,7 @@
 //! Runs Sidestep's scenarios in Kubernetes mode.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod judge;
 mod scenarios;
 
@@ -73,12 +74,32 @@ enum Command {
         #[arg(long, value_name = "DIR", default_value = "target/e2e-kubernetes")]
         out: PathBuf,
     },
+    /// Measure HTTP under a real Istio, intercepted by its own rules and by Sidestep, in turns
+    Bench {
+        /// The kind cluster
+        #[arg(long, value_name = "NAME", default_value = "sidestep-e2e")]
+        kind_name: String,
+        /// As for `run`
+        #[arg(long, value_name = "DIR")]
+        istio: Option<PathBuf>,
+        /// How often each mode is taken through all loads
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// How long each load lasts
+        #[arg(long, default_value_t = 5)]
+        seconds: u32,
+        /// Where report.md and report.json go
+        #[arg(long, value_name = "DIR", default_value = "bench-out/mesh")]
+        out: PathBuf,
+    },
     /// Say what each scenario shows; those of --quick have a star
     List,
     /// Write the image of the scenarios' pods, as an OCI archive
     Image {
         /// Where
         archive: PathBuf,
+        /// The image of this program in place of theirs, for `bench`
+        program: Option<PathBuf>,
     },
 }
 
@@ -125,7 +146,14 @@ fn run() -> Result<()> {
         Command::Judge { kind_name, mesh, istio, program, repositories, out } => {
             judge::judge(&Tests { program, repositories, out }, &kind_name, mesh.with(istio))
         }
-        Command::Image { archive } => image::write_pods(&archive),
+        Command::Bench { kind_name, istio, rounds, seconds, out } => {
+            let settings = bench::Settings { rounds, seconds, out };
+            bench::bench(&settings, &kind_name, Istio { dir: istio })
+        }
+        Command::Image { archive, program: None } => image::write_pods(&archive),
+        Command::Image { archive, program: Some(program) } => {
+            image::write_program(&archive, &program, &["version"])
+        }
         Command::List => {
             for scenario in scenarios::all() {
                 let quick = if QUICK.contains(&scenario.name) { "*" } else { " " };

@@ -152,15 +152,16 @@ impl Cluster {
 
     /// A namespace for a scenario's objects, whose pods get sidecars. It goes with the scenario.
     pub fn space(&self, name: &str) -> Result<Space<'_>> {
-        self.new_space(name, self.mesh.injected())
+        self.space_with(name, self.mesh.injected())
     }
 
     /// The same, with pods as they are.
     pub fn plain_space(&self, name: &str) -> Result<Space<'_>> {
-        self.new_space(name, json!({}))
+        self.space_with(name, json!({}))
     }
 
-    fn new_space(&self, name: &str, metadata: Value) -> Result<Space<'_>> {
+    /// The same, with this metadata of the namespace.
+    pub fn space_with(&self, name: &str, metadata: Value) -> Result<Space<'_>> {
         self.spaces.borrow_mut().push(name.to_owned());
         Space::new(self, name, metadata)
     }

@@ -55,7 +55,7 @@ impl Istio {
     }
 
     /// helm's arguments for the values of `istiod`, but for those that docs/install.md names.
-    fn values(&self) -> Vec<String> {
+    pub fn values(&self) -> Vec<String> {
         let file = self.part("values.yaml").map(|file| file.to_string_lossy().into_owned());
         let files = [ISTIO_VALUES.to_owned()].into_iter().chain(file);
         files.flat_map(|file| ["--values".to_owned(), file]).collect()
@@ -64,6 +64,11 @@ impl Istio {
     /// The custom resources of Gateway API, which a waypoint takes.
     pub fn gateway_api(&self) -> Option<PathBuf> {
         self.part("gateway-api")
+    }
+
+    /// Whether its proxy is Istio's own build of Envoy, with Istio's extensions.
+    pub fn has_own_envoy(&self) -> bool {
+        self.part("charts").is_none()
     }
 
     fn part(&self, name: &str) -> Option<PathBuf> {

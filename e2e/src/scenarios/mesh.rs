@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use sidestep_e2e::mesh::{Answered, Cluster, Space};
+use sidestep_e2e::mesh::{Answered, Cluster, Istio, Space};
 use sidestep_lab::PROXY;
 
 use super::{MeshRow, Of};
@@ -199,10 +199,15 @@ fn job(cluster: &Cluster) -> Result<()> {
     let worker = cluster.worker(1)?;
     let args = ["get", "http://server/"];
     for (name, native, completions) in [("native", true, 3), ("classic", false, 1)] {
-        let edit = json!({
+        let mut edit = json!({
             "metadata": {"annotations": cluster.mesh.sidecar_style(native)},
             "spec": {"restartPolicy": "Never"},
         });
+        if !native {
+            // Or the app asks before anybody listens, as under iptables.
+            let hold = "holdApplicationUntilProxyStarts: true\n";
+            edit["metadata"]["annotations"]["proxy.istio.io/config"] = json!(hold);
+        }
         space.apply(&[
             json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}}),
             json!({
@@ -317,7 +322,8 @@ fn gateway(cluster: &Cluster) -> Result<()> {
     space.server("server", cluster.worker(0)?, json!({}))?;
     cluster.apply(&[cluster.mesh.strict(space.name(), "server")])?;
     outside.client("outsider", cluster.worker(1)?, json!({}))?;
-    let args = ["--set", "service.type=ClusterIP", "--wait", "--timeout", "180s"];
+    let values = "service.type=ClusterIP,imagePullPolicy=IfNotPresent,autoscaling.enabled=false";
+    let args = ["--set", values, "--wait", "--timeout", "180s"];
     let args = args.map(str::to_owned);
     let chart = istio.chart("gateway")?;
     cluster.helm(space.name(), &["upgrade", "--install", "ingress"], &[&chart, &args])?;
@@ -383,6 +389,17 @@ fn waypoint(cluster: &Cluster) -> Result<()> {
     cluster.soon("istiod to make the waypoint", || {
         space.kubectl(&["get", "deployment", "waypoint"])
     })?;
-    cluster.rolled_out(space.name(), "waypoint")?;
-    left_alone(&space, "gateway.networking.k8s.io/gateway-name=waypoint")
+    let selector = "gateway.networking.k8s.io/gateway-name=waypoint";
+    if cluster.mesh.istio().is_none_or(Istio::has_own_envoy) {
+        cluster.rolled_out(space.name(), "waypoint")?;
+    } else {
+        // The published Envoy ends at once: it has no 'metadata_discovery', which a waypoint takes.
+        cluster.soon("the waypoint's Envoy to be started", || {
+            let format = "jsonpath={.items[*].status.containerStatuses[*].containerID}";
+            let started = space.kubectl(&["get", "pods", "-l", selector, "-o", format])?;
+            ensure!(started.starts_with("containerd://"), "{started:?}");
+            Ok(())
+        })?;
+    }
+    left_alone(&space, selector)
 }

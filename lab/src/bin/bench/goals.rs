@@ -1,9 +1,10 @@
 //! The goals, and whether the samples reach them.
 
 use serde::Serialize;
+use sidestep_lab::Spread;
 
 use crate::mode::{Mode, Proxy};
-use crate::sample::{Samples, Spread};
+use crate::sample::Samples;
 
 /// What a goal is about.
 struct Goal {

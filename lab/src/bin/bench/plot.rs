@@ -8,10 +8,11 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, register_font};
+use sidestep_lab::Spread;
 
 use crate::cells::Settings;
 use crate::mode::{Mode, Proxy};
-use crate::sample::{Samples, Spread};
+use crate::sample::Samples;
 
 const FONT: &str = "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf";
 const SIZE: (u32, u32) = (1100, 560);

@@ -6,13 +6,14 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use sidestep_lab::Spread;
 
 use crate::cells::Settings;
 use crate::environment::Environment;
 use crate::goals::{self, Verdict};
 use crate::mode::{Mode, Proxy};
 use crate::plot;
-use crate::sample::{Samples, Spread};
+use crate::sample::Samples;
 
 /// A run.
 #[derive(Debug, Serialize)]
