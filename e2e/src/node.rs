@@ -238,13 +238,23 @@ impl Node {
 
     /// What was said of a pod in events: `REASON: NOTE`, as often as it was said.
     pub fn events(&self, name: &str) -> Vec<String> {
+        self.events_by(name, |_| true)
+    }
+
+    /// What the agent said of a pod.
+    pub fn events_of_agent(&self, name: &str) -> Vec<String> {
+        self.events_by(name, |event| event.reporting_controller.as_deref() == Some("sidestep"))
+    }
+
+    fn events_by(&self, name: &str, by: impl Fn(&Event) -> bool) -> Vec<String> {
         let (namespace, name) = split(name);
         let about = ListParams::default();
         let listed = self
             .api(async |client| Api::<Event>::namespaced(client, namespace).list(&about).await)
             .map(|events| events.items);
         let of_pod = |event: &Event| {
-            event.regarding.as_ref().is_some_and(|pod| pod.name.as_deref() == Some(name))
+            let pod = event.regarding.as_ref().and_then(|pod| pod.name.as_deref());
+            pod == Some(name) && by(event)
         };
         let events = listed.unwrap_or_default().into_iter().filter(of_pod);
         let words = |event: Event| {

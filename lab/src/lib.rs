@@ -17,7 +17,6 @@ pub mod iptables;
 mod lab;
 pub mod load;
 mod netns;
-pub mod nftables;
 pub mod pattern;
 mod pod;
 mod process;

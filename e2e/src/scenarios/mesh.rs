@@ -368,9 +368,8 @@ fn left_alone(space: &Space<'_>, selector: &str) -> Result<()> {
         let (pod, node) = line.split_once(' ').context("a pod on no node")?;
         let entry = space.cluster().enrolled(node, &space.full(pod))?;
         ensure!(entry.is_none(), "the agent has taken it: {entry:?}");
-        let events = space.events(pod);
-        let said = events.iter().find(|event| event.contains("sidestep"));
-        ensure!(said.is_none(), "{pod}: {said:?}");
+        let said = space.cluster().node.events_of_agent(&space.full(pod));
+        ensure!(said.is_empty(), "{pod}: {said:?}");
     }
     Ok(())
 }

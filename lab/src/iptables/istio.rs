@@ -4,11 +4,12 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs;
+use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Annotations, Family, RuleSet};
+use super::{Annotations, Family, RuleSet, forget_connections};
 use crate::lab::Lab;
 use crate::pod::{Pod, PodNet};
 use crate::{OUTBOUND, PROXY};
@@ -111,6 +112,7 @@ impl PilotAgent {
         };
         self.run(pod, istio, &[], more)
             .with_context(|| format!("installing {backend:?} rules in {}", pod.name()))
+            .map(drop)
     }
 
     /// The command line of the init container `istio-validation`, which calls itself through the
@@ -144,14 +146,25 @@ impl PilotAgent {
         Ok(families)
     }
 
-    fn run(&self, pod: &Pod, istio: &Istio, env: &[&str], more: &[&str]) -> Result<()> {
+    /// What [`PilotAgent::install`] would give to nft in such a pod.
+    fn nftables(&self, pod: &Pod, istio: &Istio) -> Result<String> {
+        const BEFORE: &str = "nftables rules programmed:";
+        // There is no file for it: it is in the log.
+        let said = self.run(pod, istio, &[], &["--dry-run", "--native-nftables"])?;
+        let (_, rules) = said.split_once(BEFORE).with_context(|| format!("no rules in {said}"))?;
+        let rules =
+            rules.lines().filter(|line| line.starts_with("add ") || line.starts_with("flush "));
+        Ok(rules.fold(String::new(), |text, line| text + line + "\n"))
+    }
+
+    fn run(&self, pod: &Pod, istio: &Istio, env: &[&str], more: &[&str]) -> Result<String> {
         let binary = self.0.to_string_lossy();
         let mut argv = vec!["env"];
         argv.extend(env);
         argv.extend([&*binary, "istio-iptables"]);
         argv.extend(istio.0.iter().map(String::as_str));
         argv.extend(more);
-        pod.netns_handle().command(&argv, "").map(drop)
+        pod.netns_handle().command(&argv, "")
     }
 }
 
@@ -163,6 +176,7 @@ pub struct Record {
     dns: bool,
     v4: &'static str,
     v6: &'static str,
+    nft: &'static str,
 }
 
 impl Record {
@@ -172,6 +186,7 @@ impl Record {
         dns: false,
         v4: include_str!("../../records/istio/sidecar.v4"),
         v6: include_str!("../../records/istio/sidecar.v6"),
+        nft: include_str!("../../records/istio/sidecar.nft"),
     };
     /// The same, with DNS captured.
     pub const DNS: Self = Self {
@@ -179,6 +194,7 @@ impl Record {
         dns: true,
         v4: include_str!("../../records/istio/sidecar-dns.v4"),
         v6: include_str!("../../records/istio/sidecar-dns.v6"),
+        nft: include_str!("../../records/istio/sidecar-dns.nft"),
     };
     /// All that there are.
     pub const ALL: [Self; 2] = [Self::SIDECAR, Self::DNS];
@@ -195,20 +211,48 @@ impl Record {
             let istio = Istio::new(&Annotations::new(), record.dns, true);
             let args: Vec<String> = istio.0.iter().map(|arg| format!("'{arg}'")).collect();
             let args = args.join(" ");
-            let families = [("v4", record.v4), ("v6", record.v6)];
-            let tables = pilot_agent.tables(&pod, &istio)?;
-            for ((family, recorded), tables) in families.into_iter().zip(tables) {
+            let [v4, v6] = pilot_agent.tables(&pod, &istio)?;
+            let nft = pilot_agent.nftables(&pod, &istio)?;
+            for (kind, to, recorded, now) in [
+                ("v4", "iptables-restore", record.v4, v4),
+                ("v6", "ip6tables-restore", record.v6, v6),
+                ("nft", "nft", record.nft, nft),
+            ] {
                 let text = format!(
-                    "# What pilot-agent gives to iptables-restore. `make records` writes this.\n\
-                     # istio.io/istio {version}\n# istio-iptables {args}\n{tables}"
+                    "# What pilot-agent gives to {to}. `make records` writes this.\n\
+                     # istio.io/istio {version}\n# istio-iptables {args}\n{now}"
                 );
                 if text != recorded {
-                    stale.push((dir.join(format!("{}.{family}", record.name)), text));
+                    stale.push((dir.join(format!("{}.{kind}", record.name)), text));
                 }
             }
         }
         Ok(stale)
     }
+}
+
+/// Installs what pilot-agent gives to nft with `--native-nftables`, for a sidecar with the default
+/// settings, and gives `lo` the address ::6 as Istio does.
+pub fn install_istio_nftables(pod: &Pod) -> Result<()> {
+    pod.netns_handle()
+        .command(&["nft", "-f", "-"], Record::SIDECAR.nft)
+        .with_context(|| format!("installing nftables rules in {}", pod.name()))?;
+    if pod.has_v6() {
+        pod.add_address(Ipv6Addr::from(6).into(), 128, "lo", "")?;
+    }
+    Ok(())
+}
+
+/// Undoes [`install_istio_nftables`].
+pub fn remove_istio_nftables(pod: &Pod) -> Result<()> {
+    let netns = pod.netns_handle();
+    for table in Record::SIDECAR.nft.lines().filter_map(|line| line.strip_prefix("add table ")) {
+        netns.command(&["nft", &format!("delete table {table}")], "")?;
+    }
+    if pod.has_v6() {
+        pod.ip("addr del ::6/128 dev lo")?;
+    }
+    forget_connections(pod)
 }
 
 impl RuleSet for Record {

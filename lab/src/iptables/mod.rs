@@ -11,7 +11,9 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use anyhow::{Context, Result};
 
-pub use istio::{Backend, Istio, PilotAgent, Record};
+pub use istio::{
+    Backend, Istio, PilotAgent, Record, install_istio_nftables, remove_istio_nftables,
+};
 pub use kuma::Kuma;
 pub use linkerd::Linkerd;
 

@@ -18,7 +18,7 @@ pub enum Mode {
     Explicit,
     /// Istio's rules
     Iptables,
-    /// The same rules in nftables' own words
+    /// What the same plugin installs with `--native-nftables`
     Nftables,
     /// Sidestep with --splice off
     Off,

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use sidestep_lab::{
     APP, Agent, Envoy, EnvoyOpts, Lab, PROXY, Pod, PodNet, Process, Twin, connect, interrupted,
-    iptables, nftables, wait_for, wait_until,
+    iptables, wait_for, wait_until,
 };
 
 use crate::app::Service;
@@ -245,7 +245,7 @@ impl InForce {
         match mode {
             Mode::Direct | Mode::Explicit => {}
             Mode::Iptables => world.all_pods().try_for_each(iptables::install_istio)?,
-            Mode::Nftables => world.all_pods().try_for_each(nftables::install)?,
+            Mode::Nftables => world.all_pods().try_for_each(iptables::install_istio_nftables)?,
             Mode::Off | Mode::Sidecar | Mode::All => {
                 let splice = mode.splice().context("no agent")?;
                 let flags = ["--splice", splice];
@@ -365,7 +365,7 @@ impl InForce {
         match self.mode {
             Mode::Direct | Mode::Explicit => Ok(()),
             Mode::Iptables => world.all_pods().try_for_each(iptables::remove),
-            Mode::Nftables => world.all_pods().try_for_each(nftables::remove),
+            Mode::Nftables => world.all_pods().try_for_each(iptables::remove_istio_nftables),
             Mode::Off | Mode::Sidecar | Mode::All => {
                 let Some(mut agent) = self.agent.take() else { return Ok(()) };
                 agent.terminate()?;
