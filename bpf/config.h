@@ -9,8 +9,15 @@
 #define DNS_PORT 53
 #define SOL_IP 0
 #define SOL_IPV6 41
+#define IP_OPTIONS 4
+#define IPV6_2292PKTOPTIONS 6
+#define IPV6_RTHDR 57
+#define SOCK_RAW 3
 #define SO_ORIGINAL_DST 80 /* the same number at both levels */
 #define LOOPBACK_IFINDEX 1
+#define ENOENT 2
+#define EAGAIN 11
+#define EACCES 13
 #define ENETUNREACH 101
 #define ECONNREFUSED 111
 #define UID_GID_MAP_MAX_BASE_EXTENTS 5 /* what a user namespace maps without a table */

@@ -28,6 +28,10 @@ static __always_inline int connect_tcp(struct bpf_sock_addr *ctx, int family, co
 	struct origdst *od;
 
 	owner_of(ctx->sk, c);
+	if (!is_proxy(pod, c) && is_source_routed(ctx->sk)) {
+		count(pod, REFUSED_SOURCE_ROUTE);
+		return refuse(EACCES);
+	}
 	verdict = tcp_verdict(pod, c);
 	if (verdict == GO_DIRECT) {
 		count(pod, DIRECT);
@@ -36,6 +40,10 @@ static __always_inline int connect_tcp(struct bpf_sock_addr *ctx, int family, co
 	if (verdict == GO_NOWHERE) {
 		count(pod, REFUSED_NO_ADDRESS);
 		return refuse(ENETUNREACH);
+	}
+	if (is_busy(c->netns)) {
+		count(pod, REFUSED_BUSY);
+		return refuse(EAGAIN);
 	}
 	od = origdst_of(ctx->sk, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!od) {

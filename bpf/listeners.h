@@ -6,13 +6,18 @@
 #pragma once
 
 /*
- * Does REDIRECT lead there: to localhost, or to an address of one of the pod's devices? Not to
- * other loopback addresses, nor to those that a process may bind to though nobody has them.
+ * Does REDIRECT lead there: to localhost, or to the first address of one of the pod's devices? Not
+ * to other addresses of the pod, nor to those that a process may bind to though nobody has them.
  */
 static __always_inline bool is_redirected_to(__u64 netns, const struct addr *a)
 {
-	return addr_is_any(a) || addr_is_localhost(a) ||
-	       (!addr_is_loopback(a) && pod_owns(netns, a));
+	struct local_key key = { .netns = netns, .addr = *a };
+	const __u8 *local;
+
+	if (addr_is_any(a) || addr_is_localhost(a))
+		return true;
+	local = bpf_map_lookup_elem(&locals, &key);
+	return local && *local == LOCAL_LANDING;
 }
 
 static __always_inline void listener_add(struct bpf_sock_ops *ctx)

@@ -7,7 +7,14 @@
 
 #define MAX_PODS 1024 /* a node's pods; kubelet's default is 110, 250 is common */
 #define MAX_MESHES 4
-#define LISTENER_SLOTS 16 /* listeners remembered for each pod, address and port */
+/*
+ * What processes of a pod can fill is theirs alone: each of these maps has room for every pod's
+ * share, so that no pod takes another's.
+ */
+#define HANDSHAKES 512 /* captured connections of a pod that its proxy has yet to accept */
+#define LISTENER_SLOTS 8 /* listeners remembered for each pod, address and port */
+#define LANDINGS 10 /* such addresses: any and localhost, of two families, and six of devices */
+#define STEERED_PORTS 3 /* inbound, outbound, DNS */
 
 /* Enrolled pods. Agent writes; connect, sockops, getsockopt and inbound read. */
 struct {
@@ -18,7 +25,10 @@ struct {
 	__type(value, struct pod);
 } pods SEC(".maps");
 
-/* The enrolled pods' own addresses. Agent writes; connect, sockops and inbound read. 16 a pod. */
+/*
+ * The enrolled pods' own addresses. Agent writes; connect, sockops and inbound read. 16 a pod. The
+ * value is one of enum local.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -82,24 +92,36 @@ struct {
 /*
  * Original destinations between the client's SYN and the proxy's accept. sockops alone writes
  * and takes: an entry goes to the accepted socket, or is withdrawn when the client's socket
- * closes; inbound looks. So the limit is on handshakes under way, not on connections.
+ * closes; inbound looks. So the limit is on handshakes under way, not on connections. A process
+ * can keep those that it makes under way for as long as it likes: each pod has its share.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
+	__uint(max_entries, MAX_PODS * HANDSHAKES);
 	__type(key, struct conn);
 	__type(value, struct origdst);
 } handovers SEC(".maps");
 
 /*
+ * How many of `handovers` are a pod's. Agent adds a pod, and takes away one that has none and is
+ * not enrolled any more; sockops counts; connect reads.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS * 2);
+	__type(key, __u64);
+	__type(value, __u32);
+} handshakes SEC(".maps");
+
+/*
  * The proxies' listeners: inbound, outbound, DNS. sockops adds one at listen(), find_listeners adds
  * those that are older than the agent; the kernel removes a socket when it closes; inbound reads.
- * Full for two families and two ports.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
-	__uint(max_entries, MAX_PODS * LISTENER_SLOTS * 4);
+	__uint(max_entries, MAX_PODS * STEERED_PORTS * LANDINGS * LISTENER_SLOTS);
 	__type(key, struct listener_key);
 	__type(value, __u64);
 } listeners SEC(".maps");

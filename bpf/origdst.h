@@ -54,6 +54,41 @@ static __always_inline struct conn sockops_conn(struct bpf_sock_ops *ctx, bool c
 	return c;
 }
 
+/* Has the pod as many connections that wait for its proxy as it may have? */
+static __always_inline bool is_busy(__u64 netns)
+{
+	const __u32 *under_way = bpf_map_lookup_elem(&handshakes, &netns);
+
+	return !under_way || *under_way >= HANDSHAKES;
+}
+
+/* Puts an entry into the pod's share of `handovers`. False: there is no room. */
+static __always_inline bool handover_put(const struct conn *c, const struct origdst *od)
+{
+	__u32 *under_way = bpf_map_lookup_elem(&handshakes, &c->netns);
+
+	if (!under_way)
+		return false;
+	if (__sync_fetch_and_add(under_way, 1) < HANDSHAKES &&
+	    !bpf_map_update_elem(&handovers, c, od, BPF_NOEXIST))
+		return true;
+	__sync_fetch_and_add(under_way, -1);
+	/* One that an earlier connection of these addresses and ports left, if anything. */
+	return !bpf_map_update_elem(&handovers, c, od, BPF_EXIST);
+}
+
+/* Takes an entry away, if there is one. */
+static __always_inline void handover_drop(const struct conn *c)
+{
+	__u32 *under_way;
+
+	if (bpf_map_delete_elem(&handovers, c))
+		return;
+	under_way = bpf_map_lookup_elem(&handshakes, &c->netns);
+	if (under_way)
+		__sync_fetch_and_add(under_way, -1);
+}
+
 /* The client's SYN is about to leave, its source port is chosen. */
 static __always_inline void origdst_offer(struct bpf_sock_ops *ctx)
 {
@@ -70,7 +105,7 @@ static __always_inline void origdst_offer(struct bpf_sock_ops *ctx)
 	/* A socket that was captured once and now goes elsewhere. */
 	if (!addr_eq(&c.dst, &od->via) || c.dport != od->via_port)
 		return;
-	if (bpf_map_update_elem(&handovers, &c, od, BPF_ANY)) {
+	if (!handover_put(&c, od)) {
 		const struct pod *pod = pod_by_netns(c.netns);
 
 		if (pod)
@@ -88,7 +123,7 @@ static __always_inline void origdst_withdraw(struct bpf_sock_ops *ctx)
 	if (ctx->args[1] != BPF_TCP_CLOSE)
 		return;
 	c = sockops_conn(ctx, true);
-	bpf_map_delete_elem(&handovers, &c);
+	handover_drop(&c);
 }
 
 /* The proxy's side of the handshake is done; accept() will return this socket. */
@@ -117,11 +152,36 @@ static __always_inline void origdst_take(struct bpf_sock_ops *ctx)
 	} else {
 		count(pod, HANDOVER_MISSED);
 	}
-	bpf_map_delete_elem(&handovers, &c);
+	handover_drop(&c);
+}
+
+/* Is what the kernel answers where a captured connection was sent to? */
+static __always_inline bool is_redirect(struct bpf_sockopt *ctx, const struct pod *pod)
+{
+	struct addr dst;
+	__u16 port;
+
+	if (ctx->level == SOL_IP) {
+		struct sockaddr_in *sin = ctx->optval;
+
+		if ((void *)(sin + 1) > ctx->optval_end)
+			return false;
+		dst = addr4(sin->sin_addr.s_addr);
+		port = sin->sin_port;
+	} else {
+		struct sockaddr_in6 *sin6 = ctx->optval;
+
+		if ((void *)(sin6 + 1) > ctx->optval_end)
+			return false;
+		__builtin_memcpy(&dst, &sin6->sin6_addr, sizeof(dst));
+		port = sin6->sin6_port;
+	}
+	return addr_is_via(&dst) && is_steered_port(pod, bpf_ntohs(port));
 }
 
 /* Fills dst for a getsockopt of this level on this socket; false: leave the kernel's answer. */
-static __always_inline bool origdst_answer(struct bpf_sockopt *ctx, struct addr *dst, __u16 *port)
+static __always_inline bool origdst_answer(struct bpf_sockopt *ctx, const struct pod *pod,
+					   struct addr *dst, __u16 *port)
 {
 	/* Through a volatile pointer: each field must be one plain load for the verifier. */
 	volatile struct bpf_sock *fields = ctx->sk;
@@ -135,10 +195,15 @@ static __always_inline bool origdst_answer(struct bpf_sockopt *ctx, struct addr 
 	}
 	/*
 	 * The kernel knows it, or another program did: where the mesh's own rules are there as
-	 * well, or for connections from before the layout of the maps moved.
+	 * well, or for connections from before the layout of the maps moved. Where conntrack alone
+	 * knows the connection, it answers with the redirect that ours is. (Before Linux 5.18 this
+	 * is EFAULT for the caller. Another layout's program, which comes after, may know better.)
 	 */
-	if (!ctx->retval)
+	if (!ctx->retval) {
+		if (is_redirect(ctx, pod))
+			ctx->retval = -ENOENT;
 		return false;
+	}
 	/*
 	 * Any other connected socket: what it was dialled to is its own address, which is how
 	 * iptables answers for a tracked connection that it did not translate.
@@ -167,7 +232,7 @@ static __always_inline bool getsockopt_origdst(struct bpf_sockopt *ctx)
 	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6))
 		return false;
 	pod = pod_by_netns(bpf_get_netns_cookie(ctx));
-	if (!pod || !origdst_answer(ctx, &dst, &port))
+	if (!pod || !origdst_answer(ctx, pod, &dst, &port))
 		return false;
 	if (ctx->level == SOL_IP) {
 		struct sockaddr_in *sin = ctx->optval;

@@ -117,6 +117,11 @@ static __always_inline bool is_proxy_group(const struct pod *pod, const struct o
 	return pod->flags & POD_GID_EXEMPT && c->gid == pod->proxy_gid;
 }
 
+static __always_inline bool is_proxy(const struct pod *pod, const struct outbound *c)
+{
+	return is_proxy_user(pod, c->uid) || is_proxy_group(pod, c);
+}
+
 /* May the proxy's connection over lo go to its own inbound listener? (T5, T6, T10) */
 static __always_inline enum verdict self_verdict(const struct pod *pod, const struct outbound *c)
 {
@@ -201,7 +206,7 @@ static __always_inline enum verdict tcp_verdict(const struct pod *pod, const str
 	} else if (addr_is4(&c->src) && addr_is_loopback(&c->src)) {
 		return GO_DIRECT; /* the kernel refuses it, before any rule */
 	}
-	if (proxy || is_proxy_group(pod, c))
+	if (is_proxy(pod, c))
 		return GO_DIRECT;
 	if (dns)
 		return leads_nowhere(pod, c, within) ? GO_NOWHERE : GO_DNS;
@@ -222,7 +227,7 @@ static __always_inline enum verdict udp_verdict(const struct pod *pod, const str
 	within = within_pod(c);
 	if (excluded_first(pod, c, within, true) || leads_nowhere(pod, c, within))
 		return GO_DIRECT;
-	if (is_proxy_user(pod, c->uid) || is_proxy_group(pod, c))
+	if (is_proxy(pod, c))
 		return GO_DIRECT;
 	return GO_DNS;
 }

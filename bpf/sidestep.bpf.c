@@ -14,6 +14,7 @@
 #include "origdst.h"
 #include "sockaddr.h"
 #include "dns.h"
+#include "route.h"
 #include "connect.h"
 #include "layouts.h"
 #include "listeners.h"

@@ -74,6 +74,11 @@ struct local_key {
 };
 _Static_assert(sizeof(struct local_key) == 24, "local_key");
 
+enum local {
+	LOCAL_OWN = 1,
+	LOCAL_LANDING, /* the first of a device: where REDIRECT leads what comes in by it */
+};
+
 /* Longest-prefix keys: the fields behind prefixlen are matched bit by bit, in memory order. */
 struct port_rule_key {
 	__u32 prefixlen; /* 96 (set and cookie) + 16 for one port, less for an aligned range */
@@ -248,7 +253,9 @@ enum counter {
 	REFUSED_NO_LISTENER, /* a new connection refused: the proxy does not listen */
 	REFUSED_NO_STATE, /* connect refused: no memory to keep the original destination */
 	REFUSED_NO_ADDRESS, /* connect refused: off the pod, which has no address of that family */
-	HANDOVER_FULL, /* the original destination could not be handed over: map full */
+	REFUSED_BUSY, /* connect refused: too many of the pod's wait for the proxy to accept them */
+	REFUSED_SOURCE_ROUTE, /* connect or setsockopt refused: the packets would go elsewhere */
+	HANDOVER_FULL, /* the original destination could not be handed over: no room */
 	HANDOVER_MISSED, /* a connection came to the outbound listener's redirect address
 			    unannounced */
 	ORIGDST_ANSWERED, /* getsockopt(SO_ORIGINAL_DST) answered */

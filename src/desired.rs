@@ -469,11 +469,20 @@ fn addresses(facts: &PodFacts, netns: &NetnsFacts) -> Vec<IpAddr> {
     ips
 }
 
-/// The first address of each kind that each device has, in the order of the kernel's list.
+/// How many addresses of devices listeners are remembered at; `LANDINGS` of bpf/maps.h has these,
+/// any and localhost, so that one pod with many devices leaves room for the others.
+const MAX_LANDINGS: usize = 6;
+
+/// The first address of each kind that each device has, in the order of the kernel's list: of more
+/// than [`MAX_LANDINGS`] addresses, those that come first.
 /// Source: Linux `net/netfilter/nf_nat_redirect.c`.
 pub fn device_addrs(netns: &NetnsFacts) -> BTreeMap<(u32, DeviceFamily), IpAddr> {
     let mut first = BTreeMap::new();
     for (ip, device) in &netns.addresses {
+        let landings: BTreeSet<IpAddr> = first.values().copied().collect();
+        if landings.len() >= MAX_LANDINGS && !landings.contains(ip) {
+            continue;
+        }
         let families: &[DeviceFamily] = match ip {
             IpAddr::V4(_) => &[DeviceFamily::V4],
             IpAddr::V6(v6) if v6.is_unicast_link_local() => {
@@ -748,6 +757,16 @@ mod tests {
             (3, V6Link, "fe80::8"),
         ];
         assert_eq!(found, right.map(|(device, family, ip)| (device, family, ip.to_owned())));
+    }
+
+    #[test]
+    fn a_pod_with_many_devices_has_no_more_than_its_share_of_addresses_for_listeners() {
+        let mut pod = candidate("ns/a", 7, "10.0.0.7");
+        let more = (3..40).map(|device| (IpAddr::from([10, 1, 0, device as u8]), device));
+        pod.netns.addresses.extend(more);
+        let found = plain(&[pod]).device_addrs;
+        let devices: Vec<u32> = found.keys().map(|(_, device, _)| *device).collect();
+        assert_eq!(devices, [2, 3, 4, 5, 6, 7], "the first of them");
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! What goes wrong elsewhere: odd sockets, odd processes, odd moments.
 
-#![allow(unsafe_code, reason = "connect() with AF_UNSPEC, and io_uring's submission queue")]
+#![allow(unsafe_code, reason = "AF_UNSPEC, bytes as a socket option, io_uring's submission queue")]
 
 mod common;
 
 use std::{
-    io::{BufRead, BufReader, Read, Write},
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    io::{self, BufRead, BufReader, Read, Write},
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd,
     path::Path,
     process::Command,
@@ -449,4 +449,93 @@ fn hundreds_of_pods_and_ten_thousand_connections() {
         load.join().expect("no connection failed");
     });
     assert!(done.load(Relaxed) > 100, "the load went on: {}", done.load(Relaxed));
+}
+
+/// A socket option as bytes.
+fn set_option(socket: &Socket, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
+    let (at, len) = (value.as_ptr().cast(), value.len() as libc::socklen_t);
+    // SAFETY: the kernel reads as many bytes as the value has.
+    let rc = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, at, len) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Has the socket's packets go by this stop first; an AF_INET6 socket's that speaks IPv4 too.
+fn set_route(socket: &Socket, stop: IpAddr) -> io::Result<()> {
+    match stop {
+        IpAddr::V4(stop) => {
+            let mut options = vec![131, 7, 4]; // loose source route
+            options.extend(stop.octets());
+            options.push(1);
+            set_option(socket, libc::SOL_IP, libc::IP_OPTIONS, &options)
+        }
+        IpAddr::V6(stop) => {
+            // A segment routing header; the kernel puts the destination into the first place.
+            let mut header = vec![0, 4, 4, 1, 1, 0, 0, 0];
+            header.extend([0; 16]);
+            header.extend(stop.octets());
+            set_option(socket, libc::SOL_IPV6, libc::IPV6_RTHDR, &header)
+        }
+    }
+}
+
+/// F18: packets of a source route go to its first stop, whatever address the app connects to.
+#[test]
+fn an_app_cannot_send_its_packets_by_another_way() {
+    let mut node = Node::new("route");
+    let stops = [node.b.ipv4(), node.b.ipv6(), node.b.ipv4()];
+    let targets = addresses(&node.a, 8080);
+    let arrive = "tcp dport 8080 counter accept";
+    let chain = format!("type filter hook prerouting priority -300; {arrive};");
+    node.b.nft(&format!("table inet seen {{ chain arrived {{ {chain} }}; }}")).expect("rules");
+    let arrived = || -> u64 {
+        let rules = sidestep_lab::iptables::ruleset(&node.b).expect("rules");
+        let count = rules.split("packets ").nth(1).and_then(|rest| rest.split(' ').next());
+        count.and_then(|count| count.parse().ok()).expect("a counter")
+    };
+    let routed = |n: usize| {
+        let socket = Socket::new(Domain::for_address(targets[n]), Type::STREAM, None)?;
+        socket.set_nonblocking(true)?;
+        set_route(&socket, stops[n]).map(|()| socket)
+    };
+    let as_user = |uid, n| node.a.run(uid, uid, || routed(n)).expect("runs");
+    // The kernel does so for anybody.
+    let mut older = Vec::new();
+    for (n, target) in targets.iter().enumerate() {
+        let (before, socket) = (arrived(), as_user(APP, n).expect("a route"));
+        let error = socket.connect(&(*target).into()).expect_err("under way");
+        assert_eq!(error.raw_os_error(), Some(libc::EINPROGRESS), "{target}");
+        wait_until("its SYN at the first stop", SOON, || arrived() > before)
+            .expect("it goes there");
+        older.push(as_user(APP, n).expect("a route"));
+    }
+    node.agent.add_pod(&node.a).expect("manifest a");
+    node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+    let app = [targets[0], targets[1]].map(|at| node.a.serve(any(at, 8080), APP, APP));
+    let before = arrived();
+    for (n, target) in targets.iter().enumerate() {
+        // What the pod's processes had set before.
+        let error = older[n].connect(&(*target).into()).expect_err("refused");
+        let right = if kernel_before(6, 1) { libc::EPERM } else { libc::EACCES };
+        assert_eq!(error.raw_os_error(), Some(right), "{target}");
+        let error = as_user(APP, n).expect_err("refused");
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{target}");
+        // Nor in the middle of a connection, nor by the older call for IPv6.
+        let open = node.a.run(APP, APP, || {
+            let socket = Socket::new(Domain::for_address(*target), Type::STREAM, None)?;
+            socket.connect(&(*target).into())?;
+            let route = set_route(&socket, stops[n]);
+            let control = [0; 24];
+            let older = set_option(&socket, libc::SOL_IPV6, libc::IPV6_2292PKTOPTIONS, &control);
+            let none = set_option(&socket, libc::SOL_IP, libc::IP_OPTIONS, &[]);
+            Ok::<_, io::Error>((route, older, none))
+        });
+        let (route, older, none) = open.expect("runs").expect("connected");
+        assert_eq!(route.expect_err("refused").raw_os_error(), Some(libc::EPERM), "{target}");
+        assert_eq!(older.expect_err("refused").raw_os_error(), Some(libc::EPERM), "{target}");
+        none.expect("to have none is anybody's right");
+        as_user(PROXY, n).expect("the sidecar's own business");
+    }
+    assert_eq!(arrived(), before);
+    assert_eq!(node.counter("istio", "refused_source_route"), 3 + 3 * 3);
+    drop(app);
 }

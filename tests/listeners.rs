@@ -192,8 +192,8 @@ fn a_listener_is_reached_by_those_that_redirect_leads_to_it() {
     }
 }
 
-/// The kernel's list is every pod's: only listeners that calls may be led to are in it, whether
-/// the hooks saw them or the agent looked for them.
+/// F30: the kernel's list is every pod's: only listeners that calls may be led to are in it, whether
+/// the hooks saw them or the agent looked for them, so that no pod fills it.
 #[test]
 fn only_listeners_that_calls_are_led_to_are_remembered() {
     let mut node = Node::new("remembered");
@@ -216,7 +216,9 @@ fn only_listeners_that_calls_are_led_to_are_remembered() {
     };
     let own = node.a.ipv4().to_string();
     let wanted = ["127.0.0.1", "::1", &own];
-    let others = ["127.0.0.2", "127.128.0.1", "192.0.2.1", "2001:db8::1"];
+    let second = "10.77.250.9";
+    node.a.add_address(ip(second), 16, "eth0", "").expect("a second address");
+    let others = ["127.0.0.2", "127.128.0.1", "192.0.2.1", "2001:db8::1", second];
     let all = || wanted.iter().chain(&others).map(|at| bind(at).expect("runs")).collect::<Vec<_>>();
     let known = |node: &Node| node.map("listeners").keys().count();
     let before = all();

@@ -196,6 +196,11 @@ impl Pod {
         self.netns.ip(&format!("{command}\n"))
     }
 
+    /// Has `nft` run these commands in the pod.
+    pub fn nft(&self, commands: &str) -> Result<()> {
+        self.netns.command(&["nft", "-f", "-"], commands).map(drop)
+    }
+
     /// The pod as Kubernetes would have it after Istio's injection, for the agent. A test may
     /// change the value before it hands it over.
     pub fn manifest(&self) -> Value {

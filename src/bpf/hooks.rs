@@ -83,6 +83,13 @@ pub(crate) const HOOKS: &[Hook] = &[
         helpers: &[NETNS_COOKIE, STORAGE],
     },
     Hook {
+        program: "setsockopt",
+        attach: Attach::Cgroup,
+        kind: ProgramType::CgroupSockopt,
+        decides: false,
+        helpers: &[NETNS_COOKIE, READ_KERNEL],
+    },
+    Hook {
         program: "sock_release",
         attach: Attach::Cgroup,
         kind: ProgramType::CgroupSock,

@@ -66,7 +66,7 @@ pub use selftest::self_test;
 use self::{
     filters::Filter,
     hooks::{Attach, HOOKS, Hook},
-    maps::Entries,
+    maps::{Diff, Entries},
 };
 use crate::{
     cgroup::Cgroup,
@@ -78,10 +78,10 @@ use crate::{
 };
 
 /// Moves when the layout of a pinned map moves: a `v` and a number.
-pub const LAYOUT: &str = "v3";
+pub const LAYOUT: &str = "v4";
 
 /// The names of the kernel's counters, in the order of `enum counter`.
-const COUNTERS: [&str; 25] = [
+const COUNTERS: [&str; 27] = [
     "captured_outbound",
     "captured_self",
     "captured_dns",
@@ -91,6 +91,8 @@ const COUNTERS: [&str; 25] = [
     "refused_no_listener",
     "refused_no_state",
     "refused_no_address",
+    "refused_busy",
+    "refused_source_route",
     "handover_full",
     "handover_missed",
     "origdst_answered",
@@ -109,8 +111,13 @@ const COUNTERS: [&str; 25] = [
     "splice_no_peer",
 ];
 
+/// What an entry of `locals` is; `enum local` of bpf/types.h.
+const LOCAL_OWN: u8 = 1;
+/// See [`LOCAL_OWN`].
+const LOCAL_LANDING: u8 = 2;
+
 /// Slots for a pod's listeners; `LISTENER_SLOTS` of bpf/maps.h.
-const LISTENER_SLOTS: u16 = 16;
+const LISTENER_SLOTS: u16 = 8;
 
 /// Routes libbpf's messages to the log: its warnings explain errors, so they are debug lines
 /// beside the error that the caller reports.
@@ -480,8 +487,12 @@ impl Dataplane {
             pods.extend([maps::entry(cookie, &wire::pod_of(row))]);
             records.extend([maps::entry(cookie, &wire::record_of(record)?)]);
         }
-        let locals = desired.locals.iter();
-        let locals = locals.map(|(cookie, ip)| maps::entry(&wire::local_of(*cookie, *ip), &1u8));
+        let landings = desired.device_addrs.iter().map(|((cookie, ..), ip)| (*cookie, *ip));
+        let landings: BTreeSet<(u64, IpAddr)> = landings.collect();
+        let locals = desired.locals.iter().map(|local @ (cookie, ip)| {
+            let kind = if landings.contains(local) { LOCAL_LANDING } else { LOCAL_OWN };
+            maps::entry(&wire::local_of(*cookie, *ip), &kind)
+        });
         let devices = desired.device_addrs.iter().map(|((cookie, device, family), ip)| {
             maps::entry(&wire::device_of(*cookie, *device, *family), &wire::addr::from(*ip))
         });
@@ -525,6 +536,7 @@ impl Dataplane {
             holds.push(holding);
             plan.push((map, diff));
         }
+        self.share_handshakes(desired.pods.keys().chain(keep))?;
         for (map, diff) in &plan {
             maps::upsert(*map, diff)?;
         }
@@ -547,6 +559,20 @@ impl Dataplane {
             self.want_sweep(true)?;
         }
         Ok((written, deleted))
+    }
+
+    /// Gives these pods a share of `handovers`, and takes it from others, once none of theirs is in
+    /// use: sockets of a pod that has left may have connections under way still.
+    fn share_handshakes<'a>(&self, pods: impl Iterator<Item = &'a u64>) -> Result<()> {
+        let map = &self.skel.maps.handshakes;
+        let shares = maps::read(map)?;
+        let mut wanted: Entries = pods.map(|cookie| maps::entry(cookie, &0u32)).collect();
+        for (cookie, under_way) in &shares {
+            if wanted.remove(cookie).is_none() && wire::from_bytes::<u32>(under_way)? == 0 {
+                map.delete(cookie).context("cannot delete from map handshakes")?;
+            }
+        }
+        maps::upsert(map, &Diff { upserts: wanted, deletes: Vec::new() })
     }
 
     /// Links this build's inbound program to a pod's namespace; one that is there already is

@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Source routes: an IPv6 routing header, or options of IPv4. The packets of a connection go to the
+ * first stop of the route, whatever address it was made to; and any process may set one, also on a
+ * connection that is established. A destination that is not captured would be a way past the proxy.
+ */
+#pragma once
+
+/* Does the socket have one already? */
+static __always_inline bool is_source_routed(struct bpf_sock *ctx)
+{
+	const struct inet_sock *sk = kernel_ptr(number_of(ctx), struct inet_sock);
+	const struct ip_options_rcu *options = peek(sk, inet_opt);
+	const struct ipv6_pinfo *v6 = peek(sk, pinet6);
+	const struct ipv6_txoptions *options6;
+
+	if (options && peek(options, opt.srr))
+		return true;
+	if (!v6)
+		return false;
+	options6 = peek(v6, opt);
+	return options6 && peek(options6, srcrt);
+}
+
+/* Would this give the socket one? To take it away is anybody's right. */
+static __always_inline bool sets_source_route(volatile struct bpf_sockopt *ctx)
+{
+	__s32 level = ctx->level, name = ctx->optname; /* each one load, as in origdst_answer */
+
+	if (ctx->optlen <= 0)
+		return false;
+	return (level == SOL_IP && name == IP_OPTIONS) ||
+	       (level == SOL_IPV6 && (name == IPV6_RTHDR || name == IPV6_2292PKTOPTIONS));
+}
+
+static __always_inline bool is_refused_route(struct bpf_sockopt *ctx)
+{
+	volatile struct bpf_sock *sk = ctx->sk;
+	struct outbound owner = {};
+	const struct pod *pod;
+
+	if (!sets_source_route(ctx))
+		return false;
+	/* Raw sockets take a privilege, and are tools. */
+	if (sk->type == SOCK_RAW)
+		return false;
+	pod = pod_by_netns(bpf_get_netns_cookie(ctx));
+	if (!pod)
+		return false;
+	owner_of(ctx->sk, &owner);
+	if (is_proxy(pod, &owner))
+		return false;
+	count(pod, REFUSED_SOURCE_ROUTE);
+	return true;
+}
+
+/* The kernel shows a program one page of a value, and has to be told to take the whole. */
+SEC("cgroup/setsockopt")
+int setsockopt(struct bpf_sockopt *ctx)
+{
+	volatile struct bpf_sockopt *fields = ctx; /* as in origdst_answer */
+
+	if (is_refused_route(ctx))
+		return 0;
+	if (fields->optlen > ctx->optval_end - ctx->optval)
+		fields->optlen = 0;
+	return 1;
+}
