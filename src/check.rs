@@ -7,7 +7,7 @@ use nix::{sys::utsname::uname, unistd::geteuid};
 use serde::Serialize;
 
 use crate::{
-    bpf::{self, ProgramCost},
+    bpf::{self, Pins, ProgramCost},
     bpffs,
     cgroup::Cgroup,
     splice::{self, Leg, LegState, Mode},
@@ -59,14 +59,19 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
         let missing = || Err(anyhow::anyhow!("this kernel does not have it, or forbids it"));
         add(&name, if there { Ok(String::new()) } else { missing() });
     }
-    let mut programs = Vec::new();
+    let (mut programs, mut can_be_first) = (Vec::new(), false);
     add(
         "programs load",
-        bpf::try_load().map(|costs| {
-            programs = costs;
+        bpf::try_load().map(|loaded| {
+            (programs, can_be_first) = (loaded.costs, loaded.can_be_first);
             String::new()
         }),
     );
+    if !programs.is_empty()
+        && let (Ok(pins), Ok(cgroup)) = (bpffs::pins(bpffs, bpf::LAYOUT), Cgroup::open(cgroup))
+    {
+        add("before other programs", order(&pins, &cgroup, can_be_first));
+    }
     if !programs.is_empty() {
         add("filters on devices", bpf::try_filters().map(|()| String::new()));
     }
@@ -79,6 +84,22 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
         splice = names.zip(splice::decide(Mode::Auto, &found)).collect();
     }
     Report { version: 1, ok: items.iter().all(|item| item.ok), kernel, items, programs, splice }
+}
+
+/// Whether Sidestep has the first word where others attach programs too. It can run where it has not.
+fn order(pins: &Pins, cgroup: &Cgroup, can_be_first: bool) -> Result<String> {
+    if can_be_first && !pins.exist() {
+        return Ok("this kernel lets Sidestep's come first".into());
+    }
+    let ahead: Vec<String> = bpf::ahead(pins, cgroup)?.iter().map(ToString::to_string).collect();
+    if ahead.is_empty() {
+        return Ok("none comes first".into());
+    }
+    Ok(format!(
+        "WARNING: these come first: {}; where they translate a Service's address, sidecars see an \
+         endpoint in its place",
+        ahead.join(", ")
+    ))
 }
 
 /// The capabilities that the agent needs and has.

@@ -21,6 +21,8 @@ pub enum Reason {
     InboundNotIntercepted,
     /// All pods of a mesh on this node come with the mesh's own iptables rules.
     OwnIptables,
+    /// Another's program sees connections before Sidestep's.
+    NotFirst,
     /// Sidestep is being uninstalled, and the pod stays intercepted.
     StaysIntercepted,
     /// A manifest, the API server, the CNI configuration or the kernel's maps.
@@ -29,7 +31,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::InvalidPolicy,
         Self::Unsupported,
         Self::InvalidPod,
@@ -37,6 +39,7 @@ impl Reason {
         Self::Refused,
         Self::InboundNotIntercepted,
         Self::OwnIptables,
+        Self::NotFirst,
         Self::StaysIntercepted,
         Self::Node,
     ];
@@ -51,6 +54,7 @@ impl Reason {
             Self::Refused => "Refused",
             Self::InboundNotIntercepted => "InboundNotIntercepted",
             Self::OwnIptables => "OwnIptables",
+            Self::NotFirst => "NotFirst",
             Self::StaysIntercepted => "StaysIntercepted",
             Self::Node => "Node",
         }

@@ -15,7 +15,7 @@ use thiserror::Error;
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    bpf::Dataplane,
+    bpf::{Ahead, Dataplane},
     cgroup::Cgroup,
     cni::Sandbox,
     desired::{Candidate, Desired, NetnsFacts, PodRow, Record, desired, device_addrs},
@@ -125,6 +125,8 @@ pub struct Reconciler {
     missing: BTreeMap<String, u32>,
     /// Pods whose processes do not show their namespace, by uid, and why.
     disputed: BTreeMap<String, String>,
+    /// Others' programs that come before Sidestep's.
+    ahead: BTreeSet<Problem>,
     /// What was wrong at the last sync: said once, not every time.
     problems: BTreeSet<Problem>,
 }
@@ -164,6 +166,7 @@ impl Reconciler {
             visited: BTreeMap::new(),
             missing: BTreeMap::new(),
             disputed: BTreeMap::new(),
+            ahead: BTreeSet::new(),
             problems: BTreeSet::new(),
         })
     }
@@ -361,7 +364,10 @@ impl Reconciler {
         if look == Look::Everything {
             self.tidy(&snapshot);
             self.dataplane.retire()?;
+            let ahead = self.dataplane.keep_first(&self.cgroup)?;
+            self.ahead = ahead.iter().map(|ahead| comes_before(ahead, &self.cgroup)).collect();
         }
+        problems.extend(self.ahead.iter().cloned());
         Ok(true)
     }
 
@@ -905,6 +911,14 @@ fn is_running(pod: &Pod) -> bool {
 fn is_done(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+fn comes_before(ahead: &Ahead, cgroup: &Cgroup) -> Problem {
+    let text = format!(
+        "{ahead} on {cgroup} comes before Sidestep's: where it translates a Service's address, sidecars \
+         see an endpoint in its place (docs/install.md)"
+    );
+    Problem { reason: Reason::NotFirst, pod: None, text }
 }
 
 fn problem(reason: Reason, record: &Record, text: &str) -> Problem {

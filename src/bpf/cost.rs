@@ -3,7 +3,7 @@
 use std::{
     io,
     mem::size_of_val,
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
 };
 
 use anyhow::{Context, Result};
@@ -25,21 +25,24 @@ pub struct ProgramCost {
 /// Asks the kernel about a loaded program.
 pub(crate) fn of(program: &Program<'_>) -> Result<ProgramCost> {
     let name = program.name().to_string_lossy().into_owned();
+    let info = info(program.as_fd())
+        .with_context(|| format!("cannot ask the kernel about program {name}"))?;
+    let verified = Some(info.verified_insns).filter(|count| *count > 0);
+    Ok(ProgramCost { name, instructions: program.insn_cnt(), verified })
+}
+
+/// What the kernel says about a program.
+pub(super) fn info(program: BorrowedFd<'_>) -> io::Result<libbpf_sys::bpf_prog_info> {
     let mut info = libbpf_sys::bpf_prog_info::default();
     let mut len = size_of_val(&info) as u32;
     // SAFETY: info and len live across the call, len is the size of info, and info is zeroed:
     // the kernel is given no buffer to write to.
     let rc = unsafe {
         libbpf_sys::bpf_obj_get_info_by_fd(
-            program.as_fd().as_raw_fd(),
+            program.as_raw_fd(),
             (&raw mut info).cast(),
             &raw mut len,
         )
     };
-    if rc < 0 {
-        return Err(io::Error::last_os_error())
-            .with_context(|| format!("cannot ask the kernel about program {name}"));
-    }
-    let verified = Some(info.verified_insns).filter(|count| *count > 0);
-    Ok(ProgramCost { name, instructions: program.insn_cnt(), verified })
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(info) }
 }

@@ -10,6 +10,7 @@ mod cost;
 mod filters;
 mod hooks;
 mod maps;
+mod order;
 mod selftest;
 mod splice;
 mod wire;
@@ -38,12 +39,12 @@ use std::{
     path::{Path, PathBuf},
     rc::Rc,
     sync::{Mutex, OnceLock, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{
-    Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, ProgramType, RingBuffer,
+    Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, ProgramMut, ProgramType, RingBuffer,
     RingBufferBuilder,
     btf::{
         Btf,
@@ -61,6 +62,7 @@ use tokio::io::unix::AsyncFd;
 
 pub use cookie::current_netns_cookie;
 pub use cost::ProgramCost;
+pub use order::{Ahead, ahead};
 pub use selftest::self_test;
 
 use self::{
@@ -269,6 +271,8 @@ pub struct Dataplane {
     to_take_over: bool,
     /// What the maps hold, in the order of [`Dataplane::apply`], once that is known for sure.
     known: Option<Vec<Entries>>,
+    /// When another's programs were last put behind.
+    went_first: Option<Instant>,
 }
 
 impl Dataplane {
@@ -296,7 +300,7 @@ impl Dataplane {
             }
             refusal()
         })?;
-        Ok(Self { skel, pins: pins.clone(), to_take_over: false, known: None })
+        Ok(Self { skel, pins: pins.clone(), to_take_over: false, known: None, went_first: None })
     }
 
     /// Puts the loaded programs in force on the cgroup: a hook that is there already is switched
@@ -432,25 +436,32 @@ impl Dataplane {
 
     fn attach_hook(&mut self, hook: &Hook, cgroup: &Cgroup) -> Result<()> {
         let pin = self.pins.link(hook.program);
-        let program = self
-            .skel
-            .object_mut()
-            .progs_mut()
-            .find(|program| program.name() == hook.program)
-            .context("no such program")?;
+        let program = self.program(hook)?;
         if pin.exists() {
             let mut link = Link::open(&pin).context("cannot open its pinned link")?;
             if cgroup_of(&link)? == cgroup.id() {
                 return link.update_prog(&program).context("cannot switch its program over");
             }
         }
-        // The new one first: two hooks for a moment do no harm, none would.
-        let mut link = program.attach_cgroup(cgroup.as_raw_fd())?;
+        self.attach_anew(hook, cgroup)
+    }
+
+    /// Attaches a program, whether it is attached already or not. The new one first: two hooks for a
+    /// moment do no harm, none would.
+    fn attach_anew(&mut self, hook: &Hook, cgroup: &Cgroup) -> Result<()> {
+        let pin = self.pins.link(hook.program);
+        let program = self.program(hook)?;
+        let mut link = order::attach(&program, cgroup.as_raw_fd(), hook)?;
         let fresh = self.pins.link(&format!("{}-new", hook.program));
         let _ = fs::remove_file(&fresh);
         link.pin(&fresh)?;
         fs::rename(&fresh, &pin).context("cannot pin its link")?;
         Ok(())
+    }
+
+    fn program(&mut self, hook: &Hook) -> Result<ProgramMut<'_>> {
+        let mut all = self.skel.object_mut().progs_mut();
+        all.find(|program| program.name() == hook.program).context("no such program")
     }
 
     /// The sizes of the maps.
@@ -779,12 +790,20 @@ fn open_node_in(
     Ok(open)
 }
 
+/// What the kernel says about programs that it took.
+pub struct Loaded {
+    /// What each cost its verifier.
+    pub costs: Vec<ProgramCost>,
+    /// Whether those that decide can come before all others' at their hooks.
+    pub can_be_first: bool,
+}
+
 /// Loads every program and map once, unpinned and unattached, and drops them: the kernel's own
-/// word on whether it can run this build, and what each program cost its verifier.
+/// word on whether it can run this build.
 ///
 /// # Errors
 /// The kernel's refusal.
-pub fn try_load() -> Result<Vec<ProgramCost>> {
+pub fn try_load() -> Result<Loaded> {
     load_all().map_err(|error| {
         let word = LAST_WORD.lock().unwrap_or_else(PoisonError::into_inner).take();
         match word {
@@ -794,13 +813,14 @@ pub fn try_load() -> Result<Vec<ProgramCost>> {
     })
 }
 
-fn load_all() -> Result<Vec<ProgramCost>> {
+fn load_all() -> Result<Loaded> {
     let mut storage = MaybeUninit::uninit();
     let node = open_node_in(&mut storage)?.load()?;
     let mut storage = MaybeUninit::uninit();
     let pod = open_inbound(&mut storage, 0)?.load()?;
     let programs = node.object().progs().chain(pod.object().progs());
-    programs.map(|program| cost::of(&program)).collect()
+    let costs = programs.map(|program| cost::of(&program)).collect::<Result<_>>()?;
+    Ok(Loaded { costs, can_be_first: order::can_be_first(&node.progs.connect4) })
 }
 
 /// Attaches the filters to the lo of a network namespace that is made for that and goes at once.

@@ -1,0 +1,183 @@
+//! Whose program has the first word at the hooks that decide. Where another one translates a
+//! Service's address before (Cilium, Calico), sidecars see an endpoint, and the mesh's rules for the
+//! Service don't hold.
+
+use std::{
+    collections::BTreeSet,
+    ffi::CStr,
+    fmt, io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use libbpf_rs::{AsRawLibbpf, Link, Program, ProgramMut, libbpf_sys};
+
+use super::{
+    Dataplane, Pins, cost,
+    hooks::{HOOKS, Hook},
+};
+use crate::cgroup::Cgroup;
+
+/// The flags that put a program before others, the best first: before all of the hierarchy (Linux
+/// 6.15), and of those that are so too before the others of the same cgroup (Linux 6.17).
+const FIRST: [u32; 2] =
+    [libbpf_sys::BPF_F_PREORDER | libbpf_sys::BPF_F_BEFORE, libbpf_sys::BPF_F_PREORDER];
+/// No kernel lets so many programs be attached to a cgroup and those above it.
+const MANY: usize = 1024;
+/// How often the first place is taken back: whoever wants it too is told of, and not fought with.
+const AGAIN: Duration = Duration::from_secs(60);
+
+/// Another's program that comes before Sidestep's.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ahead {
+    /// At which hook, by the name of Sidestep's program.
+    pub hook: &'static str,
+    /// The kernel's number of the program.
+    pub id: u32,
+    /// Its name, which the kernel cuts at 15 bytes.
+    pub name: String,
+}
+
+impl fmt::Display for Ahead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "program {:?} (id {}) at {}", self.name, self.id, self.hook)
+    }
+}
+
+/// The hooks that decide, and how the kernel numbers them.
+fn deciding() -> impl Iterator<Item = (&'static Hook, libbpf_sys::bpf_attach_type)> {
+    HOOKS.iter().filter(|hook| hook.decides).filter_map(|hook| {
+        let kind = match hook.program {
+            "connect4" => libbpf_sys::BPF_CGROUP_INET4_CONNECT,
+            "connect6" => libbpf_sys::BPF_CGROUP_INET6_CONNECT,
+            "sendmsg4" => libbpf_sys::BPF_CGROUP_UDP4_SENDMSG,
+            "sendmsg6" => libbpf_sys::BPF_CGROUP_UDP6_SENDMSG,
+            _ => return None,
+        };
+        Some((hook, kind))
+    })
+}
+
+/// The flags that put a program first on this kernel; 0: it has none, and programs run in the order
+/// of attaching.
+fn first(program: BorrowedFd<'_>, kind: libbpf_sys::bpf_attach_type) -> u32 {
+    let takes = |flags: &u32| {
+        let options = libbpf_sys::bpf_link_create_opts {
+            sz: size_of::<libbpf_sys::bpf_link_create_opts>() as _,
+            flags: *flags,
+            ..Default::default()
+        };
+        // The flags are looked at before the cgroup, which is none here.
+        // SAFETY: the program's descriptor is open, and the options live across the call.
+        let rc = unsafe {
+            libbpf_sys::bpf_link_create(program.as_raw_fd(), -1, kind, &raw const options)
+        };
+        rc == -libc::EBADF
+    };
+    FIRST.into_iter().find(takes).unwrap_or(0)
+}
+
+/// Attaches a program to a cgroup; one that decides, before others where the kernel can.
+pub(super) fn attach(program: &ProgramMut<'_>, cgroup: RawFd, hook: &Hook) -> Result<Link> {
+    let kind = deciding().find(|(one, _)| one.program == hook.program).map(|(_, kind)| kind);
+    let options = libbpf_sys::bpf_cgroup_opts {
+        sz: size_of::<libbpf_sys::bpf_cgroup_opts>() as _,
+        flags: kind.map_or(0, |kind| first(program.as_fd(), kind)),
+        ..Default::default()
+    };
+    let program = program.as_libbpf_object().as_ptr();
+    // SAFETY: the program is loaded, and the options live across the call.
+    let link =
+        unsafe { libbpf_sys::bpf_program__attach_cgroup_opts(program, cgroup, &raw const options) };
+    let link = std::ptr::NonNull::new(link).ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: libbpf has just made it, for nobody else.
+    Ok(unsafe { Link::from_ptr(link) })
+}
+
+/// The ids of the programs that run for processes of a cgroup, in their order.
+fn effective(cgroup: &Cgroup, kind: libbpf_sys::bpf_attach_type) -> Result<Vec<u32>> {
+    let mut ids = vec![0; MANY];
+    let (mut flags, mut count) = (0, MANY as u32);
+    // SAFETY: the cgroup is open, and there is room for as many ids as the kernel is told.
+    let rc = unsafe {
+        libbpf_sys::bpf_prog_query(
+            cgroup.as_raw_fd(),
+            kind,
+            libbpf_sys::BPF_F_QUERY_EFFECTIVE,
+            &raw mut flags,
+            ids.as_mut_ptr(),
+            &raw mut count,
+        )
+    };
+    let error = io::Error::from_raw_os_error(-rc);
+    ensure!(rc == 0, "cannot read the programs of {cgroup}: {error}");
+    ids.truncate(count as usize);
+    Ok(ids)
+}
+
+/// Name and tag of a program; none: it is gone.
+fn named(id: u32) -> Option<(String, [u8; 8])> {
+    let fd = Program::fd_from_id(id).ok()?;
+    let info = cost::info(fd.as_fd()).ok()?;
+    let name = info.name.map(|byte| byte.cast_unsigned());
+    let name = CStr::from_bytes_until_nul(&name).ok()?.to_string_lossy().into_owned();
+    Some((name, info.tag))
+}
+
+/// Programs of others that come before Sidestep's at the hooks that decide, or would: where it has
+/// none attached, on a kernel that does not let it come first.
+///
+/// # Errors
+/// Where the kernel does not tell.
+pub fn ahead(pins: &Pins, cgroup: &Cgroup) -> Result<Vec<Ahead>> {
+    let layouts = pins.layouts()?;
+    let mut found = Vec::new();
+    for (hook, kind) in deciding() {
+        let links = layouts.iter().filter_map(|pins| Link::open(pins.link(hook.program)).ok());
+        let own: BTreeSet<u32> = links.filter_map(|link| Some(link.info().ok()?.prog_id)).collect();
+        let tags: BTreeSet<[u8; 8]> = own.iter().filter_map(|id| Some(named(*id)?.1)).collect();
+        for id in effective(cgroup, kind)?.into_iter().take_while(|id| !own.contains(id)) {
+            // Another Sidestep's program takes what is its own pods' alone.
+            let Some((name, _)) = named(id).filter(|(_, tag)| !tags.contains(tag)) else {
+                continue;
+            };
+            found.push(Ahead { hook: hook.program, id, name });
+        }
+    }
+    Ok(found)
+}
+
+/// Whether this kernel lets a program come first, by one of the loaded ones.
+pub(super) fn can_be_first(program: &Program<'_>) -> bool {
+    first(program.as_fd(), libbpf_sys::BPF_CGROUP_INET4_CONNECT) != 0
+}
+
+impl Dataplane {
+    /// Sees to it that Sidestep's programs have the first word on the cgroup, and says whose come
+    /// before them all the same.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell, or refuses to attach.
+    pub fn keep_first(&mut self, cgroup: &Cgroup) -> Result<Vec<Ahead>> {
+        // Who decides for now is an agent with another layout.
+        if self.to_take_over {
+            return Ok(Vec::new());
+        }
+        let found = ahead(&self.pins, cgroup)?;
+        let recently = self.went_first.is_some_and(|then| then.elapsed() < AGAIN);
+        if found.is_empty() || recently || !can_be_first(&self.skel.progs.connect4) {
+            return Ok(found);
+        }
+        self.went_first = Some(Instant::now());
+        for hook in HOOKS.iter().filter(|hook| found.iter().any(|one| one.hook == hook.program)) {
+            self.attach_anew(hook, cgroup).with_context(|| {
+                format!("cannot attach {} before others to {cgroup}", hook.program)
+            })?;
+        }
+        for one in &found {
+            tracing::info!("{one} came before Sidestep's: it comes after now");
+        }
+        ahead(&self.pins, cgroup)
+    }
+}
