@@ -762,7 +762,7 @@ mod tests {
     #[test]
     fn a_pod_with_many_devices_has_no_more_than_its_share_of_addresses_for_listeners() {
         let mut pod = candidate("ns/a", 7, "10.0.0.7");
-        let more = (3..40).map(|device| (IpAddr::from([10, 1, 0, device as u8]), device));
+        let more = (3..20).map(|device| (IpAddr::from([10, 1, 0, device as u8]), device));
         pod.netns.addresses.extend(more);
         let found = plain(&[pod]).device_addrs;
         let devices: Vec<u32> = found.keys().map(|(_, device, _)| *device).collect();
