@@ -320,6 +320,9 @@ impl<'a> Space<'a> {
     }
 }
 
+/// How many requests of a kind are shown where a load was disturbed.
+const SHOWN: usize = 5;
+
 /// A client that asks without pause, and its server.
 pub struct Load<'s> {
     space: &'s Space<'s>,
@@ -356,13 +359,17 @@ impl Load<'_> {
     pub fn ensure_undisturbed(&self) -> Result<usize> {
         let account = self.account()?;
         let Account { answered, failed, plain, lost, .. } = &account;
+        let first = |lines: &[String]| lines.iter().take(SHOWN).cloned().collect::<Vec<_>>();
         ensure!(
             failed.is_empty() && plain.is_empty() && lost.is_empty() && *answered > 0,
-            "of {} requests {} failed, {} came in plain text, {} are unaccounted for: {account:#?}",
+            "of {} requests {} failed, {} came in plain text, {} are unaccounted for: {:#?} {:#?} {:?}",
             answered + failed.len() + lost.len(),
             failed.len(),
             plain.len(),
             lost.len(),
+            first(failed),
+            first(plain),
+            lost.iter().take(SHOWN).collect::<Vec<_>>(),
         );
         Ok(*answered)
     }

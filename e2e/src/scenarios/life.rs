@@ -75,6 +75,9 @@ fn started_again(space: &Space<'_>, pod: &str, before: &Value) -> Result<()> {
 fn runtime(cluster: &Cluster) -> Result<()> {
     let space = cluster.space("life-runtime")?;
     let load = load(&space)?;
+    // A kubelet that starts takes its pods for not ready until it has probed them.
+    let patch = r#"{"spec":{"publishNotReadyAddresses":true}}"#;
+    space.kubectl(&["patch", "service", "server", "--patch", patch])?;
     for service in ["containerd", "kubelet"] {
         for node in cluster.workers() {
             cluster.shell(node).run(&["systemctl", "restart", service])?;
