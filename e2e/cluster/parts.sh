@@ -135,7 +135,7 @@ build() { # NAME MODULE-DIRECTORY PACKAGE
     local name=$1 directory=$2 package=$3 flags version key start log=$PARTS/log/$1
     # A package's tests are a program as well.
     local verb=(build)
-    [[ $name != *.test ]] || verb=(test -c)
+    [[ $name != *.test ]] || verb=(test -c -vet=off)
     version=$(version_of "$directory" "$package")
     [ -n "$version" ] || die "$here/$directory/go.mod does not require the module of $package"
     flags=$(ldflags_of "$directory" "$version")

@@ -63,7 +63,8 @@ impl Capture {
     /// The packets so far, a line for each.
     pub fn packets(&self) -> Result<Vec<String>> {
         let text = std::fs::read_to_string(&self.seen).context("reading what tcpdump wrote")?;
-        Ok(text.lines().map(str::to_owned).collect())
+        // It ends with an empty line.
+        Ok(text.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect())
     }
 
     /// Ends the count, and gives the packets. Fails where the kernel had no room for some.

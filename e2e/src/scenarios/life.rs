@@ -405,7 +405,7 @@ fn taint(cluster: &Cluster) -> Result<()> {
         space.pod("client", None, &["pause"], edit)?;
         cluster.soon("the scheduler to find no node", || {
             let conditions = space.get_pod("client")?["status"]["conditions"].to_string();
-            ensure!(conditions.contains(TAINT), "{conditions}");
+            ensure!(conditions.contains("untolerated taint"), "{conditions}");
             Ok(())
         })?;
         cluster.install_agent(&["--set", "startupTaint.enabled=true"])?;
