@@ -40,7 +40,9 @@ help: ## list the targets
 deps: ## install what is missing to build, test and demo (root)
 	@scripts/deps.sh
 
-demo: deps build ## run the demo in namespaces of its own (root); KEEP=1 leaves it running
+demo: ## run the demo in namespaces of its own (root); KEEP=1 leaves it running
+	@scripts/deps.sh --demo
+	@$(MAKE) --no-print-directory build
 	cargo run --release -q -p sidestep-lab --bin demo -- \
 		--sidestep $(abspath $(BIN)) $(if $(filter-out 0,$(KEEP)),--keep)
 
@@ -96,6 +98,7 @@ check: ## formatting, lints, licences and the quick unit tests (no root)
 	$(if $(C_FILES),$(CLANG_FORMAT) --dry-run -Werror $(C_FILES))
 	shellcheck scripts/*.sh e2e/*.sh e2e/cluster/*.sh e2e/cluster/node/*.sh .ci/run
 	cargo deny --log-level error check bans licenses sources
+	scripts/workflows.sh
 	cargo clippy -q --workspace --all-targets -- -D warnings
 	cargo test -q --workspace --lib --bins
 

