@@ -172,7 +172,6 @@ async fn intercept(config: &Config, source: Source, happenings: Happenings) -> R
     let pins = &config.pins;
     let (asked, mut requests) = mpsc::channel(REQUESTS);
     let mut installer = None;
-    let _lock = pins.lock()?;
     let mut dataplane = Dataplane::load(pins, config.splice_refresh)?;
     dataplane.attach(&cgroup)?;
     let events = dataplane.events()?;

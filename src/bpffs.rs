@@ -1,9 +1,16 @@
 //! The file system that pins live in.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
 
 use crate::bpf::Pins;
 
@@ -33,9 +40,49 @@ pub fn pins(root: &Path, layout: &str) -> Result<Pins> {
     Ok(Pins::new(root, layout))
 }
 
+/// Where the file system of a directory is mounted.
+///
+/// # Errors
+/// Where it can't be looked at.
+pub fn mount_point(dir: &Path) -> Result<PathBuf> {
+    let device = |path: &Path| {
+        let found = fs::metadata(path);
+        found.map(|found| found.dev()).with_context(|| format!("cannot look at {}", path.display()))
+    };
+    let own = device(dir)?;
+    let mut mount_point = dir;
+    while let Some(parent) = mount_point.parent()
+        && device(parent)? == own
+    {
+        mount_point = parent;
+    }
+    Ok(mount_point.to_owned())
+}
+
+/// Mounts a new bpffs, where there is none, as systemd does.
+///
+/// # Errors
+/// Where the kernel refuses.
+pub fn ensure_mounted(mount_point: &Path) -> Result<()> {
+    if statfs(mount_point).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC) {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), mount_point, Some("bpf"), flags, Some("mode=0700")).with_context(|| {
+        let at = mount_point.display();
+        format!("cannot mount a bpffs on {at}; `mount -t bpf bpf {at}` on the node")
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn f14_the_mount_point_of_a_directory_is_found() {
+        let found = mount_point(Path::new("/proc/self/net")).expect("found");
+        assert_eq!(found, Path::new("/proc"));
+    }
 
     #[test]
     fn another_file_system_is_refused_by_name() {

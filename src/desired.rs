@@ -9,7 +9,10 @@ use std::{
 use ipnet::{IpNet, Ipv6Net};
 use thiserror::Error;
 
-use crate::facts::{Ipv6, PodFacts, PortRange, Ports, Protocol, Ranges, TcpDns, UidExclusion};
+use crate::{
+    facts::{Ipv6, PodFacts, Policy, PortRange, Ports, Protocol, Ranges, TcpDns, UidExclusion},
+    mesh::Mesh,
+};
 
 /// What an enrolled pod's network namespace says about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,10 +24,28 @@ pub struct NetnsFacts {
     /// The addresses of its interfaces, but for loopback, in the order of the kernel's list, which
     /// has IPv4 first; each with the index of its interface. Empty: they are not known.
     pub addresses: Vec<(IpAddr, u32)>,
+    /// It has more addresses than count.
+    pub more_addresses: bool,
     /// Its interfaces, by name: their indices.
     pub interfaces: BTreeMap<String, u32>,
     /// Its main table's routes, and the index of the interface that each leads to.
     pub routes: Vec<(IpNet, u32)>,
+}
+
+impl NetnsFacts {
+    /// Leaves out the addresses that are too many: whoever may add some in a namespace could fill
+    /// the node's maps. A call to one that does not count is captured, as one to anywhere else.
+    pub fn bound(mut self) -> Self {
+        let mut counts = [0; 2];
+        let before = self.addresses.len();
+        self.addresses.retain(|(ip, _)| {
+            let count = &mut counts[usize::from(ip.is_ipv6())];
+            *count += 1;
+            *count <= ADDRESSES
+        });
+        self.more_addresses = self.addresses.len() < before;
+        self
+    }
 }
 
 /// A pod with its namespace.
@@ -189,6 +210,8 @@ pub struct Desired {
     pub uid_rules: BTreeSet<UidRule>,
     /// Pods that are not enrolled, and why.
     pub refused: Vec<(String, Refusal)>,
+    /// Pods whose policy there is no room for: everything of theirs is captured.
+    pub closed: Vec<(String, Refusal)>,
 }
 
 /// Why a pod with valid facts can't be enrolled.
@@ -218,13 +241,23 @@ pub enum Refusal {
         /// How long it may be.
         limit: usize,
     },
-    /// The kernel's maps are full.
-    #[error("the {map} map is full: {limit} entries")]
+    /// The kernel's maps are full, but for what every other pod may need.
+    #[error("the {map} map is full: {limit} entries, of which every pod has {share} for sure")]
     Full {
         /// The map.
         map: &'static str,
         /// Its size.
         limit: usize,
+        /// What is there for each pod.
+        share: usize,
+    },
+    /// The pod asks for more than any may have.
+    #[error("its policy takes more than {most} entries of the {map} map, which a pod may have")]
+    TooMany {
+        /// The map.
+        map: &'static str,
+        /// What a pod may have.
+        most: usize,
     },
     /// The pod exempts interfaces, and the kernel has no way to know one.
     #[error(
@@ -258,6 +291,62 @@ pub struct Limits {
     pub tells_interface: bool,
 }
 
+/// What a pod may take of a map that all pods share.
+#[derive(Debug, Clone, Copy)]
+struct Quota {
+    map: &'static str,
+    /// No pod has more.
+    most: usize,
+    /// As much is there for every pod that may come, whatever others have.
+    share: usize,
+}
+
+const PORT_RULES: Quota = Quota { map: "port_rules", most: 4096, share: 32 };
+const CIDR_RULES: Quota = Quota { map: "cidr_rules", most: 4096, share: 32 };
+const UID_RULES: Quota = Quota { map: "uid_rules", most: 1024, share: 8 };
+const EXCLUDED_IFS: Quota = Quota { map: "excluded_ifs", most: 64, share: 2 };
+const LOCALS: Quota = Quota { map: "locals", most: 4 * ADDRESSES, share: 8 };
+
+/// How many addresses of each family count as a pod's own.
+pub const ADDRESSES: usize = 64;
+/// How many exclusions for users are looked at: they are compared with each other.
+const EXCLUSIONS: usize = 256;
+
+impl Quota {
+    /// Whether `wanted` more entries go into a map of `limit`, of which `used` are taken and which
+    /// `others` more pods may need.
+    fn take(self, wanted: usize, used: usize, limit: usize, others: usize) -> Result<(), Refusal> {
+        let Self { map, most, share } = self;
+        if wanted > most {
+            return Err(Refusal::TooMany { map, most });
+        }
+        if wanted <= share || used + wanted + share * others <= limit {
+            // What is within the share has room, unless the map is smaller than all shares.
+            if used + wanted <= limit {
+                return Ok(());
+            }
+        }
+        Err(Refusal::Full { map, limit, share })
+    }
+}
+
+impl Refusal {
+    /// Whether it is about the pod's policy alone: the pod can be enrolled without.
+    fn is_about_policy(&self) -> bool {
+        match self {
+            Self::TooMany { .. } => true,
+            Self::Full { map, .. } => *map != LOCALS.map && *map != "pods",
+            _ => false,
+        }
+    }
+}
+
+/// Why a policy is more than any pod may have, whatever there is room for.
+pub fn excess(facts: &PodFacts) -> Option<Refusal> {
+    let rules = Rules::of_policy(0, &facts.policy, facts.mesh);
+    rules.excess().err()
+}
+
 /// How long the texts of a [`Record`] may be; `struct pod_record` of bpf/types.h.
 pub const MAX_POD: usize = 320;
 /// See [`MAX_POD`].
@@ -286,8 +375,17 @@ pub fn desired(
     });
     let mut out = Desired::default();
     for candidate in sorted {
-        if let Err(refusal) = enrol(&mut out, candidate, host, limits) {
-            out.refused.push((candidate.facts.name.clone(), refusal));
+        let name = &candidate.facts.name;
+        match enrol(&mut out, candidate, &candidate.facts.policy, host, limits) {
+            Ok(()) => {}
+            Err(refusal) if refusal.is_about_policy() => {
+                // Nothing of the pod's must get past its proxy for want of room.
+                match enrol(&mut out, candidate, &Policy::default(), host, limits) {
+                    Ok(()) => out.closed.push((name.clone(), refusal)),
+                    Err(refusal) => out.refused.push((name.clone(), refusal)),
+                }
+            }
+            Err(refusal) => out.refused.push((name.clone(), refusal)),
         }
     }
     out
@@ -296,6 +394,7 @@ pub fn desired(
 fn enrol(
     out: &mut Desired,
     Candidate { facts, netns }: &Candidate,
+    policy: &Policy,
     host: &BTreeSet<u64>,
     limits: &Limits,
 ) -> Result<(), Refusal> {
@@ -348,13 +447,7 @@ fn enrol(
         locals.extend(ips.iter().filter(routable).map(|ip| (0, *ip)));
     }
 
-    let mut rules = Rules { cookie, ..Rules::default() };
-    let policy = &facts.policy;
-    rules.ports(RuleSet::OutExcludePorts, &policy.exclude_outbound_ports);
-    rules.ports(RuleSet::OutIncludePorts, &policy.include_outbound_ports);
-    rules.ranges(RuleSet::OutExcludeCidrs, &policy.exclude_outbound_ranges);
-    rules.ranges(RuleSet::InExcludeCidrs, &policy.exclude_inbound_ranges);
-    rules.users(&policy.exclude_outbound_for_uids);
+    let mut rules = Rules::of_policy(cookie, policy, facts.mesh);
     if let Some(key) = facts.mesh.exclude_interfaces
         && !policy.exclude_interfaces.is_empty()
         && !limits.tells_interface
@@ -369,7 +462,7 @@ fn enrol(
         .filter_map(|name| Some((cookie, *netns.interfaces.get(name)?)))
         .collect();
     if !excluded_ifs.is_empty() {
-        for (net, ifindex) in &netns.routes {
+        for (net, ifindex) in netns.routes.iter().take(CIDR_RULES.most + 1) {
             rules.range(
                 RuleSet::OutExcludeRoutes,
                 *net,
@@ -379,43 +472,23 @@ fn enrol(
     }
     let (out_all, loopback_included) = match &policy.include_outbound_ranges {
         Ranges::All => (true, false),
-        Ranges::Only(ranges) => {
-            rules.ranges(RuleSet::OutIncludeCidrs, ranges);
-            (false, ranges.iter().any(|range| range.addr().is_loopback()))
-        }
+        Ranges::Only(ranges) => (false, ranges.iter().any(|range| range.addr().is_loopback())),
     };
-    let in_all = match &policy.include_inbound_ports {
-        Ports::All => {
-            let exempt = facts.mesh.inbound_exempt.iter().chain(facts.mesh.inbound_excluded);
-            rules.ports(RuleSet::InExcludePorts, &exempt.copied().map(PortRange::one).collect());
-            rules.ports(RuleSet::InExcludePorts, &policy.exclude_inbound_ports);
-            true
-        }
-        Ports::Only(ports) => {
-            let exempt = facts.mesh.inbound_exempt;
-            rules.ports(RuleSet::InIncludePorts, &without(ports, exempt));
-            false
-        }
-    };
+    let in_all = matches!(policy.include_inbound_ports, Ports::All);
 
-    let full = |map, limit| Err(Refusal::Full { map, limit });
     if out.pods.len() >= limits.pods {
-        return full("pods", limits.pods);
+        return Err(Refusal::Full { map: "pods", limit: limits.pods, share: 1 });
     }
-    if out.locals.len() + locals.len() > limits.locals {
-        return full("locals", limits.locals);
-    }
-    if out.port_rules.len() + rules.ports.len() > limits.port_rules {
-        return full("port_rules", limits.port_rules);
-    }
-    if out.cidr_rules.len() + rules.cidrs.len() > limits.cidr_rules {
-        return full("cidr_rules", limits.cidr_rules);
-    }
-    if out.uid_rules.len() + rules.uids.len() > limits.uid_rules {
-        return full("uid_rules", limits.uid_rules);
-    }
-    if out.excluded_ifs.len() + excluded_ifs.len() > limits.excluded_ifs {
-        return full("excluded_ifs", limits.excluded_ifs);
+    rules.excess()?;
+    let others = limits.pods - out.pods.len() - 1;
+    for (quota, wanted, used, limit) in [
+        (LOCALS, locals.len(), out.locals.len(), limits.locals),
+        (PORT_RULES, rules.ports.len(), out.port_rules.len(), limits.port_rules),
+        (CIDR_RULES, rules.cidrs.len(), out.cidr_rules.len(), limits.cidr_rules),
+        (UID_RULES, rules.uids.len(), out.uid_rules.len(), limits.uid_rules),
+        (EXCLUDED_IFS, excluded_ifs.len(), out.excluded_ifs.len(), limits.excluded_ifs),
+    ] {
+        quota.take(wanted, used, limit, others)?;
     }
     let row = PodRow {
         proxy_uid: facts.proxy_uid,
@@ -505,19 +578,63 @@ fn is_link_local(ip: IpAddr) -> bool {
     }
 }
 
-/// The rules of one pod.
+/// The rules of one pod; they end soon after there are too many.
 #[derive(Default)]
 struct Rules {
     cookie: u64,
     ports: BTreeSet<PortRule>,
     cidrs: BTreeMap<CidrRule, bool>,
     uids: BTreeSet<UidRule>,
+    too_many_users: bool,
 }
 
 impl Rules {
+    fn of_policy(cookie: u64, policy: &Policy, mesh: &Mesh) -> Self {
+        let mut rules = Self { cookie, ..Self::default() };
+        rules.ports(RuleSet::OutExcludePorts, &policy.exclude_outbound_ports);
+        rules.ports(RuleSet::OutIncludePorts, &policy.include_outbound_ports);
+        rules.ranges(RuleSet::OutExcludeCidrs, &policy.exclude_outbound_ranges);
+        rules.ranges(RuleSet::InExcludeCidrs, &policy.exclude_inbound_ranges);
+        rules.users(&policy.exclude_outbound_for_uids);
+        if let Ranges::Only(ranges) = &policy.include_outbound_ranges {
+            rules.ranges(RuleSet::OutIncludeCidrs, ranges);
+        }
+        match &policy.include_inbound_ports {
+            Ports::All => {
+                let exempt = mesh.inbound_exempt.iter().chain(mesh.inbound_excluded);
+                let exempt = exempt.copied().map(PortRange::one).collect();
+                rules.ports(RuleSet::InExcludePorts, &exempt);
+                rules.ports(RuleSet::InExcludePorts, &policy.exclude_inbound_ports);
+            }
+            Ports::Only(ports) => {
+                let ports = without(ports, mesh.inbound_exempt);
+                rules.ports(RuleSet::InIncludePorts, &ports);
+            }
+        }
+        rules
+    }
+
+    /// Whether they are more than a pod may have.
+    fn excess(&self) -> Result<(), Refusal> {
+        for (quota, wanted) in [
+            (PORT_RULES, self.ports.len()),
+            (CIDR_RULES, self.cidrs.len()),
+            (UID_RULES, if self.too_many_users { usize::MAX } else { self.uids.len() }),
+        ] {
+            let Quota { map, most, .. } = quota;
+            if wanted > most {
+                return Err(Refusal::TooMany { map, most });
+            }
+        }
+        Ok(())
+    }
+
     fn ports(&mut self, set: RuleSet, ranges: &BTreeSet<PortRange>) {
         let cookie = self.cookie;
         for range in ranges {
+            if self.ports.len() > PORT_RULES.most {
+                return;
+            }
             for (port, bits) in aligned(range.first.into(), range.last.into(), 16) {
                 self.ports.insert(PortRule { cookie, set, port: port as u16, bits });
             }
@@ -525,7 +642,7 @@ impl Rules {
     }
 
     fn ranges(&mut self, set: RuleSet, ranges: &BTreeSet<IpNet>) {
-        for range in ranges {
+        for range in ranges.iter().take(CIDR_RULES.most + 1) {
             self.range(set, *range, true);
         }
     }
@@ -540,6 +657,10 @@ impl Rules {
     /// put into classes, of which each has the ports of all the exclusions that name it.
     fn users(&mut self, exclusions: &[UidExclusion]) {
         let cookie = self.cookie;
+        if exclusions.len() > EXCLUSIONS {
+            self.too_many_users = true;
+            return;
+        }
         let edges: BTreeSet<u64> = exclusions
             .iter()
             .flat_map(|one| [u64::from(one.first_uid), u64::from(one.last_uid) + 1])
@@ -620,7 +741,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{facts::Policy, mesh::ISTIO};
+    use crate::mesh::{ISTIO, MESHES};
 
     const LIMITS: Limits = Limits {
         pods: 4,
@@ -629,6 +750,17 @@ mod tests {
         cidr_rules: 64,
         uid_rules: 64,
         excluded_ifs: 4,
+        tells_interface: true,
+    };
+
+    /// As bpf/maps.h has them.
+    const NODE: Limits = Limits {
+        pods: 1024,
+        locals: 1024 * 16,
+        port_rules: 1024 * 64,
+        cidr_rules: 1024 * 64,
+        uid_rules: 1024 * 16,
+        excluded_ifs: 1024 * 4,
         tells_interface: true,
     };
 
@@ -654,6 +786,7 @@ mod tests {
                 path: format!("/run/netns/{name}").into(),
                 cookie,
                 addresses: vec![(ip, 2)],
+                more_addresses: false,
                 interfaces: BTreeMap::from([("eth0".into(), 2), ("net1".into(), 3)]),
                 routes: vec![
                     ("0.0.0.0/0".parse().expect("a range"), 2),
@@ -818,7 +951,7 @@ mod tests {
             (1..=5).map(|n| candidate(&format!("ns/{n}"), n, &format!("10.0.0.{n}"))).collect();
         let out = plain(&pods);
         assert_eq!(out.pods.len(), 4);
-        assert!(matches!(out.refused[..], [(_, Refusal::Full { map: "pods", limit: 4 })]));
+        assert!(matches!(out.refused[..], [(_, Refusal::Full { map: "pods", limit: 4, .. })]));
     }
 
     #[test]
@@ -914,5 +1047,93 @@ mod tests {
             prop_assert_eq!(&forward, &plain(&pods));
             prop_assert_eq!(forward.pods.len() + forward.refused.len(), pods.len());
         }
+    }
+
+    /// F31: a pod that wants more than any may have is known at once, whatever it is that it wants.
+    #[test]
+    fn f31_a_policy_that_is_too_much_is_named() {
+        let odd = |limit: u32| (1..limit).step_by(2);
+        let ports: BTreeSet<PortRange> = odd(65_536).map(|p| PortRange::one(p as u16)).collect();
+        let range = |n: u32| IpNet::from(IpAddr::from(Ipv4Addr::from(n)));
+        let ranges: BTreeSet<IpNet> = odd(20_000).map(range).collect();
+        let uid = |n: u32| UidExclusion {
+            protocol: Protocol::Tcp,
+            ports: [PortRange::one(80)].into(),
+            first_uid: n,
+            last_uid: n + 1_000_000,
+        };
+        let none = Policy::default;
+        for (map, policy) in [
+            ("port_rules", Policy { exclude_outbound_ports: ports.clone(), ..none() }),
+            ("port_rules", Policy { include_inbound_ports: Ports::Only(ports), ..none() }),
+            ("cidr_rules", Policy { exclude_outbound_ranges: ranges.clone(), ..none() }),
+            ("cidr_rules", Policy { include_outbound_ranges: Ranges::Only(ranges), ..none() }),
+            (
+                "uid_rules",
+                Policy { exclude_outbound_for_uids: odd(20_000).map(uid).collect(), ..none() },
+            ),
+        ] {
+            let mut pod = candidate("shop/a", 1, "10.0.0.1");
+            pod.facts.policy = policy;
+            let excess = excess(&pod.facts).expect("too much");
+            assert!(matches!(excess, Refusal::TooMany { map: of, .. } if of == map), "{excess}");
+            let out = desired(&[pod], &BTreeSet::new(), &BTreeMap::new(), &NODE);
+            assert!(out.pods[&1].0.out_all && out.pods[&1].0.in_all, "everything is captured");
+            assert_eq!((out.closed.len(), out.refused.len()), (1, 0));
+        }
+        assert_eq!(excess(&candidate("shop/a", 1, "10.0.0.1").facts), None);
+    }
+
+    /// F31: however many pods take as much as one may, the next has its share.
+    #[test]
+    fn f31_greedy_pods_leave_every_other_its_share() {
+        let ports = |count: u16| (0..count).map(|n| PortRange::one(2 * n + 1)).collect();
+        let pod = |n: u64, count: u16| {
+            let ip = Ipv4Addr::from(0x0a00_0000 + n as u32).to_string();
+            let mut pod = candidate(&format!("shop/p{n:04}"), n, &ip);
+            pod.facts.policy.exclude_outbound_ports = ports(count);
+            pod
+        };
+        let greedy = (1..=30).map(|n| pod(n, 4000));
+        let modest = (31..=NODE.pods as u64).map(|n| pod(n, 20));
+        let pods: Vec<Candidate> = greedy.chain(modest).collect();
+        let out = desired(&pods, &BTreeSet::new(), &BTreeMap::new(), &NODE);
+        assert_eq!((out.pods.len(), out.refused.len()), (NODE.pods, 0));
+        assert!(out.closed.len() > 10 && out.closed.len() < 30, "{}", out.closed.len());
+        for (name, refusal) in &out.closed {
+            assert!(name.as_str() <= "shop/p0030", "{name}: {refusal}");
+            assert!(matches!(refusal, Refusal::Full { map: "port_rules", .. }), "{refusal}");
+        }
+        assert!(out.port_rules.len() <= NODE.port_rules);
+    }
+
+    /// F31: what every pod needs, whatever its policy, is less than its share.
+    #[test]
+    fn f31_the_meshs_own_rules_fit_into_a_share() {
+        for mesh in MESHES {
+            let rules = Rules::of_policy(1, &Policy::default(), mesh);
+            assert!(rules.ports.len() + 8 < PORT_RULES.share, "{}", mesh.name);
+        }
+        for (quota, limit) in [
+            (PORT_RULES, NODE.port_rules),
+            (CIDR_RULES, NODE.cidr_rules),
+            (UID_RULES, NODE.uid_rules),
+            (EXCLUDED_IFS, NODE.excluded_ifs),
+            (LOCALS, NODE.locals),
+        ] {
+            assert!(quota.share * NODE.pods <= limit / 2, "{quota:?}");
+        }
+    }
+
+    #[test]
+    fn f31_addresses_beyond_the_quota_do_not_count_and_no_family_is_lost() {
+        let v4 = (0..1000u32).map(|n| IpAddr::from(Ipv4Addr::from(0x0a00_0001 + n)));
+        let addresses = v4.chain(["fd00::1".parse().expect("an address")]).map(|ip| (ip, 2));
+        let mut netns = candidate("shop/a", 1, "10.0.0.1").netns;
+        netns.addresses = addresses.collect();
+        let bound = netns.bound();
+        assert!(bound.more_addresses);
+        assert_eq!(bound.addresses.len(), ADDRESSES + 1);
+        assert!(!bound.bound().more_addresses);
     }
 }

@@ -35,6 +35,9 @@ use crate::{
 /// An agent that did not look after its pods for so long is stuck.
 const STUCK: Duration = Duration::from_secs(60);
 
+/// What may be put back: the values of the metric's label.
+const REPAIRS: [&str; 7] = ["bpffs", "pin", "hook", "inbound", "filter", "entry", "lo"];
+
 type Label = [(&'static str, String); 1];
 type Labels = [(&'static str, String); 2];
 
@@ -77,6 +80,9 @@ pub struct Metrics {
     sync: Histogram,
     api_errors: Family<Label, Counter>,
     cni: Family<Labels, Counter>,
+    repairs: Family<Label, Counter>,
+    /// What of the node's is not in force, and can't be put back.
+    broken: Mutex<Option<String>>,
     syncs: AtomicU64,
     chained: AtomicBool,
     last_turn: Mutex<Instant>,
@@ -89,6 +95,10 @@ impl Metrics {
         let (enrolled, problems) = (Family::default(), Family::default());
         let (map_entries, map_capacity) = (Family::default(), Family::default());
         let (api_errors, cni) = (Family::default(), Family::default());
+        let repairs = Family::<Label, Counter>::default();
+        for what in REPAIRS {
+            drop(repairs.get_or_create(&[("what", what.into())]));
+        }
         let sync = Histogram::new(exponential_buckets(0.000_5, 2.0, 14));
         let version = vec![("version", env!("CARGO_PKG_VERSION"))];
         registry.register("build", "The agent's version", Info::new(version));
@@ -104,6 +114,8 @@ impl Metrics {
         registry.register("api_errors", help, Family::clone(&api_errors));
         let help = "Requests of the CNI plugin, by verb and result";
         registry.register("cni_requests", help, Family::clone(&cni));
+        let help = "What was found out of force in the kernel, and put back";
+        registry.register("repairs", help, Family::clone(&repairs));
         registry.register_collector(Box::new(Kernel { pins: pins.clone(), cgroup }));
         Self {
             registry,
@@ -116,6 +128,8 @@ impl Metrics {
             sync,
             api_errors,
             cni,
+            repairs,
+            broken: Mutex::new(None),
             syncs: AtomicU64::new(0),
             chained: AtomicBool::new(false),
             last_turn: Mutex::new(Instant::now()),
@@ -126,6 +140,16 @@ impl Metrics {
     pub fn synced(&self, took: Duration) {
         self.sync.observe(took.as_secs_f64());
         self.syncs.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Something was put back in force.
+    pub fn repaired(&self, what: &'static str) {
+        self.repairs.get_or_create(&[("what", what.into())]).inc();
+    }
+
+    /// What of the node's could not be put back in force at the last look.
+    pub fn broken(&self, what: Option<String>) {
+        *self.broken.lock().unwrap_or_else(PoisonError::into_inner) = what;
     }
 
     /// The agent's loop went round.
@@ -184,12 +208,15 @@ impl Metrics {
         Ok(())
     }
 
-    /// Whether this node's pods are in the mesh: every hook is attached, says the kernel, and the
-    /// source's first complete list is in the maps.
+    /// Whether this node's pods are in the mesh: every hook is attached, says the kernel, what else
+    /// is the node's is in force, and the source's first complete list is in the maps.
     ///
     /// # Errors
     /// What is missing.
     pub fn ready(&self) -> Result<()> {
+        if let Some(broken) = &*self.broken.lock().unwrap_or_else(PoisonError::into_inner) {
+            bail!("{broken}");
+        }
         for hook in bpf::hook_states(&self.pins) {
             if !hook.attached || hook.cgroup_id != self.cgroup {
                 bail!("hook {} is not attached", hook.name);

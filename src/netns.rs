@@ -20,7 +20,9 @@ use nix::{
 };
 use rtnetlink::{
     LinkUnspec, RouteMessageBuilder,
-    packet_route::route::{RouteAddress, RouteAttribute, RouteProtocol, RouteScope, RouteType},
+    packet_route::route::{
+        RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    },
 };
 
 use crate::{
@@ -110,33 +112,39 @@ impl Netns {
     /// # Errors
     /// Where it is no network namespace, or can't be entered.
     pub fn facts(&self) -> Result<NetnsFacts> {
-        self.inside(|| {
-            let interfaces = interfaces()?;
-            Ok(NetnsFacts {
-                path: self.path.clone(),
-                cookie: current_netns_cookie()?,
-                addresses: addresses(&interfaces)?,
-                interfaces,
-                routes: Vec::new(),
-            })
-        })?
+        self.inside(|| self.facts_here())?
     }
 
-    /// The main table's routes, and the index of the interface that each leads to.
+    /// See [`Netns::facts`]; the calling thread is inside.
+    fn facts_here(&self) -> Result<NetnsFacts> {
+        let interfaces = interfaces()?;
+        let facts = NetnsFacts {
+            path: self.path.clone(),
+            cookie: current_netns_cookie()?,
+            addresses: addresses(&interfaces)?,
+            more_addresses: false,
+            interfaces,
+            routes: Vec::new(),
+        };
+        Ok(facts.bound())
+    }
+
+    /// The same, with what lo has for captured connections, and where `with_routes` says so, with the
+    /// main table's routes.
     ///
     /// # Errors
-    /// Where the namespace can't be entered or its routes can't be read.
-    pub fn routes(&self) -> Result<Vec<(IpNet, u32)>> {
-        self.with_netlink(routes)
-            .with_context(|| format!("cannot read the routes of {}", self.path.display()))
-    }
-
-    /// Runs netlink requests inside the namespace.
-    fn with_netlink<T: Send, F: Future<Output = Result<T>>>(
-        &self,
-        work: impl FnOnce(rtnetlink::Handle) -> F + Send,
-    ) -> Result<T> {
-        self.inside(|| netlink(work))?
+    /// Where the namespace can't be entered, or does not answer.
+    pub fn look(&self, with_routes: bool) -> Result<(NetnsFacts, Lo)> {
+        let look = || -> Result<(NetnsFacts, Lo)> {
+            let mut facts = self.facts_here()?;
+            let (lo, routes) = netlink(async |handle| {
+                let routes = if with_routes { routes(handle.clone()).await? } else { Vec::new() };
+                Ok((lo(handle).await?, routes))
+            })?;
+            facts.routes = routes;
+            Ok((facts, lo))
+        };
+        self.inside(look)?.with_context(|| format!("cannot look at {}", self.path.display()))
     }
 
     /// Prepares lo for captured connections: routes that make the ranges they are sent to local
@@ -146,9 +154,68 @@ impl Netns {
     /// # Errors
     /// Where the kernel refuses a route or the address.
     pub fn prepare(&self, row: &PodRow) -> Result<()> {
-        self.with_netlink(|handle| prepare(handle, row))
+        self.inside(|| netlink(|handle| prepare(handle, row)))?
             .with_context(|| format!("cannot prepare lo in {}", self.path.display()))
     }
+}
+
+/// What a pod's lo has for captured connections.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Lo {
+    /// The source of what is sent to [`VIA4`], where that is local.
+    source4: Option<IpAddr>,
+    /// The source of what is sent to [`VIA6`], where that is local.
+    source6: Option<IpAddr>,
+    /// It has the address that the proxy calls the app from over IPv6.
+    passthrough6: bool,
+}
+
+impl Lo {
+    /// As [`Netns::prepare`] leaves it.
+    pub fn prepared(row: &PodRow) -> Self {
+        Self {
+            source4: row.ip4.map(IpAddr::V4),
+            source6: row.ip6.map(IpAddr::V6).filter(|_| row.capture_v6),
+            passthrough6: row.capture_v6,
+        }
+    }
+
+    /// Whether nothing of what a pod needs is missing.
+    pub fn serves(&self, row: &PodRow) -> bool {
+        let needed = Self::prepared(row);
+        let source6 = match row.ip6 {
+            // Nobody's source on another device: the kernel picks one.
+            Some(ip) if ip.is_unicast_link_local() => self.source6.is_some(),
+            _ => self.source6 == needed.source6,
+        };
+        (row.ip4.is_none() || self.source4 == needed.source4)
+            && (!row.capture_v6 || (source6 && self.passthrough6))
+    }
+}
+
+/// What lo has in the calling thread's namespace, by what the kernel would do with a packet.
+async fn lo(handle: rtnetlink::Handle) -> Result<Lo> {
+    let v4 = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(VIA4.0, 32).build();
+    let v6 = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(VIA6.0, 128).build();
+    let source4 = local_source(&handle, v4).await;
+    let source6 = local_source(&handle, v6).await;
+    let mut all = getifaddrs().context("cannot read interface addresses")?;
+    let passthrough6 = all.any(|interface| {
+        let sin6 = interface.address.and_then(|address| address.as_sockaddr_in6().copied());
+        interface.interface_name == "lo" && sin6.is_some_and(|sin6| sin6.ip() == PASSTHROUGH_V6)
+    });
+    Ok(Lo { source4, source6, passthrough6 })
+}
+
+/// The source of packets to a destination, where that is local; an unreachable one is not.
+async fn local_source(handle: &rtnetlink::Handle, to: RouteMessage) -> Option<IpAddr> {
+    let found = handle.route().get(to).execute().try_next().await.ok()??;
+    let source = found.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
+        RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => Some(IpAddr::V6(*v6)),
+        _ => None,
+    });
+    source.filter(|_| found.header.kind == RouteType::Local)
 }
 
 impl AsRawFd for Netns {

@@ -25,13 +25,15 @@ pub enum Reason {
     NotFirst,
     /// Sidestep is being uninstalled, and the pod stays intercepted.
     StaysIntercepted,
+    /// Somebody took away or changed what the agent had put in force, and it was put back.
+    Repaired,
     /// A manifest, the API server, the CNI configuration or the kernel's maps.
     Node,
 }
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::InvalidPolicy,
         Self::Unsupported,
         Self::InvalidPod,
@@ -41,6 +43,7 @@ impl Reason {
         Self::OwnIptables,
         Self::NotFirst,
         Self::StaysIntercepted,
+        Self::Repaired,
         Self::Node,
     ];
 
@@ -56,6 +59,7 @@ impl Reason {
             Self::OwnIptables => "OwnIptables",
             Self::NotFirst => "NotFirst",
             Self::StaysIntercepted => "StaysIntercepted",
+            Self::Repaired => "Repaired",
             Self::Node => "Node",
         }
     }

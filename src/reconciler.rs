@@ -15,14 +15,16 @@ use thiserror::Error;
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    bpf::{Ahead, Dataplane},
+    bpf::{Ahead, Dataplane, Repair},
     cgroup::Cgroup,
     cni::Sandbox,
-    desired::{Candidate, Desired, NetnsFacts, PodRow, Record, desired, device_addrs},
-    facts::{self, FactsError, PodFacts},
+    desired::{
+        self, ADDRESSES, Candidate, Desired, NetnsFacts, PodRow, Record, desired, device_addrs,
+    },
+    facts::{self, FactsError, PodFacts, Policy},
     mesh,
     metrics::{Fill, Metrics},
-    netns::{self, LO, Netns},
+    netns::{self, LO, Lo, Netns},
     places::{Place, Places},
     problem::{Problem, Reason},
     reset::Reset,
@@ -121,12 +123,16 @@ pub struct Reconciler {
     taking_over: Option<Instant>,
     /// What the namespaces said when they were last visited, by the pod's uid.
     visited: BTreeMap<String, NetnsFacts>,
+    /// What the pods' lo had when they were last visited or prepared.
+    lo: BTreeMap<u64, Lo>,
     /// Pods whose namespace was looked for in vain, by uid; at how many looks at everything.
     missing: BTreeMap<String, u32>,
     /// Pods whose processes do not show their namespace, by uid, and why.
     disputed: BTreeMap<String, String>,
     /// Others' programs that come before Sidestep's.
     ahead: BTreeSet<Problem>,
+    /// What was not in force at the last look at everything.
+    repaired: BTreeSet<Problem>,
     /// What was wrong at the last sync: said once, not every time.
     problems: BTreeSet<Problem>,
 }
@@ -164,9 +170,11 @@ impl Reconciler {
             leaving: LEAVING,
             taking_over: None,
             visited: BTreeMap::new(),
+            lo: BTreeMap::new(),
             missing: BTreeMap::new(),
             disputed: BTreeMap::new(),
             ahead: BTreeSet::new(),
+            repaired: BTreeSet::new(),
             problems: BTreeSet::new(),
         })
     }
@@ -197,6 +205,10 @@ impl Reconciler {
         {
             problems.insert(Problem::node(format!("{error:#}")));
         }
+        if look == Look::Everything {
+            self.repaired = self.repair();
+        }
+        problems.extend(self.repaired.iter().cloned());
         match self.try_sync(look, &mut problems) {
             Ok(true) => self.metrics.synced(start.elapsed()),
             Ok(false) => {}
@@ -215,6 +227,54 @@ impl Reconciler {
         }
         self.problems = problems;
         self.report();
+    }
+
+    /// Looks in the kernel whether what this agent and those before it put in force is in force, and
+    /// puts back what is not; what that was.
+    fn repair(&mut self) -> BTreeSet<Problem> {
+        let mut found = BTreeSet::new();
+        let mut broken = None;
+        for repair in self.dataplane.repair(&self.cgroup) {
+            let problem = self.repaired(&repair, Reason::Node, None);
+            if repair.done.is_err() {
+                broken.get_or_insert_with(|| problem.text.clone());
+            }
+            found.insert(problem);
+        }
+        self.metrics.broken(broken);
+        for (cookie, owner) in &self.owners {
+            let inbound = self.dataplane.repair_inbound(*cookie, &owner.netns);
+            let filters = self.pods.get(cookie).map(|pod| {
+                let devices = pod.netns.interfaces.values();
+                let devices = devices.filter(|device| pod.filtered.contains(device));
+                let devices: Vec<u32> = devices.copied().collect();
+                let dns = pod.row.dns_port != 0;
+                self.dataplane.repair_filters(*cookie, &pod.netns.path, dns, &devices)
+            });
+            for (repair, reason) in inbound
+                .into_iter()
+                .map(|repair| (repair, Reason::InboundNotIntercepted))
+                .chain(filters.into_iter().flatten().map(|one| (one, Reason::NetworkNamespace)))
+            {
+                found.insert(self.repaired(&repair, reason, Some(owner)));
+            }
+        }
+        found
+    }
+
+    /// What was not in force, as a problem: of this reason where it could not be put back.
+    fn repaired(&self, repair: &Repair, reason: Reason, owner: Option<&Record>) -> Problem {
+        let (reason, text) = match &repair.done {
+            Ok(()) => {
+                self.metrics.repaired(repair.what);
+                (Reason::Repaired, format!("{}: it was put back", repair.text))
+            }
+            Err(error) => (reason, format!("{}, and cannot be put back: {error:#}", repair.text)),
+        };
+        match owner {
+            Some(owner) => problem(reason, owner, &text),
+            None => Problem { reason, pod: None, text },
+        }
     }
 
     /// Decides which legs are spliced, given what the self-test found.
@@ -349,7 +409,16 @@ impl Reconciler {
         let mut candidates = Vec::new();
         for (found, facts) in mesh_pods {
             match self.netns(look, found, &facts) {
-                Ok(Some(netns)) => candidates.push(Candidate { facts, netns }),
+                Ok(Some(netns)) => {
+                    if netns.more_addresses {
+                        let text = format!(
+                            "its network namespace has more than {ADDRESSES} addresses of a family: \
+                             the others do not count as its own"
+                        );
+                        problems.insert(found.problem(Reason::NetworkNamespace, &text));
+                    }
+                    candidates.push(Candidate { facts, netns });
+                }
                 Ok(None) => {}
                 Err(error) => {
                     let text = format!("{error:#}");
@@ -412,7 +481,13 @@ impl Reconciler {
 
     /// How many pods are intercepted whose network namespaces live.
     pub fn living(&self) -> usize {
-        self.owners.keys().filter(|cookie| self.dataplane.netns_lives(**cookie)).count()
+        self.owners.keys().filter(|cookie| self.lives(**cookie)).count()
+    }
+
+    /// Whether a pod's namespace lives: its inbound link tells, where nobody has detached that.
+    fn lives(&self, cookie: u64) -> bool {
+        let leads = |owner: &Record| Netns::open_as(&owner.netns, cookie).is_ok();
+        self.dataplane.netns_lives(cookie) || self.owners.get(&cookie).is_some_and(leads)
     }
 
     /// Takes over from an agent whose maps have another layout once all its pods are enrolled
@@ -441,9 +516,14 @@ impl Reconciler {
         found: &SourcePod,
         problems: &mut BTreeSet<Problem>,
     ) -> Result<Option<PodFacts>, FactsError> {
-        let Some(parsed) = facts::facts(&found.pod)? else {
+        let Some(mut parsed) = facts::facts(&found.pod)? else {
             return Ok(None);
         };
+        if let Some(excess) = desired::excess(&parsed.facts) {
+            parsed.facts.policy = Policy::default();
+            let text = format!("everything is captured until this is mended: {excess}");
+            problems.insert(found.problem(Reason::InvalidPolicy, &text));
+        }
         let name = &parsed.facts.name;
         for warning in &parsed.warnings {
             problems.insert(Problem {
@@ -538,12 +618,17 @@ impl Reconciler {
             return Ok(Some(visited.clone()));
         }
         let visit = path.as_ref().map(|path| visit(path, cookie, facts));
-        if let Some(Ok(netns)) = visit {
-            if cookie.is_some() {
-                self.visited.insert(found.uid().to_owned(), netns.clone());
+        let visit = match visit {
+            Some(Ok((netns, lo))) => {
+                if cookie.is_some() {
+                    self.visited.insert(found.uid().to_owned(), netns.clone());
+                }
+                self.lo.insert(netns.cookie, lo);
+                return Ok(Some(netns));
             }
-            return Ok(Some(netns));
-        }
+            Some(Err(error)) => Some(error),
+            None => None,
+        };
         if let (Source::Kubernetes(_, places), true) = (&mut self.source, path.is_some()) {
             places.lost(found.uid());
         }
@@ -558,6 +643,7 @@ impl Reconciler {
                     path: path.unwrap_or_else(|| owner.netns.clone()),
                     cookie: *cookie,
                     addresses: Vec::new(),
+                    more_addresses: false,
                     interfaces: BTreeMap::new(),
                     routes: Vec::new(),
                 },
@@ -566,8 +652,8 @@ impl Reconciler {
         }
         match visit {
             // Its processes are gone, or it has another namespace by now: it is looked for again.
-            Some(Err(error)) if cookie.is_some() && is_gone(&error) => Ok(None),
-            Some(visit) => visit.map(Some).context(what),
+            Some(error) if cookie.is_some() && is_gone(&error) => Ok(None),
+            Some(error) => Err(error.context(what)),
             None if is_running(&found.pod)
                 && self.missing.get(found.uid()) >= Some(&MISSES)
                 && !self.disputed.contains_key(found.uid()) =>
@@ -705,6 +791,10 @@ impl Reconciler {
             let record = of(&candidates, pod);
             problems.insert(problem(Reason::Refused, &record, &refusal.to_string()));
         }
+        for (pod, refusal) in &goal.closed {
+            let text = format!("everything is captured until there is room: {refusal}");
+            problems.insert(problem(Reason::Refused, &of(&candidates, pod), &text));
+        }
         // A pod that an earlier agent enrolled, and that may be in what can't be read now.
         // Or one that runs on though its object is gone, or that nothing is known of for now.
         let refused: BTreeSet<&str> = goal.refused.iter().map(|(pod, _)| pod.as_str()).collect();
@@ -719,17 +809,35 @@ impl Reconciler {
                     || (snapshot.missing_may_run && !present.contains(owner.uid.as_str()))
             })
             .map(|(cookie, _)| *cookie)
-            .filter(|cookie| !goal.pods.contains_key(cookie) && self.dataplane.netns_lives(*cookie))
+            .filter(|cookie| !goal.pods.contains_key(cookie) && self.lives(*cookie))
             .collect();
         let state = (goal, keep);
+        let mut failed = BTreeMap::new();
         if self.applied.as_ref() != Some(&state) {
             // Whatever fails half-way is compared with the maps themselves next time.
             self.applied = None;
-            let (written, deleted) = self.dataplane.apply(&state.0, &state.1)?;
-            debug!(written, deleted, "maps");
-            self.applied = Some(state.clone());
+            let applied = self.dataplane.apply(&state.0, &state.1)?;
+            debug!(applied.written, applied.deleted, "maps");
+            if applied.failed.is_empty() {
+                self.applied = Some(state.clone());
+            }
+            failed = applied.failed;
         }
-        let (goal, keep) = state;
+        let (mut goal, keep) = state;
+        for (cookie, failure) in &failed {
+            let Some((_, record)) = goal.pods.get(cookie) else {
+                problems.insert(Problem::node(format!("{:#}", failure.error)));
+                continue;
+            };
+            let (meanwhile, error) = if failure.is_captured {
+                ("everything is captured until then", &failure.error)
+            } else {
+                ("it is not enrolled", &failure.error)
+            };
+            let text = format!("{meanwhile}: {error:#}");
+            problems.insert(problem(Reason::Refused, record, &text));
+        }
+        goal.pods.retain(|cookie, _| failed.get(cookie).is_none_or(|failure| failure.is_captured));
         self.link(&goal, &candidates, problems);
         for (cookie, owner) in &self.owners {
             if goal.pods.contains_key(cookie) || keep.contains(cookie) {
@@ -742,27 +850,45 @@ impl Reconciler {
         self.owners.extend(enrolled.map(|(cookie, (_, record))| (*cookie, record.clone())));
         let stays = |cookie: &u64| goal.pods.contains_key(cookie) || keep.contains(cookie);
         self.pods.retain(|cookie, _| stays(cookie));
+        self.lo.retain(|cookie, _| stays(cookie));
         self.searched.retain(|(cookie, _), _| stays(cookie));
         self.filter(problems);
         Ok(())
     }
 
-    /// Prepares the namespaces of pods that are new or whose addresses changed; the cookies of
-    /// those where that failed.
-    fn prepare(&self, goal: &Desired, problems: &mut BTreeSet<Problem>) -> BTreeSet<u64> {
+    /// Prepares the namespaces of pods that are new or whose addresses changed, and of those that
+    /// have lost what they were given; the cookies of those that can't be enrolled because that
+    /// failed.
+    fn prepare(&mut self, goal: &Desired, problems: &mut BTreeSet<Problem>) -> BTreeSet<u64> {
         let mut failed = BTreeSet::new();
         for (cookie, (row, record)) in &goal.pods {
-            let addresses = |row: &PodRow| (row.ip4, row.ip6, row.capture_v6);
-            if self.pods.get(cookie).is_some_and(|p| addresses(&p.row) == addresses(row)) {
+            if self.lo.get(cookie).is_some_and(|lo| lo.serves(row)) {
                 continue;
             }
             let done = Netns::open_as(&record.netns, *cookie).and_then(|netns| netns.prepare(row));
-            if let Err(error) = done
-                && !self.dataplane.netns_lives(*cookie)
-            {
-                let text = format!("{error:#}");
-                problems.insert(problem(Reason::NetworkNamespace, record, &text));
-                failed.insert(*cookie);
+            let addresses = |row: &PodRow| (row.ip4, row.ip6, row.capture_v6);
+            let known = self.pods.get(cookie);
+            let was_prepared = known.is_some_and(|pod| addresses(&pod.row) == addresses(row));
+            match done {
+                Ok(()) => {
+                    self.lo.insert(*cookie, Lo::prepared(row));
+                    if was_prepared {
+                        let text = "routes or addresses of lo were removed";
+                        let repair = Repair { what: "lo", text: text.into(), done: Ok(()) };
+                        let told = self.repaired(&repair, Reason::NetworkNamespace, Some(record));
+                        self.repaired.insert(told.clone());
+                        problems.insert(told);
+                    }
+                }
+                Err(_) if self.dataplane.netns_lives(*cookie) && !record.netns.exists() => {}
+                Err(error) => {
+                    let text = format!("{error:#}");
+                    problems.insert(problem(Reason::NetworkNamespace, record, &text));
+                    // What is enrolled already stays so: it must not get past its proxy.
+                    if !self.dataplane.netns_lives(*cookie) {
+                        failed.insert(*cookie);
+                    }
+                }
             }
         }
         failed
@@ -881,18 +1007,15 @@ pub enum AddError {
 }
 
 /// What the namespace says about itself, if it is the expected one.
-fn visit(path: &Path, cookie: Option<u64>, facts: &PodFacts) -> Result<NetnsFacts> {
-    let netns = Netns::open(path)?;
-    let mut found = netns.facts()?;
+fn visit(path: &Path, cookie: Option<u64>, facts: &PodFacts) -> Result<(NetnsFacts, Lo)> {
+    let with_routes = !facts.policy.exclude_interfaces.is_empty();
+    let (found, lo) = Netns::open(path)?.look(with_routes)?;
     if cookie.is_some_and(|cookie| cookie != found.cookie) {
         let moved = io::Error::from(io::ErrorKind::NotFound);
         return Err(moved)
             .with_context(|| format!("{} leads to another network namespace now", path.display()));
     }
-    if !facts.policy.exclude_interfaces.is_empty() {
-        found.routes = netns.routes()?;
-    }
-    Ok(found)
+    Ok((found, lo))
 }
 
 /// Whether there is nothing any more where a namespace was.

@@ -10,8 +10,10 @@ use k8s_openapi::api::{
     apps::v1::DaemonSet,
     core::v1::{Node as ApiNode, Pod as ApiPod},
 };
+use libbpf_rs::Link;
 use nix::{sys::stat::Mode, unistd::mkfifo};
 use serde_json::{Value, json};
+use sidestep::bpf::LAYOUT;
 use sidestep_e2e::Envtest;
 use sidestep_lab::{Pod, PodNet, wait_until};
 
@@ -357,6 +359,36 @@ fn a_node_that_cannot_intercept_says_so() {
     });
     let agent = &mut cluster.agent;
     wait_until("its end", SOON, || !agent.is_running()).expect("ended");
+}
+
+/// F14: what was taken away in the kernel is told where the user looks.
+#[test]
+fn f14_a_pod_and_the_node_are_told_what_was_put_back() {
+    let cluster = Cluster::new("node-repair");
+    cluster.in_force();
+    let object = cluster.create_pending(&cluster.a);
+    succeeds(&cluster.plugin("ADD", &cluster.a, &object));
+    let links = cluster.agent.bpffs().join(LAYOUT).join("links");
+    let pins = fs::read_dir(&links).expect("links").map(|link| link.expect("an entry").path());
+    let steer = pins.into_iter().find(|link| link.to_string_lossy().contains("steer-"));
+    Link::open(steer.expect("a link")).and_then(|link| link.detach()).expect("detached");
+    fs::remove_file(links.join("connect4")).expect("removed");
+    let told = ["inbound program was detached", "put back"];
+    cluster.becomes("an Event on the pod", || cluster.has_event("Pod", "a", "Repaired", &told));
+    let told = ["pin of link connect4", "put back"];
+    cluster.becomes("an Event on the node", || {
+        cluster.has_event("Node", &cluster.name, "Repaired", &told)
+    });
+    intercepted(&cluster.a);
+    cluster.becomes("nothing to be wrong", || cluster.problems().is_empty());
+    Link::open(links.join("connect6")).and_then(|link| link.detach()).expect("detached");
+    cluster.becomes("status to say so", || {
+        let repaired = |(reason, text): &(String, String)| {
+            reason == "Repaired" && text.contains("hook connect6 was detached")
+        };
+        cluster.problems().iter().any(repaired)
+    });
+    intercepted(&cluster.a);
 }
 
 /// A FIFO would be waited for, for ever.

@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{self, Command};
 use std::sync::Arc;
@@ -45,24 +47,31 @@ pub struct Agent {
 impl Agent {
     /// Starts `<binary> run` with no pods, on the lab's cgroup. It may not be ready yet.
     pub fn start(binary: &Path, lab: &Lab) -> Result<Self> {
-        Self::make(binary, lab, lab.cgroup(), None, Vec::new())
+        Self::make(binary, lab, lab.cgroup(), None, Vec::new(), None)
+    }
+
+    /// Like [`Agent::start`], with more flags for `run`, and with this directory for its pins, which
+    /// is on a bpffs of the caller's.
+    pub fn start_at(binary: &Path, lab: &Lab, pins: &Path, flags: &[&str]) -> Result<Self> {
+        let flags = flags.iter().map(Into::into).collect();
+        Self::make(binary, lab, lab.cgroup(), None, flags, Some(pins.to_owned()))
     }
 
     /// Like [`Agent::start`], on another cgroup than the lab's.
     pub fn start_on(binary: &Path, lab: &Lab, cgroup: &Path) -> Result<Self> {
-        Self::make(binary, lab, cgroup, None, Vec::new())
+        Self::make(binary, lab, cgroup, None, Vec::new(), None)
     }
 
     /// Like [`Agent::start`] with other pods than those of a directory of manifests: `source` is
     /// what `run` is told about that, such as `--kubernetes`.
     pub fn start_with(binary: &Path, lab: &Lab, source: Vec<OsString>) -> Result<Self> {
-        Self::make(binary, lab, lab.cgroup(), Some(source), Vec::new())
+        Self::make(binary, lab, lab.cgroup(), Some(source), Vec::new(), None)
     }
 
     /// Like [`Agent::start`], with more flags for `run`; waits until it is decided what is spliced.
     pub fn start_flags(binary: &Path, lab: &Lab, flags: &[&str]) -> Result<Self> {
         let flags = flags.iter().map(Into::into).collect();
-        let agent = Self::make(binary, lab, lab.cgroup(), None, flags)?;
+        let agent = Self::make(binary, lab, lab.cgroup(), None, flags, None)?;
         agent.wait_log("splice leg=\"app\"")?;
         Ok(agent)
     }
@@ -73,13 +82,16 @@ impl Agent {
         cgroup: &Path,
         source: Option<Vec<OsString>>,
         flags: Vec<OsString>,
+        pins: Option<PathBuf>,
     ) -> Result<Self> {
         ensure!(binary.is_file(), "there is no agent at {}", binary.display());
         mount_bpffs()?;
         let attached_to = cgroup.to_owned();
         let lab = lab.inner().clone();
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let bpffs = Path::new(BPFFS).join(format!("{}{}-{number}", cgroup::PREFIX, process::id()));
+        let bpffs = pins.unwrap_or_else(|| {
+            Path::new(BPFFS).join(format!("{}{}-{number}", cgroup::PREFIX, process::id()))
+        });
         let pods = lab.new_path("pods", "d");
         fs::create_dir(&pods).with_context(|| format!("making {}", pods.display()))?;
         let log = lab.new_path("agent", "log");
@@ -273,6 +285,37 @@ impl Agent {
         }
         process.signal(Signal::SIGTERM)?;
         process.wait(Duration::from_secs(10)).map(drop).with_context(|| process.log_tail())
+    }
+
+    /// Where it serves health and metrics, with `--http 127.0.0.1:0`.
+    pub fn http(&self) -> Result<SocketAddr> {
+        self.wait_log("health and metrics")?;
+        let log = self.log();
+        // After a restart, the last one counts.
+        let address = log.rsplit("health and metrics address=").next();
+        let address = address.and_then(|rest| rest.split_whitespace().next());
+        let address = address.context("no address in the agent's log")?;
+        address.parse().with_context(|| format!("the agent's address {address:?}"))
+    }
+
+    /// What it answers to a GET: status and body; 0 where nobody listens.
+    pub fn get(&self, path: &str) -> Result<(u16, String)> {
+        let Ok(mut stream) = TcpStream::connect(self.http()?) else {
+            return Ok((0, String::new()));
+        };
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        let status = text.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
+        let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        Ok((status, body.to_owned()))
+    }
+
+    /// One of its metrics, by its name and labels; 0 where there is none.
+    pub fn metric(&self, name: &str) -> Result<f64> {
+        let (_, text) = self.get("/metrics")?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(value.and_then(|value| value.parse().ok()).unwrap_or(0.0))
     }
 
     /// Waits, up to fifteen seconds, until the agent's log has `text`.

@@ -3,13 +3,9 @@
 //! under way at that moment: so it is made once, and stays with its device.
 
 use std::{
-    ffi::CString,
     fs, io,
     ops::Range,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-        unix::ffi::OsStrExt,
-    },
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     path::{Path, PathBuf},
     ptr,
 };
@@ -17,10 +13,12 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use libbpf_rs::{
     Link, MapCore, MapFlags, MapHandle, Program, TC_EGRESS, TcHook, TcHookBuilder, libbpf_sys,
-    query::LinkTypeInfo,
+    query::{LinkInfo, LinkTypeInfo},
 };
 
-use super::{Dataplane, Pins, children, kernel, maps, records, remove_link, wire};
+use super::{
+    Dataplane, Pins, Repair, children, held::pin, kernel, maps, records, remove_link, wire,
+};
 use crate::{
     desired::Record,
     netns::{LO, Netns},
@@ -119,16 +117,62 @@ impl Dataplane {
             let layout = self.pins.number();
             return netns.inside(|| put(filter, fd, layout, device))?;
         }
-        let pin = self.pins.filter(filter, cookie, device);
-        if pin.exists() {
-            let mut link = Link::open(&pin)?;
-            if device_of(&link)? == device {
+        let at = self.pins.filter(filter, cookie, device);
+        if at.exists() {
+            let mut link = Link::open(&at)?;
+            if device_of(&link.info()?)? == device {
                 return Ok(link.update_prog(program)?);
             }
-            fs::remove_file(&pin)?;
+            fs::remove_file(&at)?;
         }
         let link = netns.inside(|| link(fd, device))??;
-        pin_link(&link, &pin)
+        pin(link.as_fd(), &at)
+    }
+
+    /// Looks whether the filters of a pod are in force, for DNS answers where `dns` says so, and for
+    /// spliced connections on these devices; puts back those that are not.
+    pub fn repair_filters(
+        &self,
+        cookie: u64,
+        netns: &Path,
+        dns: bool,
+        devices: &[u32],
+    ) -> Vec<Repair> {
+        let dns = dns.then_some((Filter::Dns, LO)).into_iter();
+        let all = dns.chain(devices.iter().map(|device| (Filter::Reset, *device)));
+        all.filter_map(|(filter, device)| self.repair_filter(filter, cookie, netns, device))
+            .collect()
+    }
+
+    fn repair_filter(
+        &self,
+        filter: Filter,
+        cookie: u64,
+        netns: &Path,
+        device: u32,
+    ) -> Option<Repair> {
+        let program = match filter {
+            Filter::Dns => self.skel.progs.dns_reply.as_fd(),
+            Filter::Reset => self.skel.progs.reset.as_fd(),
+        };
+        let open = || Netns::open_as(netns, cookie);
+        let own = Program::id_from_fd(program).ok()?;
+        let found = if kernel().links_filters {
+            let link = Link::open(self.pins.filter(filter, cookie, device)).ok();
+            let info = link.and_then(|link| link.info().ok());
+            info.filter(|info| device_of(info).is_ok_and(|at| at == device)).map(|i| i.prog_id)
+        } else {
+            let layout = self.pins.number();
+            let ask = || filter.hook(program, layout, device).query().ok();
+            open().ok()?.inside(ask).ok()?
+        };
+        if found == Some(own) {
+            return None;
+        }
+        // Not there any more: its filters are gone with it.
+        let netns = open().ok()?;
+        let text = format!("the {} filter of device {device} was removed", filter.name());
+        Some(Repair::new("filter", text, self.filter(filter, cookie, &netns, device)))
     }
 
     /// Takes the filter for DNS answers off a pod's lo, where there is one.
@@ -169,7 +213,10 @@ impl Dataplane {
                 continue;
             }
             let stays = name.starts_with(Filter::Reset.name())
-                && Link::open(&pin).map_err(Into::into).and_then(|link| device_of(&link))? != 0;
+                && Link::open(&pin)
+                    .map_err(Into::into)
+                    .and_then(|link| device_of(&link.info()?))?
+                    != 0;
             if !stays {
                 remove_link(&pin)?;
             }
@@ -190,8 +237,8 @@ impl Dataplane {
 }
 
 /// The device of a filter's link; 0: it is gone.
-fn device_of(link: &Link) -> Result<u32> {
-    match link.info()?.info {
+fn device_of(link: &LinkInfo) -> Result<u32> {
+    match &link.info {
         LinkTypeInfo::Tcx(info) => Ok(info.ifindex),
         other => bail!("a link of another kind is pinned there: {other:?}"),
     }
@@ -211,15 +258,6 @@ fn link(program: BorrowedFd<'_>, device: u32) -> Result<OwnedFd> {
     ensure!(fd >= 0, "tcx link: {}", io::Error::from_raw_os_error(-fd));
     // SAFETY: the kernel has just made it, for nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn pin_link(link: &OwnedFd, pin: &Path) -> Result<()> {
-    let path = CString::new(pin.as_os_str().as_bytes())?;
-    // SAFETY: the descriptor is open, and the path ends with a NUL.
-    let rc = unsafe { libbpf_sys::bpf_obj_pin(link.as_raw_fd(), path.as_ptr()) };
-    let error = io::Error::from_raw_os_error(-rc);
-    ensure!(rc == 0, "cannot pin {}: {error}", pin.display());
-    Ok(())
 }
 
 /// Adds a filter to a device's qdisc in the calling thread's namespace.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use libbpf_rs::{MapCore, MapFlags};
+use libbpf_rs::{ErrorKind, MapCore, MapFlags};
 
 use super::wire::{Wire, as_bytes, from_bytes};
 
@@ -15,16 +15,6 @@ pub(crate) type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
 pub(crate) struct Diff {
     pub upserts: Entries,
     pub deletes: Vec<Vec<u8>>,
-}
-
-impl Diff {
-    /// Does to a copy of the map's contents what is to be done to the map.
-    pub fn apply(&self, to: &mut Entries) {
-        to.extend(self.upserts.iter().map(|(key, value)| (key.clone(), value.clone())));
-        for key in &self.deletes {
-            to.remove(key);
-        }
-    }
 }
 
 pub(crate) fn entry<K: Wire, V: Wire>(key: &K, value: &V) -> (Vec<u8>, Vec<u8>) {
@@ -54,18 +44,38 @@ pub(crate) fn read_as<K: Wire, V: Wire>(map: &impl MapCore) -> Result<Vec<(K, V)
     read(map)?.iter().map(|(key, value)| Ok((from_bytes(key)?, from_bytes(value)?))).collect()
 }
 
-pub(crate) fn upsert(map: &impl MapCore, diff: &Diff) -> Result<()> {
-    for (key, value) in &diff.upserts {
-        map.update(key, value, MapFlags::ANY).with_context(|| error(map, "write to"))?;
-    }
-    Ok(())
+/// A map, and what it holds.
+pub(crate) struct Table<'a, M> {
+    pub map: &'a M,
+    pub holds: &'a mut Entries,
 }
 
-pub(crate) fn delete(map: &impl MapCore, diff: &Diff) -> Result<()> {
-    for key in &diff.deletes {
-        map.delete(key).with_context(|| error(map, "delete from"))?;
+impl<M: MapCore> Table<'_, M> {
+    /// Writes what is not there yet; `holds` is right whatever fails.
+    pub fn upsert(&mut self, diff: &Diff) -> Result<()> {
+        for (key, value) in &diff.upserts {
+            if self.holds.get(key) != Some(value) {
+                let done = self.map.update(key, value, MapFlags::ANY);
+                done.with_context(|| error(self.map, "write to"))?;
+                self.holds.insert(key.clone(), value.clone());
+            }
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Deletes what is still there; `holds` is right whatever fails.
+    pub fn delete(&mut self, diff: &Diff) -> Result<()> {
+        for key in &diff.deletes {
+            if self.holds.contains_key(key) {
+                match self.map.delete(key) {
+                    Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+                    done => done.with_context(|| error(self.map, "delete from")),
+                }?;
+                self.holds.remove(key);
+            }
+        }
+        Ok(())
+    }
 }
 
 fn error(map: &impl MapCore, verb: &str) -> String {
@@ -92,7 +102,8 @@ mod tests {
             for key in &diff_of.deletes {
                 prop_assert!(now.contains_key(key));
             }
-            diff_of.apply(&mut now);
+            now.extend(diff_of.upserts);
+            now.retain(|key, _| !diff_of.deletes.contains(key));
             prop_assert_eq!(&now, &goal);
             prop_assert_eq!(diff(&now, goal), Diff::default());
         }

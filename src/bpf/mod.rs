@@ -8,9 +8,11 @@
 mod cookie;
 mod cost;
 mod filters;
+mod held;
 mod hooks;
 mod maps;
 mod order;
+mod repair;
 mod selftest;
 mod splice;
 mod wire;
@@ -44,8 +46,8 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{
-    Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, ProgramMut, ProgramType, RingBuffer,
-    RingBufferBuilder,
+    Iter, Link, MapCore, MapFlags, MapHandle, MapMut, PrintLevel, ProgramMut, ProgramType,
+    RingBuffer, RingBufferBuilder,
     btf::{
         Btf,
         types::{Func, Struct},
@@ -63,16 +65,19 @@ use tokio::io::unix::AsyncFd;
 pub use cookie::current_netns_cookie;
 pub use cost::ProgramCost;
 pub use order::{Ahead, ahead};
+pub use repair::Repair;
 pub use selftest::self_test;
 
 use self::{
     filters::Filter,
+    held::{Links, replace_pin},
     hooks::{Attach, HOOKS, Hook},
-    maps::{Diff, Entries},
+    maps::{Diff, Entries, Table},
 };
 use crate::{
+    bpffs,
     cgroup::Cgroup,
-    desired::{Desired, Limits, Record},
+    desired::{Desired, Limits, PodRow, Record},
     mesh,
     netns::{self, Netns},
     reset::Reset,
@@ -117,6 +122,9 @@ const COUNTERS: [&str; 27] = [
 const LOCAL_OWN: u8 = 1;
 /// See [`LOCAL_OWN`].
 const LOCAL_LANDING: u8 = 2;
+
+/// How soon the maps are read anew where something could not be written.
+const READ_AGAIN: Duration = Duration::from_secs(60);
 
 /// Slots for a pod's listeners; `LISTENER_SLOTS` of bpf/maps.h.
 const LISTENER_SLOTS: u16 = 8;
@@ -178,6 +186,13 @@ impl Pins {
         Ok(others)
     }
 
+    /// Makes the layout's directories.
+    fn create(&self) -> Result<()> {
+        fs::create_dir_all(self.maps())
+            .and_then(|()| fs::create_dir_all(self.links()))
+            .with_context(|| format!("cannot create {}", self.layout().display()))
+    }
+
     fn maps(&self) -> PathBuf {
         self.layout().join("maps")
     }
@@ -195,7 +210,7 @@ impl Pins {
     }
 
     fn steer(&self, cookie: u64) -> PathBuf {
-        self.link(&format!("steer-{cookie:x}"))
+        self.link(&steer(cookie))
     }
 
     /// Whether anything is installed.
@@ -267,23 +282,36 @@ pub struct HookState {
 pub struct Dataplane {
     skel: skel::SidestepSkel<'static>,
     pins: Pins,
+    /// Keeps others away from the pins, and what is pinned there alive where the file system is
+    /// unmounted.
+    lock: Flock<File>,
+    /// Where the pins' file system is mounted.
+    mount_point: PathBuf,
+    /// The links that are in force: they outlive the loss of their pins.
+    links: Links,
     /// An agent with another layout decides still.
     to_take_over: bool,
     /// What the maps hold, in the order of [`Dataplane::apply`], once that is known for sure.
     known: Option<Vec<Entries>>,
     /// When another's programs were last put behind.
     went_first: Option<Instant>,
+    /// When they were last read as a whole.
+    read: Instant,
+    /// Up to where they were looked at: which map, and its last key.
+    looked_at: (usize, Vec<u8>),
 }
 
 impl Dataplane {
-    /// Loads the programs, with the pinned maps where there are any; attaches nothing.
+    /// Loads the programs, with the pinned maps where there are any; attaches nothing. Keeps other
+    /// agents and `unload` away for as long as the result lives.
     ///
     /// # Errors
-    /// Where the kernel refuses a program, or a pinned map has another layout.
+    /// Where another process has the pins, the kernel refuses a program, or a pinned map has another
+    /// layout.
     pub fn load(pins: &Pins, splice_refresh: Duration) -> Result<Self> {
-        fs::create_dir_all(pins.maps())
-            .and_then(|()| fs::create_dir_all(pins.links()))
-            .with_context(|| format!("cannot create {}", pins.layout().display()))?;
+        let lock = pins.lock()?;
+        let mount_point = bpffs::mount_point(&pins.root)?;
+        pins.create()?;
         let mut open = open_node()?;
         splice::set_refresh(&mut open, splice_refresh)?;
         for mut map in open.open_object_mut().maps_mut() {
@@ -300,7 +328,19 @@ impl Dataplane {
             }
             refusal()
         })?;
-        Ok(Self { skel, pins: pins.clone(), to_take_over: false, known: None, went_first: None })
+        let links = Links::adopt(pins)?;
+        Ok(Self {
+            skel,
+            pins: pins.clone(),
+            lock,
+            mount_point,
+            links,
+            to_take_over: false,
+            known: None,
+            read: Instant::now(),
+            looked_at: (0, Vec::new()),
+            went_first: None,
+        })
     }
 
     /// Puts the loaded programs in force on the cgroup: a hook that is there already is switched
@@ -440,7 +480,8 @@ impl Dataplane {
         if pin.exists() {
             let mut link = Link::open(&pin).context("cannot open its pinned link")?;
             if cgroup_of(&link)? == cgroup.id() {
-                return link.update_prog(&program).context("cannot switch its program over");
+                link.update_prog(&program).context("cannot switch its program over")?;
+                return self.links.hold(hook.program, link);
             }
         }
         self.attach_anew(hook, cgroup)
@@ -451,12 +492,9 @@ impl Dataplane {
     fn attach_anew(&mut self, hook: &Hook, cgroup: &Cgroup) -> Result<()> {
         let pin = self.pins.link(hook.program);
         let program = self.program(hook)?;
-        let mut link = order::attach(&program, cgroup.as_raw_fd(), hook)?;
-        let fresh = self.pins.link(&format!("{}-new", hook.program));
-        let _ = fs::remove_file(&fresh);
-        link.pin(&fresh)?;
-        fs::rename(&fresh, &pin).context("cannot pin its link")?;
-        Ok(())
+        let link = order::attach(&program, cgroup.as_raw_fd(), hook)?;
+        replace_pin(link.as_fd(), &pin)?;
+        self.links.hold(hook.program, link)
     }
 
     fn program(&mut self, hook: &Hook) -> Result<ProgramMut<'_>> {
@@ -486,13 +524,14 @@ impl Dataplane {
         records(&self.skel.maps.pod_records)
     }
 
-    /// Makes the maps hold what is desired: additions before the pods that need them, removals
-    /// after. What belongs to the namespaces in `keep` is not removed. Says how many entries were
-    /// written and deleted.
+    /// Makes the maps hold what is desired, pod by pod: what is one pod's fault is no other's. Those
+    /// that leave come first, their rows before their rules; of the others, additions come before
+    /// the rows that need them, removals after. What belongs to the namespaces in `keep` is not
+    /// removed.
     ///
     /// # Errors
     /// Where a map can't be read or written, named.
-    pub fn apply(&mut self, desired: &Desired, keep: &BTreeSet<u64>) -> Result<(usize, usize)> {
+    pub fn apply(&mut self, desired: &Desired, keep: &BTreeSet<u64>) -> Result<Applied> {
         let (mut pods, mut records) = (Entries::new(), Entries::new());
         for (cookie, (row, record)) in &desired.pods {
             pods.extend([maps::entry(cookie, &wire::pod_of(row))]);
@@ -517,73 +556,119 @@ impl Dataplane {
 
         let uids = desired.uid_rules.iter().map(|r| maps::entry(&wire::uid_key(r), &r.class));
 
-        let kernel = &self.skel.maps;
-        // In the order of writing; deletes go the other way round. The number is where the cookie
-        // is in the map's keys.
-        let contents: [(_, usize, Entries); 8] = [
-            (&kernel.locals, 0, locals.collect()),
-            (&kernel.device_addrs, 0, devices.collect()),
-            (&kernel.port_rules, 8, ports.collect()),
-            (&kernel.cidr_rules, 8, cidrs.collect()),
-            (&kernel.uid_rules, 4, uids.collect()),
-            (&kernel.excluded_ifs, 0, ifs.collect()),
-            (&kernel.pod_records, 0, records),
-            (&kernel.pods, 0, pods),
+        let contents: [Entries; TABLES] = [
+            locals.collect(),
+            devices.collect(),
+            ports.collect(),
+            cidrs.collect(),
+            uids.collect(),
+            ifs.collect(),
+            records,
+            pods,
         ];
-        // Whatever fails half-way is compared with the maps themselves next time.
-        let mut known = self.known.take().unwrap_or_default().into_iter();
-        let (mut plan, mut holds) = (Vec::new(), Vec::new());
-        for (map, at, goal) in contents {
-            let mut holding = match known.next() {
-                Some(entries) => entries,
-                None => maps::read(map)?,
-            };
-            let mut diff = maps::diff(&holding, goal);
-            let kept = |key: &[u8]| {
-                wire::from_bytes(&key[at..at + 8]).is_ok_and(|cookie: u64| keep.contains(&cookie))
-            };
-            diff.deletes.retain(|key| !kept(key));
-            diff.apply(&mut holding);
-            holds.push(holding);
-            plan.push((map, diff));
-        }
-        self.share_handshakes(desired.pods.keys().chain(keep))?;
-        for (map, diff) in &plan {
-            maps::upsert(*map, diff)?;
-        }
-        // An inbound program without its pod's row would pass everything: it goes first.
-        for cookie in steered(&self.pins)? {
-            if !desired.pods.contains_key(&cookie) && !keep.contains(&cookie) {
-                self.remove_inbound(cookie)?;
+        let mut holds = match self.known.take() {
+            Some(known) => known,
+            None => {
+                self.read = Instant::now();
+                let read = tables(&self.skel.maps).map(|(map, _)| maps::read(map));
+                read.into_iter().collect::<Result<_>>()?
             }
+        };
+        self.share_handshakes(desired.pods.keys().chain(keep))?;
+        let applied = self.change(contents, &mut holds, desired, keep);
+        // Others may have put there what takes the room.
+        let is_failed = applied.as_ref().map_or(true, |applied| !applied.failed.is_empty());
+        if !is_failed || self.read.elapsed() < READ_AGAIN {
+            self.known = Some(holds);
         }
-        self.remove_filters(|cookie| desired.pods.contains_key(&cookie) || keep.contains(&cookie))?;
-        for (map, diff) in plan.iter().rev() {
-            maps::delete(*map, diff)?;
-        }
-        let (written, deleted) = plan.iter().fold((0, 0), |(written, deleted), (_, diff)| {
-            (written + diff.upserts.len(), deleted + diff.deletes.len())
-        });
-        self.known = Some(holds);
-        if written + deleted > 0 {
+        let applied = applied?;
+        if applied.written + applied.deleted > 0 {
             // What became of a pod may hold for its open connections.
             self.want_sweep(true)?;
         }
-        Ok((written, deleted))
+        Ok(applied)
+    }
+
+    /// See [`Dataplane::apply`]; `holds` is what the maps hold.
+    fn change(
+        &mut self,
+        contents: [Entries; TABLES],
+        holds: &mut [Entries],
+        desired: &Desired,
+        keep: &BTreeSet<u64>,
+    ) -> Result<Applied> {
+        let mut changes: BTreeMap<u64, [Diff; TABLES]> = BTreeMap::new();
+        let mut all = Vec::new();
+        let tables = tables(&self.skel.maps).into_iter().zip(holds);
+        for (n, (((map, cookie_at), holds), goal)) in tables.zip(contents).enumerate() {
+            let diff = maps::diff(holds, goal);
+            let of = |key: &[u8]| wire::from_bytes::<u64>(&key[cookie_at..cookie_at + 8]);
+            for (key, value) in diff.upserts {
+                changes.entry(of(&key)?).or_default()[n].upserts.insert(key, value);
+            }
+            for key in diff.deletes {
+                let cookie = of(&key)?;
+                if !keep.contains(&cookie) {
+                    changes.entry(cookie).or_default()[n].deletes.push(key);
+                }
+            }
+            all.push(Table { map, holds });
+        }
+        let stays = |cookie: u64| desired.pods.contains_key(&cookie) || keep.contains(&cookie);
+        // An inbound program without its pod's row would pass everything: it goes first.
+        for cookie in self.links.steered() {
+            if !stays(cookie) {
+                remove_inbound(&mut self.links, &self.pins, cookie)?;
+            }
+        }
+        self.remove_filters(stays)?;
+        let mut applied = Applied::default();
+        // Cookie 0 stands for all pods.
+        let (leaving, staying): (Vec<_>, Vec<_>) =
+            changes.into_iter().partition(|(cookie, _)| *cookie != 0 && !stays(*cookie));
+        for (_, diffs) in &leaving {
+            delete(&mut all, diffs)?;
+        }
+        for (cookie, diffs) in &staying {
+            let change = upsert(&mut all, diffs).and_then(|()| delete(&mut all, diffs));
+            let Err(error) = change else {
+                continue;
+            };
+            let Some((row, record)) = desired.pods.get(cookie) else {
+                applied.failed.insert(*cookie, Failure { error, is_captured: false });
+                continue;
+            };
+            // There is room where the pod's former rules are gone. Meanwhile all is captured.
+            let is_captured = upsert(&mut all, &row_of(*cookie, &closed(row), record)?).is_ok();
+            let again = delete(&mut all, diffs)
+                .and_then(|()| upsert(&mut all, diffs))
+                .and_then(|()| upsert(&mut all, &row_of(*cookie, row, record)?));
+            if let Err(error) = again {
+                applied.failed.insert(*cookie, Failure { error, is_captured });
+            }
+        }
+        for (_, diffs) in leaving.iter().chain(&staying) {
+            for diff in diffs {
+                applied.written += diff.upserts.len();
+                applied.deleted += diff.deletes.len();
+            }
+        }
+        Ok(applied)
     }
 
     /// Gives these pods a share of `handovers`, and takes it from others, once none of theirs is in
     /// use: sockets of a pod that has left may have connections under way still.
     fn share_handshakes<'a>(&self, pods: impl Iterator<Item = &'a u64>) -> Result<()> {
         let map = &self.skel.maps.handshakes;
-        let shares = maps::read(map)?;
+        let mut shares = maps::read(map)?;
         let mut wanted: Entries = pods.map(|cookie| maps::entry(cookie, &0u32)).collect();
         for (cookie, under_way) in &shares {
             if wanted.remove(cookie).is_none() && wire::from_bytes::<u32>(under_way)? == 0 {
                 map.delete(cookie).context("cannot delete from map handshakes")?;
             }
         }
-        maps::upsert(map, &Diff { upserts: wanted, deletes: Vec::new() })
+        let missing = Diff { upserts: wanted, deletes: Vec::new() };
+        Table { map, holds: &mut shares }.upsert(&missing)
     }
 
     /// Links this build's inbound program to a pod's namespace; one that is there already is
@@ -591,37 +676,29 @@ impl Dataplane {
     ///
     /// # Errors
     /// Where the kernel refuses to load or to attach.
-    pub fn attach_inbound(&self, cookie: u64, netns: &Netns) -> Result<()> {
+    pub fn attach_inbound(&mut self, cookie: u64, netns: &Netns) -> Result<()> {
         let mut storage = MaybeUninit::uninit();
         let mut open = open_inbound(&mut storage, cookie)?;
         for mut map in open.open_object_mut().maps_mut() {
-            let name = map.name().to_string_lossy().into_owned();
-            if !name.contains('.') {
-                map.reuse_pinned_map(self.pins.map(&name))
-                    .with_context(|| format!("cannot share map {name}"))?;
+            let own = self.skel.object().maps().find(|own| own.name() == map.name());
+            if let Some(own) = own {
+                map.reuse_fd(own.as_fd())
+                    .with_context(|| format!("cannot share map {:?}", map.name()))?;
             }
         }
         let skel = open.load().context("the kernel refused the inbound program")?;
-        let pin = self.pins.steer(cookie);
-        if pin.exists() {
-            let mut link = Link::open(&pin)?;
-            if netns_of(&link)? != 0 {
-                return Ok(link.update_prog(&skel.progs.steer)?);
-            }
-            fs::remove_file(&pin)?;
+        let name = steer(cookie);
+        if self.netns_lives(cookie) {
+            return self.links.update(&name, &skel.progs.steer);
         }
-        let mut link = skel.progs.steer.attach_netns(netns.as_raw_fd())?;
-        link.pin(&pin)?;
-        Ok(())
-    }
-
-    fn remove_inbound(&self, cookie: u64) -> Result<()> {
-        remove_link(&self.pins.steer(cookie))
+        let link = skel.progs.steer.attach_netns(netns.as_raw_fd())?;
+        replace_pin(link.as_fd(), &self.pins.steer(cookie))?;
+        self.links.hold(&name, link)
     }
 
     /// Whether the namespace with this cookie, which has an inbound program, still exists.
     pub fn netns_lives(&self, cookie: u64) -> bool {
-        steer_lives(&self.pins, cookie)
+        self.links.get(&steer(cookie)).is_some_and(|link| netns_of(link).is_ok_and(|ino| ino != 0))
     }
 
     /// Records the pod's listeners on a port that the hooks did not see, at those of these
@@ -673,6 +750,76 @@ impl Dataplane {
         })?;
         Events::new(builder.build()?, seen)
     }
+}
+
+/// What became of a goal.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// Entries that were written.
+    pub written: usize,
+    /// Entries that were deleted.
+    pub deleted: usize,
+    /// By cookie: pods whose entries could not be written.
+    pub failed: BTreeMap<u64, Failure>,
+}
+
+/// Why a pod's entries could not be written.
+#[derive(Debug)]
+pub struct Failure {
+    /// The kernel's word.
+    pub error: anyhow::Error,
+    /// The pod has a row by which everything of it is captured.
+    pub is_captured: bool,
+}
+
+/// Writes to the maps in their order.
+fn upsert<M: MapCore>(tables: &mut [Table<'_, M>], diffs: &[Diff]) -> Result<()> {
+    tables.iter_mut().zip(diffs).try_for_each(|(table, diff)| table.upsert(diff))
+}
+
+/// Deletes from the maps, the other way round.
+fn delete<M: MapCore>(tables: &mut [Table<'_, M>], diffs: &[Diff]) -> Result<()> {
+    tables.iter_mut().zip(diffs).rev().try_for_each(|(table, diff)| table.delete(diff))
+}
+
+/// A row by which everything of a pod is captured, whatever its lists hold.
+fn closed(row: &PodRow) -> PodRow {
+    PodRow {
+        out_all: true,
+        in_all: true,
+        loopback_included: false,
+        exclude_ifs: false,
+        sets: BTreeSet::new(),
+        ..row.clone()
+    }
+}
+
+/// What writes a pod's row and record.
+fn row_of(cookie: u64, row: &PodRow, record: &Record) -> Result<[Diff; TABLES]> {
+    let mut diffs: [Diff; TABLES] = Default::default();
+    let [.., of_records, of_pods] = &mut diffs;
+    of_records.upserts.extend([maps::entry(&cookie, &wire::record_of(record)?)]);
+    of_pods.upserts.extend([maps::entry(&cookie, &wire::pod_of(row))]);
+    Ok(diffs)
+}
+
+/// How many maps the agent alone writes.
+const TABLES: usize = 8;
+
+/// The maps that the agent alone writes, in the order of writing; deletes go the other way round.
+/// The number is where the cookie is in the map's keys. The last is the one that makes a pod's
+/// connections captured.
+fn tables<'a, 'map>(maps: &'a skel::SidestepMaps<'map>) -> [(&'a MapMut<'map>, usize); TABLES] {
+    [
+        (&maps.locals, 0),
+        (&maps.device_addrs, 0),
+        (&maps.port_rules, 8),
+        (&maps.cidr_rules, 8),
+        (&maps.uid_rules, 4),
+        (&maps.excluded_ifs, 0),
+        (&maps.pod_records, 0),
+        (&maps.pods, 0),
+    ]
 }
 
 /// What the programs had to say.
@@ -1055,13 +1202,29 @@ fn remove_link(pin: &Path) -> Result<()> {
     fs::remove_file(pin).with_context(|| format!("cannot remove {}", pin.display()))
 }
 
+/// The name of the pin of a namespace's inbound link.
+fn steer(cookie: u64) -> String {
+    format!("steer-{cookie:x}")
+}
+
+/// The cookie of the namespace whose inbound link has a pin of this name.
+fn steered_by(pin: &str) -> Option<u64> {
+    u64::from_str_radix(pin.strip_prefix("steer-")?, 16).ok()
+}
+
+fn remove_inbound(links: &mut Links, pins: &Pins, cookie: u64) -> Result<()> {
+    if let Some(link) = links.release(&steer(cookie)) {
+        // Fails where its namespace is gone.
+        let _ = link.detach();
+    }
+    let pin = pins.steer(cookie);
+    if pin.exists() { remove_link(&pin) } else { Ok(()) }
+}
+
 /// The cookies of the namespaces with a pinned inbound link.
 fn steered(pins: &Pins) -> Result<Vec<u64>> {
-    Ok(children(&pins.links())?
-        .iter()
-        .filter_map(|path| path.file_name()?.to_str()?.strip_prefix("steer-"))
-        .filter_map(|cookie| u64::from_str_radix(cookie, 16).ok())
-        .collect())
+    let links = children(&pins.links())?;
+    Ok(links.iter().filter_map(|path| steered_by(path.file_name()?.to_str()?)).collect())
 }
 
 fn steer_lives(pins: &Pins, cookie: u64) -> bool {

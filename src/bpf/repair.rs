@@ -1,0 +1,251 @@
+//! Looks in the kernel whether what the agent thinks is in force is in force, and puts back what
+//! others have taken away: whoever may do so is root of the node, by mistake or to get past a mesh.
+
+use std::{
+    fs::{self, Metadata},
+    ops::Bound,
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use libbpf_rs::{
+    Link, MapCore, MapFlags, MapInfo, Program, libbpf_sys, query::LinkInfo, skel::Skel,
+};
+
+use super::{
+    Dataplane, Pins, cgroup_of, children,
+    held::{pin, pinned, replace_pin},
+    hooks::{Attach, HOOKS, Hook},
+    netns_of, steer, tables,
+};
+use crate::{bpffs, cgroup::Cgroup, netns::Netns};
+
+/// As many entries of maps are looked at each time.
+const LOOKED_AT: usize = 1024;
+
+/// Something that was not in force any more.
+#[derive(Debug)]
+pub struct Repair {
+    /// Of which kind: the label of the metric.
+    pub what: &'static str,
+    /// What was missing or changed.
+    pub text: String,
+    /// Whether it is in force again.
+    pub done: Result<()>,
+}
+
+impl Repair {
+    pub(super) fn new(what: &'static str, text: impl Into<String>, done: Result<()>) -> Self {
+        Self { what, text: text.into(), done }
+    }
+}
+
+impl Dataplane {
+    /// Looks at what is the node's: the pins and their file system, the hooks, and the entries of
+    /// maps, of some in turn.
+    pub fn repair(&mut self, cgroup: &Cgroup) -> Vec<Repair> {
+        let mut repairs = Vec::new();
+        repairs.extend(self.repair_directory());
+        repairs.extend(self.repair_map_pins());
+        for hook in HOOKS.iter().filter(|hook| hook.attach == Attach::Cgroup) {
+            repairs.extend(self.repair_hook(hook, cgroup));
+        }
+        repairs.extend(self.repair_redirect());
+        repairs.extend(self.repair_entries());
+        repairs
+    }
+
+    /// Looks at the pins' directory: its file system may have been unmounted, or the directory
+    /// removed. The lock's descriptor leads to the former one, with all of its pins.
+    fn repair_directory(&mut self) -> Option<Repair> {
+        let root = self.pins.root.clone();
+        let held = match self.lock.metadata() {
+            Ok(held) => held,
+            Err(error) => return Some(Repair::new("bpffs", "the pins' lock", Err(error.into()))),
+        };
+        if fs::metadata(&root).is_ok_and(|there| same(&there, &held)) {
+            return None;
+        }
+        let text = format!("the pins' directory {} was removed or unmounted", root.display());
+        let done = bpffs::ensure_mounted(&self.mount_point).and_then(|()| {
+            let fresh = self.pins.lock()?;
+            let former = PathBuf::from(format!("/proc/self/fd/{}", self.lock.as_raw_fd()));
+            for layout in Pins::new(&former, &self.pins.layout).layouts()? {
+                let now = Pins::new(&root, &layout.layout);
+                now.create()?;
+                copy_pins(&layout.maps(), &now.maps())?;
+                copy_pins(&layout.links(), &now.links())?;
+            }
+            self.pins.create()?;
+            self.lock = fresh;
+            Ok(())
+        });
+        Some(Repair::new("bpffs", text, done))
+    }
+
+    fn repair_map_pins(&self) -> Vec<Repair> {
+        let mut repairs = Vec::new();
+        for map in self.skel.object().maps() {
+            let name = map.name().to_string_lossy();
+            let at = self.pins.map(&name);
+            let there = pinned(&at).ok().and_then(|there| map_id(&there));
+            if name.contains('.') || there == map_id(&map) {
+                continue;
+            }
+            let text = format!("the pin of map {name} was removed or replaced");
+            repairs.push(Repair::new("pin", text, replace_pin(map.as_fd(), &at)));
+        }
+        repairs
+    }
+
+    fn repair_hook(&mut self, hook: &Hook, cgroup: &Cgroup) -> Option<Repair> {
+        let name = hook.program;
+        // Not held: an agent with another layout decides still.
+        let link = self.links.get(name)?;
+        let program = self.links.program(name);
+        match link.info() {
+            Ok(info) if cgroup_of(link).ok() == Some(cgroup.id()) => {
+                if Some(info.prog_id) != program {
+                    let text = format!("another program was put in the place of hook {name}");
+                    return Some(Repair::new("hook", text, self.restore_hook(name)));
+                }
+                self.repair_pin(name, &self.pins.link(name), &info)
+            }
+            _ => {
+                let text = format!("hook {name} was detached from {cgroup}");
+                Some(Repair::new("hook", text, self.attach_hook(hook, cgroup)))
+            }
+        }
+    }
+
+    fn restore_hook(&mut self, name: &str) -> Result<()> {
+        let program = self.skel.object_mut().progs_mut().find(|program| program.name() == name);
+        let program = program.context("no such program")?;
+        self.links.update(name, &program)
+    }
+
+    /// Looks at the pin of a link that is in force.
+    fn repair_pin(&self, name: &str, at: &Path, link: &LinkInfo) -> Option<Repair> {
+        if Link::open(at).and_then(|there| there.info()).is_ok_and(|there| there.id == link.id) {
+            return None;
+        }
+        let held = self.links.get(name)?;
+        let text = format!("the pin of link {name} was removed or replaced");
+        Some(Repair::new("pin", text, replace_pin(held.as_fd(), at)))
+    }
+
+    /// Looks at the program of spliced sockets, which is attached to their map. Kernels that do not
+    /// tell (before Linux 5.18) are not asked.
+    fn repair_redirect(&self) -> Option<Repair> {
+        let map = self.skel.maps.spliced.as_fd().as_raw_fd();
+        let (mut id, mut count, mut flags) = (0u32, 1u32, 0u32);
+        // SAFETY: the map is open, and there is room for one number, as `count` says.
+        let rc = unsafe {
+            libbpf_sys::bpf_prog_query(
+                map,
+                libbpf_sys::BPF_SK_MSG_VERDICT,
+                0,
+                &raw mut flags,
+                &raw mut id,
+                &raw mut count,
+            )
+        };
+        let own = Program::id_from_fd(self.skel.progs.redirect.as_fd());
+        if rc != 0 || own.is_ok_and(|own| count == 1 && own == id) {
+            return None;
+        }
+        let text = "the program redirect was detached from map spliced";
+        Some(Repair::new("hook", text, self.attach_redirect()))
+    }
+
+    /// Asks for what was written to the maps: all of `pods`, and the next so many entries of the
+    /// others. Of rules that a longer one is part of, the longer one may answer: as it does when a
+    /// connection is decided.
+    fn repair_entries(&mut self) -> Vec<Repair> {
+        let Some(known) = &self.known else {
+            return Vec::new();
+        };
+        let all: Vec<_> = tables(&self.skel.maps).into_iter().zip(known).collect();
+        let mut repairs = Vec::new();
+        if let Some(((pods, _), goal)) = all.last() {
+            repairs.extend(repair_in(*pods, goal.iter()));
+        }
+        let (mut n, mut last) = std::mem::take(&mut self.looked_at);
+        let mut left = LOOKED_AT;
+        // Each map once, at most.
+        for _ in 1..all.len() {
+            let ((map, _), goal) = all[n];
+            let behind = (Bound::Excluded(last.clone()), Bound::Unbounded);
+            let next: Vec<_> = goal.range(behind).take(left).collect();
+            left -= next.len();
+            last = next.last().map(|(key, _)| (*key).clone()).unwrap_or_default();
+            repairs.extend(repair_in(map, next.into_iter()));
+            if left == 0 {
+                break;
+            }
+            (n, last) = ((n + 1) % (all.len() - 1), Vec::new());
+        }
+        self.looked_at = (n, last);
+        repairs
+    }
+
+    /// Looks at a namespace's inbound link. None where it is in force, or the namespace is gone, or
+    /// there was none.
+    pub fn repair_inbound(&mut self, cookie: u64, netns: &Path) -> Option<Repair> {
+        let name = steer(cookie);
+        let link = self.links.get(&name)?;
+        let text = match (link.info(), netns_of(link)) {
+            (Ok(info), Ok(ino)) if ino != 0 => {
+                if Some(info.prog_id) == self.links.program(&name) {
+                    return self.repair_pin(&name, &self.pins.steer(cookie), &info);
+                }
+                "another program was put in the place of the inbound program"
+            }
+            _ => "the inbound program was detached",
+        };
+        let netns = Netns::open_as(netns, cookie).ok()?;
+        Some(Repair::new("inbound", text, self.attach_inbound(cookie, &netns)))
+    }
+}
+
+fn same(one: &Metadata, other: &Metadata) -> bool {
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
+}
+
+/// The kernel's number of a map.
+fn map_id(map: impl AsFd) -> Option<u32> {
+    MapInfo::new(map.as_fd()).ok().map(|info| info.info.id)
+}
+
+/// Puts those of a map's entries back that are not as they were written.
+fn repair_in<'a>(
+    map: &impl MapCore,
+    goal: impl Iterator<Item = (&'a Vec<u8>, &'a Vec<u8>)>,
+) -> Option<Repair> {
+    let missing = |(key, value): &(&Vec<u8>, &Vec<u8>)| {
+        map.lookup(key, MapFlags::ANY).is_ok_and(|found| found.as_ref() != Some(*value))
+    };
+    let missing: Vec<_> = goal.filter(missing).collect();
+    if missing.is_empty() {
+        return None;
+    }
+    let mut write = missing.iter().map(|(key, value)| map.update(key, value, MapFlags::ANY));
+    let done = write.try_for_each(|done| done.map_err(Into::into));
+    let text = format!("{} entries of map {:?} were changed", missing.len(), map.name());
+    Some(Repair::new("entry", text, done))
+}
+
+/// Pins in another directory what is pinned in one, but for what has a pin there already.
+fn copy_pins(from: &Path, to: &Path) -> Result<()> {
+    for former in children(from)? {
+        let now = to.join(former.file_name().unwrap_or_default());
+        if !now.exists() {
+            pin(pinned(&former)?.as_fd(), &now)?;
+        }
+    }
+    Ok(())
+}
