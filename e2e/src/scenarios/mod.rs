@@ -103,7 +103,16 @@ pub fn all() -> Vec<Scenario> {
 }
 
 /// Those that say most in little time: `make test` has some minutes for them.
-pub const QUICK: &[&str] = &["mesh-start", "mesh-mtls", "load-reinstall", "life-sandbox"];
+pub const QUICK: &[&str] = &[
+    "mesh-start",
+    "mesh-mtls",
+    "mesh-annotation",
+    "mesh-dns",
+    "mesh-inits",
+    "load-reinstall",
+    "life-sandbox",
+    "life-static",
+];
 
 /// What the modules list: name, doc line, function.
 type Row = (&'static str, &'static str, fn(&World) -> Result<()>);
