@@ -81,6 +81,13 @@ pub struct Cluster {
 const RESYNC: Duration = Duration::from_secs(3);
 /// A burst of changes is one change.
 const SETTLE: Duration = Duration::from_millis(20);
+/// The agent spends one part of so many on changes of the source, as long as none waits longer than
+const SHARE: u32 = 10;
+/// this.
+const LONGEST: Duration = Duration::from_millis(500);
+/// Events about listeners that are missing are looked at this often at most: whoever is refused may
+/// try all the time.
+const MISSED: Duration = Duration::from_millis(10);
 /// How soon the agent tries again to take the startup taint off, and how often it looks once that
 /// is done.
 const TAINT_RETRY: Duration = Duration::from_secs(2);
@@ -211,13 +218,27 @@ async fn intercept(config: &Config, source: Source, happenings: Happenings) -> R
     let settle = sleep(Duration::ZERO);
     tokio::pin!(settle);
     let mut settling = false;
+    let pause = sleep(Duration::ZERO);
+    tokio::pin!(pause);
+    let mut pausing = false;
+    let round = sleep(Duration::ZERO);
+    tokio::pin!(round);
     loop {
         metrics.turned();
+        let waited_for = reconciler.waited_for();
+        if let Some(at) = waited_for {
+            round.as_mut().reset(at.into());
+        }
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            seen = events.next() => {
+            () = &mut pause, if pausing => pausing = false,
+            seen = events.next(), if !pausing => {
                 let seen = seen?;
+                if !seen.missed.is_empty() {
+                    pause.as_mut().reset(Instant::now() + MISSED);
+                    pausing = true;
+                }
                 reconciler.find_listeners(&seen.missed);
                 reconciler.reset(&seen.unread);
                 if seen.bulk {
@@ -236,15 +257,17 @@ async fn intercept(config: &Config, source: Source, happenings: Happenings) -> R
             }
             // A sandbox does not wait for it.
             Some(()) = changes.recv(), if !settling => {
-                settle.as_mut().reset(Instant::now() + SETTLE);
+                let wait = LONGEST.min(reconciler.took() * (SHARE - 1)).max(SETTLE);
+                settle.as_mut().reset(Instant::now() + wait);
                 settling = true;
             }
             () = &mut settle, if settling => {
                 settling = false;
                 while changes.try_recv().is_ok() {}
                 more = look_after(&mut watches, installer.as_mut(), &metrics);
-                reconciler.sync(Look::Changes, &more);
+                reconciler.sync(Look::Source, &more);
             }
+            () = &mut round, if waited_for.is_some() => reconciler.sync(Look::Source, &more),
             Ok(found) = &mut tried, if !tried.is_terminated() => {
                 reconciler.splice(config.splice, &found);
                 reconciler.sync(Look::Changes, &more);

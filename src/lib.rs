@@ -15,6 +15,7 @@ pub mod http;
 pub mod mesh;
 pub mod metrics;
 pub mod netns;
+pub mod pace;
 pub mod places;
 pub mod problem;
 pub mod reconciler;

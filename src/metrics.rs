@@ -81,6 +81,9 @@ pub struct Metrics {
     api_errors: Family<Label, Counter>,
     cni: Family<Labels, Counter>,
     repairs: Family<Label, Counter>,
+    pod_reads: Counter,
+    map_writes: Counter,
+    searches: Counter,
     /// What of the node's is not in force, and can't be put back.
     broken: Mutex<Option<String>>,
     syncs: AtomicU64,
@@ -96,6 +99,8 @@ impl Metrics {
         let (map_entries, map_capacity) = (Family::default(), Family::default());
         let (api_errors, cni) = (Family::default(), Family::default());
         let repairs = Family::<Label, Counter>::default();
+        let (pod_reads, map_writes) = (Counter::default(), Counter::default());
+        let searches = Counter::default();
         for what in REPAIRS {
             drop(repairs.get_or_create(&[("what", what.into())]));
         }
@@ -116,6 +121,12 @@ impl Metrics {
         registry.register("cni_requests", help, Family::clone(&cni));
         let help = "What was found out of force in the kernel, and put back";
         registry.register("repairs", help, Family::clone(&repairs));
+        let help = "Pods that were read because they were new or had changed";
+        registry.register("pod_reads", help, pod_reads.clone());
+        let help = "Entries that were written to or deleted from the kernel's maps";
+        registry.register("map_writes", help, map_writes.clone());
+        let help = "Searches for a proxy's listener that a connection did not find";
+        registry.register("listener_searches", help, searches.clone());
         registry.register_collector(Box::new(Kernel { pins: pins.clone(), cgroup }));
         Self {
             registry,
@@ -129,6 +140,9 @@ impl Metrics {
             api_errors,
             cni,
             repairs,
+            pod_reads,
+            map_writes,
+            searches,
             broken: Mutex::new(None),
             syncs: AtomicU64::new(0),
             chained: AtomicBool::new(false),
@@ -140,6 +154,21 @@ impl Metrics {
     pub fn synced(&self, took: Duration) {
         self.sync.observe(took.as_secs_f64());
         self.syncs.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// So many pods were read.
+    pub fn read_pods(&self, count: usize) {
+        self.pod_reads.inc_by(count as u64);
+    }
+
+    /// A listener was looked for.
+    pub fn searched(&self) {
+        self.searches.inc();
+    }
+
+    /// So many entries of maps were written or deleted.
+    pub fn wrote(&self, count: usize) {
+        self.map_writes.inc_by(count as u64);
     }
 
     /// Something was put back in force.

@@ -25,6 +25,7 @@ use crate::{
     mesh,
     metrics::{Fill, Metrics},
     netns::{self, LO, Lo, Netns},
+    pace::{Backoff, Pace},
     places::{Place, Places},
     problem::{Problem, Reason},
     reset::Reset,
@@ -48,8 +49,16 @@ const SWEEP: Duration = Duration::from_millis(100);
 /// How soon it looks again at those that are on their way out of the map; then twice that, and so
 /// on: a reader that has stopped keeps its connection there.
 const LEAVING: Duration = Duration::from_millis(1);
-/// A pod whose proxy does not listen is looked at this often at most.
+/// A pod whose proxy does not listen is looked at this often at most, and ever more seldom,
 const SEARCH: Duration = Duration::from_millis(100);
+/// to this.
+const SEARCH_AGAIN: Duration = Duration::from_secs(3);
+/// How many changes of a pod are taken in at once,
+const CHANGES: u32 = 4;
+/// and how soon there is room for one more; what is above that waits for the next such round.
+const CHANGES_AGAIN: Duration = Duration::from_secs(10);
+/// See [`CHANGES_AGAIN`].
+const ROUND: Duration = Duration::from_secs(1);
 
 /// An enrolled pod, as the agent last left it.
 struct Enrolled {
@@ -92,6 +101,8 @@ pub enum Source {
 /// What is to be looked at again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Look {
+    /// What the source says, where that is new.
+    Source,
     /// What is new to the agent.
     Changes,
     /// Every pod's namespace, which may have changed its addresses or be gone.
@@ -111,8 +122,18 @@ pub struct Reconciler {
     applied: Option<(Desired, BTreeSet<u64>)>,
     /// By namespace cookie; holds only pods whose enrolment was completed by this agent.
     pods: BTreeMap<u64, Enrolled>,
-    /// When a pod's listeners were last looked for.
-    searched: BTreeMap<(u64, u16), Instant>,
+    /// When a pod's listeners may be looked for.
+    searched: BTreeMap<(u64, u16), Backoff>,
+    /// The pods' objects as they were last read.
+    read: BTreeMap<Key, Read>,
+    /// When pods that change all the time have their turn.
+    round: Instant,
+    /// Some of them wait for it.
+    is_waited_for: bool,
+    /// What else the last sync went by.
+    beside: Option<Beside>,
+    /// How long the last sync took.
+    took: Duration,
     /// Which legs are spliced; empty: that is not known yet.
     legs: BTreeMap<Leg, bool>,
     /// When connections to splice may be looked at again.
@@ -165,6 +186,11 @@ impl Reconciler {
             applied: None,
             pods: BTreeMap::new(),
             searched: BTreeMap::new(),
+            read: BTreeMap::new(),
+            round: Instant::now(),
+            is_waited_for: false,
+            beside: None,
+            took: Duration::ZERO,
             legs: BTreeMap::new(),
             next_sweep: Instant::now(),
             leaving: LEAVING,
@@ -209,10 +235,14 @@ impl Reconciler {
             self.repaired = self.repair();
         }
         problems.extend(self.repaired.iter().cloned());
-        match self.try_sync(look, &mut problems) {
-            Ok(true) => self.metrics.synced(start.elapsed()),
-            Ok(false) => {}
+        let synced = self.try_sync(look, &mut problems);
+        self.took = start.elapsed();
+        match synced {
+            Ok(Synced::Unchanged) => return,
+            Ok(Synced::Done) => self.metrics.synced(self.took),
+            Ok(Synced::NotYet) => {}
             Err(error) => {
+                self.beside = None;
                 problems.insert(Problem::node(format!("{error:#}")));
             }
         }
@@ -366,8 +396,59 @@ impl Reconciler {
         self.metrics.set(meshes, &self.problems, &fills.unwrap_or_default(), &api);
     }
 
-    /// Whether the source has spoken.
-    fn try_sync(&mut self, look: Look, problems: &mut BTreeSet<Problem>) -> Result<bool> {
+    /// How long the last sync took.
+    pub fn took(&self) -> Duration {
+        self.took
+    }
+
+    /// When a pod that changes all the time has its turn, where one waits for that.
+    pub fn waited_for(&self) -> Option<Instant> {
+        self.is_waited_for.then_some(self.round)
+    }
+
+    /// Reads the objects of pods that are new or have changed. One that changes all the time waits
+    /// for the next round, with those like it: until then it is as it was. Says whether there is
+    /// something new.
+    fn read(&mut self, snapshot: &Snapshot) -> bool {
+        let now = Instant::now();
+        let is_round = now >= self.round;
+        self.is_waited_for = false;
+        let (mut reads, mut had_turn) = (0, false);
+        let mut last = std::mem::take(&mut self.read);
+        for found in &snapshot.pods {
+            let key = (found.uid().to_owned(), found.name(), found.origin.clone());
+            let read = match last.remove(&key) {
+                Some(read) if Arc::ptr_eq(&read.pod, &found.pod) || read.pod == found.pod => {
+                    Read { pod: Arc::clone(&found.pod), ..read }
+                }
+                known => {
+                    let mut known = known;
+                    let passes = known.as_mut().is_none_or(|read| read.pace.pass(now));
+                    match known {
+                        Some(read) if !passes && !is_round => {
+                            self.is_waited_for = true;
+                            read
+                        }
+                        known => {
+                            had_turn |= !passes;
+                            reads += 1;
+                            let none = Pace::new(CHANGES_AGAIN, CHANGES);
+                            Read::of(found, known.map_or(none, |read| read.pace))
+                        }
+                    }
+                }
+            };
+            self.read.insert(key, read);
+        }
+        if had_turn {
+            self.round = now + ROUND;
+        }
+        self.metrics.read_pods(reads);
+        reads > 0 || !last.is_empty()
+    }
+
+    /// Brings the kernel in step with the source, where that has spoken.
+    fn try_sync(&mut self, look: Look, problems: &mut BTreeSet<Problem>) -> Result<Synced> {
         let snapshot = match &mut self.source {
             Source::Manifests(manifests) => Some(manifests.read()?),
             Source::Kubernetes(kubernetes, _) => {
@@ -376,23 +457,29 @@ impl Reconciler {
             }
         };
         let Some(snapshot) = snapshot else {
-            return Ok(false);
+            return Ok(Synced::NotYet);
         };
         problems.extend(snapshot.errors.iter().cloned());
+        let leaves_pods_behind = match &self.source {
+            Source::Kubernetes(kubernetes, _) => kubernetes.leaves_pods_behind(),
+            Source::Manifests(_) => false,
+        };
+        let beside = Some((problems.clone(), snapshot.incomplete, leaves_pods_behind));
+        let is_new = self.read(&snapshot);
+        if look == Look::Source && !is_new && beside == self.beside && self.applied.is_some() {
+            return Ok(Synced::Unchanged);
+        }
+        self.beside = beside;
         let mut seen: BTreeMap<String, &Path> = BTreeMap::new();
         let mut mesh_pods = Vec::new();
         for found in &snapshot.pods {
-            let facts = match self.facts(found, problems) {
-                Ok(Some(facts)) => facts,
-                Ok(None) => continue,
-                Err(error) => {
-                    let reason = match error {
-                        FactsError::Unsupported { .. } | FactsError::Ambient => Reason::Unsupported,
-                        _ => Reason::InvalidPod,
-                    };
-                    problems.insert(found.problem(reason, &error.to_string()));
-                    continue;
-                }
+            let key = (found.uid().to_owned(), found.name(), found.origin.clone());
+            let Some(read) = self.read.get(&key) else {
+                continue;
+            };
+            problems.extend(read.problems.iter().cloned());
+            let Some(facts) = read.facts.clone() else {
+                continue;
             };
             // Of the API server's pods, one that ends and its successor have the same name.
             if let Some(file) = &found.origin {
@@ -437,7 +524,7 @@ impl Reconciler {
             self.ahead = ahead.iter().map(|ahead| comes_before(ahead, &self.cgroup)).collect();
         }
         problems.extend(self.ahead.iter().cloned());
-        Ok(true)
+        Ok(Synced::Done)
     }
 
     /// Meshes of which this node has pods, all with the mesh's own iptables rules: somebody has
@@ -509,42 +596,6 @@ impl Reconciler {
         Ok(())
     }
 
-    /// A pod's facts, where it is in a mesh; a policy that can't be read is a problem, but no
-    /// error.
-    fn facts(
-        &self,
-        found: &SourcePod,
-        problems: &mut BTreeSet<Problem>,
-    ) -> Result<Option<PodFacts>, FactsError> {
-        let Some(mut parsed) = facts::facts(&found.pod)? else {
-            return Ok(None);
-        };
-        if let Some(excess) = desired::excess(&parsed.facts) {
-            parsed.facts.policy = Policy::default();
-            let text = format!("everything is captured until this is mended: {excess}");
-            problems.insert(found.problem(Reason::InvalidPolicy, &text));
-        }
-        let name = &parsed.facts.name;
-        for warning in &parsed.warnings {
-            problems.insert(Problem {
-                text: format!("pod {name}: {warning}"),
-                ..found.problem(Reason::InvalidPolicy, "")
-            });
-        }
-        for (error, meanwhile) in [
-            (parsed.policy_error, "everything is captured"),
-            (parsed.splice_error, "nothing is spliced"),
-        ] {
-            if let Some(error) = error {
-                problems.insert(Problem {
-                    text: format!("pod {name}: {meanwhile} until this is mended: {error}"),
-                    ..found.problem(Reason::InvalidPolicy, "")
-                });
-            }
-        }
-        Ok(Some(parsed.facts))
-    }
-
     /// Looks for the namespaces of pods that the container runtime told nothing about, by their
     /// processes: once when a pod is new, then whenever everything is looked at.
     fn search(
@@ -611,7 +662,7 @@ impl Reconciler {
                 (place.map(|place| place.path.clone()), place.map(|place| place.cookie), what)
             }
         };
-        if look == Look::Changes
+        if look != Look::Everything
             && let Some(visited) = self.visited.get(found.uid())
             && cookie == Some(visited.cookie)
         {
@@ -817,6 +868,7 @@ impl Reconciler {
             // Whatever fails half-way is compared with the maps themselves next time.
             self.applied = None;
             let applied = self.dataplane.apply(&state.0, &state.1)?;
+            self.metrics.wrote(applied.written + applied.deleted);
             debug!(applied.written, applied.deleted, "maps");
             if applied.failed.is_empty() {
                 self.applied = Some(state.clone());
@@ -972,11 +1024,11 @@ impl Reconciler {
             let Some(pod) = self.pods.get(cookie) else {
                 continue;
             };
-            let last = self.searched.get(missing);
-            if last.is_some_and(|last| now.duration_since(*last) < SEARCH) {
+            let fresh = Backoff::new(SEARCH, SEARCH_AGAIN);
+            if !self.searched.entry(*missing).or_insert(fresh).pass(now) {
                 continue;
             }
-            self.searched.insert(*missing, now);
+            self.metrics.searched();
             let found = Netns::open_as(&pod.netns.path, *cookie).and_then(|ns| {
                 let at = redirected_to(&pod.netns);
                 self.dataplane.find_listeners(*cookie, &ns, *port, &at)
@@ -985,6 +1037,49 @@ impl Reconciler {
                 warn!(netns = %pod.netns.path.display(), "cannot look for the proxy's listeners: {error:#}");
             }
         }
+    }
+}
+
+/// Uid, name and file of a pod's object.
+type Key = (String, String, Option<PathBuf>);
+
+/// What else than pods a sync goes by: what is wrong outside, whether the source is incomplete, and
+/// whether pods are left behind.
+type Beside = (BTreeSet<Problem>, bool, bool);
+
+/// What a sync did.
+enum Synced {
+    /// The source has not spoken yet.
+    NotYet,
+    /// It says nothing new.
+    Unchanged,
+    /// All that could be done.
+    Done,
+}
+
+/// A pod's object as it was last read.
+struct Read {
+    pod: Arc<Pod>,
+    /// None: there is nothing to do for it.
+    facts: Option<PodFacts>,
+    /// What is wrong with it.
+    problems: BTreeSet<Problem>,
+    /// Its changes.
+    pace: Pace,
+}
+
+impl Read {
+    fn of(found: &SourcePod, pace: Pace) -> Self {
+        let mut problems = BTreeSet::new();
+        let facts = facts_of(found, &mut problems).unwrap_or_else(|error| {
+            let reason = match error {
+                FactsError::Unsupported { .. } | FactsError::Ambient => Reason::Unsupported,
+                _ => Reason::InvalidPod,
+            };
+            problems.insert(found.problem(reason, &error.to_string()));
+            None
+        });
+        Self { pod: Arc::clone(&found.pod), facts, problems, pace }
     }
 }
 
@@ -1004,6 +1099,41 @@ pub enum AddError {
     /// The pod is in a mesh and can't be enrolled.
     #[error("{0}")]
     Refused(String),
+}
+
+/// A pod's facts, where it is in a mesh; a policy that can't be read is a problem, but no
+/// error.
+fn facts_of(
+    found: &SourcePod,
+    problems: &mut BTreeSet<Problem>,
+) -> Result<Option<PodFacts>, FactsError> {
+    let Some(mut parsed) = facts::facts(&found.pod)? else {
+        return Ok(None);
+    };
+    if let Some(excess) = desired::excess(&parsed.facts) {
+        parsed.facts.policy = Policy::default();
+        let text = format!("everything is captured until this is mended: {excess}");
+        problems.insert(found.problem(Reason::InvalidPolicy, &text));
+    }
+    let name = &parsed.facts.name;
+    for warning in &parsed.warnings {
+        problems.insert(Problem {
+            text: format!("pod {name}: {warning}"),
+            ..found.problem(Reason::InvalidPolicy, "")
+        });
+    }
+    for (error, meanwhile) in [
+        (parsed.policy_error, "everything is captured"),
+        (parsed.splice_error, "nothing is spliced"),
+    ] {
+        if let Some(error) = error {
+            problems.insert(Problem {
+                text: format!("pod {name}: {meanwhile} until this is mended: {error}"),
+                ..found.problem(Reason::InvalidPolicy, "")
+            });
+        }
+    }
+    Ok(Some(parsed.facts))
 }
 
 /// What the namespace says about itself, if it is the expected one.

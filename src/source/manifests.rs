@@ -4,8 +4,10 @@ use std::{
     collections::BTreeMap,
     fs,
     io::ErrorKind::NotFound,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result};
@@ -50,7 +52,30 @@ pub enum ManifestError {
 #[derive(Debug)]
 pub struct Manifests {
     dir: PathBuf,
-    last: BTreeMap<PathBuf, Vec<Arc<Pod>>>,
+    last: BTreeMap<PathBuf, Held>,
+}
+
+/// The pods that a file held, and how the file looked where they are all of it.
+#[derive(Debug, Default)]
+struct Held {
+    pods: Vec<Arc<Pod>>,
+    looked: Option<Looks>,
+}
+
+/// What tells that a file has changed: device and inode, size, and the time of its last change in
+/// seconds and nanoseconds.
+type Looks = (u64, u64, u64, i64, i64);
+
+/// A file that has changed so lately may change again without looking otherwise: the kernel's clock
+/// for files is a coarse one.
+const LATELY: Duration = Duration::from_secs(2);
+
+/// How a file looks, where that tells all; asked for before it is read.
+fn looks(path: &Path) -> Option<Looks> {
+    let found = fs::metadata(path).ok()?;
+    let changed = UNIX_EPOCH + Duration::from_secs(u64::try_from(found.ctime()).ok()?);
+    let is_settled = changed.elapsed().is_ok_and(|age| age > LATELY);
+    is_settled.then(|| (found.dev(), found.ino(), found.size(), found.ctime(), found.ctime_nsec()))
 }
 
 impl Manifests {
@@ -59,7 +84,7 @@ impl Manifests {
         Self { dir: dir.to_owned(), last: BTreeMap::new() }
     }
 
-    /// Reads the directory afresh. A pod is gone when its file is, or when its file is free of
+    /// Reads the directory afresh, and those files of it that have changed. A pod is gone when its file is, or when its file is free of
     /// errors and no longer has it: a slip of the pen must not take a pod out of the mesh.
     ///
     /// # Errors
@@ -75,6 +100,17 @@ impl Manifests {
         let mut last = std::mem::take(&mut self.last);
         for path in files {
             let (mut pods, mut errors) = (Vec::new(), Vec::new());
+            let looked = looks(&path);
+            if let Some(held) = last.remove(&path) {
+                if looked.is_some() && held.looked == looked {
+                    let found = held.pods.iter().cloned();
+                    let found = found.map(|pod| SourcePod { pod, origin: Some(path.clone()) });
+                    snapshot.pods.extend(found);
+                    self.last.insert(path, held);
+                    continue;
+                }
+                last.insert(path.clone(), held);
+            }
             let text = files::read(&path).map_err(ManifestError::Unreadable);
             match text.and_then(|text| documents(&text)) {
                 // Removed since the directory was listed.
@@ -90,7 +126,7 @@ impl Manifests {
                 }
             }
             if !errors.is_empty() {
-                let before = last.remove(&path).unwrap_or_default();
+                let before = last.remove(&path).unwrap_or_default().pods;
                 let names: Vec<_> = pods.iter().map(|pod: &Arc<Pod>| pod_name(pod).ok()).collect();
                 let missing = |pod: &Arc<Pod>| !names.contains(&pod_name(pod).ok());
                 pods.extend(before.into_iter().filter(missing));
@@ -100,7 +136,8 @@ impl Manifests {
             snapshot.pods.extend(found.map(|pod| SourcePod { pod, origin: Some(path.clone()) }));
             let told = errors.iter().map(|error| format!("{}: {error}", path.display()));
             snapshot.errors.extend(told.map(Problem::node));
-            self.last.insert(path, pods);
+            let looked = looked.filter(|_| errors.is_empty());
+            self.last.insert(path, Held { pods, looked });
         }
         Ok(snapshot)
     }
