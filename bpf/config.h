@@ -19,6 +19,7 @@
 #define EAGAIN 11
 #define EACCES 13
 #define ENETUNREACH 101
+#define ENOBUFS 105
 #define ECONNREFUSED 111
 #define UID_GID_MAP_MAX_BASE_EXTENTS 5 /* what a user namespace maps without a table */
 
@@ -40,6 +41,13 @@
 #define VIA_FEW 63 /* the bits of either that tell connections apart */
 #define VIA_MANY 0xffff /* where the application has chosen the port */
 
-/* Where the DNS listener's answers to an unconnected socket come: the last address is a slot. */
-#define TOKEN4_NET 0x7f80ff00 /* 127.128.255.0/24, fd53:6964:6573:7465::/120 */
-#define TOKEN4_MASK 0xffffff00
+/*
+ * Where captured DNS over UDP goes; the low 16 bits are a number. The agent's routes have these
+ * ranges on each of the pod's devices, with the device's own address as source: so the kernel
+ * picks that one, and a socket that names a device finds its way.
+ */
+#define DNS4_NET 0x7f810000 /* 127.129.0.0/16 */
+#define DNS4_MASK 0xffff0000
+#define DNS6_SUBNET 1 /* fd53:6964:6573:7465:0:1::/96 */
+#define DNS_ALONE 0 /* all that a socket asks, which has one server at a time */
+#define DNS_TOKEN 0x8000 /* one of a socket's servers: its slot, and the turn that it has there */

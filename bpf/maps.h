@@ -81,13 +81,21 @@ struct {
 	__type(value, struct origdst);
 } origdsts SEC(".maps");
 
-/* Whom an unconnected UDP socket asked. sendmsg writes; recvmsg and dns_reply read. */
+/* Whom a UDP socket asked without being connected. sendmsg writes; recvmsg reads. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
 	__type(value, struct dns_servers);
 } dns_asked SEC(".maps");
+
+/* Who asked a UDP socket of the pod from port 53. recvmsg writes; connect and sendmsg read. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct dns_clients);
+} dns_clients SEC(".maps");
 
 /*
  * Original destinations between the client's SYN and the proxy's accept. sockops alone writes

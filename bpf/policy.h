@@ -151,6 +151,13 @@ static __always_inline bool leads_nowhere(const struct pod *pod, const struct ou
 	return addr_is_any(own) || (addr_is_link6(own) && !addr_is_link6(&c->dst));
 }
 
+/* Does the kernel refuse it before any rule is asked: IPv4's loopback has no way off the pod? */
+static __always_inline bool is_martian(const struct pod *pod, const struct outbound *c, bool within)
+{
+	return !within && addr_is4(&c->src) && addr_is_loopback(&c->src) &&
+	       !(pod->flags & POD_ROUTE_LOCALNET);
+}
+
 /* Does it leave by an exempt interface? */
 static __always_inline bool leaves_exempt(const struct pod *pod, const struct outbound *c,
 					  bool within)
@@ -203,9 +210,9 @@ static __always_inline enum verdict tcp_verdict(const struct pod *pod, const str
 			return GO_DIRECT;
 		if (is_proxy_group(pod, c))
 			return self_verdict(pod, c);
-	} else if (addr_is4(&c->src) && addr_is_loopback(&c->src)) {
-		return GO_DIRECT; /* the kernel refuses it, before any rule */
 	}
+	if (is_martian(pod, c, within))
+		return GO_DIRECT;
 	if (is_proxy(pod, c))
 		return GO_DIRECT;
 	if (dns)
@@ -225,7 +232,8 @@ static __always_inline enum verdict udp_verdict(const struct pod *pod, const str
 	if (!is_dns(pod, c) || !pod_captures(pod, &c->dst))
 		return GO_DIRECT;
 	within = within_pod(c);
-	if (excluded_first(pod, c, within, true) || leads_nowhere(pod, c, within))
+	if (excluded_first(pod, c, within, true) || leads_nowhere(pod, c, within) ||
+	    is_martian(pod, c, within))
 		return GO_DIRECT;
 	if (is_proxy(pod, c))
 		return GO_DIRECT;

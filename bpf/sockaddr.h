@@ -120,7 +120,7 @@ static __always_inline void outbound_of(struct bpf_sock_addr *ctx, int family, s
 		c->src = c->dst;
 }
 
-/* Puts what the client dialled in the place of where it was sent. False: no captured client. */
+/* Puts what the client dialled in the place of where it was sent. False: this is not that. */
 static __always_inline bool restore_dialled(struct bpf_sock_addr *ctx, int family)
 {
 	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
@@ -129,7 +129,8 @@ static __always_inline bool restore_dialled(struct bpf_sock_addr *ctx, int famil
 	if (!od || od->role != ROLE_CLIENT)
 		return false;
 	a = sockaddr_get(ctx, family);
-	if (addr_eq(&a, &od->via) && bpf_ntohs(ctx->user_port) == od->via_port)
-		sockaddr_set(ctx, family, &od->orig, od->orig_port);
+	if (!addr_eq(&a, &od->via) || bpf_ntohs(ctx->user_port) != od->via_port)
+		return false;
+	sockaddr_set(ctx, family, &od->orig, od->orig_port);
 	return true;
 }

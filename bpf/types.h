@@ -30,6 +30,7 @@ enum pod_flag {
 	POD_NO_UID = 1 << 11, /* proxy_uid is nobody: no user is exempt */
 	POD_TCP_DNS_DIRECT = 1 << 12, /* DNS is captured, but the app's DNS over TCP never is */
 	POD_TCP_DNS_ANY = 1 << 13, /* DNS is captured; over TCP, 53 is a port as any other */
+	POD_ROUTE_LOCALNET = 1 << 14, /* what is bound to 127.0.0.0/8 may call off the pod */
 };
 
 /* One enrolled pod; key: its network namespace's cookie. */
@@ -46,8 +47,9 @@ struct pod {
 	__u16 dns_port; /* the proxy's DNS listener; 0: DNS is not captured */
 	__u16 mesh; /* index into the counters */
 	__u16 pad;
+	__u32 device; /* the one that has its address; 0: not known */
 };
-_Static_assert(sizeof(struct pod) == 60, "pod");
+_Static_assert(sizeof(struct pod) == 64, "pod");
 
 /* Which list of a pod an entry of port_rules or cidr_rules belongs to. */
 enum rule_set {
@@ -113,15 +115,44 @@ struct uid_rule_key {
 };
 _Static_assert(sizeof(struct uid_rule_key) == 16, "uid_rule_key");
 
-#define DNS_SERVERS 8 /* servers that one unconnected socket can have questions open to */
+#define DNS_SLOT_BITS 6
+#define DNS_SERVERS (1 << DNS_SLOT_BITS) /* that one socket can have questions open to */
+#define DNS_TURNS 512 /* of a slot, until an answer could be taken for another server's */
+#define DNS_PATIENCE 30 /* seconds that an answer may take: as long as conntrack waits for one */
 
-/* The servers that an unconnected UDP socket asked; slot n's answers come to token address n. */
-struct dns_servers {
-	struct addr server[DNS_SERVERS];
-	__u32 last; /* slot of the last question */
-	__u32 used; /* servers that got a slot, each taking that of the eighth before it */
+/* A server that a UDP socket asked. */
+struct dns_server {
+	struct addr addr;
+	__u32 asked; /* when it was asked last, in seconds; 0: unused */
+	__u32 turn; /* how many servers have had this slot */
 };
-_Static_assert(sizeof(struct dns_servers) == 136, "dns_servers");
+_Static_assert(sizeof(struct dns_server) == 24, "dns_server");
+
+/* The servers that a UDP socket asked without being connected to them. */
+struct dns_servers {
+	struct bpf_spin_lock lock;
+	__u32 pad;
+	struct dns_server server[DNS_SERVERS]; /* whose answers have a number each */
+	struct dns_server alone; /* of a socket that can't be given numbers */
+};
+_Static_assert(sizeof(struct dns_servers) == 1568, "dns_servers");
+
+#define DNS_CLIENTS 64
+
+/* Somebody that a UDP socket of the pod heard from, port 53: what goes there is an answer. */
+struct dns_client {
+	struct addr addr;
+	__u32 heard; /* when, in seconds; 0: unused */
+	__u32 pad;
+};
+_Static_assert(sizeof(struct dns_client) == 24, "dns_client");
+
+struct dns_clients {
+	struct dns_client client[DNS_CLIENTS];
+	__u32 next; /* the slot for the next one, in turn */
+	__u32 pad;
+};
+_Static_assert(sizeof(struct dns_clients) == 1544, "dns_clients");
 
 enum origdst_role {
 	ROLE_CLIENT = 1, /* dialled orig, was sent to via */
@@ -259,6 +290,8 @@ enum counter {
 	HANDOVER_MISSED, /* a connection came to the outbound listener's redirect address
 			    unannounced */
 	ORIGDST_ANSWERED, /* getsockopt(SO_ORIGINAL_DST) answered */
+	DNS_REFUSED, /* sendmsg refused: too many DNS servers at a time from one socket */
+	DNS_FORGED, /* datagrams dropped that passed for the DNS listener's */
 	SPLICE_SOCKETS, /* sockets that were spliced */
 	SPLICE_NOT_SAFE, /* not eligible: blocking, or with an option that splicing breaks */
 	SPLICE_NOT_PROXY, /* not eligible: between pods, but not between their proxies */

@@ -12,6 +12,7 @@ use thiserror::Error;
 use crate::{
     facts::{Ipv6, PodFacts, Policy, PortRange, Ports, Protocol, Ranges, TcpDns, UidExclusion},
     mesh::Mesh,
+    netns::LO,
 };
 
 /// What an enrolled pod's network namespace says about itself.
@@ -30,6 +31,9 @@ pub struct NetnsFacts {
     pub interfaces: BTreeMap<String, u32>,
     /// Its main table's routes, and the index of the interface that each leads to.
     pub routes: Vec<(IpNet, u32)>,
+    /// Its sysctl `net.ipv4.conf.*.route_localnet` is set, of some device but lo: what is bound to
+    /// 127.0.0.0/8 may call off the pod.
+    pub route_localnet: bool,
 }
 
 impl NetnsFacts {
@@ -113,6 +117,8 @@ pub struct PodRow {
     pub exclude_ifs: bool,
     /// Its connections within the node may skip the TCP/IP stack.
     pub splice: bool,
+    /// What is bound to 127.0.0.0/8 may call off the pod.
+    pub route_localnet: bool,
     /// DNS over TCP, where DNS is captured.
     pub tcp_dns: TcpDns,
     /// The lists that have entries.
@@ -127,6 +133,21 @@ pub struct PodRow {
     pub dns_port: u16,
     /// Index into the counters.
     pub mesh: u16,
+    /// The device that has its address, by index; 0: it is not known.
+    pub device: u32,
+    /// Where captured DNS goes, by each device.
+    pub dns_routes: Vec<DnsRoute>,
+}
+
+/// A route for captured DNS: one by each device, as a socket may name the one that it sends by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DnsRoute {
+    /// The device, by index.
+    pub device: u32,
+    /// The address of it that becomes the source.
+    pub source: IpAddr,
+    /// It is the pod's own address: sockets that name no device get it.
+    pub own: bool,
 }
 
 /// A kind of addresses of which a device has a first one; `enum device_family` of bpf/types.h.
@@ -505,6 +526,7 @@ fn enrol(
         cidrs_first: facts.mesh.cidrs_first,
         exclude_ifs: !excluded_ifs.is_empty(),
         splice: facts.splice,
+        route_localnet: netns.route_localnet,
         tcp_dns: facts.tcp_dns,
         sets: rules.sets(),
         out_port: facts.outbound_port,
@@ -512,6 +534,11 @@ fn enrol(
         hbone_port: facts.mesh.hbone_port,
         dns_port: facts.dns_port.unwrap_or(0),
         mesh: facts.mesh.index,
+        device: ips.first().and_then(|own| device_of(netns, *own)).unwrap_or(0),
+        dns_routes: match facts.dns_port {
+            Some(_) => dns_routes(netns, ip4, ip6.filter(|_| capture_v6)),
+            None => Vec::new(),
+        },
     };
     let record =
         Record { pod: facts.name.clone(), uid: facts.uid.clone(), netns: netns.path.clone() };
@@ -568,6 +595,34 @@ pub fn device_addrs(netns: &NetnsFacts) -> BTreeMap<(u32, DeviceFamily), IpAddr>
         }
     }
     first
+}
+
+/// The device that has this address.
+fn device_of(netns: &NetnsFacts, of: IpAddr) -> Option<u32> {
+    netns.addresses.iter().find(|(ip, _)| *ip == of).map(|(_, device)| *device)
+}
+
+/// For each device and family: from the pod's own address, or the device's first.
+fn dns_routes(netns: &NetnsFacts, ip4: Option<Ipv4Addr>, ip6: Option<Ipv6Addr>) -> Vec<DnsRoute> {
+    let mut routes: Vec<DnsRoute> = Vec::new();
+    for own in [ip4.map(IpAddr::V4), ip6.map(IpAddr::V6)].into_iter().flatten() {
+        let home = device_of(netns, own).map(|device| (own, device));
+        let (link, global): (Vec<_>, Vec<_>) = netns
+            .addresses
+            .iter()
+            .copied()
+            .filter(|(ip, _)| ip.is_ipv4() == own.is_ipv4())
+            .partition(|(ip, _)| is_link_local(*ip));
+        for (source, device) in home.into_iter().chain(global).chain(link) {
+            let has = |route: &DnsRoute| {
+                route.device == device && route.source.is_ipv4() == source.is_ipv4()
+            };
+            if device != LO && !routes.iter().any(has) {
+                routes.push(DnsRoute { device, source, own: source == own });
+            }
+        }
+    }
+    routes
 }
 
 /// Whether the address is the pod's own, but none that others know it by.
@@ -792,6 +847,7 @@ mod tests {
                     ("0.0.0.0/0".parse().expect("a range"), 2),
                     ("10.9.0.0/16".parse().expect("a range"), 3),
                 ],
+                route_localnet: false,
             },
         }
     }

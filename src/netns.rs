@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::File,
+    fs::{self, File},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsRawFd, RawFd},
     path::{Path, PathBuf},
@@ -27,7 +27,7 @@ use rtnetlink::{
 
 use crate::{
     bpf::current_netns_cookie,
-    desired::{NetnsFacts, PASSTHROUGH_V6, PodRow},
+    desired::{DnsRoute, NetnsFacts, PASSTHROUGH_V6, PodRow},
     files,
 };
 
@@ -35,6 +35,10 @@ use crate::{
 const VIA4: (Ipv4Addr, u8) = (Ipv4Addr::new(127, 128, 0, 0), 16);
 /// Where captured IPv6 connections go; `VIA6_HI` and `VIA6_LO` of bpf/config.h.
 const VIA6: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfd53, 0x6964, 0x6573, 0x7465, 0, 0, 0, 0), 64);
+/// Where captured DNS goes; `DNS4_NET` of bpf/config.h.
+const DNS4: (Ipv4Addr, u8) = (Ipv4Addr::new(127, 129, 0, 0), 16);
+/// The same for IPv6; `DNS6_SUBNET` of bpf/config.h.
+const DNS6: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfd53, 0x6964, 0x6573, 0x7465, 0, 1, 0, 0), 96);
 
 /// The kernel's table of local addresses.
 const LOCAL_TABLE: u32 = 255;
@@ -123,23 +127,25 @@ impl Netns {
             cookie: current_netns_cookie()?,
             addresses: addresses(&interfaces)?,
             more_addresses: false,
+            route_localnet: route_localnet(interfaces.keys()),
             interfaces,
             routes: Vec::new(),
         };
         Ok(facts.bound())
     }
 
-    /// The same, with what lo has for captured connections, and where `with_routes` says so, with the
-    /// main table's routes.
+    /// The same, with what is there for captured connections and, where `with_dns` says so, for DNS;
+    /// and where `with_routes` says so, with the main table's routes.
     ///
     /// # Errors
     /// Where the namespace can't be entered, or does not answer.
-    pub fn look(&self, with_routes: bool) -> Result<(NetnsFacts, Lo)> {
+    pub fn look(&self, with_routes: bool, with_dns: bool) -> Result<(NetnsFacts, Lo)> {
         let look = || -> Result<(NetnsFacts, Lo)> {
             let mut facts = self.facts_here()?;
+            let dns: &[_] = if with_dns { &facts.addresses } else { &[] };
             let (lo, routes) = netlink(async |handle| {
                 let routes = if with_routes { routes(handle.clone()).await? } else { Vec::new() };
-                Ok((lo(handle).await?, routes))
+                Ok((lo(handle, dns).await?, routes))
             })?;
             facts.routes = routes;
             Ok((facts, lo))
@@ -147,15 +153,16 @@ impl Netns {
         self.inside(look)?.with_context(|| format!("cannot look at {}", self.path.display()))
     }
 
-    /// Prepares lo for captured connections: routes that make the ranges they are sent to local
-    /// and that prefer the pod's address as source, and the address that the proxy calls the app
-    /// from over IPv6 (Istio's own init adds that one too). Idempotent.
+    /// Prepares the namespace for captured connections: routes that make the ranges they are sent
+    /// to local and that prefer the pod's address as source, for DNS as in
+    /// [`PodRow::dns_routes`]; and the address that the proxy calls the app from over IPv6 (Istio's own init
+    /// adds that one too). Idempotent.
     ///
     /// # Errors
     /// Where the kernel refuses a route or the address.
     pub fn prepare(&self, row: &PodRow) -> Result<()> {
         self.inside(|| netlink(|handle| prepare(handle, row)))?
-            .with_context(|| format!("cannot prepare lo in {}", self.path.display()))
+            .with_context(|| format!("cannot prepare {}", self.path.display()))
     }
 }
 
@@ -168,6 +175,8 @@ pub struct Lo {
     source6: Option<IpAddr>,
     /// It has the address that the proxy calls the app from over IPv6.
     passthrough6: bool,
+    /// The source of what is sent to [`DNS4`] or [`DNS6`] by each device, where that is local.
+    dns: BTreeSet<(u32, IpAddr)>,
 }
 
 impl Lo {
@@ -177,6 +186,7 @@ impl Lo {
             source4: row.ip4.map(IpAddr::V4),
             source6: row.ip6.map(IpAddr::V6).filter(|_| row.capture_v6),
             passthrough6: row.capture_v6,
+            dns: row.dns_routes.iter().map(|route| (route.device, route.source)).collect(),
         }
     }
 
@@ -188,13 +198,22 @@ impl Lo {
             Some(ip) if ip.is_unicast_link_local() => self.source6.is_some(),
             _ => self.source6 == needed.source6,
         };
-        (row.ip4.is_none() || self.source4 == needed.source4)
+        // Of a link-local source only that there is one, as above.
+        let has_dns = |(device, source): &(u32, IpAddr)| match source {
+            IpAddr::V6(v6) if v6.is_unicast_link_local() => {
+                self.dns.iter().any(|(on, from)| on == device && from.is_ipv6())
+            }
+            _ => self.dns.contains(&(*device, *source)),
+        };
+        needed.dns.iter().all(has_dns)
+            && (row.ip4.is_none() || self.source4 == needed.source4)
             && (!row.capture_v6 || (source6 && self.passthrough6))
     }
 }
 
-/// What lo has in the calling thread's namespace, by what the kernel would do with a packet.
-async fn lo(handle: rtnetlink::Handle) -> Result<Lo> {
+/// What lo has in the calling thread's namespace, by what the kernel would do with a packet; for DNS,
+/// by the devices that have these addresses.
+async fn lo(handle: rtnetlink::Handle, dns_by: &[(IpAddr, u32)]) -> Result<Lo> {
     let v4 = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(VIA4.0, 32).build();
     let v6 = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(VIA6.0, 128).build();
     let source4 = local_source(&handle, v4).await;
@@ -204,7 +223,20 @@ async fn lo(handle: rtnetlink::Handle) -> Result<Lo> {
         let sin6 = interface.address.and_then(|address| address.as_sockaddr_in6().copied());
         interface.interface_name == "lo" && sin6.is_some_and(|sin6| sin6.ip() == PASSTHROUGH_V6)
     });
-    Ok(Lo { source4, source6, passthrough6 })
+    let devices: BTreeSet<(u32, bool)> =
+        dns_by.iter().map(|(ip, device)| (*device, ip.is_ipv4())).collect();
+    let mut dns = BTreeSet::new();
+    for (device, v4) in devices {
+        let to = if v4 {
+            let to = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(DNS4.0, 32);
+            to.output_interface(device).build()
+        } else {
+            let to = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(DNS6.0, 128);
+            to.output_interface(device).build()
+        };
+        dns.extend(local_source(&handle, to).await.map(|source| (device, source)));
+    }
+    Ok(Lo { source4, source6, passthrough6, dns })
 }
 
 /// The source of packets to a destination, where that is local; an unreachable one is not.
@@ -287,6 +319,15 @@ fn interfaces() -> Result<BTreeMap<String, u32>> {
     Ok(all.iter().map(|i| (i.name().to_string_lossy().into_owned(), i.index())).collect())
 }
 
+/// Whether one of the calling thread's namespace's devices, but lo, lets 127.0.0.0/8 out.
+fn route_localnet<'a>(devices: impl Iterator<Item = &'a String>) -> bool {
+    let conf = Path::new("/proc/sys/net/ipv4/conf");
+    ["all"].into_iter().chain(devices.map(String::as_str).filter(|device| *device != "lo")).any(
+        // A device may be gone again, or have no IPv4.
+        |device| fs::read(conf.join(device).join("route_localnet")).is_ok_and(|on| on != b"0\n"),
+    )
+}
+
 async fn routes(handle: rtnetlink::Handle) -> Result<Vec<(IpNet, u32)>> {
     let mut found = Vec::new();
     for (message, any) in [
@@ -314,7 +355,44 @@ async fn routes(handle: rtnetlink::Handle) -> Result<Vec<(IpNet, u32)>> {
     Ok(found)
 }
 
+async fn add_dns_route(handle: &rtnetlink::Handle, dns: &DnsRoute) -> Result<()> {
+    let priority = if dns.own { 1 } else { 1 + dns.device };
+    let route = match dns.source {
+        IpAddr::V4(source) => RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(DNS4.0, DNS4.1)
+            .pref_source(source)
+            .output_interface(dns.device)
+            .priority(priority)
+            .table_id(LOCAL_TABLE)
+            .protocol(RouteProtocol::Static)
+            .scope(RouteScope::Host)
+            .kind(RouteType::Local)
+            .build(),
+        IpAddr::V6(source) => {
+            let mut route =
+                RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(DNS6.0, DNS6.1);
+            // As for connections.
+            if !source.is_unicast_link_local() {
+                route = route.pref_source(source);
+            }
+            route
+                .output_interface(dns.device)
+                .priority(priority)
+                .table_id(LOCAL_TABLE)
+                .protocol(RouteProtocol::Static)
+                .kind(RouteType::Local)
+                .build()
+        }
+    };
+    handle.route().add(route).replace().execute().await.with_context(|| {
+        format!("cannot add the route for DNS by device {} from {}", dns.device, dns.source)
+    })
+}
+
 async fn prepare(handle: rtnetlink::Handle, row: &PodRow) -> Result<()> {
+    for route in &row.dns_routes {
+        add_dns_route(&handle, route).await?;
+    }
     if let Some(source) = row.ip4 {
         let route = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(VIA4.0, VIA4.1)

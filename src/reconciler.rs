@@ -697,6 +697,7 @@ impl Reconciler {
                     more_addresses: false,
                     interfaces: BTreeMap::new(),
                     routes: Vec::new(),
+                    route_localnet: false,
                 },
                 |pod| pod.netns.clone(),
             )));
@@ -914,13 +915,21 @@ impl Reconciler {
     fn prepare(&mut self, goal: &Desired, problems: &mut BTreeSet<Problem>) -> BTreeSet<u64> {
         let mut failed = BTreeSet::new();
         for (cookie, (row, record)) in &goal.pods {
-            if self.lo.get(cookie).is_some_and(|lo| lo.serves(row)) {
+            let serves = self.lo.get(cookie).is_some_and(|lo| lo.serves(row));
+            let known = self.pods.get(cookie);
+            let dns_is_new = row.dns_port != 0 && known.is_none_or(|pod| pod.row.dns_port == 0);
+            if serves && !dns_is_new {
                 continue;
             }
-            let done = Netns::open_as(&record.netns, *cookie).and_then(|netns| netns.prepare(row));
-            let addresses = |row: &PodRow| (row.ip4, row.ip6, row.capture_v6);
-            let known = self.pods.get(cookie);
-            let was_prepared = known.is_some_and(|pod| addresses(&pod.row) == addresses(row));
+            let done = Netns::open_as(&record.netns, *cookie).and_then(|netns| {
+                if !serves {
+                    netns.prepare(row)?;
+                }
+                // Before any question is captured, which gets nowhere without.
+                if dns_is_new { self.dataplane.attach_dns(*cookie, &netns) } else { Ok(()) }
+            });
+            let given = |row: &PodRow| (row.ip4, row.ip6, row.capture_v6, row.dns_routes.clone());
+            let was_prepared = !serves && known.is_some_and(|pod| given(&pod.row) == given(row));
             match done {
                 Ok(()) => {
                     self.lo.insert(*cookie, Lo::prepared(row));
@@ -973,8 +982,6 @@ impl Reconciler {
                 }
                 if row.dns_port == 0 {
                     self.dataplane.detach_dns(cookie, &netns)?;
-                } else {
-                    self.dataplane.attach_dns(cookie, &netns)?;
                 }
                 self.dataplane.attach_inbound(cookie, &netns)
             });
@@ -1139,7 +1146,7 @@ fn facts_of(
 /// What the namespace says about itself, if it is the expected one.
 fn visit(path: &Path, cookie: Option<u64>, facts: &PodFacts) -> Result<(NetnsFacts, Lo)> {
     let with_routes = !facts.policy.exclude_interfaces.is_empty();
-    let (found, lo) = Netns::open(path)?.look(with_routes)?;
+    let (found, lo) = Netns::open(path)?.look(with_routes, facts.dns_port.is_some())?;
     if cookie.is_some_and(|cookie| cookie != found.cookie) {
         let moved = io::Error::from(io::ErrorKind::NotFound);
         return Err(moved)

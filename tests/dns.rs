@@ -4,7 +4,8 @@ mod common;
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, SocketAddr, UdpSocket},
+    io,
+    net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -15,7 +16,12 @@ use std::{
 
 use common::*;
 use libbpf_rs::MapCore;
-use sidestep_lab::{ServeOpts, Server, Talk, wait_for, wait_until};
+use sidestep_lab::{
+    Pod, ServeOpts, Server, Talk,
+    iptables::{self, Record},
+    slowdown, wait_for, wait_until,
+};
+use socket2::{Domain, Socket, Type};
 
 /// Answers datagrams until it is dropped.
 struct Responder {
@@ -57,13 +63,17 @@ struct Resolver {
 
 impl Resolver {
     fn start(node: &Node) -> Self {
+        Self::start_in(&node.a, PROXY)
+    }
+
+    fn start_in(pod: &Pod, uid: u32) -> Self {
         let localhosts = ["127.0.0.1:15053", "[::1]:15053"].map(|at| at.parse().expect("address"));
         let udp = localhosts.map(|at: SocketAddr| {
-            let socket = node.a.run(PROXY, PROXY, || udp(at)).expect("runs");
+            let socket = pod.run(uid, uid, || udp(at)).expect("runs");
             Responder::start(socket, <[u8]>::to_vec)
         });
         let opts = ServeOpts { talk: Talk::OriginalDst, ..ServeOpts::on(localhosts) };
-        let tcp = Server::start(&node.a, ServeOpts { uid: PROXY, gid: PROXY, ..opts });
+        let tcp = Server::start(pod, ServeOpts { uid, gid: uid, ..opts });
         Self { _udp: udp, tcp: tcp.expect("a TCP resolver") }
     }
 }
@@ -362,7 +372,7 @@ fn istios_excluded_ranges_are_not_about_dns() {
 fn kumas_exclusions_and_dns() {
     let with_dns = |node: &Node| annotated(kuma(&node.a), "kuma.io/builtin-dns", "enabled");
     let node = Node::with_manifest("kuma", kuma);
-    let _resolver = Resolver::start(&node);
+    let _resolver = Resolver::start_in(&node.a, 5678);
     let _remote = remote_servers(&node);
     let _remotes: Vec<_> = servers(1)[..2].iter().map(|server| node.remote(*server)).collect();
     let both = |uid, server| (captured(&node, uid, uid, server), captured_tcp(&node, uid, server));
@@ -467,15 +477,15 @@ fn datagrams_that_are_no_answers_keep_their_source() {
             "10.96.53.1",
             "127.0.0.1",
             ["127.0.0.2", &own4],
-            "127.128.255.1",
-            ["127.128.255.5", "127.128.255.200"],
+            "127.129.128.64",
+            ["127.129.128.65", "127.129.128.128"],
         ),
         (
             "fd96::53:1",
             "::1",
             [&own6; 2],
-            "fd53:6964:6573:7465::1",
-            ["fd53:6964:6573:7465::5", "fd53:6964:6573:7465::c8"],
+            "fd53:6964:6573:7465:0:1::8040",
+            ["fd53:6964:6573:7465:0:1::8041", "fd53:6964:6573:7465:0:1::8080"],
         ),
     ] {
         let from_localhost =
@@ -550,4 +560,265 @@ fn nothing_is_left_behind_when_sockets_close() {
     let handovers = node.map("handovers");
     wait_until("no handover to be left", SOON, || handovers.keys().next().is_none())
         .expect("none is left");
+}
+
+/// Answers at this address, in capitals, on the node.
+fn remote_at(node: &Node, at: SocketAddr) -> Responder {
+    let socket = node.lab.on_node(|| udp(at)).expect("runs");
+    Responder::start(socket, |_| b"REMOTE".to_vec())
+}
+
+/// What `tests/dns/sockets.py` sees in a pod.
+fn sockets(pod: &Pod) -> Vec<String> {
+    // As text, and Debian's: an app's user may not be able to reach the tree, or another Python.
+    let script = include_str!("dns/sockets.py");
+    let mut argv = ["/usr/bin/python3", "-c", script].map(str::to_owned).to_vec();
+    argv.extend(own_addresses(pod).iter().map(|(name, ip)| format!("{name}={ip}")));
+    argv.push(format!("patience={}", 0.7 * f64::from(slowdown())));
+    let mut process = pod.spawn(APP, APP, argv).expect("python3");
+    let status = process.wait(Duration::from_secs(60) * slowdown()).expect("it ends");
+    assert!(status.success(), "{}", process.log_tail());
+    process.log().lines().map(str::to_owned).collect()
+}
+
+fn own_addresses(pod: &Pod) -> [(&'static str, IpAddr); 4] {
+    let second = |own: IpAddr| match own {
+        IpAddr::V4(v4) => IpAddr::from((u32::from(v4) + 0x8000).to_be_bytes()),
+        IpAddr::V6(v6) => IpAddr::from((u128::from(v6) + 0x8000).to_be_bytes()),
+    };
+    let (own4, own6) = (pod.ipv4(), pod.ipv6());
+    [("own4", own4), ("second4", second(own4)), ("own6", own6), ("second6", second(own6))]
+}
+
+/// F50, F51: beside Istio's own rules, in a pod of its own.
+#[test]
+fn sockets_see_what_they_see_beside_istios_rules() {
+    let mut node = Node::new("oracle");
+    for pod in [&node.a, &node.b] {
+        let [_, (_, second4), _, (_, second6)] = own_addresses(pod);
+        pod.add_address(second4, 32, "eth0", "").expect("an address");
+        pod.add_address(second6, 128, "eth0", "preferred_lft 0").expect("an address");
+    }
+    set(&node, dns_env);
+    node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+    iptables::install(&node.b, &Record::DNS, true).expect("Istio's rules");
+    let _resolvers = [&node.a, &node.b].map(|pod| Resolver::start_in(pod, PROXY));
+    let real = servers(2).into_iter().filter(|server| canonical(*server) == *server);
+    let _remotes: Vec<Responder> = real
+        .map(|server| {
+            node.lab.add_node_address(server.ip()).expect("an address");
+            remote_at(&node, addr(server.ip(), 123))
+        })
+        .collect();
+    let (ours, rules) = (sockets(&node.a), sockets(&node.b));
+    assert_eq!(ours.len(), 25 * 3, "{ours:#?}");
+    for (ours, rules) in ours.iter().zip(&rules) {
+        // Under iptables such a socket does not reach localhost, as it is with TCP.
+        if ours.starts_with("bound_to_device") {
+            assert!(ours.contains("asked from") && !ours.contains("nothing"), "{ours}");
+        } else {
+            assert_eq!(ours, rules, "Sidestep, then Istio's rules");
+        }
+    }
+}
+
+/// F52: conntrack knows an answer by what came before.
+#[test]
+fn what_a_server_of_the_pod_answers_is_no_question() {
+    let node = with_dns("server");
+    let _resolver = Resolver::start(&node);
+    for (client, other, own) in
+        [("10.96.53.8", "10.96.53.9", node.a.ipv4()), ("fd96::53:8", "fd96::53:9", node.a.ipv6())]
+    {
+        let (client, other) = (addr(ip(client), 53), addr(ip(other), 53));
+        node.lab.add_node_address(client.ip()).expect("an address");
+        let asks = node.lab.on_node(|| udp(client)).expect("runs");
+        asks.set_read_timeout(Some(patience())).expect("timeout");
+        for (port, connects) in [(53, false), (5300, false), (5301, true)] {
+            let server = node.a.run(APP, APP, || udp(any(client, port))).expect("runs");
+            server.set_read_timeout(Some(patience())).expect("timeout");
+            let mut text = [0; 64];
+            for _ in 0..3 {
+                asks.send_to(b"what?", addr(own, port)).expect("sent");
+                let (_, from) = server.recv_from(&mut text).expect("a question");
+                assert_eq!(from, client);
+                if connects {
+                    server.connect(client).expect("connects");
+                    server.send(b"that").expect("sent");
+                } else {
+                    server.send_to(b"that", client).expect("sent");
+                }
+                let (len, from) = asks.recv_from(&mut text).expect("the server's own answer");
+                assert_eq!((&text[..len], from), (&b"that"[..], addr(own, port)));
+            }
+            // What it asks others itself is a question.
+            if !connects {
+                server.send_to(b"question", other).expect("sent");
+                let (len, from) = server.recv_from(&mut text).expect("the sidecar's answer");
+                assert_eq!((&text[..len], from), (&b"question"[..], other));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_question_that_nobody_listens_for_is_refused() {
+    let node = with_dns("nobody");
+    for server in servers(1) {
+        let error = node.a.run(APP, APP, || {
+            let socket = unconnected(server);
+            socket.connect(server).expect("connects");
+            socket.send(b"question").expect("sent");
+            socket.recv(&mut [0; 64]).expect_err("nobody answers")
+        });
+        assert_eq!(error.expect("runs").kind(), io::ErrorKind::ConnectionRefused, "{server}");
+    }
+}
+
+/// A UDP socket of this user that has this address, whether the pod has it or not.
+fn impostor(pod: &Pod, uid: u32, at: SocketAddr) -> UdpSocket {
+    pod.run(uid, uid, || {
+        let socket = Socket::new(Domain::for_address(at), Type::DGRAM, None)?;
+        if at.is_ipv6() {
+            socket.set_freebind_v6(true)?;
+        }
+        socket.bind(&at.into())?;
+        io::Result::Ok(socket.into())
+    })
+    .expect("runs")
+    .unwrap_or_else(|error| panic!("{at}: {error}"))
+}
+
+/// F53: nobody but the sidecar, from its listener's address, speaks for a server.
+#[test]
+fn nobody_else_is_taken_for_the_dns_listener() {
+    let node = with_dns("forged");
+    let resolver = Resolver::start(&node);
+    let mut victims = Vec::new();
+    for (server, localhost, range) in [
+        ("10.96.53.1", "127.0.0.1", "127.129."),
+        ("fd96::53:1", "::1", "fd53:6964:6573:7465:0:1::"),
+    ] {
+        let server = addr(ip(server), 53);
+        let number = |alone, token| {
+            ip(&format!("{range}{}", if range.contains(':') { token } else { alone }))
+        };
+        let (alone, token) = (number("0.0", "0"), number("128.64", "8040"));
+        let own = if server.is_ipv4() { node.a.ipv4() } else { node.a.ipv6() };
+        for connects in [false, true] {
+            let socket = node.a.run(APP, APP, || {
+                let socket = unconnected(server);
+                let mut text = [0; 64];
+                if connects {
+                    socket.connect(server).expect("connects");
+                    socket.send(b"question").expect("sent");
+                } else {
+                    socket.send_to(b"question", server).expect("sent");
+                }
+                assert_eq!(socket.recv_from(&mut text).expect("answered").1, server);
+                socket
+            });
+            let socket = socket.expect("runs");
+            let port = socket.local_addr().expect("an address").port();
+            victims.push((socket, ip(localhost), own, alone, token, port));
+        }
+    }
+    let forged = || node.counter("istio", "dns_forged");
+    let tell = |from: &UdpSocket, ip: IpAddr, port: u16| {
+        // Where nobody may listen, the kernel may say so at once.
+        let _ = from.send_to(b"forged", addr(ip, port));
+    };
+    for (_, localhost, own, alone, token, port) in &victims {
+        let (before, mut sent) = (forged(), 0);
+        for uid in [APP, PROXY] {
+            for from in [*alone, *token] {
+                for from_port in [15053, 0] {
+                    let socket = impostor(&node.a, uid, addr(from, from_port));
+                    tell(&socket, *own, *port);
+                    sent += 1;
+                }
+            }
+            // From elsewhere it comes as what it is, if at all.
+            for to in [*own, *token, *alone] {
+                tell(&impostor(&node.a, uid, addr(*localhost, 0)), to, *port);
+            }
+        }
+        assert_eq!(forged() - before, sent, "told of what was dropped");
+    }
+    // Not even at the listener's own address, once that is free.
+    drop(resolver);
+    for (_, localhost, own, _, token, port) in &victims {
+        let before = forged();
+        let socket = impostor(&node.a, APP, addr(*localhost, 15053));
+        for to in [*own, *token] {
+            tell(&socket, to, *port);
+        }
+        assert_eq!(forged() - before, 2);
+    }
+    for (socket, localhost, ..) in &victims {
+        socket.set_nonblocking(true).expect("non-blocking");
+        let mut text = [0; 64];
+        while let Ok((_, from)) = socket.recv_from(&mut text) {
+            assert_eq!(from.ip(), *localhost, "as what it is");
+            assert_ne!(from.port(), 15053);
+        }
+    }
+}
+
+/// F54: every answer has the right source, or there is no question.
+#[test]
+fn more_servers_than_can_be_told_apart_are_refused() {
+    let node = with_dns("crowd");
+    let _resolver = Resolver::start(&node);
+    let crowd: Vec<_> = servers(100);
+    for kind in 0..3 {
+        let servers: Vec<_> = crowd.iter().copied().skip(kind).step_by(3).collect();
+        let ask = |socket: &UdpSocket| {
+            let mut open = BTreeMap::new();
+            for server in &servers {
+                match socket.send_to(server.to_string().as_bytes(), *server) {
+                    Ok(_) => drop(open.insert(server.to_string(), *server)),
+                    Err(error) if !kernel_before(6, 1) => {
+                        assert_eq!(error.raw_os_error(), Some(libc::ENOBUFS), "{server}");
+                    }
+                    Err(error) => assert_eq!(error.kind(), io::ErrorKind::PermissionDenied),
+                }
+            }
+            let asked = open.len();
+            for _ in 0..asked {
+                let mut text = [0; 64];
+                let (len, from) = socket.recv_from(&mut text).expect("answered");
+                let question = String::from_utf8_lossy(&text[..len]).into_owned();
+                assert_eq!(open.remove(&question), Some(from), "{question}");
+            }
+            asked
+        };
+        let own = addresses(&node.a, 0)[kind];
+        for (bound, expected) in [(any(own, 0), 64), (own, 64)] {
+            let asked = node.a.run(APP, APP, || {
+                let socket = UdpSocket::bind(if kind == 2 && bound.ip().is_unspecified() {
+                    addr(Ipv6Addr::UNSPECIFIED, 0)
+                } else {
+                    bound
+                });
+                let socket = socket.expect("bound");
+                socket.set_read_timeout(Some(patience())).expect("timeout");
+                // Those that it knows it may ask again.
+                (ask(&socket), ask(&socket))
+            });
+            assert_eq!(asked.expect("runs"), (expected, expected), "{bound}");
+        }
+        // Where the answers come to another of the pod's addresses, one server at a time.
+        let [_, (_, second4), _, (_, second6)] = own_addresses(&node.a);
+        let second = if kind == 1 { second6 } else { second4 };
+        let added = node.a.add_address(second, if kind == 1 { 128 } else { 32 }, "eth0", "");
+        assert!(added.is_ok() || kind == 2, "{added:?}");
+        let second = if kind == 2 { mapped(addr(second, 0)) } else { addr(second, 0) };
+        let asked = node.a.run(APP, APP, || {
+            let socket = UdpSocket::bind(second).expect("bound");
+            socket.set_read_timeout(Some(patience())).expect("timeout");
+            ask(&socket)
+        });
+        assert_eq!(asked.expect("runs"), 1, "{second}");
+    }
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use common::*;
-use sidestep_lab::{Pod, PodNet, Seen, wait_for};
+use sidestep_lab::{Pod, PodNet, Seen, wait_for, wait_until};
 
 /// A call of the app off its pod came to the outbound listener, and both ends were told the
 /// truth.
@@ -474,5 +474,35 @@ fn a_call_from_loopback_off_the_pod_fails_as_the_kernel_has_it() {
         let asked = node.a.run(APP, APP, || sidestep_lab::ask(target, Some(ip(source))));
         let error = asked.expect("runs").expect_err("no such source out there");
         assert!(format!("{error:#}").contains("Invalid argument"), "{error:#}");
+    }
+}
+
+/// F71
+#[test]
+fn a_call_from_loopback_off_the_pod_is_captured_where_the_kernel_lets_it_out() {
+    for device in ["all", "eth0"] {
+        let node = Node::new(&format!("localnet-{device}"));
+        let key = format!("net.ipv4.conf.{device}.route_localnet");
+        node.a.sysctl(&key, "1").expect("a sysctl");
+        let mut node = node;
+        node.agent.add_pod(&node.a).expect("manifest a");
+        node.agent.wait_enrolled(&node.a).expect("enrolled");
+        let _sidecar = Sidecar::start(&node.a);
+        let target = addr(ip(REMOTE4), 80);
+        let ask = |target, source| {
+            node.a.run(APP, APP, || sidestep_lab::ask(target, Some(ip(source)))).expect("runs")
+        };
+        for (source, target) in
+            [("127.0.0.1", target), ("127.0.0.9", target), ("::ffff:127.0.0.1", mapped(target))]
+        {
+            let answer = ask(target, source).expect("captured");
+            assert_original(&answer, target);
+            assert_eq!(answer.seen.local.port(), 15001);
+            assert_eq!(answer.seen.peer.ip().to_canonical(), ip(source).to_canonical());
+        }
+        // Within a round of the agent's the kernel has the last word again.
+        node.a.sysctl(&key, "0").expect("a sysctl");
+        wait_until("127.0.0.1 to stay within the pod", SOON, || ask(target, "127.0.0.1").is_err())
+            .expect("refused");
     }
 }

@@ -167,7 +167,16 @@ pub fn check_pods(pods: &[Pod]) {
         let interfaces = BTreeMap::from([("lo".into(), 1), ("eth0".into(), 2), ("net1".into(), 3)]);
         let net = |text: &str| text.parse().expect("a range");
         let routes = vec![(net("0.0.0.0/0"), 2), (net("10.1.0.0/16"), 3), (net("::/0"), 2)];
-        let netns = NetnsFacts { path, cookie, addresses, interfaces, routes };
+        let (more_addresses, route_localnet) = (false, false);
+        let netns = NetnsFacts {
+            path,
+            cookie,
+            addresses,
+            more_addresses,
+            interfaces,
+            routes,
+            route_localnet,
+        };
         candidates.push(Candidate { facts: parsed.facts, netns });
     }
     for limits in [LIMITS, TIGHT] {

@@ -30,7 +30,7 @@ const LAYOUTS: Range<u32> = 0..16;
 /// A filter, by its program.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Filter {
-    /// `dns_reply`: answers of the pod's DNS listener, on lo.
+    /// `dns_nat`: questions to the pod's DNS listener and its answers, on lo.
     Dns,
     /// `reset`: ends of spliced connections that are closed with unread bytes.
     Reset,
@@ -81,14 +81,14 @@ impl Pins {
 }
 
 impl Dataplane {
-    /// Puts this build's filter for DNS answers in force on the pod's lo; one that is there
+    /// Puts this build's filter for DNS in force on the pod's lo; one that is there
     /// already is replaced in one step.
     ///
     /// # Errors
     /// Where the namespace can't be entered, or the kernel refuses.
     pub fn attach_dns(&self, cookie: u64, netns: &Netns) -> Result<()> {
         self.filter(Filter::Dns, cookie, netns, LO)
-            .context("cannot attach the filter for DNS answers to lo")
+            .context("cannot attach the filter for DNS to lo")
     }
 
     /// Puts this build's filter for spliced connections that are closed with unread bytes in force
@@ -106,7 +106,7 @@ impl Dataplane {
 
     fn filter(&self, filter: Filter, cookie: u64, netns: &Netns, device: u32) -> Result<()> {
         let program: &Program = match filter {
-            Filter::Dns => &self.skel.progs.dns_reply,
+            Filter::Dns => &self.skel.progs.dns_nat,
             Filter::Reset => &self.skel.progs.reset,
         };
         let fd = program.as_fd();
@@ -152,7 +152,7 @@ impl Dataplane {
         device: u32,
     ) -> Option<Repair> {
         let program = match filter {
-            Filter::Dns => self.skel.progs.dns_reply.as_fd(),
+            Filter::Dns => self.skel.progs.dns_nat.as_fd(),
             Filter::Reset => self.skel.progs.reset.as_fd(),
         };
         let open = || Netns::open_as(netns, cookie);
@@ -175,7 +175,7 @@ impl Dataplane {
         Some(Repair::new("filter", text, self.filter(filter, cookie, &netns, device)))
     }
 
-    /// Takes the filter for DNS answers off a pod's lo, where there is one.
+    /// Takes the filter for DNS off a pod's lo, where there is one.
     ///
     /// # Errors
     /// Where the namespace can't be entered, or the kernel refuses.

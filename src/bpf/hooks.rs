@@ -154,7 +154,7 @@ pub(crate) const HOOKS: &[Hook] = &[
         ],
     },
     Hook {
-        program: "dns_reply",
+        program: "dns_nat",
         attach: Attach::Devices,
         kind: ProgramType::SchedCls,
         decides: false,

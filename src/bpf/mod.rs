@@ -88,7 +88,7 @@ use crate::{
 pub const LAYOUT: &str = "v4";
 
 /// The names of the kernel's counters, in the order of `enum counter`.
-const COUNTERS: [&str; 27] = [
+const COUNTERS: [&str; 29] = [
     "captured_outbound",
     "captured_self",
     "captured_dns",
@@ -103,6 +103,8 @@ const COUNTERS: [&str; 27] = [
     "handover_full",
     "handover_missed",
     "origdst_answered",
+    "dns_refused",
+    "dns_forged",
     "splice_sockets",
     "splice_not_safe",
     "splice_not_proxy",
@@ -977,7 +979,7 @@ fn load_all() -> Result<Loaded> {
 pub fn try_filters() -> Result<()> {
     let mut storage = MaybeUninit::uninit();
     let node = open_node_in(&mut storage)?.load()?;
-    let (dns, reset) = (node.progs.dns_reply.as_fd(), node.progs.reset.as_fd());
+    let (dns, reset) = (node.progs.dns_nat.as_fd(), node.progs.reset.as_fd());
     netns::in_new(|| {
         filters::try_on_lo(Filter::Dns, dns)?;
         filters::try_on_lo(Filter::Reset, reset)

@@ -214,6 +214,7 @@ pub(crate) fn pod_of(row: &PodRow) -> pod {
         (row.cidrs_first, pod_flag::POD_CIDRS_FIRST),
         (row.exclude_ifs, pod_flag::POD_EXCLUDE_IFS),
         (row.splice, pod_flag::POD_SPLICE),
+        (row.route_localnet, pod_flag::POD_ROUTE_LOCALNET),
     ];
     let address = |ip: Option<IpAddr>| ip.map(addr::from).unwrap_or_default();
     pod {
@@ -229,6 +230,7 @@ pub(crate) fn pod_of(row: &PodRow) -> pod {
         dns_port: row.dns_port,
         mesh: row.mesh,
         pad: 0,
+        device: row.device,
     }
 }
 

@@ -121,8 +121,8 @@ fn error_name(err: &io::Error) -> String {
 /// What came back for a datagram.
 struct UdpAnswer {
     result: Result<(SocketAddr, String), String>,
-    /// getpeername, of a connected socket.
-    dialled: Option<SocketAddr>,
+    /// getsockname and getpeername, of a connected socket.
+    connected: Option<[SocketAddr; 2]>,
 }
 
 impl UdpAnswer {
@@ -139,8 +139,10 @@ impl UdpAnswer {
                     .with(Field::Peer, peer.unwrap_or_else(|_| client.to_owned()))
             }
         };
-        if let Some(dialled) = self.dialled {
-            observed = observed.with(Field::Dialled, with_port(dialled));
+        if let Some([source, dialled]) = self.connected {
+            observed = observed
+                .with(Field::Source, stage.name(source.ip()))
+                .with(Field::Dialled, with_port(dialled));
         }
         observed
     }
@@ -160,10 +162,10 @@ fn udp(
     };
     let socket = UdpSocket::bind(source.unwrap_or((any, 0).into()))?;
     socket.set_read_timeout(Some(patience))?;
-    let mut dialled = None;
+    let mut connected = None;
     let sent: io::Result<()> = match manner {
         Manner::Connected => socket.connect(first).and_then(|()| {
-            dialled = Some(socket.peer_addr()?);
+            connected = Some([socket.local_addr()?, socket.peer_addr()?]);
             socket.send(b"?").map(drop)
         }),
         Manner::Unconnected | Manner::Several => {
@@ -177,13 +179,13 @@ fn udp(
         }
     };
     if let Err(err) = sent {
-        return Ok(vec![UdpAnswer { result: Err(error_name(&err)), dialled }]);
+        return Ok(vec![UdpAnswer { result: Err(error_name(&err)), connected }]);
     }
     let mut answers: Vec<UdpAnswer> = targets
         .iter()
         .map(|_| UdpAnswer {
             result: receive(&socket, manner).map_err(|err| error_name(&err)),
-            dialled,
+            connected,
         })
         .collect();
     // The order of arrival says nothing.

@@ -62,17 +62,9 @@ pub const DELIBERATE: &[Deliberate] = &[
                 && sidestep.get(Field::From).is_some()
                 && ["127.0.0.1", "::1", "spread"].map(Some).contains(&sidestep.get(Field::Peer))
         },
-        why: "A UDP question comes to the DNS listener from an address of the pod's loopback: \
-              which one tells the servers apart that a socket asks. The listener answers there, \
-              and looks at nothing else.",
-    },
-    Deliberate {
-        rows: "*/T11.bound.several",
-        kinds: Kind::ALL,
-        fields: &[Field::From],
-        when: |_, sidestep| sidestep.get(Field::From) == Some("far:53"),
-        why: "A socket that is bound to an address can't ask from another, so nothing tells its \
-              open questions apart: all answers are said to come from the server asked last.",
+        why: "A UDP question of a socket that is not connected comes to the DNS listener from an \
+              address of the pod's loopback: which one tells the servers apart that the socket asks. \
+              The listener answers there, and looks at nothing else.",
     },
     Deliberate {
         rows: "*/E.dev",

@@ -1102,13 +1102,22 @@ fn dns() -> Vec<Draft> {
     let kuma = |id, says| row(id, &[Kuma], says).dns();
     let asks = |id, says, manner| both(id, says).asks(Remote, manner).dns_answers();
     vec![
-        asks("T11", "the app asks a resolver, connected", Manner::Connected),
+        asks("T11", "the app asks a resolver, connected, F50", Manner::Connected),
         asks("T11.to", "not connected", Manner::Unconnected),
         asks("T11.msg", "by sendmsg and recvmsg", Manner::Message),
         asks("T11.several", "several resolvers from one socket", Manner::Several),
         asks("T11.bound", "bound to the pod's address", Manner::Unconnected).source(Own),
         asks("T11.bound.to", "the same, connected", Manner::Connected).source(Own),
         asks("T11.bound.several", "the same, several resolvers", Manner::Several).source(Own),
+        asks("T11.second", "bound to another of the pod's addresses", Manner::Unconnected)
+            .source(Secondary),
+        asks("T11.second.to", "the same, connected, F50", Manner::Connected).source(Secondary),
+        both("T11.own.to", "a resolver on the pod's own address, connected, F50")
+            .asks(Own, Manner::Connected)
+            .dns_answers(),
+        both("T11.lo.to", "a resolver on localhost, connected, F50")
+            .asks(Localhost, Manner::Connected)
+            .dns_answers(),
         both("T11.own", "a resolver on the pod's own address")
             .asks(Own, Manner::Unconnected)
             .dns_answers(),

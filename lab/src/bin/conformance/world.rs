@@ -381,7 +381,9 @@ impl Stage<'_> {
             })
             .unwrap_or_else(|| match ip {
                 // One of the many addresses that stand for one listener.
-                IpAddr::V4(v4) if v4.octets()[..2] == [127, 128] => "spread".to_owned(),
+                IpAddr::V4(v4) if matches!(v4.octets(), [127, 128 | 129, ..]) => {
+                    "spread".to_owned()
+                }
                 IpAddr::V6(v6) if v6.segments()[..4] == [0xfd53, 0x6964, 0x6573, 0x7465] => {
                     "spread".to_owned()
                 }
