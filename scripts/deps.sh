@@ -92,6 +92,9 @@ openssl openssl
 xz-utils xz
 zstd zstd
 qemu-system-x86 qemu-system-x86_64
+dnsmasq-base dnsmasq
+musl-tools musl-gcc
+nodejs node
 END
     # What the plots of `make bench` are lettered with.
     [ -e /usr/share/fonts/truetype/dejavu/DejaVuSans.ttf ] || echo fonts-dejavu-core

@@ -40,6 +40,7 @@ kubernetes: a Kubernetes API server is not in the machine: with etcd it is as la
 node: the same
 bad_input a_missing_clang_is_explained_by_the_build: it is about the build, not about kernels
 edges beside_the_meshs_own_rules: iptables and the many modules that it takes are not in the machine
+resolvers: the programs that it runs are not in the machine
 dns sockets_see_what_they_see_beside_istios_rules: nor is Python
 splice_agent a_policy_that_comes_later_stops_a_spliced_connection: nftables and its modules are not in the machine
 splice_agent conntrack_does_not_forget_a_spliced_connection_that_talks: the same
