@@ -8,11 +8,27 @@ use fastrand::Rng;
 use serde_json::Value;
 use sidestep_lab::{Agent, Pod, wait_until};
 
+use crate::counter;
 use crate::plan::PODS;
 use crate::traffic::Traffic;
 
 /// The annotation that keeps a pod's connections on TCP.
 const OPT_OUT: &str = "sidestep.io/splice";
+
+/// Resets get through: one that is lost is not sent again, over plain TCP neither, and the other end
+/// would wait for ever.
+const POLICY: &str = "table inet rules {
+    chain in {
+        type filter hook input priority 0
+        iifname != \"lo\" meta l4proto tcp tcp flags & rst == 0 drop
+    }
+}";
+/// `--splice-refresh`'s default.
+const REFRESH: Duration = Duration::from_secs(1);
+/// How long those that wait for each other may take to come to a stop, and how long nothing must have
+/// been redirected by then.
+const STOPS: Duration = Duration::from_secs(3);
+const STILL: Duration = Duration::from_millis(300);
 
 /// Something that happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,11 +41,14 @@ pub enum Event {
     PodLeft,
     /// The first pod opts out, and in again.
     OptedOut,
+    /// A network policy drops what the pods send each other, and goes again.
+    Forbidden,
 }
 
 impl Event {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Killed, Self::PodLeft, Self::OptedOut, Self::Restarted];
+    pub const ALL: [Self; 5] =
+        [Self::Killed, Self::PodLeft, Self::OptedOut, Self::Forbidden, Self::Restarted];
 
     /// What happened.
     pub fn name(self) -> &'static str {
@@ -38,6 +57,7 @@ impl Event {
             Self::Restarted => "the agent was restarted",
             Self::PodLeft => "a pod left and came back",
             Self::OptedOut => "a pod opted out and in",
+            Self::Forbidden => "a policy stopped all",
         }
     }
 
@@ -79,9 +99,27 @@ impl Event {
                 std::thread::sleep(Duration::from_secs(1) + pause);
                 agent.add_pod(pod)
             }
+            Self::Forbidden => {
+                pods.iter().try_for_each(|pod| pod.nft(POLICY))?;
+                let stopped = stops(agent);
+                pods.iter().try_for_each(|pod| pod.nft("delete table inet rules"))?;
+                stopped
+            }
         }
         .with_context(|| format!("{self:?}; {}", agent.log_tail()))
     }
+}
+
+/// What is spliced stops as well, once each direction's next message has gone by TCP: within a second
+/// by `--splice-refresh`'s default.
+fn stops(agent: &Agent) -> Result<()> {
+    let redirected = || agent.status().map(|status| counter(&status, "splice_messages"));
+    let mut before = redirected()?;
+    wait_until("what is spliced to stop", REFRESH + STOPS, || {
+        std::thread::sleep(STILL);
+        let now = redirected().unwrap_or(before + 1);
+        std::mem::replace(&mut before, now) == now
+    })
 }
 
 fn restart(agent: &mut Agent) -> Result<()> {
