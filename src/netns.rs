@@ -186,7 +186,13 @@ impl Lo {
             source4: row.ip4.map(IpAddr::V4),
             source6: row.ip6.map(IpAddr::V6).filter(|_| row.capture_v6),
             passthrough6: row.capture_v6,
-            dns: row.dns_routes.iter().map(|route| (route.device, route.source)).collect(),
+            // Another device may be down, and have no routes then.
+            dns: row
+                .dns_routes
+                .iter()
+                .filter(|route| route.own)
+                .map(|route| (route.device, route.source))
+                .collect(),
         }
     }
 
@@ -391,7 +397,10 @@ async fn add_dns_route(handle: &rtnetlink::Handle, dns: &DnsRoute) -> Result<()>
 
 async fn prepare(handle: rtnetlink::Handle, row: &PodRow) -> Result<()> {
     for route in &row.dns_routes {
-        add_dns_route(&handle, route).await?;
+        match add_dns_route(&handle, route).await {
+            Err(error) if !route.own => tracing::debug!("{error:#}"),
+            done => done?,
+        }
     }
     if let Some(source) = row.ip4 {
         let route = RouteMessageBuilder::<Ipv4Addr>::new()

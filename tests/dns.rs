@@ -822,3 +822,16 @@ fn more_servers_than_can_be_told_apart_are_refused() {
         assert_eq!(asked.expect("runs"), 1, "{second}");
     }
 }
+
+#[test]
+fn a_second_device_that_is_down_is_no_obstacle() {
+    let mut node = Node::new("down");
+    node.a.ip("link add net1 type veth peer name net2").expect("a device");
+    node.a.ip("address add 10.88.0.5/24 dev net1").expect("an address");
+    set(&node, dns_env);
+    node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+    let _resolver = Resolver::start(&node);
+    for server in servers(1) {
+        assert!(node.a.ask(APP, APP, server).is_ok(), "{server}");
+    }
+}
