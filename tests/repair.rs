@@ -224,7 +224,7 @@ fn f14_the_filter_for_dns_answers_comes_back() {
     let server = addr(ip(REMOTE4), 53);
     let client: UdpSocket = scene.pod.run(APP, APP, || udp(addr(ip("0.0.0.0"), 0))).expect("runs");
     client.set_read_timeout(Some(Duration::from_millis(300))).expect("set");
-    // The filter puts the server that was asked into an answer; without it the last one is taken.
+    // Without the filter no question gets to the resolver.
     let answered = || {
         let mut buffer = [0; 16];
         let mut asked = |server: SocketAddr| {
@@ -249,7 +249,7 @@ fn f14_the_filter_for_dns_answers_comes_back() {
         wait_until("the filter", SOON, || scene.link_of("dns-").is_some()).expect("attached");
         fs::remove_file(scene.link_of("dns-").expect("the filter")).expect("removed");
     }
-    assert!(!answered(), "the filter is gone");
+    // The kernel lets go of it a moment later, and the agent may have put it back by then.
     scene.is_repaired("filter", 1, "pod lab/a: the dns filter of device 1 was removed");
     wait_until("an answer", SOON, answered).expect("answered");
 }
