@@ -6,6 +6,9 @@
 #define AF_INET6 10
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
+#define ETH_P_IP 0x0800
+#define ETH_P_IPV6 0x86dd
+#define IP_OFFSET 0x1fff
 #define DNS_PORT 53
 #define SOL_IP 0
 #define SOL_IPV6 41

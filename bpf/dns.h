@@ -421,8 +421,6 @@ static __always_inline int dns_translate(struct __sk_buff *skb, const struct dat
 	return TC_PASS;
 }
 
-#define ETH_P_IP 0x0800
-#define ETH_P_IPV6 0x86dd
 #define UDP_CSUM (BPF_F_PSEUDO_HDR | BPF_F_MARK_MANGLED_0)
 
 static __always_inline bool datagram_ports(struct __sk_buff *skb, struct datagram *d)

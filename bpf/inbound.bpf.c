@@ -102,6 +102,20 @@ static __always_inline struct addr device_address(const struct pod *pod, const s
 	return key.family == DEVICE_V4 ? pod->ip4 : pod->ip6;
 }
 
+/* The port that a connection was dialled to, before the pod's own rules; 0: it is not known. */
+static __always_inline __u16 dialled_port(struct bpf_sk_lookup *ctx, const struct pod *pod,
+					  const struct addr *src)
+{
+	struct dialled_key key = { .netns = netns_cookie, .src = *src };
+	const __u16 *port;
+
+	if (!(pod->flags & POD_OWN_NAT))
+		return ctx->local_port;
+	key.sport = bpf_ntohs(ctx->remote_port);
+	port = bpf_map_lookup_elem(&dialled, &key);
+	return port ? *port : 0;
+}
+
 /* One decision for each new connection; established ones never come here. */
 SEC("sk_lookup")
 int steer(struct bpf_sk_lookup *ctx)
@@ -137,7 +151,8 @@ int steer(struct bpf_sk_lookup *ctx)
 	} else {
 		if (tells_interface)
 			ifindex = ctx->ingress_ifindex;
-		if (!inbound_steered(pod, netns_cookie, &src, &dst, ctx->local_port, ifindex)) {
+		port = dialled_port(ctx, pod, &src);
+		if (!inbound_steered(pod, netns_cookie, &src, &dst, port, ifindex)) {
 			count(pod, PASSED_INBOUND);
 			return SK_PASS;
 		}
@@ -159,6 +174,48 @@ int steer(struct bpf_sk_lookup *ctx)
 	/* Never to the app in plain text. */
 	count(pod, REFUSED_NO_LISTENER);
 	return SK_DROP;
+}
+
+/* Where a packet's TCP header is; 0: it has none that matters here. */
+static __always_inline __u32 tcp_of(struct __sk_buff *skb, struct addr *src)
+{
+	struct ipv6hdr ip6;
+	struct iphdr ip;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		if (bpf_skb_load_bytes_relative(skb, 0, &ip, sizeof(ip), BPF_HDR_START_NET) ||
+		    ip.protocol != IPPROTO_TCP || ip.frag_off & bpf_htons(IP_OFFSET))
+			return 0;
+		*src = addr4(ip.saddr);
+		return ip.ihl * 4;
+	}
+	if (skb->protocol != bpf_htons(ETH_P_IPV6) ||
+	    bpf_skb_load_bytes_relative(skb, 0, &ip6, sizeof(ip6), BPF_HDR_START_NET) ||
+	    ip6.nexthdr != IPPROTO_TCP)
+		return 0;
+	__builtin_memcpy(src, &ip6.saddr, sizeof(*src));
+	return sizeof(ip6);
+}
+
+/*
+ * On the way into the devices of a pod with NAT rules of its own: those have their turn before a
+ * listener is looked for, and the mesh's rules go by the port that was dialled. Everything passes.
+ */
+SEC("tc")
+int note_dialled(struct __sk_buff *skb)
+{
+	struct dialled_key key = { .netns = netns_cookie };
+	__u32 at = tcp_of(skb, &key.src);
+	struct tcphdr tcp;
+	__u16 port;
+
+	if (!at || bpf_skb_load_bytes_relative(skb, at, &tcp, sizeof(tcp), BPF_HDR_START_NET) ||
+	    !tcp.syn || tcp.ack)
+		return -1; /* TC_ACT_UNSPEC: other filters have their turn */
+	key.sport = bpf_ntohs(tcp.source);
+	port = bpf_ntohs(tcp.dest);
+	bpf_map_update_elem(&dialled, &key, &port, BPF_ANY);
+	return -1;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -8,10 +8,10 @@
 #define MAX_PODS 1024 /* a node's pods; kubelet's default is 110, 250 is common */
 #define MAX_MESHES 4
 /*
- * What processes of a pod can fill is theirs alone: each of these maps has room for every pod's
- * share, so that no pod takes another's.
+ * What processes of a pod can fill is theirs alone: no pod takes another's share.
  */
 #define HANDSHAKES 512 /* captured connections of a pod that its proxy has yet to accept */
+#define SPLICED 2048 /* spliced sockets of a pod; more stay with TCP */
 #define LISTENER_SLOTS 8 /* listeners remembered for each pod, address and port */
 #define LANDINGS 10 /* such addresses: any and localhost, of two families, and six of devices */
 #define STEERED_PORTS 3 /* inbound, outbound, DNS */
@@ -146,6 +146,18 @@ struct {
 	__type(value, struct addr);
 } device_addrs SEC(".maps");
 
+/*
+ * The port that a connection was dialled to, before the pod's own rules translate it. note_dialled
+ * writes; steer reads, while the same packet is under way on the same processor. So what others
+ * write in between does not push it out; if it is not there, the connection is captured.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct dialled_key);
+	__type(value, __u16);
+} dialled SEC(".maps");
+
 /* Sockets whose other end is on this node. sockops makes them; sweep_splices and redirect use. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -164,6 +176,19 @@ struct {
 	__type(key, struct splice_key);
 	__type(value, __u64);
 } spliced SEC(".maps");
+
+/*
+ * How many of `spliced` are a pod's, so that one does not take the room of all others; there is no
+ * room for every pod's share, and a connection that finds none goes by TCP. As `handshakes`:
+ * sweep_splices and sock_release count.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS * 2);
+	__type(key, __u64);
+	__type(value, __u32);
+} spliced_of SEC(".maps");
 
 /*
  * Ends of connections whose other end is leaving. sweep_splices alone: it visits one end at a

@@ -65,14 +65,11 @@ static __always_inline bool is_busy(__u64 netns)
 /* Puts an entry into the pod's share of `handovers`. False: there is no room. */
 static __always_inline bool handover_put(const struct conn *c, const struct origdst *od)
 {
-	__u32 *under_way = bpf_map_lookup_elem(&handshakes, &c->netns);
-
-	if (!under_way)
-		return false;
-	if (__sync_fetch_and_add(under_way, 1) < HANDSHAKES &&
-	    !bpf_map_update_elem(&handovers, c, od, BPF_NOEXIST))
-		return true;
-	__sync_fetch_and_add(under_way, -1);
+	if (share_take(&handshakes, c->netns, HANDSHAKES)) {
+		if (!bpf_map_update_elem(&handovers, c, od, BPF_NOEXIST))
+			return true;
+		share_give(&handshakes, c->netns);
+	}
 	/* One that an earlier connection of these addresses and ports left, if anything. */
 	return !bpf_map_update_elem(&handovers, c, od, BPF_EXIST);
 }
@@ -80,13 +77,8 @@ static __always_inline bool handover_put(const struct conn *c, const struct orig
 /* Takes an entry away, if there is one. */
 static __always_inline void handover_drop(const struct conn *c)
 {
-	__u32 *under_way;
-
-	if (bpf_map_delete_elem(&handovers, c))
-		return;
-	under_way = bpf_map_lookup_elem(&handshakes, &c->netns);
-	if (under_way)
-		__sync_fetch_and_add(under_way, -1);
+	if (!bpf_map_delete_elem(&handovers, c))
+		share_give(&handshakes, c->netns);
 }
 
 /* The client's SYN is about to leave, its source port is chosen. */

@@ -105,6 +105,27 @@ static __always_inline bool is_steered_port(const struct pod *pod, __u16 port)
 	return port && (port == pod->in_port || port == pod->out_port || port == pod->dns_port);
 }
 
+/* Takes one more of what a map counts for each pod; false: the pod has its share. */
+static __always_inline bool share_take(void *shares, __u64 netns, __u32 most)
+{
+	__u32 *used = bpf_map_lookup_elem(shares, &netns);
+
+	if (!used)
+		return false;
+	if (__sync_fetch_and_add(used, 1) < most)
+		return true;
+	__sync_fetch_and_add(used, -1);
+	return false;
+}
+
+static __always_inline void share_give(void *shares, __u64 netns)
+{
+	__u32 *used = bpf_map_lookup_elem(shares, &netns);
+
+	if (used)
+		__sync_fetch_and_add(used, -1);
+}
+
 static __always_inline void count_n(__u32 mesh, enum counter counter, __u64 n)
 {
 	__u32 index = mesh * COUNTERS + counter;

@@ -240,7 +240,10 @@ static __always_inline enum verdict udp_verdict(const struct pod *pod, const str
 	return GO_DNS;
 }
 
-/* Does a new connection from src to the pod's own dst:dport go to the inbound listener? */
+/*
+ * Does a new connection from src to the pod's own dst:dport go to the inbound listener? Port 0:
+ * what was dialled is not known.
+ */
 static __always_inline bool inbound_steered(const struct pod *pod, __u64 netns,
 					    const struct addr *src, const struct addr *dst,
 					    __u16 dport, __u32 ifindex)
@@ -249,6 +252,8 @@ static __always_inline bool inbound_steered(const struct pod *pod, __u64 netns,
 		return false;
 	if (cidr_in(pod, netns, IN_EXCLUDE_CIDRS, src))
 		return false;
+	if (!dport)
+		return true;
 	if (pod->flags & POD_IN_ALL)
 		return !port_in(pod, netns, IN_EXCLUDE_PORTS, dport);
 	return port_in(pod, netns, IN_INCLUDE_PORTS, dport);

@@ -42,6 +42,7 @@ int sock_release(struct bpf_sock *ctx)
 
 	if (!s || (s->state != SPLICE_IN && s->state != SPLICE_LEAVING))
 		return 1;
+	splice_uncount(s);
 	/* From here on, the other end sends by TCP; and its packets are told from others by it. */
 	ctx->priority = SPLICE_PRIORITY;
 	if (queue_is_empty(kernel_ptr(number_of(ctx), struct sock)))

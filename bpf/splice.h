@@ -209,6 +209,15 @@ __u32 splices_unread = 0;
 const volatile struct swept swept_layout;
 const volatile struct event event_layout;
 
+/* It is no more in its pod's share. Two may say so at once. */
+static __always_inline void splice_uncount(struct splice *s)
+{
+	__u64 netns = __sync_lock_test_and_set(&s->share, 0);
+
+	if (netns)
+		share_give(&spliced_of, netns);
+}
+
 /*
  * Out of the map again: the kernel's way to TCP is slower for sockets in it. With a socket goes its
  * queue, so a connection leaves in steps, a sweep each at the least: both ends send by TCP; no
@@ -223,6 +232,7 @@ static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ct
 
 	if (!psock) {
 		s->state = SPLICE_OUT;
+		splice_uncount(s);
 		count_n(s->mesh, SPLICE_LEFT, 1);
 		return;
 	}
@@ -362,10 +372,15 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	owner_of_kernel(sk, &owner);
 	if (s->leg == LEG_SIDECAR && !is_proxy_user(pod, owner.uid))
 		return splice_refuse(s, pod, SPLICE_NOT_PROXY);
+	if (!share_take(&spliced_of, netns, SPLICED))
+		return splice_refuse(s, pod, SPLICE_MAP_FULL);
+	s->share = netns;
 	key = s->key;
 	err = bpf_map_update_elem(&spliced, &key, sk, BPF_NOEXIST);
-	if (err)
+	if (err) {
+		splice_uncount(s);
 		return splice_refuse(s, pod, err == -EBUSY ? SPLICE_IN_OTHER_MAP : SPLICE_MAP_FULL);
+	}
 	s->by_tcp = bpf_ktime_get_ns();
 	s->state = SPLICE_IN;
 	count(pod, SPLICE_SOCKETS);

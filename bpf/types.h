@@ -31,6 +31,7 @@ enum pod_flag {
 	POD_TCP_DNS_DIRECT = 1 << 12, /* DNS is captured, but the app's DNS over TCP never is */
 	POD_TCP_DNS_ANY = 1 << 13, /* DNS is captured; over TCP, 53 is a port as any other */
 	POD_ROUTE_LOCALNET = 1 << 14, /* what is bound to 127.0.0.0/8 may call off the pod */
+	POD_OWN_NAT = 1 << 15, /* the pod's own rules translate what comes in */
 };
 
 /* One enrolled pod; key: its network namespace's cookie. */
@@ -204,6 +205,15 @@ struct device_key {
 };
 _Static_assert(sizeof(struct device_key) == 16, "device_key");
 
+/* The source of a connection that comes into a pod. */
+struct dialled_key {
+	__u64 netns;
+	struct addr src;
+	__u16 sport;
+	__u16 pad[3];
+};
+_Static_assert(sizeof(struct dialled_key) == 32, "dialled_key");
+
 /* Userspace's own record of an enrolled pod, pinned so that `status` and the next agent know. */
 struct pod_record {
 	__u8 pod[320]; /* "namespace/name", NUL-padded */
@@ -266,13 +276,14 @@ struct splice {
 	__u64 since; /* when it was marked, ns */
 	__u64 bulk; /* bytes that went by TCP, less those that were redirected */
 	__u64 by_tcp; /* when a message last went by TCP, ns */
+	__u64 share; /* cookie of the namespace in whose share it counts; 0: in none */
 	__u64 peer; /* the kernel's address of the other end's socket; 0: not known yet */
 	enum splice_leg leg;
 	__u16 mesh; /* index into the counters */
 	__u16 quiet; /* leaving: no call that began before is under way any more */
 	struct splice_key key;
 };
-_Static_assert(sizeof(struct splice) == 104, "splice");
+_Static_assert(sizeof(struct splice) == 112, "splice");
 
 enum counter {
 	CAPTURED_OUTBOUND, /* connect: sent to the outbound listener */

@@ -34,6 +34,10 @@ pub struct NetnsFacts {
     /// Its sysctl `net.ipv4.conf.*.route_localnet` is set, of some device but lo: what is bound to
     /// 127.0.0.0/8 may call off the pod.
     pub route_localnet: bool,
+    /// It has rules of its own that translate what comes in.
+    pub own_nat: bool,
+    /// Packets that it has forwarded for others, since it was made.
+    pub forwarded: u64,
 }
 
 impl NetnsFacts {
@@ -119,6 +123,8 @@ pub struct PodRow {
     pub splice: bool,
     /// What is bound to 127.0.0.0/8 may call off the pod.
     pub route_localnet: bool,
+    /// The pod's own rules translate what comes in.
+    pub own_nat: bool,
     /// DNS over TCP, where DNS is captured.
     pub tcp_dns: TcpDns,
     /// The lists that have entries.
@@ -527,6 +533,7 @@ fn enrol(
         exclude_ifs: !excluded_ifs.is_empty(),
         splice: facts.splice,
         route_localnet: netns.route_localnet,
+        own_nat: netns.own_nat,
         tcp_dns: facts.tcp_dns,
         sets: rules.sets(),
         out_port: facts.outbound_port,
@@ -848,6 +855,8 @@ mod tests {
                     ("10.9.0.0/16".parse().expect("a range"), 3),
                 ],
                 route_localnet: false,
+                own_nat: false,
+                forwarded: 0,
             },
         }
     }

@@ -14,6 +14,7 @@ pub mod files;
 pub mod http;
 pub mod mesh;
 pub mod metrics;
+mod netfilter;
 pub mod netns;
 pub mod pace;
 pub mod places;

@@ -86,6 +86,7 @@ pub struct Metrics {
     searches: Counter,
     /// What of the node's is not in force, and can't be put back.
     broken: Mutex<Option<String>>,
+    forwarded: Counter,
     syncs: AtomicU64,
     chained: AtomicBool,
     last_turn: Mutex<Instant>,
@@ -127,6 +128,9 @@ impl Metrics {
         registry.register("map_writes", help, map_writes.clone());
         let help = "Searches for a proxy's listener that a connection did not find";
         registry.register("listener_searches", help, searches.clone());
+        let help = "Packets that enrolled pods forwarded for others, past their sidecars";
+        let forwarded = Counter::default();
+        registry.register("forwarded_packets", help, forwarded.clone());
         registry.register_collector(Box::new(Kernel { pins: pins.clone(), cgroup }));
         Self {
             registry,
@@ -144,10 +148,16 @@ impl Metrics {
             map_writes,
             searches,
             broken: Mutex::new(None),
+            forwarded,
             syncs: AtomicU64::new(0),
             chained: AtomicBool::new(false),
             last_turn: Mutex::new(Instant::now()),
         }
+    }
+
+    /// Enrolled pods forwarded so many packets more.
+    pub fn forwarded(&self, packets: u64) {
+        self.forwarded.inc_by(packets);
     }
 
     /// A sync with a complete source took so long.
@@ -340,6 +350,7 @@ mod tests {
         metrics.set([0, 0, 2].into_iter(), &BTreeSet::from([problem]), &[fill], &api);
         metrics.synced(Duration::from_millis(1));
         metrics.cni("add", false);
+        metrics.forwarded(5);
         let text = metrics.text().expect("text");
         for line in [
             "sidestep_pods_enrolled{mesh=\"istio\"} 2",
@@ -350,6 +361,7 @@ mod tests {
             "sidestep_api_errors_total{request=\"pods\"} 3",
             "sidestep_cni_requests_total{verb=\"add\",result=\"refused\"} 1",
             "sidestep_sync_seconds_count 1",
+            "sidestep_forwarded_packets_total 5",
             "sidestep_hook_attached{hook=\"connect4\"} 0",
             "# EOF",
         ] {

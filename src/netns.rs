@@ -28,7 +28,7 @@ use rtnetlink::{
 use crate::{
     bpf::current_netns_cookie,
     desired::{DnsRoute, NetnsFacts, PASSTHROUGH_V6, PodRow},
-    files,
+    files, netfilter,
 };
 
 /// Where captured IPv4 connections go; `VIA4_NET` of bpf/config.h.
@@ -130,6 +130,8 @@ impl Netns {
             route_localnet: route_localnet(interfaces.keys()),
             interfaces,
             routes: Vec::new(),
+            own_nat: own_nat(),
+            forwarded: forwarded()?,
         };
         Ok(facts.bound())
     }
@@ -334,6 +336,40 @@ fn route_localnet<'a>(devices: impl Iterator<Item = &'a String>) -> bool {
     )
 }
 
+/// Whether the calling thread's namespace translates what comes in. Where that is not known, it is
+/// looked at as if it did.
+fn own_nat() -> bool {
+    netfilter::translates_inbound().unwrap_or_else(|error| {
+        tracing::warn!("cannot tell whether a pod has NAT rules: {error:#}");
+        true
+    })
+}
+
+/// How many packets the calling thread's namespace has forwarded.
+fn forwarded() -> Result<u64> {
+    let read = |name: &str| {
+        let path = format!("/proc/thread-self/net/{name}");
+        std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
+    };
+    // IPv6 may not be there.
+    Ok(forwarded4(&read("snmp")?) + forwarded6(&read("snmp6").unwrap_or_default()))
+}
+
+/// Of the text of /proc/net/snmp: a line of names, and one of values.
+fn forwarded4(text: &str) -> u64 {
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Ip:"));
+    let names = lines.next().unwrap_or_default().split_whitespace();
+    let values = lines.next().unwrap_or_default().split_whitespace();
+    let found = names.zip(values).find(|(name, _)| *name == "ForwDatagrams");
+    found.and_then(|(_, value)| value.parse().ok()).unwrap_or(0)
+}
+
+/// Of the text of /proc/net/snmp6: a name and a value on each line.
+fn forwarded6(text: &str) -> u64 {
+    let value = |line: &str| line.strip_prefix("Ip6OutForwDatagrams")?.trim().parse().ok();
+    text.lines().find_map(value).unwrap_or(0)
+}
+
 async fn routes(handle: rtnetlink::Handle) -> Result<Vec<(IpNet, u32)>> {
     let mut found = Vec::new();
     for (message, any) in [
@@ -436,4 +472,19 @@ async fn prepare(handle: rtnetlink::Handle, row: &PodRow) -> Result<()> {
             .with_context(|| format!("cannot add {PASSTHROUGH_V6}/128 to lo"))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forwarded_packets_are_read_from_the_kernels_text() {
+        let v4 = "Ip: Forwarding DefaultTTL InReceives ForwDatagrams InUnknownProtos\n\
+                  Ip: 1 64 1234 56 0\nIcmp: InMsgs\nIcmp: 7\n";
+        assert_eq!(forwarded4(v4), 56);
+        let v6 = "Ip6InReceives                   \t9\nIp6OutForwDatagrams             \t78\n";
+        assert_eq!(forwarded6(v6), 78);
+        assert_eq!((forwarded4(""), forwarded6("")), (0, 0));
+    }
 }

@@ -21,6 +21,8 @@ pub enum Reason {
     InboundNotIntercepted,
     /// All pods of a mesh on this node come with the mesh's own iptables rules.
     OwnIptables,
+    /// The pod forwards packets of others, which nothing intercepts.
+    Forwards,
     /// Another's program sees connections before Sidestep's.
     NotFirst,
     /// Sidestep is being uninstalled, and the pod stays intercepted.
@@ -33,7 +35,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::InvalidPolicy,
         Self::Unsupported,
         Self::InvalidPod,
@@ -41,6 +43,7 @@ impl Reason {
         Self::Refused,
         Self::InboundNotIntercepted,
         Self::OwnIptables,
+        Self::Forwards,
         Self::NotFirst,
         Self::StaysIntercepted,
         Self::Repaired,
@@ -57,6 +60,7 @@ impl Reason {
             Self::Refused => "Refused",
             Self::InboundNotIntercepted => "InboundNotIntercepted",
             Self::OwnIptables => "OwnIptables",
+            Self::Forwards => "Forwards",
             Self::NotFirst => "NotFirst",
             Self::StaysIntercepted => "StaysIntercepted",
             Self::Repaired => "Repaired",

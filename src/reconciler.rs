@@ -150,6 +150,10 @@ pub struct Reconciler {
     missing: BTreeMap<String, u32>,
     /// Pods whose processes do not show their namespace, by uid, and why.
     disputed: BTreeMap<String, String>,
+    /// Devices where dialled ports are noted, by the namespace's cookie.
+    noted: BTreeMap<u64, Vec<u32>>,
+    /// How many packets the pods' namespaces have forwarded, by cookie.
+    forwarded: BTreeMap<u64, u64>,
     /// Others' programs that come before Sidestep's.
     ahead: BTreeSet<Problem>,
     /// What was not in force at the last look at everything.
@@ -199,6 +203,8 @@ impl Reconciler {
             lo: BTreeMap::new(),
             missing: BTreeMap::new(),
             disputed: BTreeMap::new(),
+            noted: BTreeMap::new(),
+            forwarded: BTreeMap::new(),
             ahead: BTreeSet::new(),
             repaired: BTreeSet::new(),
             problems: BTreeSet::new(),
@@ -279,7 +285,13 @@ impl Reconciler {
                 let devices = devices.filter(|device| pod.filtered.contains(device));
                 let devices: Vec<u32> = devices.copied().collect();
                 let dns = pod.row.dns_port != 0;
-                self.dataplane.repair_filters(*cookie, &pod.netns.path, dns, &devices)
+                let path = &pod.netns.path;
+                let mut filters = self.dataplane.repair_filters(*cookie, path, dns, &devices);
+                let noted = pod.netns.interfaces.values();
+                let noted: Vec<u32> =
+                    noted.copied().filter(|device| self.notes(*cookie, *device)).collect();
+                filters.extend(self.dataplane.repair_dialled(*cookie, path, &noted));
+                filters
             });
             for (repair, reason) in inbound
                 .into_iter()
@@ -504,6 +516,15 @@ impl Reconciler {
                         );
                         problems.insert(found.problem(Reason::NetworkNamespace, &text));
                     }
+                    let before = self.forwarded.insert(netns.cookie, netns.forwarded);
+                    let more = netns.forwarded.saturating_sub(before.unwrap_or(netns.forwarded));
+                    self.metrics.forwarded(more);
+                    if netns.forwarded > 0 {
+                        let text = "it forwards packets of others (a container in it, a virtual machine \
+                                    behind a bridge): these go past its sidecar, in and out; \
+                                    docs/meshes.md has what to do";
+                        problems.insert(found.problem(Reason::Forwards, text));
+                    }
                     candidates.push(Candidate { facts, netns });
                 }
                 Ok(None) => {}
@@ -698,6 +719,8 @@ impl Reconciler {
                     interfaces: BTreeMap::new(),
                     routes: Vec::new(),
                     route_localnet: false,
+                    own_nat: false,
+                    forwarded: 0,
                 },
                 |pod| pod.netns.clone(),
             )));
@@ -863,6 +886,7 @@ impl Reconciler {
             .map(|(cookie, _)| *cookie)
             .filter(|cookie| !goal.pods.contains_key(cookie) && self.lives(*cookie))
             .collect();
+        self.note_dialled(&candidates, problems);
         let state = (goal, keep);
         let mut failed = BTreeMap::new();
         if self.applied.as_ref() != Some(&state) {
@@ -905,6 +929,8 @@ impl Reconciler {
         self.pods.retain(|cookie, _| stays(cookie));
         self.lo.retain(|cookie, _| stays(cookie));
         self.searched.retain(|(cookie, _), _| stays(cookie));
+        self.forwarded.retain(|cookie, _| stays(cookie));
+        self.noted.retain(|cookie, _| stays(cookie));
         self.filter(problems);
         Ok(())
     }
@@ -1019,6 +1045,39 @@ impl Reconciler {
                         let text = format!("{error:#}");
                         problems.insert(problem(Reason::NetworkNamespace, record, &text));
                     }
+                }
+            }
+        }
+    }
+
+    /// Whether dialled ports are noted on this device.
+    fn notes(&self, cookie: u64, device: u32) -> bool {
+        self.noted.get(&cookie).is_some_and(|devices| devices.contains(&device))
+    }
+
+    /// Has the ports noted that connections into pods with NAT rules of their own are dialled to,
+    /// before those decide. It goes on for as long as the pod: the rules may come back.
+    fn note_dialled(&mut self, candidates: &[Candidate], problems: &mut BTreeSet<Problem>) {
+        for Candidate { facts, netns } in candidates.iter().filter(|one| one.netns.own_nat) {
+            let noted = self.noted.entry(netns.cookie).or_default();
+            let devices = netns.interfaces.values().copied();
+            let fresh: Vec<u32> =
+                devices.filter(|device| *device != LO && !noted.contains(device)).collect();
+            if fresh.is_empty() {
+                continue;
+            }
+            let done = Netns::open_as(&netns.path, netns.cookie)
+                .and_then(|open| self.dataplane.attach_dialled(netns.cookie, &open, &fresh));
+            match done {
+                Ok(()) => noted.extend(fresh),
+                Err(_) if !netns.path.exists() => {}
+                Err(error) => {
+                    let record = of(candidates, &facts.name);
+                    let text = format!(
+                        "it has NAT rules of its own, and which port a connection was dialled to \
+                         cannot be seen: all its inbound ports are captured: {error:#}"
+                    );
+                    problems.insert(problem(Reason::NetworkNamespace, &record, &text));
                 }
             }
         }

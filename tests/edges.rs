@@ -7,13 +7,13 @@ mod common;
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
     net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::AsRawFd,
     path::Path,
     process::Command,
     time::Duration,
 };
 
-use common::*;
+use common::{programs::Translation, *};
 use libbpf_rs::libbpf_sys;
 use nix::sys::socket::{getsockopt, sockopt::OriginalDst};
 use sidestep_lab::{Agent, Lab, PodNet, Seen, wait_until};
@@ -452,64 +452,6 @@ fn hundreds_of_pods_and_ten_thousand_connections() {
     assert!(done.load(Relaxed) > 100, "the load went on: {}", done.load(Relaxed));
 }
 
-/// Another's program at connect4 of a cgroup, which translates one address into another, as Cilium
-/// does with a Service's; until it is dropped.
-struct Translation {
-    _link: OwnedFd,
-}
-
-impl Translation {
-    fn attach(cgroup: &Path, from: Ipv4Addr, to: Ipv4Addr, flags: u32) -> Self {
-        let instruction = |code, dst_src: u8, off, imm| {
-            // SAFETY: plain integers, of which all values are valid.
-            let mut one: libbpf_sys::bpf_insn = unsafe { std::mem::zeroed() };
-            (one.code, one.off, one.imm) = (code, off, imm);
-            one.set_dst_reg(dst_src & 15);
-            one.set_src_reg(dst_src >> 4);
-            one
-        };
-        let number = |ip: Ipv4Addr| i32::from_ne_bytes(ip.octets());
-        let user_ip4 = 4; // in struct bpf_sock_addr
-        let code = [
-            instruction(0x61, 0x12, user_ip4, 0),     // r2 = r1->user_ip4
-            instruction(0x56, 0x02, 2, number(from)), // if (r2 != from) skip two
-            instruction(0xb4, 0x02, 0, number(to)),   // r2 = to
-            instruction(0x63, 0x21, user_ip4, 0),     // r1->user_ip4 = r2
-            instruction(0xb7, 0x00, 0, 1),            // r0 = 1
-            instruction(0x95, 0, 0, 0),               // return r0
-        ];
-        let cgroup = std::fs::File::open(cgroup).expect("a cgroup");
-        let kind = libbpf_sys::BPF_CGROUP_INET4_CONNECT;
-        let load = libbpf_sys::bpf_prog_load_opts {
-            sz: size_of::<libbpf_sys::bpf_prog_load_opts>() as _,
-            expected_attach_type: kind,
-            ..Default::default()
-        };
-        let link = libbpf_sys::bpf_link_create_opts {
-            sz: size_of::<libbpf_sys::bpf_link_create_opts>() as _,
-            flags,
-            ..Default::default()
-        };
-        // SAFETY: names, code and options live across the calls, and the descriptors are new.
-        unsafe {
-            let program = libbpf_sys::bpf_prog_load(
-                libbpf_sys::BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
-                c"translate".as_ptr(),
-                c"GPL".as_ptr(),
-                code.as_ptr(),
-                code.len() as _,
-                (&raw const load).cast_mut(),
-            );
-            assert!(program >= 0, "a program: {program}");
-            let program = OwnedFd::from_raw_fd(program);
-            let link =
-                libbpf_sys::bpf_link_create(program.as_raw_fd(), cgroup.as_raw_fd(), kind, &link);
-            assert!(link >= 0, "a link: {link}");
-            Self { _link: OwnedFd::from_raw_fd(link) }
-        }
-    }
-}
-
 /// F17: the sidecar is to see the Service's address, whoever translates it.
 #[test]
 fn another_programs_translation_comes_after() {
@@ -526,7 +468,7 @@ fn another_programs_translation_comes_after() {
     let original = || a.ask(APP, APP, target).expect("captured").seen.original();
     if kernel_before(6, 15) {
         assert_eq!(original(), Some(addr(endpoint, 80)), "nothing can be done about it");
-        return agent.wait_log("program \"translate\"").expect("and it is said");
+        return agent.wait_log("program \"another\"").expect("and it is said");
     }
     assert_eq!(original(), Some(target), "attached before the agent");
     let after = translates(0);
@@ -551,7 +493,7 @@ fn another_programs_translation_comes_after() {
     let fourth = translates(first);
     agent.wait_log("comes before Sidestep's").expect("told");
     drop((third, fourth));
-    agent.wait_log("solved: program \"translate\"").expect("over");
+    agent.wait_log("solved: program \"another\"").expect("over");
     assert_eq!(original(), Some(target));
 }
 

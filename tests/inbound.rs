@@ -6,7 +6,8 @@ use std::{net::SocketAddr, time::Duration};
 
 use common::*;
 use libbpf_rs::MapCore;
-use sidestep_lab::{Answer, ServeOpts, Server, Talk, wait_until};
+use sidestep::bpf::LAYOUT;
+use sidestep_lab::{Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, Talk, wait_until};
 
 /// Asks from a pod that is in no mesh, and from the node itself (a kubelet's probe).
 fn from_outside(node: &Node, target: SocketAddr) -> Vec<anyhow::Result<Answer>> {
@@ -303,4 +304,90 @@ fn excluded_interfaces() {
         wait_until(&format!("{value:?}: {expected}"), SOON, || steered() == expected)
             .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
     }
+}
+
+/// F16: the port that was dialled decides, whatever the pod's own rules make of it.
+#[test]
+fn nat_rules_of_the_pod_do_not_change_which_ports_are_excluded() {
+    let key = "traffic.sidecar.istio.io/excludeInboundPorts";
+    let mut node = Node::new("nat");
+    let own_rules = |pod: &Pod| {
+        let to = "tcp dport 80 redirect to :8080; tcp dport 9080 redirect to :9090;";
+        let chain = format!("type nat hook prerouting priority -100; {to}");
+        pod.nft(&format!("table inet own {{ chain arrives {{ {chain} }}; }}")).expect("rules");
+    };
+    own_rules(&node.a);
+    for pod in [&node.a, &node.b] {
+        let manifest = annotated(pod.manifest(), key, "80,9090");
+        node.agent.add_manifest(pod.name(), &manifest).expect("a manifest");
+    }
+    node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+    node.agent.wait_enrolled(&node.b).expect("b is enrolled");
+    let ask = |to| node.lab.on_node(|| sidestep_lab::ask(to, None)).expect("runs").expect("heard");
+    for pod in [&node.a, &node.b] {
+        let _sidecar = Sidecar::start(pod);
+        let _apps = [8080, 9090].map(|port| {
+            [0, 1].map(|n| pod.serve(any(addresses(pod, 0)[n], port), APP, APP).expect("an app"))
+        });
+        if pod.name() == "b" {
+            // Rules that come while the pod runs.
+            own_rules(pod);
+            let to = addr(pod.ipv4(), 80);
+            node.becomes("port 80 to be let through", || ask(to).seen.orig.is_none());
+        }
+        for ip in pod.ips() {
+            for excluded in [80, 9090] {
+                let seen = ask(addr(ip, excluded)).seen;
+                assert_eq!(seen.orig, None, "{ip}, port {excluded}: {seen}");
+            }
+            for captured in [8080, 9080] {
+                assert_original(&ask(addr(ip, captured)), addr(ip, captured));
+            }
+        }
+        if kernel_before(6, 6) {
+            continue; // there, the filter is no link that a pin holds
+        }
+        // Not known: captured. And it is put back.
+        let links = node.agent.bpffs().join(LAYOUT).join("links");
+        let name = format!("dialled-{:x}-", node.cookie(pod));
+        let pins = std::fs::read_dir(&links).expect("links").map(|pin| pin.expect("a pin").path());
+        let is_filter = |pin: &std::path::PathBuf| pin.to_string_lossy().contains(&name);
+        let removed = pins.filter(is_filter).map(std::fs::remove_file).collect::<Vec<_>>();
+        assert_eq!(removed.len(), 1, "eth0's: {removed:?}");
+        let is_captured = || ask(addr(pod.ipv4(), 80)).seen.orig.is_some();
+        wait_until("port 80 to be captured", SOON, is_captured).expect("captured");
+        wait_until("the filter to be put back", 2 * SOON, || !is_captured())
+            .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
+    }
+}
+
+/// F15: nothing intercepts what a pod forwards for others: it has no socket there. It is told.
+#[test]
+fn a_pod_that_forwards_packets_is_told_so() {
+    let lab = Lab::new("forwards").expect("a lab");
+    let [a, inner] = ["a", "inner"].map(|name| lab.pod(name, PodNet::V4).expect("a pod"));
+    let agent = Agent::start_flags(binary(), &lab, &["--http", "127.0.0.1:0"]);
+    let mut agent = agent.expect("the agent");
+    agent.add_pod(&a).expect("manifest a");
+    agent.wait_enrolled(&a).expect("a is enrolled");
+    // A container in the pod, behind a bridge of the pod's.
+    let netns = inner.netns();
+    let netns = netns.file_name().and_then(|name| name.to_str()).expect("a name");
+    a.ip(&format!("link add docker0 type veth peer name inner0 netns {netns}")).expect("a link");
+    for (pod, ip, device) in [(&a, "172.17.0.1", "docker0"), (&inner, "172.17.0.2", "inner0")] {
+        pod.add_address(self::ip(ip), 16, device, "").expect("an address");
+        pod.ip(&format!("link set {device} up")).expect("up");
+    }
+    inner.ip("route replace default via 172.17.0.1").expect("a route");
+    a.nft("table ip own { chain leaves { type nat hook postrouting priority 100; masquerade; }; }")
+        .expect("rules");
+    a.sysctl("net.ipv4.ip_forward", "1").expect("forwards");
+    let target = addr(ip(REMOTE4), 80);
+    lab.add_node_address(target.ip()).expect("an address");
+    let _remote = lab.on_node(|| Server::start_here(ServeOpts::on([target]))).expect("runs");
+    let seen = inner.ask(APP, APP, target).expect("direct").seen;
+    assert_eq!((seen.orig, seen.peer.ip()), (None, a.ipv4()));
+    agent.wait_log("pod lab/a: it forwards packets of others").expect("told");
+    let counted = || agent.metric("sidestep_forwarded_packets_total").expect("a metric") > 2.0;
+    wait_until("them to be counted", SOON, counted).expect("counted");
 }

@@ -334,13 +334,10 @@ fn a_pod_with_too_many_handshakes_under_way_fails_alone() {
 }
 
 /// Sets how many handshakes the pod is said to have under way.
-fn set_handshakes(node: &Node, pod: &str, count: usize) {
-    let status = node.agent.status().expect("status");
-    let pods = status["pods"].as_array().expect("pods");
-    let found = pods.iter().find(|found| found["pod"] == pod).expect("the pod");
-    let cookie: u64 = found["netns_cookie"].as_str().and_then(|c| c.parse().ok()).expect("one");
-    let value = u32::try_from(count).expect("a small number").to_ne_bytes();
-    node.map("handshakes").update(&cookie.to_ne_bytes(), &value, MapFlags::ANY).expect("written");
+fn set_handshakes(node: &Node, pod: &sidestep_lab::Pod, count: usize) {
+    let cookie = node.cookie(pod).to_ne_bytes();
+    let count = u32::try_from(count).expect("a small number").to_ne_bytes();
+    node.map("handshakes").update(&cookie, &count, MapFlags::ANY).expect("written");
 }
 
 /// Has the kernel keep track of the pod's connections, as many a rule of its own would.
@@ -365,7 +362,7 @@ fn with_no_room_for_handovers_the_sidecar_is_told_nothing_rather_than_something_
     let _sidecar = Sidecar::start(&node.a);
     let late = || {
         for (target, _) in remotes(&node.a, 80) {
-            set_handshakes(&node, "lab/a", 0);
+            set_handshakes(&node, &node.a, 0);
             let connect = || {
                 let socket = socket(target, Protocol::TCP);
                 nix::sys::socket::setsockopt(&socket, TcpFastOpenConnect, &true)
@@ -374,7 +371,7 @@ fn with_no_room_for_handovers_the_sidecar_is_told_nothing_rather_than_something_
                 TcpStream::from(socket)
             };
             let mut stream = node.a.run(APP, APP, connect).expect("runs");
-            set_handshakes(&node, "lab/a", HANDSHAKES);
+            set_handshakes(&node, &node.a, HANDSHAKES);
             stream.set_read_timeout(Some(patience())).expect("timeout");
             stream.write_all(b"early").expect("sent in the SYN");
             let mut line = String::new();
@@ -389,7 +386,7 @@ fn with_no_room_for_handovers_the_sidecar_is_told_nothing_rather_than_something_
     late();
     assert_eq!(node.counter("istio", "handover_full"), 6);
     // What was not redirected is answered as ever.
-    set_handshakes(&node, "lab/a", 0);
+    set_handshakes(&node, &node.a, 0);
     for target in addresses(&node.a, 8080) {
         let answer = node.lab.on_node(|| sidestep_lab::ask(canonical(target), None));
         assert_original(&answer.expect("runs").expect("steered"), target);

@@ -5,6 +5,7 @@ mod common;
 use std::{
     io::{ErrorKind, Write},
     net::{Shutdown, TcpStream},
+    os::fd::AsRawFd,
     process::{Command, Stdio},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread::{self, Scope},
@@ -13,10 +14,13 @@ use std::{
 
 use common::{
     annotated, patience,
+    programs::sockmap,
     splicing::{LARGE, Leg, OPT_OUT, Pair, Splicing, events, get, put, ready, say_rest},
 };
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::{poll::PollFlags, sys::epoll::EpollFlags};
 use serde_json::Value;
+use sidestep::bpf::LAYOUT;
 use sidestep_lab::{
     Pod,
     calls::{self, ReadCall},
@@ -554,4 +558,54 @@ fn conntrack_does_not_forget_a_spliced_connection_that_talks() {
     assert!(redirected > turns, "{redirected} messages of {turns} turns were redirected");
     put(&pair.server, &[1; LARGE]);
     assert_eq!(get(&pair.client, LARGE).len(), LARGE);
+}
+
+/// F43: a sidecar's socket that is in a sockmap of its own stays with TCP, and it is said why.
+#[test]
+fn a_socket_in_another_sockmap_stays_with_tcp() {
+    let splicing = Splicing::start("another-map", "sidecar");
+    let another = sockmap();
+    let pair = splicing.connect(Leg::Sidecar);
+    let socket = pair.client.as_raw_fd().to_ne_bytes();
+    another.update(&[0; 4], &socket, MapFlags::ANY).expect("it takes the socket");
+    wait_until("the other end to be looked at", Duration::from_secs(10), || {
+        splicing.counter("splice_in_other_map") == 1 && splicing.counter("splice_sockets") == 1
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", splicing.status()));
+    (0..100).for_each(|_| pair.prime());
+    assert_eq!(splicing.counter("splice_messages"), 0, "{}", splicing.status());
+    assert_eq!(splicing.counter("splice_map_full"), 0, "{}", splicing.status());
+}
+
+/// F30: a pod's connections that are spliced take its own share of the room, and no more.
+#[test]
+fn a_pod_with_too_many_spliced_sockets_takes_no_room_of_others() {
+    let splicing = Splicing::start("share", "sidecar");
+    let maps = splicing.agent.bpffs().join(LAYOUT).join("maps");
+    let used = MapHandle::from_pinned_path(maps.join("spliced_of")).expect("a pinned map");
+    let pods = splicing.status()["pods"].as_array().cloned().expect("pods");
+    let a = pods.iter().find(|pod| pod["pod"] == "lab/a").expect("pod a");
+    let a: u64 = a["netns_cookie"].as_str().and_then(|c| c.parse().ok()).expect("a cookie");
+    let set = |count: u32| {
+        used.update(&a.to_ne_bytes(), &count.to_ne_bytes(), MapFlags::ANY).expect("written");
+    };
+    let count = || {
+        let value = used.lookup(&a.to_ne_bytes(), MapFlags::ANY).expect("read").expect("pod a's");
+        u32::from_ne_bytes(value.try_into().expect("a number"))
+    };
+    set(2048);
+    let pair = splicing.connect(Leg::Sidecar);
+    wait_until("its end to be refused", Duration::from_secs(10), || {
+        splicing.counter("splice_map_full") == 1 && splicing.counter("splice_sockets") == 1
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", splicing.status()));
+    (0..100).for_each(|_| pair.prime());
+    assert_eq!(splicing.counter("splice_messages"), 0, "by TCP: {}", splicing.status());
+    drop(pair);
+    set(0);
+    let pairs = splicing.pairs(Leg::Sidecar, 3);
+    assert_eq!(count(), 3);
+    drop(pairs);
+    wait_until("the share to come back", Duration::from_secs(10), || count() == 0)
+        .unwrap_or_else(|error| panic!("{error:#}: {} are taken", count()));
 }

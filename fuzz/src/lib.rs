@@ -176,6 +176,8 @@ pub fn check_pods(pods: &[Pod]) {
             interfaces,
             routes,
             route_localnet,
+            own_nat: false,
+            forwarded: 0,
         };
         candidates.push(Candidate { facts: parsed.facts, netns });
     }

@@ -4,6 +4,7 @@
 
 use std::{
     fs, io,
+    mem::MaybeUninit,
     ops::Range,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     path::{Path, PathBuf},
@@ -12,7 +13,8 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use libbpf_rs::{
-    Link, MapCore, MapFlags, MapHandle, Program, TC_EGRESS, TcHook, TcHookBuilder, libbpf_sys,
+    Link, MapCore, MapFlags, MapHandle, Program, TC_EGRESS, TC_INGRESS, TcAttachPoint, TcHook,
+    TcHookBuilder, libbpf_sys,
     query::{LinkInfo, LinkTypeInfo},
 };
 
@@ -34,16 +36,27 @@ pub(super) enum Filter {
     Dns,
     /// `reset`: ends of spliced connections that are closed with unread bytes.
     Reset,
+    /// `note_dialled`: the ports that connections into a pod with NAT rules are dialled to.
+    Dialled,
 }
 
 impl Filter {
-    const ALL: [Self; 2] = [Self::Dns, Self::Reset];
+    const ALL: [Self; 3] = [Self::Dns, Self::Reset, Self::Dialled];
 
     /// What its pins' names begin with.
     const fn name(self) -> &'static str {
         match self {
             Self::Dns => "dns",
             Self::Reset => "reset",
+            Self::Dialled => "dialled",
+        }
+    }
+
+    /// Where it is put: on the way in or out.
+    const fn point(self) -> (TcAttachPoint, libbpf_sys::bpf_attach_type) {
+        match self {
+            Self::Dns | Self::Reset => (TC_EGRESS, libbpf_sys::BPF_TCX_EGRESS),
+            Self::Dialled => (TC_INGRESS, libbpf_sys::BPF_TCX_INGRESS),
         }
     }
 
@@ -52,6 +65,7 @@ impl Filter {
         match self {
             Self::Dns => 0x5353,
             Self::Reset => 0x5363,
+            Self::Dialled => 0x5373,
         }
     }
 
@@ -59,7 +73,7 @@ impl Filter {
         let mut builder = TcHookBuilder::new(program);
         let place = self.place() + layout;
         builder.ifindex(device.cast_signed()).replace(true).handle(place).priority(place);
-        builder.hook(TC_EGRESS)
+        builder.hook(self.point().0)
     }
 }
 
@@ -87,7 +101,7 @@ impl Dataplane {
     /// # Errors
     /// Where the namespace can't be entered, or the kernel refuses.
     pub fn attach_dns(&self, cookie: u64, netns: &Netns) -> Result<()> {
-        self.filter(Filter::Dns, cookie, netns, LO)
+        self.filter(Filter::Dns, &self.skel.progs.dns_nat, cookie, netns, LO)
             .context("cannot attach the filter for DNS to lo")
     }
 
@@ -98,17 +112,37 @@ impl Dataplane {
     /// As of [`Dataplane::attach_dns`].
     pub fn attach_reset(&self, cookie: u64, netns: &Netns, devices: &[u32]) -> Result<()> {
         devices.iter().try_for_each(|device| {
-            self.filter(Filter::Reset, cookie, netns, *device).with_context(|| {
+            let program = &self.skel.progs.reset;
+            self.filter(Filter::Reset, program, cookie, netns, *device).with_context(|| {
                 format!("cannot attach the filter for spliced connections to device {device}")
             })
         })
     }
 
-    fn filter(&self, filter: Filter, cookie: u64, netns: &Netns, device: u32) -> Result<()> {
-        let program: &Program = match filter {
-            Filter::Dns => &self.skel.progs.dns_nat,
-            Filter::Reset => &self.skel.progs.reset,
-        };
+    /// Puts the program in force that notes which ports connections are dialled to, where they come
+    /// into these devices of the pod, by index; those that are there already are replaced.
+    ///
+    /// # Errors
+    /// As of [`Dataplane::attach_dns`].
+    pub fn attach_dialled(&self, cookie: u64, netns: &Netns, devices: &[u32]) -> Result<()> {
+        let mut storage = MaybeUninit::uninit();
+        let skel = self.load_inbound(&mut storage, cookie, "note_dialled")?;
+        let program = &skel.progs.note_dialled;
+        devices.iter().try_for_each(|device| {
+            self.filter(Filter::Dialled, program, cookie, netns, *device).with_context(|| {
+                format!("cannot attach the filter for dialled ports to device {device}")
+            })
+        })
+    }
+
+    fn filter(
+        &self,
+        filter: Filter,
+        program: &Program<'_>,
+        cookie: u64,
+        netns: &Netns,
+        device: u32,
+    ) -> Result<()> {
         let fd = program.as_fd();
         let record = Record { netns: netns.path().to_owned(), ..Record::default() };
         let (key, value) = maps::entry(&cookie, &wire::record_of(&record)?);
@@ -125,7 +159,7 @@ impl Dataplane {
             }
             fs::remove_file(&at)?;
         }
-        let link = netns.inside(|| link(fd, device))??;
+        let link = netns.inside(|| link(filter, fd, device))??;
         pin(link.as_fd(), &at)
     }
 
@@ -151,18 +185,17 @@ impl Dataplane {
         netns: &Path,
         device: u32,
     ) -> Option<Repair> {
-        let program = match filter {
-            Filter::Dns => self.skel.progs.dns_nat.as_fd(),
-            Filter::Reset => self.skel.progs.reset.as_fd(),
+        let program: &Program = match filter {
+            Filter::Dns => &self.skel.progs.dns_nat,
+            Filter::Reset => &self.skel.progs.reset,
+            Filter::Dialled => return None, // each pod has its own program: see repair_dialled
         };
         let open = || Netns::open_as(netns, cookie);
-        let own = Program::id_from_fd(program).ok()?;
+        let own = Program::id_from_fd(program.as_fd()).ok()?;
         let found = if kernel().links_filters {
-            let link = Link::open(self.pins.filter(filter, cookie, device)).ok();
-            let info = link.and_then(|link| link.info().ok());
-            info.filter(|info| device_of(info).is_ok_and(|at| at == device)).map(|i| i.prog_id)
+            self.linked(filter, cookie, device).map(|info| info.prog_id)
         } else {
-            let layout = self.pins.number();
+            let (program, layout) = (program.as_fd(), self.pins.number());
             let ask = || filter.hook(program, layout, device).query().ok();
             open().ok()?.inside(ask).ok()?
         };
@@ -172,7 +205,29 @@ impl Dataplane {
         // Not there any more: its filters are gone with it.
         let netns = open().ok()?;
         let text = format!("the {} filter of device {device} was removed", filter.name());
-        Some(Repair::new("filter", text, self.filter(filter, cookie, &netns, device)))
+        Some(Repair::new("filter", text, self.filter(filter, program, cookie, &netns, device)))
+    }
+
+    /// Looks whether dialled ports are noted on these devices of a pod, and has them noted again where
+    /// they are not.
+    pub fn repair_dialled(&self, cookie: u64, netns: &Path, devices: &[u32]) -> Vec<Repair> {
+        let is_gone = |device: &&u32| {
+            kernel().links_filters && self.linked(Filter::Dialled, cookie, **device).is_none()
+        };
+        let repair = |device: &u32| {
+            // Not there any more: its filters are gone with it.
+            let netns = Netns::open_as(netns, cookie).ok()?;
+            let text =
+                format!("the {} filter of device {device} was removed", Filter::Dialled.name());
+            Some(Repair::new("filter", text, self.attach_dialled(cookie, &netns, &[*device])))
+        };
+        devices.iter().filter(is_gone).filter_map(repair).collect()
+    }
+
+    /// What the kernel says about a filter's link; none: there is none, or its device is gone.
+    fn linked(&self, filter: Filter, cookie: u64, device: u32) -> Option<LinkInfo> {
+        let link = Link::open(self.pins.filter(filter, cookie, device)).ok()?;
+        link.info().ok().filter(|info| device_of(info).is_ok_and(|at| at == device))
     }
 
     /// Takes the filter for DNS off a pod's lo, where there is one.
@@ -200,7 +255,13 @@ impl Dataplane {
             }
             match Netns::open_as(&record.netns, cookie) {
                 Ok(_) if kernel().links_filters => {}
-                Ok(netns) => netns.inside(|| remove(Filter::Dns, LAYOUTS, LO))?,
+                Ok(netns) => {
+                    let devices = netns.facts()?.interfaces;
+                    netns.inside(|| {
+                        remove(Filter::Dns, LAYOUTS, LO);
+                        devices.values().for_each(|at| remove(Filter::Dialled, LAYOUTS, *at));
+                    })?;
+                }
                 // A namespace that is gone took its filters along.
                 Err(_) => filtered.delete(&cookie.to_ne_bytes())?,
             }
@@ -245,13 +306,13 @@ fn device_of(link: &LinkInfo) -> Result<u32> {
 }
 
 /// Links a filter to a device of the calling thread's namespace, behind those of others.
-fn link(program: BorrowedFd<'_>, device: u32) -> Result<OwnedFd> {
+fn link(filter: Filter, program: BorrowedFd<'_>, device: u32) -> Result<OwnedFd> {
     // SAFETY: the program's descriptor is open, and options may be none.
     let fd = unsafe {
         libbpf_sys::bpf_link_create(
             program.as_raw_fd(),
             device.cast_signed(),
-            libbpf_sys::BPF_TCX_EGRESS,
+            filter.point().1,
             ptr::null(),
         )
     };
@@ -270,7 +331,11 @@ fn put(filter: Filter, program: BorrowedFd<'_>, layout: u32, device: u32) -> Res
 
 /// Tries a filter on lo of the calling thread's namespace.
 pub(super) fn try_on_lo(filter: Filter, program: BorrowedFd<'_>) -> Result<()> {
-    if kernel().links_filters { link(program, LO).map(drop) } else { put(filter, program, 0, LO) }
+    if kernel().links_filters {
+        link(filter, program, LO).map(drop)
+    } else {
+        put(filter, program, 0, LO)
+    }
 }
 
 /// Takes a layout's filters out of the qdiscs of all pods' devices, also of those that have left.

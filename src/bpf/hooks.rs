@@ -11,6 +11,8 @@ pub(crate) enum Attach {
     Netns,
     /// The way out of a pod's network devices.
     Devices,
+    /// The way into them: of the object that each pod has.
+    DevicesIn,
     /// Nothing: the agent runs it when it wants to know something.
     Iterator,
     /// A map of sockets: it sees what they send.
@@ -166,6 +168,13 @@ pub(crate) const HOOKS: &[Hook] = &[
         kind: ProgramType::SchedCls,
         decides: false,
         helpers: &[STORAGE],
+    },
+    Hook {
+        program: "note_dialled",
+        attach: Attach::DevicesIn,
+        kind: ProgramType::SchedCls,
+        decides: false,
+        helpers: &[(libbpf_sys::BPF_FUNC_skb_load_bytes_relative, "bpf_skb_load_bytes_relative")],
     },
     Hook {
         program: "steer",

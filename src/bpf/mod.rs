@@ -576,7 +576,9 @@ impl Dataplane {
                 read.into_iter().collect::<Result<_>>()?
             }
         };
-        self.share_handshakes(desired.pods.keys().chain(keep))?;
+        let shared = || desired.pods.keys().chain(keep);
+        share_out(&self.skel.maps.handshakes, shared())?;
+        share_out(&self.skel.maps.spliced_of, shared())?;
         let applied = self.change(contents, &mut holds, desired, keep);
         // Others may have put there what takes the room.
         let is_failed = applied.as_ref().map_or(true, |applied| !applied.failed.is_empty());
@@ -658,21 +660,6 @@ impl Dataplane {
         Ok(applied)
     }
 
-    /// Gives these pods a share of `handovers`, and takes it from others, once none of theirs is in
-    /// use: sockets of a pod that has left may have connections under way still.
-    fn share_handshakes<'a>(&self, pods: impl Iterator<Item = &'a u64>) -> Result<()> {
-        let map = &self.skel.maps.handshakes;
-        let mut shares = maps::read(map)?;
-        let mut wanted: Entries = pods.map(|cookie| maps::entry(cookie, &0u32)).collect();
-        for (cookie, under_way) in &shares {
-            if wanted.remove(cookie).is_none() && wire::from_bytes::<u32>(under_way)? == 0 {
-                map.delete(cookie).context("cannot delete from map handshakes")?;
-            }
-        }
-        let missing = Diff { upserts: wanted, deletes: Vec::new() };
-        Table { map, holds: &mut shares }.upsert(&missing)
-    }
-
     /// Links this build's inbound program to a pod's namespace; one that is there already is
     /// switched over in one step.
     ///
@@ -680,15 +667,7 @@ impl Dataplane {
     /// Where the kernel refuses to load or to attach.
     pub fn attach_inbound(&mut self, cookie: u64, netns: &Netns) -> Result<()> {
         let mut storage = MaybeUninit::uninit();
-        let mut open = open_inbound(&mut storage, cookie)?;
-        for mut map in open.open_object_mut().maps_mut() {
-            let own = self.skel.object().maps().find(|own| own.name() == map.name());
-            if let Some(own) = own {
-                map.reuse_fd(own.as_fd())
-                    .with_context(|| format!("cannot share map {:?}", map.name()))?;
-            }
-        }
-        let skel = open.load().context("the kernel refused the inbound program")?;
+        let skel = self.load_inbound(&mut storage, cookie, "steer")?;
         let name = steer(cookie);
         if self.netns_lives(cookie) {
             return self.links.update(&name, &skel.progs.steer);
@@ -696,6 +675,28 @@ impl Dataplane {
         let link = skel.progs.steer.attach_netns(netns.as_raw_fd())?;
         replace_pin(link.as_fd(), &self.pins.steer(cookie))?;
         self.links.hold(&name, link)
+    }
+
+    /// Loads one program of the object that each pod has.
+    fn load_inbound<'a>(
+        &self,
+        storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
+        cookie: u64,
+        name: &str,
+    ) -> Result<skel_inbound::InboundSkel<'a>> {
+        let mut open = open_inbound(storage, cookie)?;
+        for mut program in open.open_object_mut().progs_mut() {
+            let wanted = program.name() == name;
+            program.set_autoload(wanted);
+        }
+        for mut map in open.open_object_mut().maps_mut() {
+            let own = self.skel.object().maps().find(|own| own.name() == map.name());
+            if let Some(own) = own {
+                map.reuse_fd(own.as_fd())
+                    .with_context(|| format!("cannot share map {:?}", map.name()))?;
+            }
+        }
+        open.load().with_context(|| format!("the kernel refused the program {name}"))
     }
 
     /// Whether the namespace with this cookie, which has an inbound program, still exists.
@@ -979,10 +980,14 @@ fn load_all() -> Result<Loaded> {
 pub fn try_filters() -> Result<()> {
     let mut storage = MaybeUninit::uninit();
     let node = open_node_in(&mut storage)?.load()?;
+    let mut storage = MaybeUninit::uninit();
+    let pod = open_inbound(&mut storage, 0)?.load()?;
     let (dns, reset) = (node.progs.dns_nat.as_fd(), node.progs.reset.as_fd());
+    let dialled = pod.progs.note_dialled.as_fd();
     netns::in_new(|| {
         filters::try_on_lo(Filter::Dns, dns)?;
-        filters::try_on_lo(Filter::Reset, reset)
+        filters::try_on_lo(Filter::Reset, reset)?;
+        filters::try_on_lo(Filter::Dialled, dialled)
     })?
 }
 
@@ -1179,6 +1184,23 @@ fn remove_layout(pins: &Pins, keep: &[&str]) -> Result<usize> {
     Ok(removed)
 }
 
+/// Gives these pods a share of what such a map counts, and takes it from others, once nothing of theirs
+/// is in use: sockets of a pod that has left may have some still.
+fn share_out<'a>(map: &impl MapCore, pods: impl Iterator<Item = &'a u64>) -> Result<()> {
+    let mut shares = maps::read(map)?;
+    let mut wanted: Entries = pods.map(|cookie| maps::entry(cookie, &0u32)).collect();
+    let mut unused = Vec::new();
+    for (cookie, used) in &shares {
+        if wanted.remove(cookie).is_none() && wire::from_bytes::<u32>(used)? == 0 {
+            unused.push(cookie.clone());
+        }
+    }
+    let diff = Diff { upserts: wanted, deletes: unused };
+    let mut table = Table { map, holds: &mut shares };
+    table.delete(&diff)?;
+    table.upsert(&diff)
+}
+
 /// Runs an iterator's program over all that it sees; what it wrote.
 fn run(link: &Link) -> Result<Vec<u8>> {
     let mut written = Vec::new();
@@ -1289,7 +1311,8 @@ mod tests {
             object.progs().map(|p| p.name().to_string_lossy().into_owned()).collect()
         };
         let rows = |netns: bool| -> BTreeSet<String> {
-            let hooks = HOOKS.iter().filter(|hook| (hook.attach == Attach::Netns) == netns);
+            let of_pod = |attach| matches!(attach, Attach::Netns | Attach::DevicesIn);
+            let hooks = HOOKS.iter().filter(|hook| of_pod(hook.attach) == netns);
             hooks.map(|hook| hook.program.to_owned()).collect()
         };
         assert_eq!(programs(node.open_object()), rows(false));

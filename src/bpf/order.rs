@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use libbpf_rs::{AsRawLibbpf, Link, Program, ProgramMut, libbpf_sys};
+use libbpf_rs::{AsRawLibbpf, Link, Program, ProgramMut, libbpf_sys, skel::Skel};
 
 use super::{
     Dataplane, Pins, cost,
@@ -131,11 +131,21 @@ fn named(id: u32) -> Option<(String, [u8; 8])> {
 /// # Errors
 /// Where the kernel does not tell.
 pub fn ahead(pins: &Pins, cgroup: &Cgroup) -> Result<Vec<Ahead>> {
+    ahead_of(pins, cgroup, |_| None)
+}
+
+/// The same, where these programs of Sidestep's are known beside those of the pinned links.
+fn ahead_of(
+    pins: &Pins,
+    cgroup: &Cgroup,
+    loaded: impl Fn(&str) -> Option<u32>,
+) -> Result<Vec<Ahead>> {
     let layouts = pins.layouts()?;
     let mut found = Vec::new();
     for (hook, kind) in deciding() {
         let links = layouts.iter().filter_map(|pins| Link::open(pins.link(hook.program)).ok());
-        let own: BTreeSet<u32> = links.filter_map(|link| Some(link.info().ok()?.prog_id)).collect();
+        let linked = links.filter_map(|link| Some(link.info().ok()?.prog_id));
+        let own: BTreeSet<u32> = linked.chain(loaded(hook.program)).collect();
         let tags: BTreeSet<[u8; 8]> = own.iter().filter_map(|id| Some(named(*id)?.1)).collect();
         for id in effective(cgroup, kind)?.into_iter().take_while(|id| !own.contains(id)) {
             // Another Sidestep's program takes what is its own pods' alone.
@@ -164,7 +174,7 @@ impl Dataplane {
         if self.to_take_over {
             return Ok(Vec::new());
         }
-        let found = ahead(&self.pins, cgroup)?;
+        let found = self.ahead(cgroup)?;
         let recently = self.went_first.is_some_and(|then| then.elapsed() < AGAIN);
         if found.is_empty() || recently || !can_be_first(&self.skel.progs.connect4) {
             return Ok(found);
@@ -178,6 +188,14 @@ impl Dataplane {
         for one in &found {
             tracing::info!("{one} came before Sidestep's: it comes after now");
         }
-        ahead(&self.pins, cgroup)
+        self.ahead(cgroup)
+    }
+
+    fn ahead(&self, cgroup: &Cgroup) -> Result<Vec<Ahead>> {
+        let object = self.skel.object();
+        ahead_of(&self.pins, cgroup, |name| {
+            let program = object.progs().find(|program| program.name() == name)?;
+            Program::id_from_fd(program.as_fd()).ok()
+        })
     }
 }

@@ -215,6 +215,7 @@ pub(crate) fn pod_of(row: &PodRow) -> pod {
         (row.exclude_ifs, pod_flag::POD_EXCLUDE_IFS),
         (row.splice, pod_flag::POD_SPLICE),
         (row.route_localnet, pod_flag::POD_ROUTE_LOCALNET),
+        (row.own_nat, pod_flag::POD_OWN_NAT),
     ];
     let address = |ip: Option<IpAddr>| ip.map(addr::from).unwrap_or_default();
     pod {

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub mod cluster;
+pub mod programs;
 pub mod splicing;
 
 use std::{
@@ -114,6 +115,14 @@ impl Node {
     pub fn counter(&self, mesh: &str, name: &str) -> u64 {
         let status = self.agent.status().expect("status");
         status["counters"][mesh][name].as_u64().unwrap_or_else(|| panic!("no {name}: {status}"))
+    }
+
+    /// The cookie of a pod's namespace.
+    pub fn cookie(&self, pod: &Pod) -> u64 {
+        let (status, name) = (self.agent.status().expect("status"), format!("lab/{}", pod.name()));
+        let pods = status["pods"].as_array().expect("pods");
+        let found = pods.iter().find(|found| found["pod"] == name).expect("the pod");
+        found["netns_cookie"].as_str().and_then(|cookie| cookie.parse().ok()).expect("a cookie")
     }
 
     /// A map of the agent's.

@@ -1,0 +1,130 @@
+//! Whether a network namespace has rules of its own that translate what comes in: asked of the kernel,
+//! for the calling thread's namespace.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{self, ErrorKind},
+    os::fd::AsRawFd,
+    path::Path,
+};
+
+use anyhow::{Context, Result, bail};
+use nix::{
+    errno::Errno,
+    sys::socket::{
+        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto,
+        socket,
+    },
+};
+
+/// Whoever translates needs the kernel to keep track of connections: where it does not, nobody does,
+/// and nothing is asked that would load a module.
+const CONNTRACK: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
+/// The tables of iptables' older kind that are in use, a name on each line.
+const TABLES: [&str; 2] =
+    ["/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"];
+
+// From linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h and
+// linux/netfilter.h.
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_DUMP: u16 = 0x300;
+const NFT_MSG_NEWCHAIN: u16 = (10 << 8) | 3;
+const NFT_MSG_GETCHAIN: u16 = (10 << 8) | 4;
+const NFTA_CHAIN_HOOK: u16 = 4;
+const NFTA_CHAIN_USE: u16 = 6;
+const NFTA_CHAIN_TYPE: u16 = 7;
+const NFTA_HOOK_HOOKNUM: u16 = 1;
+const NLA_TYPE_MASK: u16 = 0x3fff;
+const NF_INET_PRE_ROUTING: u32 = 0;
+/// The length of `struct nlmsghdr`.
+const HEADER: usize = 16;
+/// The length of `struct nfgenmsg`.
+const FAMILY: usize = 4;
+
+/// Whether rules of the calling thread's namespace translate connections that come in: iptables' of
+/// either kind, or nftables'. A table of iptables' older kind counts though it is empty.
+///
+/// # Errors
+/// Where the kernel does not tell.
+pub fn translates_inbound() -> Result<bool> {
+    if !Path::new(CONNTRACK).exists() {
+        return Ok(false);
+    }
+    for path in TABLES {
+        match fs::read_to_string(path) {
+            Ok(tables) if tables.lines().any(|table| table == "nat") => return Ok(true),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("cannot read {path}")),
+        }
+    }
+    chains_translate().context("cannot read the chains of nftables")
+}
+
+fn chains_translate() -> Result<bool> {
+    let protocol = SockProtocol::NetlinkNetFilter;
+    let socket =
+        match socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol) {
+            Err(Errno::EPROTONOSUPPORT) => return Ok(false),
+            socket => socket?,
+        };
+    let mut request = ((HEADER + FAMILY) as u32).to_ne_bytes().to_vec();
+    request.extend(NFT_MSG_GETCHAIN.to_ne_bytes());
+    request.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    request.resize(HEADER + FAMILY, 0); // any number, from whoever, of all families
+    let kernel = NetlinkAddr::new(0, 0);
+    sendto(socket.as_raw_fd(), &request, &kernel, MsgFlags::empty())?;
+    let mut buffer = vec![0; 32 << 10];
+    let mut found = false;
+    loop {
+        let received = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?;
+        let mut rest = &buffer[..received];
+        while let Some(header) = rest.first_chunk::<HEADER>() {
+            let len = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
+            let message = rest.get(HEADER..len).context("a message is cut off")?;
+            match u16::from_ne_bytes([header[4], header[5]]) {
+                NLMSG_DONE => return Ok(found),
+                NLMSG_ERROR => {
+                    let code = message.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
+                    match -code {
+                        // It has no nftables.
+                        libc::EINVAL | libc::EOPNOTSUPP => return Ok(false),
+                        errno => bail!(io::Error::from_raw_os_error(errno)),
+                    }
+                }
+                NFT_MSG_NEWCHAIN => {
+                    found |= is_inbound_nat(message.get(FAMILY..).unwrap_or_default());
+                }
+                _ => {}
+            }
+            rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+        }
+    }
+}
+
+/// Whether a chain, given as its attributes, translates what comes in: it is hooked there, and has
+/// rules.
+fn is_inbound_nat(chain: &[u8]) -> bool {
+    let chain = attributes(chain);
+    let hook = attributes(chain.get(&NFTA_CHAIN_HOOK).copied().unwrap_or_default());
+    let number = |value: Option<&&[u8]>| Some(u32::from_be_bytes(value?.first_chunk().copied()?));
+    chain.get(&NFTA_CHAIN_TYPE).is_some_and(|name| name.starts_with(b"nat\0"))
+        && number(hook.get(&NFTA_HOOK_HOOKNUM)) == Some(NF_INET_PRE_ROUTING)
+        && number(chain.get(&NFTA_CHAIN_USE)) != Some(0)
+}
+
+fn attributes(mut rest: &[u8]) -> BTreeMap<u16, &[u8]> {
+    let mut found = BTreeMap::new();
+    while let Some(header) = rest.first_chunk::<4>() {
+        let len = usize::from(u16::from_ne_bytes([header[0], header[1]]));
+        let Some(value) = rest.get(4..len) else {
+            break;
+        };
+        found.insert(u16::from_ne_bytes([header[2], header[3]]) & NLA_TYPE_MASK, value);
+        rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+    }
+    found
+}
