@@ -333,7 +333,9 @@ fn nat_rules_of_the_pod_do_not_change_which_ports_are_excluded() {
             // Rules that come while the pod runs.
             own_rules(pod);
             let to = addr(pod.ipv4(), 80);
-            node.becomes("port 80 to be let through", || ask(to).seen.orig.is_none());
+            // The agent looks for such rules every three seconds.
+            wait_until("port 80 to be let through", 2 * SOON, || ask(to).seen.orig.is_none())
+                .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
         }
         for ip in pod.ips() {
             for excluded in [80, 9090] {
