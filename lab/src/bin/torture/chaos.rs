@@ -27,7 +27,7 @@ const POLICY: &str = "table inet rules {
 const REFRESH: Duration = Duration::from_secs(1);
 /// How long those that wait for each other may take to come to a stop, and how long nothing must have
 /// been redirected by then.
-const STOPS: Duration = Duration::from_secs(3);
+const STOPS: Duration = Duration::from_secs(2);
 const STILL: Duration = Duration::from_millis(300);
 
 /// Something that happens.

@@ -10,8 +10,8 @@ use sidestep_lab::pattern::{Pattern, mix};
 /// How many pods there are; the last one comes and goes.
 pub const PODS: usize = 3;
 
-/// How many questions a long conversation has: some eight seconds of them.
-const TALK: usize = 2000;
+/// How many questions a long conversation has: some four seconds of them.
+const TALK: usize = 1200;
 
 /// Which way a connection takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,7 +131,7 @@ impl Plan {
         ][rng.usize(..7)];
         let mut ends = [part(rng), part(rng)];
         // Not with the pod that comes and goes: it waits for its connections to end.
-        if from.max(to) < PODS - 1 && rng.u8(..8) == 0 {
+        if from.max(to) < PODS - 1 && rng.u8(..16) == 0 {
             talk(rng, &mut ends);
         } else {
             body(rng, &mut ends);
