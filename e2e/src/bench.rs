@@ -44,7 +44,8 @@ const CELLS: [Cell; 4] = [
     Cell {
         name: "1MB/4",
         doc: "4 connections, answers of 1 MB",
-        args: &["-c", "4"],
+        // The other client takes no answer that is larger than its buffer.
+        args: &["-c", "4", "-stdclient"],
         path: "echo?size=1048576",
     },
 ];
@@ -139,7 +140,7 @@ fn measure(
         "name": "app",
         "image": PROGRAM_IMAGE,
         "args": ["server", "-http-port", "0.0.0.0:8080", "-grpc-port", "disabled",
-            "-redirect-port", "disabled", "-tcp-port", "disabled", "-udp-port", "disabled"],
+            "-maxpayloadsizekb", "1024", "-redirect-port", "disabled", "-tcp-port", "disabled", "-udp-port", "disabled"],
     }]}});
     space.server("server", node, edit.clone())?;
     space.client("client", node, edit)?;
