@@ -87,6 +87,11 @@ struct Sample {
 pub fn bench(settings: &Settings, kind: &str, istio: Istio) -> Result<()> {
     let cluster = Cluster::start(kind, Mesh::Istio(istio))?;
     own_rules(&cluster)?;
+    fs::create_dir_all(&settings.out).context("making the report's directory")?;
+    let write = |name: &str, text: String| {
+        let file = settings.out.join(name);
+        fs::write(&file, text).with_context(|| format!("writing {}", file.display()))
+    };
     let mut samples = Vec::new();
     for round in 0..settings.rounds {
         for turn in 0..MODES.len() {
@@ -94,16 +99,11 @@ pub fn bench(settings: &Settings, kind: &str, istio: Istio) -> Result<()> {
             samples.extend(measure(&cluster, settings, round, mode)?);
         }
         println!("round {} of {} is done", round + 1, settings.rounds);
+        // Each time: what was measured is there whatever comes later.
+        write("report.md", report(&samples))?;
+        write("report.json", serde_json::to_string_pretty(&samples)?)?;
     }
-    fs::create_dir_all(&settings.out).context("making the report's directory")?;
-    let write = |name: &str, text: String| {
-        let file = settings.out.join(name);
-        fs::write(&file, text).with_context(|| format!("writing {}", file.display()))
-    };
-    let text = report(&samples);
-    print!("{text}");
-    write("report.md", text)?;
-    write("report.json", serde_json::to_string_pretty(&samples)?)?;
+    print!("{}", report(&samples));
     let failed: u64 = samples.iter().map(|sample| sample.failed).sum();
     ensure!(failed == 0, "{failed} requests failed: {}", settings.out.display());
     Ok(())
