@@ -8,7 +8,7 @@
 # Environment, beside that of cluster.sh: MESH=istio (default), linkerd, kuma or none: what the scenarios
 # of a mesh run under. KEEP=1 leaves the cluster. Logs of what fails are in target/e2e-logs.
 # CONFORMANCE=1: in place of the scenarios, Kubernetes' own conformance tests of the network, without
-# the agent and the mesh and with them; half an hour, and logs in target/e2e-kubernetes.
+# the agent and the mesh and with them; a quarter of an hour, and logs in target/e2e-kubernetes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

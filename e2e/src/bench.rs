@@ -140,7 +140,8 @@ fn measure(
         "name": "app",
         "image": PROGRAM_IMAGE,
         "args": ["server", "-http-port", "0.0.0.0:8080", "-grpc-port", "disabled",
-            "-maxpayloadsizekb", "1024", "-redirect-port", "disabled", "-tcp-port", "disabled", "-udp-port", "disabled"],
+            "-redirect-port", "disabled", "-tcp-port", "disabled", "-udp-port", "disabled",
+            "-maxpayloadsizekb", "1024"],
     }]}});
     space.server("server", node, edit.clone())?;
     space.client("client", node, edit)?;

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -61,6 +62,13 @@ impl Tests {
         let log = self.out.join(format!("{name}.log"));
         let report = self.out.join(format!("{name}.json"));
         let file = fs::File::create(&log).with_context(|| format!("making {}", log.display()))?;
+        // One of an earlier run would be taken for this one's, where this one leaves none.
+        match fs::remove_file(&report) {
+            Err(err) if err.kind() != ErrorKind::NotFound => {
+                return Err(err).with_context(|| format!("removing {}", report.display()));
+            }
+            _ => {}
+        }
         println!("{FOCUS} {name} Sidestep and a mesh: {}", log.display());
         let start = Instant::now();
         // It fails when a spec does: the report says which.
