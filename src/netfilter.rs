@@ -17,6 +17,9 @@ use nix::{
         socket,
     },
 };
+use rtnetlink::packet_core::{
+    NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NlasIterator,
+};
 
 /// Whoever translates needs the kernel to keep track of connections: where it does not, nobody does,
 /// and nothing is asked that would load a module.
@@ -25,19 +28,13 @@ const CONNTRACK: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
 const TABLES: [&str; 2] =
     ["/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"];
 
-// From linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h and
-// linux/netfilter.h.
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_DUMP: u16 = 0x300;
+// From linux/netfilter/nfnetlink.h and linux/netfilter/nf_tables.h.
 const NFT_MSG_NEWCHAIN: u16 = (10 << 8) | 3;
 const NFT_MSG_GETCHAIN: u16 = (10 << 8) | 4;
 const NFTA_CHAIN_HOOK: u16 = 4;
 const NFTA_CHAIN_USE: u16 = 6;
 const NFTA_CHAIN_TYPE: u16 = 7;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
-const NLA_TYPE_MASK: u16 = 0x3fff;
 const NF_INET_PRE_ROUTING: u32 = 0;
 /// The length of `struct nlmsghdr`.
 const HEADER: usize = 16;
@@ -82,10 +79,10 @@ fn chains_translate() -> Result<bool> {
     loop {
         let received = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?;
         let mut rest = &buffer[..received];
-        while let Some(header) = rest.first_chunk::<HEADER>() {
-            let len = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
-            let message = rest.get(HEADER..len).context("a message is cut off")?;
-            match u16::from_ne_bytes([header[4], header[5]]) {
+        while !rest.is_empty() {
+            let header = NetlinkBuffer::new_checked(rest)?;
+            let message = header.payload();
+            match header.message_type() {
                 NLMSG_DONE => return Ok(found),
                 NLMSG_ERROR => {
                     let code = message.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
@@ -100,7 +97,8 @@ fn chains_translate() -> Result<bool> {
                 }
                 _ => {}
             }
-            rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+            let len = (header.length() as usize).next_multiple_of(4);
+            rest = rest.get(len..).unwrap_or_default();
         }
     }
 }
@@ -109,22 +107,14 @@ fn chains_translate() -> Result<bool> {
 /// rules.
 fn is_inbound_nat(chain: &[u8]) -> bool {
     let chain = attributes(chain);
-    let hook = attributes(chain.get(&NFTA_CHAIN_HOOK).copied().unwrap_or_default());
-    let number = |value: Option<&&[u8]>| Some(u32::from_be_bytes(value?.first_chunk().copied()?));
+    let hook = chain.get(&NFTA_CHAIN_HOOK).map(|hook| attributes(hook)).unwrap_or_default();
+    let number = |value: Option<&Vec<u8>>| Some(u32::from_be_bytes(value?.first_chunk().copied()?));
     chain.get(&NFTA_CHAIN_TYPE).is_some_and(|name| name.starts_with(b"nat\0"))
         && number(hook.get(&NFTA_HOOK_HOOKNUM)) == Some(NF_INET_PRE_ROUTING)
         && number(chain.get(&NFTA_CHAIN_USE)) != Some(0)
 }
 
-fn attributes(mut rest: &[u8]) -> BTreeMap<u16, &[u8]> {
-    let mut found = BTreeMap::new();
-    while let Some(header) = rest.first_chunk::<4>() {
-        let len = usize::from(u16::from_ne_bytes([header[0], header[1]]));
-        let Some(value) = rest.get(4..len) else {
-            break;
-        };
-        found.insert(u16::from_ne_bytes([header[2], header[3]]) & NLA_TYPE_MASK, value);
-        rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
-    }
-    found
+fn attributes(bytes: &[u8]) -> BTreeMap<u16, Vec<u8>> {
+    let all = NlasIterator::new(bytes).map_while(Result::ok);
+    all.map(|one| (one.kind(), one.value().to_vec())).collect()
 }
