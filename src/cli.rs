@@ -25,7 +25,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the agent: enrol the node's mesh pods and keep them enrolled.
+    /// Run the agent: enroll the node's mesh pods and keep them enrolled.
     ///
     /// Ends on SIGTERM or SIGINT and leaves the data plane in force; `sidestep unload` takes it
     /// away. A new agent adopts what an earlier one left.

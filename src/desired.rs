@@ -403,11 +403,11 @@ pub fn desired(
     let mut out = Desired::default();
     for candidate in sorted {
         let name = &candidate.facts.name;
-        match enrol(&mut out, candidate, &candidate.facts.policy, host, limits) {
+        match enroll(&mut out, candidate, &candidate.facts.policy, host, limits) {
             Ok(()) => {}
             Err(refusal) if refusal.is_about_policy() => {
                 // Nothing of the pod's must get past its proxy for want of room.
-                match enrol(&mut out, candidate, &Policy::default(), host, limits) {
+                match enroll(&mut out, candidate, &Policy::default(), host, limits) {
                     Ok(()) => out.closed.push((name.clone(), refusal)),
                     Err(refusal) => out.refused.push((name.clone(), refusal)),
                 }
@@ -418,7 +418,7 @@ pub fn desired(
     out
 }
 
-fn enrol(
+fn enroll(
     out: &mut Desired,
     Candidate { facts, netns }: &Candidate,
     policy: &Policy,

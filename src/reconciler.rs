@@ -120,7 +120,7 @@ pub struct Reconciler {
     owners: BTreeMap<u64, Record>,
     /// What the maps hold, once this agent has written them, and whose entries were kept beside.
     applied: Option<(Desired, BTreeSet<u64>)>,
-    /// By namespace cookie; holds only pods whose enrolment was completed by this agent.
+    /// By namespace cookie; holds only pods whose enrollment was completed by this agent.
     pods: BTreeMap<u64, Enrolled>,
     /// When a pod's listeners may be looked for.
     searched: BTreeMap<(u64, u16), Backoff>,
@@ -534,7 +534,7 @@ impl Reconciler {
                 }
             }
         }
-        self.enrol(candidates, &snapshot, problems)?;
+        self.enroll(candidates, &snapshot, problems)?;
         problems.extend(self.own_iptables(&snapshot));
         problems.extend(self.left_behind());
         self.take_over(problems)?;
@@ -847,7 +847,7 @@ impl Reconciler {
         &self.problems
     }
 
-    fn enrol(
+    fn enroll(
         &mut self,
         mut candidates: Vec<Candidate>,
         snapshot: &Snapshot,

@@ -82,7 +82,7 @@ fn sockets(pod: &Pod) -> Vec<OwnedFd> {
     .expect("runs")
 }
 
-fn assert_no_answer_changes(enrol: bool) {
+fn assert_no_answer_changes(enroll: bool) {
     let lab = Lab::new("untouched").expect("a lab");
     let pod = lab.pod("a", PodNet { v4: true, v6: true }).expect("a pod");
     let sockets = sockets(&pod);
@@ -93,7 +93,7 @@ fn assert_no_answer_changes(enrol: bool) {
     let again = all_answers(&sockets);
     let mut agent = Agent::start(binary(), &lab).expect("the agent");
     agent.wait_log("in force").expect("starts");
-    if enrol {
+    if enroll {
         agent.add_pod(&pod).expect("a manifest");
         agent.wait_enrolled(&pod).expect("enrolled");
     }
@@ -111,7 +111,7 @@ fn assert_no_answer_changes(enrol: bool) {
         // A connected TCP socket of a mesh pod does get an answer to SO_ORIGINAL_DST.
         let (socket, level, option, _) = *key;
         let original = option == SO_ORIGINAL_DST && [libc::SOL_IP, libc::SOL_IPV6].contains(&level);
-        if enrol && clients.contains(&socket) && original {
+        if enroll && clients.contains(&socket) && original {
             continue;
         }
         if !moving.contains(&(socket, level, option)) {
