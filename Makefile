@@ -97,6 +97,7 @@ check: ## formatting, lints, licences and the quick unit tests (no root)
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	$(if $(C_FILES),$(CLANG_FORMAT) --dry-run -Werror $(C_FILES))
 	shellcheck scripts/*.sh e2e/*.sh e2e/cluster/*.sh e2e/cluster/node/*.sh .ci/run
+	scripts/mutants.py --list > /dev/null
 	cargo deny --log-level error check bans licenses sources
 	scripts/workflows.sh
 	cargo clippy -q --workspace --all-targets -- -D warnings

@@ -2,7 +2,7 @@
 """Changes one decision of the eBPF programs at a time, and sees whether a test notices.
 
     scripts/mutants.py              all of scripts/mutants_table.py; writes docs/mutants.md
-    scripts/mutants.py PATTERN      those whose file or text contain it; writes nothing
+    scripts/mutants.py PATTERN      those whose file or description contain it; writes nothing
     scripts/mutants.py --resume     all, but for those that turned out well in an earlier run with
                                     the same eBPF programs (whatever became of the tests since)
     scripts/mutants.py --list       the table, run nothing
@@ -22,8 +22,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-from mutants_table import MUTANTS
+from mutants_table import MUTANTS, Within
 
 REPO = Path(__file__).resolve().parent.parent
 SCRATCH = Path(os.environ.get("CARGO_TARGET_DIR", REPO / "target")).resolve() / "mutants"
@@ -146,15 +147,15 @@ def killers(tests, executables, limit):
     return []
 
 
-def judge(mutant, executables):
+def judge(mutant, site, executables):
     """What becomes of a mutant: its verdict, and what shows it."""
-    path = TREE / "bpf" / mutant.file
+    path = TREE / "bpf" / site.file
     original = path.read_text()
-    path.write_text(original.replace(mutant.old, mutant.new))
+    path.write_text(original[:site.start] + mutant.new + original[site.end:])
     try:
         errors = compile_objects()
         if errors:
-            sys.exit(f"{mutant.file}: {mutant.what}: does not compile:\n{errors}")
+            sys.exit(f"{site.file}: {mutant.what}: does not compile:\n{errors}")
         killed_by = killers(mutant.tests, executables, TEST_LIMIT)
         if not killed_by and not mutant.why:
             killed_by = killers(" ".join(n for n in DATA_PATH if n in executables), executables,
@@ -173,7 +174,7 @@ class Done:
 
     def __init__(self):
         self.path = SCRATCH / "done.json"
-        self.sources = b"".join(path.read_bytes() for path in sorted((REPO / "bpf").iterdir()))
+        self.sources = b"".join(text.encode() for text in sources().values())
         self.all = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def key(self, mutant):
@@ -192,18 +193,43 @@ def is_open(mutant, verdict):
     return (verdict == "killed") == bool(mutant.why)
 
 
-def check_table():
-    for mutant in MUTANTS:
-        text = (REPO / "bpf" / mutant.file).read_text()
-        count = text.count(mutant.old)
-        if count != 1:
-            sys.exit(f"{mutant.file}: {mutant.what}: its text is there {count} times, not once:\n"
-                     f"{mutant.old}")
+class Site(NamedTuple):
+    """Where a mutant's text is: the file below bpf/, and from where to where in it."""
+
+    file: str
+    start: int
+    end: int
+
+
+def sources():
+    """The text of each C file, by its path below bpf/."""
+    root = REPO / "bpf"
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".c", ".h"))
+    return {str(path.relative_to(root)): path.read_text() for path in files}
+
+
+def find(mutant, texts):
+    """Its site; ends the run where there is not exactly one."""
+    place, text = mutant.old if isinstance(mutant.old, Within) else ("", mutant.old)
+    function = re.compile(rf"^\w[^\n;]*\b{re.escape(place)}\([^;{{]*\)\n{{\n.*?^}}\n", re.M | re.S)
+    sites = []
+    for file, source in texts.items():
+        spans = [(0, len(source))]
+        if place and Path(file).name != place:
+            spans = [match.span() for match in function.finditer(source)]
+        for start, end in spans:
+            while (start := source.find(text, start, end)) >= 0:
+                sites.append(Site(file, start, start + len(text)))
+                start += len(text)
+    if len(sites) != 1:
+        places = ", ".join(site.file for site in sites) or "nowhere"
+        sys.exit(f"{mutant.what}: its text is to be there once, and is in: {places}\n{text}")
+    return sites[0]
 
 
 def report(results):
-    killed = [r for r in results if r[1] == "killed"]
-    explained = [r for r in results if r[1] == "survived" and r[0].why]
+    killed = [r for r in results if r[2] == "killed"]
+    explained = [r for r in results if r[2] == "survived" and r[0].why]
     lines = [
         "# What the tests notice", "",
         "Made by `make mutants` (`scripts/mutants.py`, changes in `scripts/mutants_table.py`): one",
@@ -213,10 +239,10 @@ def report(results):
         f"{len(results)} changes: {len(killed)} noticed, {len(explained)} explained, "
         f"{len(results) - len(killed) - len(explained)} open.", "",
     ]
-    for file in dict.fromkeys(mutant.file for mutant, _, _ in results):
+    for file in dict.fromkeys(site.file for _, site, _, _ in results):
         lines += [f"## {file}", "", "| what if | noticed by |", "|---|---|"]
-        for mutant, verdict, by in results:
-            if mutant.file == file:
+        for mutant, site, verdict, by in results:
+            if site.file == file:
                 shown = "; ".join(by[:2]) + (f" and {len(by) - 2} more" if len(by) > 2 else "")
                 shown = shown if verdict == "killed" else \
                     f"nothing: {mutant.why}" if mutant.why else "**nothing: open**"
@@ -226,13 +252,14 @@ def report(results):
 
 
 def main(args):
-    check_table()
+    texts = sources()
+    every = [(mutant, find(mutant, texts)) for mutant in MUTANTS]
     option = args[0] if args else ""
     if option == "--list":
-        print("\n".join(f"{m.file}: {m.what}" for m in MUTANTS))
+        print("\n".join(f"{site.file}: {mutant.what}" for mutant, site in every))
         return
     pattern = "" if option == "--resume" else option
-    chosen = [m for m in MUTANTS if pattern in f"{m.file}: {m.what}"]
+    chosen = [(m, site) for m, site in every if pattern in f"{site.file}: {m.what}"]
     if os.geteuid() != 0:
         sys.exit("mutants: needs root: the tests load eBPF programs and make network namespaces")
     if not chosen:
@@ -244,23 +271,23 @@ def main(args):
     errors = compile_objects()
     if errors:
         sys.exit(f"the eBPF programs don't compile:\n{errors}")
-    for name, filters in by_binary(" ".join(m.tests for m in chosen)).items():
+    for name, filters in by_binary(" ".join(m.tests for m, _ in chosen)).items():
         # Of other files, a survivor meets no more than the tests that it names.
         failed = failing(executables[name], [] if name in DATA_PATH else filters, ALL_LIMIT)
         if failed:
             sys.exit(f"mutants: {name} fails with no change at all: {sorted(failed)}")
     results, wrong, done = [], 0, Done()
-    for number, mutant in enumerate(chosen, 1):
+    for number, (mutant, site) in enumerate(chosen, 1):
         start = time.monotonic()
         before = done.get(mutant) if option == "--resume" else None
         if not before or is_open(mutant, before[0]):
-            before = judge(mutant, executables)
+            before = judge(mutant, site, executables)
         verdict, by = before
         done.put(mutant, (verdict, by))
-        results.append((mutant, verdict, by))
+        results.append((mutant, site, verdict, by))
         wrong += is_open(mutant, verdict)
         note = "; ".join(by) or (f"explained: {mutant.why}" if mutant.why else "NOT EXPLAINED")
-        print(f"[{number}/{len(chosen)}] {mutant.file}: {mutant.what}: {verdict}: {note} "
+        print(f"[{number}/{len(chosen)}] {site.file}: {mutant.what}: {verdict}: {note} "
               f"({time.monotonic() - start:.0f} s)", flush=True)
     if not pattern:
         (REPO / "docs/mutants.md").write_text(report(results))

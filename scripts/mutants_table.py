@@ -1,16 +1,23 @@
 """The changes that scripts/mutants.py makes: each must break a test, or say why it can't.
 
-`old` must be in the file exactly once. `tests` are `BINARY:FILTER`s of cargo test, the fastest
-first. `why`, of those that no test can notice: what makes the change one without consequence.
+`old` must be in the sources of bpf/ exactly once, or, of a `Within`, in that function or file.
+`tests` are `BINARY:FILTER`s of cargo test, the fastest first. `why`, of those that no test can
+notice: what makes the change one without consequence.
 """
 
 from typing import NamedTuple
 
 
+class Within(NamedTuple):
+    """A text that is there more than once, and the function or the file that is meant."""
+
+    place: str
+    text: str
+
+
 class Mutant(NamedTuple):
-    file: str
     what: str
-    old: str
+    old: str | Within
     new: str
     tests: str
     why: str = ""
@@ -19,15 +26,15 @@ class Mutant(NamedTuple):
 MUTANTS = []
 
 
-def of(file, *rows):
-    MUTANTS.extend(Mutant(file, *row) for row in rows)
+def add(*rows):
+    MUTANTS.extend(Mutant(*row) for row in rows)
 
 
 T1 = "outbound:t1_"
 SAVES_A_LOOKUP = "saves a lookup: a list without its bit has no entries"
 
-of(
-    "policy.h",
+# What a mesh's rules decide.
+add(
     # Lists.
     ("port lists are looked up without their bit",
      "return pod->sets & (1U << set) && port_listed(", "return port_listed(",
@@ -240,8 +247,8 @@ of(
      "inbound:excluded_and"),
 )
 
-of(
-    "pod.h",
+# Addresses, pods, counters.
+add(
     ("0.0.0.0 is no unspecified address",
      "(a->w[2] == 0 || a->w[2] == V4MAPPED);", "a->w[2] == 0;", "outbound:t3_"),
     (":: is no unspecified address",
@@ -309,8 +316,8 @@ of(
      "linkerd:on_localhost_alone"),
 )
 
-of(
-    "sockaddr.h",
+# What policy is told of a socket.
+add(
     ("user and group are mixed up",
      "c->uid = peek(cred, fsuid.val);", "c->uid = peek(cred, fsgid.val);",
      "outbound:t9_ kuma:its_group linkerd"),
@@ -349,7 +356,7 @@ of(
      "if (addr_is_any(&c->src) && !addr_is4(&c->dst) && addr", "if (addr_is_any(&c->src) && addr",
      "outbound:t10_"),
     ("the proxy's side is told a peer too",
-     "if (!od || od->role != ROLE_CLIENT)", "if (!od)",
+     Within("restore_dialled", "if (!od || od->role != ROLE_CLIENT)"), "if (!od)",
      "outbound:t1_ outbound:t4_",
      "an accepted socket's peer is not its own address, which is what is looked for"),
     ("a former destination is told as the peer",
@@ -360,8 +367,8 @@ of(
      "if (!addr_eq(&a, &od->via))", "sockets:a_failed_call"),
 )
 
-of(
-    "connect.h",
+# connect() and names.
+add(
     ("sockets bound to a device are sent elsewhere",
      "if (c->ifindex && !addr_is_any(own))\n\t\treturn *own", "if (false)\n\t\treturn *own",
      "sockets:device"),
@@ -412,8 +419,8 @@ of(
      "if (!addr_is4(&od->orig))\n\t\tlocalhost", "if (false)\n\t\tlocalhost", T1),
 )
 
-of(
-    "origdst.h",
+# Original destinations.
+add(
     ("what the kernel or an older layout answered is put aside",
      "if (!ctx->retval) {\n\t\tif (is_redirect", "if (false) {\n\t\tif (is_redirect",
      "edges:beside"),
@@ -430,7 +437,7 @@ of(
     ("an MPTCP subflow is on its own", "\t\tif (msk)\n", "\t\tif (false && msk)\n",
      "sockets:mptcp"),
     ("IPv6's connections are read as IPv4's",
-     "if (ctx->family == AF_INET6) {", "if (false) {", T1),
+     Within("sockops_conn", "if (ctx->family == AF_INET6) {"), "if (false) {", T1),
     ("client and server are mixed up", "c.src = client ? local : remote;",
      "c.src = client ? remote : local;", "dns:t11_tcp"),
     ("ports are mixed up", "c.sport = client ? lport : rport;",
@@ -455,11 +462,11 @@ of(
     ("offers are withdrawn when the socket's state changes",
      "if (ctx->args[1] != BPF_TCP_CLOSE)", "if (false)", T1),
     ("a socket on any port takes an offer",
-     "if (!is_steered_port(pod, ctx->local_port))", "if (false)",
+     Within("origdst_take", "if (!is_steered_port(pod, ctx->local_port))"), "if (false)",
      "outbound:t1_ sockets:what_a_failed",
      "saves a lookup: offers are for the listeners' ports only"),
     ("only the outbound listener takes offers",
-     "if (!is_steered_port(pod, ctx->local_port))",
+     Within("origdst_take", "if (!is_steered_port(pod, ctx->local_port))"),
      "if (ctx->local_port != pod->out_port)", "outbound:t4_ dns:t11_tcp"),
     ("a connection without an offer is always counted",
      "if (addr_is_via(&c.dst))\n\t\t\tcount(pod, HANDOVER_MISSED);",
@@ -504,8 +511,8 @@ of(
     ("answers are not counted", "\tcount(pod, ORIGDST_ANSWERED);\n", "", "outbound:counted"),
 )
 
-of(
-    "dns.h",
+# DNS.
+add(
     ("a socket that is connected again remembers its DNS server",
      "\tbpf_sk_storage_delete(&origdsts, ctx->sk);\n", "", "dns:connected_again dns:sockets_see"),
     ("a UDP socket to any port is looked at",
@@ -594,16 +601,16 @@ of(
      "dns:t11_an"),
 )
 
-of(
-    "layouts.h",
+# Upgrades.
+add(
     ("no socket has state in the old maps", "if (ctx->sk)\n\t\tstorages++;", "if (false)\n\t\tstorages++;",
      "lifecycle:other_maps"),
     ("the end of the walk is a socket", "if (ctx->sk)\n\t\tstorages++;", "storages++;",
      "lifecycle:other_maps"),
 )
 
-of(
-    "route.h",
+# Source routes.
+add(
     ("a socket that has a source route of IPv4 connects",
      "if (options && peek(options, opt.srr))", "if (false && options)", "edges:an_app_cannot"),
     ("a socket that has a source route of IPv6 connects",
@@ -620,8 +627,8 @@ of(
      "edges:an_app_cannot"),
 )
 
-of(
-    "listeners.h",
+# The proxies' listeners.
+add(
     ("every listener of a pod is remembered",
      "if (!pod || !is_steered_port(pod, ctx->local_port))", "if (!pod)",
      "inbound:only_the_proxys"),
@@ -651,15 +658,15 @@ of(
      "return local && *local == LOCAL_LANDING;", "return local;", "listeners:remembered"),
     ("whatever a process is bound to is found", "\tif (!is_wanted(&key.at))\n\t\treturn;\n", "",
      "listeners:remembered"),
-    ("IPv6's addresses are read as IPv4's", "if (sk->skc_family == AF_INET6) {", "if (false) {",
+    ("IPv6's addresses are read as IPv4's", Within("listener_found", "if (sk->skc_family == AF_INET6) {"), "if (false) {",
      "inbound:older_than"),
     ("one listener is found",
      "\t\tkey.slot = slot;\n\t\tif (!bpf_map_update_elem", "\t\tkey.slot = slot * 0;\n"
      "\t\tif (!bpf_map_update_elem", "inbound:each_of"),
 )
 
-of(
-    "inbound.bpf.c",
+# Inbound.
+add(
     ("the port after the pod's own rules decides", "if (!(pod->flags & POD_OWN_NAT))", "if (true)",
      "inbound:nat_rules"),
     ("a dialled port that is not known is that after the rules", "return port ? *port : 0;",
@@ -682,7 +689,7 @@ of(
      ";", "inbound:i1_ inbound:one_dual"),
     ("listeners at one address are not looked at", "return steer_at(ctx, at, port) || (ctx",
      "return (ctx", "listeners:reached_by"),
-    ("the device does not matter", "if (first) {", "if (false) {", "listeners:reached_by",
+    ("the device does not matter", Within("device_address", "if (first) {"), "if (false) {", "listeners:reached_by",
      "the pod's first address stands for its first device's: by conformance's LN.second and "
      "LN.link"),
     ("a call from off the pod reaches localhost",
@@ -698,17 +705,17 @@ of(
      "if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > 1024)", "if (false)", "inbound:i4_",
      "the ring is bounded, and the agent looks every 100 ms at most: this saves it the reading"),
     ("the agent is not told of a missing listener",
-     "\tbpf_ringbuf_output(&events, &event, sizeof(event), 0);\n", "\t(void)event;\n",
+     Within("ask_for_listeners", "\tbpf_ringbuf_output(&events, &event, sizeof(event), 0);\n"), "\t(void)event;\n",
      "inbound:never_saw"),
     ("calls to any port of the pod are helped",
-     "if (!is_steered_port(pod, ctx->local_port))", "if (false)", "outbound:t1_ sockets:what_a_failed",
+     Within("is_captured", "if (!is_steered_port(pod, ctx->local_port))"), "if (false)", "outbound:t1_ sockets:what_a_failed",
      "saves a lookup: nothing is handed over for other ports"),
     ("whoever dials the listener's port is helped",
      "return bpf_map_lookup_elem(&handovers, &c);", "return true;", "linkerd:on_localhost_alone"),
     ("a captured call is not helped to a listener on localhost",
      "return bpf_map_lookup_elem(&handovers, &c);", "return false;", "linkerd:on_localhost_alone"),
     ("UDP is steered", "if (ctx->protocol != IPPROTO_TCP)", "if (false)", "inbound:i3_"),
-    ("IPv6 is read as IPv4", "if (ctx->family == AF_INET6) {", "if (false) {", "inbound:i1_"),
+    ("IPv6 is read as IPv4", Within("steer", "if (ctx->family == AF_INET6) {"), "if (false) {", "inbound:i1_"),
     ("a call from an address to itself is steered",
      "own = addr_eq(&src, &dst) || pod_owns(netns_cookie, &src);",
      "own = pod_owns(netns_cookie, &src);", "outbound:bound_to_lo"),
@@ -731,8 +738,8 @@ of(
     ("with no listener the app is reached", "return SK_DROP;", "return SK_PASS;", "inbound:i4_"),
 )
 
-of(
-    "sidestep.bpf.c",
+# Callbacks of TCP.
+add(
     ("nothing is handed over", "\t\torigdst_offer(ctx);\n", "", T1),
     ("nothing is taken", "\t\torigdst_take(ctx);\n", "", T1),
     ("nothing is withdrawn", "\t\torigdst_withdraw(ctx);\n", "", "sockets:handovers"),
@@ -743,8 +750,8 @@ NO_KTLS = "the kernels that the tests run on have no kTLS"
 # Each of these was tried there by hand.
 IN_MACHINES = "it takes limits of a whole machine; in those of scripts/kernels.sh, splice_memory notices: "
 
-of(
-    "splice.h",
+# Splicing.
+add(
     ("a pod's spliced sockets have no share", "if (!share_take(&spliced_of, netns, SPLICED))",
      "if (!share_take(&spliced_of, netns, 1 << 20))", "splice_agent:too_many_spliced"),
     ("a socket in another sockmap is told as one without room",
@@ -921,7 +928,7 @@ of(
     ("who will be woken by an acknowledgement is woken",
      " &&\n\t       peek(tp, write_seq) == peek(tp, snd_una);", ";",
      "splice_agent:each_message", "saves a wake-up: where there is no room yet, none comes of it"),
-    ("the agent is not told of bulk", "\tbpf_ringbuf_output(&events, &event, sizeof(event), 0);\n",
+    ("the agent is not told of bulk", Within("splice_bulk", "\tbpf_ringbuf_output(&events, &event, sizeof(event), 0);\n"),
      "\tif (!size)\n\t\tbpf_ringbuf_output(&events, &event, sizeof(event), 0);\n",
      "splice_agent:bulk_leaves", "the agent looks every 100 milliseconds as well"),
     ("the other end is not told that one leaves", "if (bpf_map_lookup_elem(&leaving, &key)) {",
@@ -944,9 +951,9 @@ of(
 ENDING = "splice_endings:each_ending"
 UNREAD6 = "splice_endings:unread"
 
-of(
-    "reset.h",
-    ("a spliced socket that is released stays in its pod's share", "\tsplice_uncount(s);\n", "",
+# The end of spliced connections.
+add(
+    ("a spliced socket that is released stays in its pod's share", Within("sock_release", "\tsplice_uncount(s);\n"), "",
      "splice_agent:too_many_spliced"),
     ("a socket that closes with unread bytes is not remembered",
      "\ts->state = SPLICE_RESET;\n", "", ENDING),
@@ -983,6 +990,6 @@ of(
      UNREAD6),
     ("every packet's socket is looked up", "\tif (skb->priority != SPLICE_PRIORITY)\n",
      "\tif (skb->priority == 1)\n", ENDING, "saves a look-up"),
-    ("a FIN that is sent again is made a reset again", "\t\ts->state = SPLICE_OUT;\n",
+    ("a FIN that is sent again is made a reset again", Within("reset", "\t\ts->state = SPLICE_OUT;\n"),
      "\t\t(void)s;\n", UNREAD6),
 )
