@@ -77,7 +77,7 @@ torture: deps build ## checked connections while the agent and pods come and go 
 		--seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: deps build ## interception and splicing against iptables (root): docs/performance.md; QUICK=1, ARGS="--help"
-	cargo run --release -q -p sidestep-lab --bin bench -- \
+	cargo run --release -q -p sidestep-bench --bin bench -- \
 		--sidestep $(abspath $(BIN)) $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 bench-control: build ## the scale of Kubernetes mode (root): docs/scale.md; QUICK=1, ARGS="--help"

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -12,10 +12,14 @@ use serde_json::json;
 use sidestep_e2e::image::PROGRAM_IMAGE;
 use sidestep_e2e::mesh::{Cluster, ISTIO_SYSTEM, Istio, Mesh, Space};
 use sidestep_e2e::shell::Shell;
-use sidestep_lab::{Spread, interrupted};
+use sidestep_figures::{Bars, Plot, Spread, Style};
+use sidestep_lab::interrupted;
 
 /// How the pods are intercepted: the first one is what the others are compared with.
 const MODES: [&str; 4] = ["iptables", "off", "auto", "all"];
+/// Of the plots, in the same order.
+const COLOURS: [[u8; 3]; 4] =
+    [[0xd5, 0x5e, 0x00], [0x9c, 0xd3, 0xf0], [0x37, 0x90, 0xc9], [0x00, 0x45, 0x8a]];
 /// The revision of a second istiod, which gives its pods the mesh's own rules.
 const REVISION: &str = "iptables";
 
@@ -66,7 +70,7 @@ pub struct Settings {
     pub rounds: usize,
     /// How long each load lasts, in seconds.
     pub seconds: u32,
-    /// `report.md` and `report.json`.
+    /// `report.md`, `report.json` and the plots.
     pub out: PathBuf,
 }
 
@@ -85,6 +89,7 @@ struct Sample {
 
 /// Runs everything, and writes the report. Fails where a request did.
 pub fn bench(settings: &Settings, kind: &str, istio: Istio) -> Result<()> {
+    sidestep_figures::load_font()?;
     let cluster = Cluster::start(kind, Mesh::Istio(istio))?;
     own_rules(&cluster)?;
     fs::create_dir_all(&settings.out).context("making the report's directory")?;
@@ -102,6 +107,7 @@ pub fn bench(settings: &Settings, kind: &str, istio: Istio) -> Result<()> {
         // Each time: what was measured is there whatever comes later.
         write("report.md", report(&samples))?;
         write("report.json", serde_json::to_string_pretty(&samples)?)?;
+        plots(&samples, &settings.out)?;
     }
     print!("{}", report(&samples));
     let failed: u64 = samples.iter().map(|sample| sample.failed).sum();
@@ -358,6 +364,27 @@ fn report(samples: &[Sample]) -> String {
         text.push('\n');
     }
     text
+}
+
+/// One for each figure: the ratio to the first mode, load by load.
+fn plots(samples: &[Sample], dir: &Path) -> Result<()> {
+    let styles = MODES.iter().zip(COLOURS);
+    let styles: Vec<Style> =
+        styles.map(|(mode, colour)| Style { label: (*mode).to_owned(), colour }).collect();
+    for (figure, words) in FIGURES {
+        let bar = |cell: &Cell, mode: usize| {
+            Some((mode, spread(samples, cell.name, MODES[mode], figure, true)?))
+        };
+        let group = |cell: &Cell| Bars {
+            label: cell.name.to_owned(),
+            bars: (1..MODES.len()).filter_map(|mode| bar(cell, mode)).collect(),
+        };
+        let groups: Vec<Bars> = CELLS.iter().map(group).collect();
+        let title = format!("HTTP under Istio, mutual TLS: {words}, {} = 1", MODES[0]);
+        let plot = Plot::Bars { title: &title, groups: &groups, base: Some(0) };
+        plot.write(&styles, dir, &format!("mesh-{figure}"))?;
+    }
+    Ok(())
 }
 
 fn absolute(figure: &str, value: f64) -> String {

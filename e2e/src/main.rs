@@ -88,7 +88,7 @@ enum Command {
         /// How long each load lasts
         #[arg(long, default_value_t = 5)]
         seconds: u32,
-        /// Where report.md and report.json go
+        /// Where report.md, report.json and the plots go
         #[arg(long, value_name = "DIR", default_value = "bench-out/mesh")]
         out: PathBuf,
     },

@@ -22,7 +22,6 @@ mod pod;
 mod process;
 mod seen;
 mod server;
-mod spread;
 pub mod teardown;
 mod wait;
 
@@ -36,7 +35,6 @@ pub use pod::{Pod, PodNet};
 pub use process::Process;
 pub use seen::Seen;
 pub use server::{ServeOpts, Server, Talk};
-pub use spread::Spread;
 pub use wait::{interrupted, slowdown, stop_on_signals, wait_for, wait_until};
 
 /// The uid and gid of the lab's applications.

@@ -121,7 +121,7 @@ fn bench(args: &Args) -> Result<()> {
     let sidestep = sidestep.canonicalize().with_context(|| {
         format!("there is no agent at {}: --sidestep says where it is", sidestep.display())
     })?;
-    plot::font()?;
+    sidestep_figures::load_font()?;
     let mut environment = Environment::read(&sidestep)?;
     stop_on_signals()?;
     let start = Instant::now();

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use sidestep_lab::Spread;
+use sidestep_figures::Spread;
 
 use crate::cells::Settings;
 use crate::environment::Environment;

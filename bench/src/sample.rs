@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
-use sidestep_lab::Spread;
+use sidestep_figures::Spread;
 
 use crate::mode::{Mode, Proxy};
 

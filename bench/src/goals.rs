@@ -1,7 +1,7 @@
 //! The goals, and whether the samples reach them.
 
 use serde::Serialize;
-use sidestep_lab::Spread;
+use sidestep_figures::Spread;
 
 use crate::mode::{Mode, Proxy};
 use crate::sample::Samples;
