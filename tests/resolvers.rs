@@ -1,8 +1,5 @@
 //! The programs that people run: each looks a name up through a pod whose DNS is captured. Its servers
 //! are addresses that nobody has, so that an answer is the sidecar's.
-//!
-//! Not here: Java, whose runtime is large, and systemd-resolved, which would take the machine's own
-//! place. Its sockets, connected and with IP_UNICAST_IF, are among those of tests/dns.rs.
 
 mod common;
 
@@ -21,7 +18,7 @@ use std::{
 };
 
 use common::*;
-use sidestep_lab::{Process, slowdown, wait_until};
+use sidestep_lab::{Process, lab_dir, slowdown, wait_until};
 
 const NAME: &str = "app.mesh.test";
 const ANSWERS: [&str; 2] = ["192.0.2.80", "2001:db8::80"];
@@ -136,9 +133,41 @@ impl World {
         let script = "for name in resolv.conf nsswitch.conf; do \
                       mount --bind \"$1/$name\" \"/etc/$name\" || exit; done; uid=$2; shift 2; \
                       exec setpriv --reuid=$uid --regid=$uid --clear-groups -- \"$@\"";
-        let (dir, uid) = (self.dir.path().to_string_lossy(), uid.to_string());
-        let all = ["unshare", "--mount", "sh", "-c", script, "sh", &*dir, &*uid].into_iter();
-        self.node.a.spawn(0, 0, all.chain(argv.iter().copied())).expect("a program")
+        self.start_by(script, &[&[&*uid.to_string()], argv].concat())
+    }
+
+    /// The same by a script of the shell that has mounts of its own, and the world's directory
+    /// before its arguments.
+    fn start_by(&self, script: &str, arguments: &[&str]) -> Process {
+        let dir = self.dir.path().to_string_lossy();
+        let all = ["unshare", "--mount", "sh", "-c", script, "sh", &*dir].into_iter();
+        self.node.a.spawn(0, 0, all.chain(arguments.iter().copied())).expect("a program")
+    }
+
+    /// A forwarder in the pod answers at this port of 127.0.0.1 what the sidecar has answered it.
+    #[track_caller]
+    fn forwards(&self, what: &str, process: &Process, port: u16) {
+        let ask = |kind| {
+            self.node.a.run(APP, APP, || {
+                let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+                socket.connect(("127.0.0.1", port)).expect("connects");
+                socket.set_read_timeout(Some(Duration::from_secs(1))).expect("timeout");
+                let mut text = [0; 512];
+                socket.send(&question(kind)).ok()?;
+                let len = socket.recv(&mut text).ok()?;
+                Some(text[..len].to_vec())
+            })
+        };
+        for (kind, expected) in [A, AAAA].into_iter().zip(ANSWERS) {
+            let expected = match ip(expected) {
+                IpAddr::V4(v4) => v4.octets().to_vec(),
+                IpAddr::V6(v6) => v6.octets().to_vec(),
+            };
+            wait_until(&format!("{what} to answer"), SOON, || {
+                ask(kind).expect("runs").is_some_and(|answer| answer.ends_with(&expected))
+            })
+            .unwrap_or_else(|error| panic!("{error:#}: {}", process.log_tail()));
+        }
     }
 
     /// The program prints what the name has, and nothing else.
@@ -235,26 +264,57 @@ fn dnsmasq() {
         let argv: Vec<&str> = argv.split_whitespace().chain([&*to]).collect();
         // As root, which may name a device in --server.
         let process = world.start(0, &argv);
-        let ask = |kind| {
-            world.node.a.run(APP, APP, || {
-                let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
-                socket.connect("127.0.0.1:5300").expect("connects");
-                socket.set_read_timeout(Some(Duration::from_secs(1))).expect("timeout");
-                let mut text = [0; 512];
-                socket.send(&question(kind)).ok()?;
-                let len = socket.recv(&mut text).ok()?;
-                Some(text[..len].to_vec())
-            })
+        world.forwards(&format!("dnsmasq with {server}"), &process, 5300);
+    }
+}
+
+/// The same with systemd's: it asks by sockets that are bound to the device.
+#[test]
+fn systemd_resolved() {
+    // Of the system, or what `make deps` unpacked: installed, it would take the place of a
+    // machine's own.
+    let unpacked = lab_dir().join("resolved");
+    let root = if Path::new("/lib/systemd/systemd-resolved").exists() {
+        Path::new("/")
+    } else {
+        &unpacked
+    };
+    let script = "set -e; cp /etc/passwd \"$1/passwd\"; \
+                  echo systemd-resolve:x:1000:1000::/:/bin/false >>\"$1/passwd\"; \
+                  mount --bind \"$1/passwd\" /etc/passwd; \
+                  mount -t tmpfs none /run; mkdir -p /run/systemd /etc/systemd; \
+                  mount -t tmpfs none /etc/systemd; cp \"$1/resolved.conf\" /etc/systemd; \
+                  export LD_LIBRARY_PATH=\"$2/usr/lib/$(uname -m)-linux-gnu/systemd\"; \
+                  exec \"$2/lib/systemd/systemd-resolved\"";
+    for server in ["10.96.53.1", "fd96::53:1", "10.96.53.1%eth0", "fd96::53:1%eth0"] {
+        let world = World::new("resolved", &["10.96.53.9"]);
+        let settings = format!(
+            "[Resolve]\nDNS={server}\nFallbackDNS=\nDomains=~.\nDNSStubListener=no\n\
+             DNSStubListenerExtra=127.0.0.1:5300\nLLMNR=no\nMulticastDNS=no\nDNSSEC=no\n"
+        );
+        fs::write(world.at("resolved.conf"), settings).expect("written");
+        let process = world.start_by(script, &[&root.to_string_lossy()]);
+        world.forwards(&format!("systemd-resolved with {server}"), &process, 5300);
+    }
+}
+
+/// Java's runtime has no program that prints addresses, but one that connects to a name: it asks
+/// the C library, and takes IPv6 sockets for everything.
+#[test]
+fn java() {
+    for servers in SERVERS {
+        let world = World::new("java", servers);
+        let sidecar = Sidecar::start(&world.node.a);
+        let target = format!("{NAME}:443");
+        let mut process = world.start(APP, &["keytool", "-printcert", "-sslserver", &target]);
+        let seen = || {
+            let seen = sidecar.outbound.seen();
+            let dialled = seen.iter().filter_map(|seen| seen.original());
+            dialled.map(|original| original.ip().to_string()).any(|ip| ANSWERS.contains(&&*ip))
         };
-        for (kind, expected) in [A, AAAA].into_iter().zip(ANSWERS) {
-            let expected = match ip(expected) {
-                IpAddr::V4(v4) => v4.octets().to_vec(),
-                IpAddr::V6(v6) => v6.octets().to_vec(),
-            };
-            wait_until(&format!("{server} to answer through dnsmasq"), SOON, || {
-                ask(kind).expect("runs").is_some_and(|answer| answer.ends_with(&expected))
-            })
+        wait_until("Java to call what it found", SOON * 2, seen)
             .unwrap_or_else(|error| panic!("{error:#}: {}", process.log_tail()));
-        }
+        drop(sidecar);
+        process.wait(Duration::from_secs(20) * slowdown()).expect("it ends");
     }
 }

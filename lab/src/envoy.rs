@@ -1,6 +1,5 @@
 //! A real Envoy with listeners and clusters shaped like those of Istio's sidecar.
 
-use std::env;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -16,7 +15,7 @@ use serde_json::{Value, json};
 use crate::pod::Pod;
 use crate::process::Process;
 use crate::wait::wait_until;
-use crate::{INBOUND, OUTBOUND, PROXY};
+use crate::{INBOUND, OUTBOUND, PROXY, lab_dir};
 
 const MAX: u32 = u32::MAX;
 
@@ -76,8 +75,7 @@ pub struct LogLine {
 /// Where Envoy's binary is: `envoy/bin/envoy` below $SIDESTEP_LAB_DIR, which is
 /// /var/lib/sidestep-lab by default. Fails when it is not there.
 pub fn binary() -> Result<PathBuf> {
-    let dir = env::var_os("SIDESTEP_LAB_DIR").unwrap_or_else(|| "/var/lib/sidestep-lab".into());
-    let path = Path::new(&dir).join("envoy/bin/envoy");
+    let path = lab_dir().join("envoy/bin/envoy");
     ensure!(path.is_file(), "there is no Envoy at {}: run `make deps`", path.display());
     Ok(path)
 }

@@ -25,6 +25,9 @@ mod server;
 pub mod teardown;
 mod wait;
 
+use std::env;
+use std::path::PathBuf;
+
 pub use agent::Agent;
 pub use cgroup::{ChildCgroup, MemoryCgroups};
 pub use client::{Answer, ask, connect, http_get};
@@ -47,3 +50,9 @@ pub const OUTBOUND: u16 = 15001;
 pub const INBOUND: u16 = 15006;
 /// The port that the sidecars of Istio and Kuma answer DNS on.
 pub const DNS: u16 = 15053;
+
+/// What `make deps` and the cluster's parts are below: $SIDESTEP_LAB_DIR, by default
+/// /var/lib/sidestep-lab.
+pub fn lab_dir() -> PathBuf {
+    env::var_os("SIDESTEP_LAB_DIR").unwrap_or_else(|| "/var/lib/sidestep-lab".into()).into()
+}

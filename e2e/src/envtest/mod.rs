@@ -371,8 +371,7 @@ fn reserve_port(ip: Ipv4Addr) -> Result<(OwnedFd, SocketAddr)> {
 
 /// A program of Kubernetes.
 fn program(name: &str) -> Result<PathBuf> {
-    let lab = std::env::var_os("SIDESTEP_LAB_DIR").unwrap_or("/var/lib/sidestep-lab".into());
-    let path = Path::new(&lab).join("parts/bin").join(name);
+    let path = sidestep_lab::lab_dir().join("parts/bin").join(name);
     let how = "run e2e/cluster/parts.sh etcd kube-apiserver, which builds it";
     ensure!(path.is_file(), "there is no {}: {how}", path.display());
     Ok(path)

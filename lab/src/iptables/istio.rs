@@ -1,7 +1,6 @@
 //! Istio's sidecar rules, by Istio's own binary: `pilot-agent istio-iptables`; and, where nothing may
 //! be built, as that binary's record in `lab/records/istio`.
 
-use std::env;
 use std::ffi::OsString;
 use std::fs;
 use std::net::Ipv6Addr;
@@ -12,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use super::{Annotations, Family, RuleSet, forget_connections};
 use crate::lab::Lab;
 use crate::pod::{Pod, PodNet};
-use crate::{OUTBOUND, PROXY};
+use crate::{OUTBOUND, PROXY, lab_dir};
 
 /// What `istio-iptables` is told for a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,8 +77,7 @@ impl PilotAgent {
     /// `parts/bin/pilot-agent` below $SIDESTEP_LAB_DIR, which is /var/lib/sidestep-lab by default.
     /// Fails when it is not there.
     pub fn find() -> Result<Self> {
-        let dir = env::var_os("SIDESTEP_LAB_DIR").unwrap_or_else(|| "/var/lib/sidestep-lab".into());
-        Self::at(&Path::new(&dir).join("parts/bin/pilot-agent"))
+        Self::at(&lab_dir().join("parts/bin/pilot-agent"))
     }
 
     /// The binary at `path`. Fails when it is not there.
