@@ -18,6 +18,8 @@
 #define SOCK_RAW 3
 #define SO_ORIGINAL_DST 80 /* the same number at both levels */
 #define LOOPBACK_IFINDEX 1
+#define TC_PASS -1 /* TC_ACT_UNSPEC: other filters have their turn */
+#define TC_DROP 2 /* TC_ACT_SHOT */
 #define ENOENT 2
 #define EAGAIN 11
 #define EACCES 13

@@ -21,8 +21,8 @@ static __always_inline struct addr via_for(struct bpf_sock_addr *ctx, const stru
 	return is4 ? addr4(bpf_htonl(VIA4_NET | which)) : via;
 }
 
-static __always_inline int connect_tcp(struct bpf_sock_addr *ctx, int family, const struct pod *pod,
-				       struct outbound *c)
+static __always_inline enum outcome connect_tcp(struct bpf_sock_addr *ctx, int family,
+						const struct pod *pod, struct outbound *c)
 {
 	enum verdict verdict;
 	struct origdst *od;
@@ -35,7 +35,7 @@ static __always_inline int connect_tcp(struct bpf_sock_addr *ctx, int family, co
 	verdict = tcp_verdict(pod, c);
 	if (verdict == GO_DIRECT) {
 		count(pod, DIRECT);
-		return 1;
+		return NOT_MINE;
 	}
 	if (verdict == GO_NOWHERE) {
 		count(pod, REFUSED_NO_ADDRESS);
@@ -69,75 +69,43 @@ static __always_inline int connect_tcp(struct bpf_sock_addr *ctx, int family, co
 		count(pod, verdict == GO_DNS ? CAPTURED_DNS : CAPTURED_OUTBOUND);
 	}
 	sockaddr_set(ctx, family, &od->via, od->via_port);
-	return 1;
+	return TAKEN;
 }
 
-static __always_inline int connect_any(struct bpf_sock_addr *ctx, int family)
+/* A process connects a socket. */
+static __always_inline enum outcome mesh_connect(struct bpf_sock_addr *ctx, int family)
 {
 	struct outbound c = {};
 	const struct pod *pod;
 
 	if (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP)
-		return 1;
+		return NOT_MINE;
 	c.netns = bpf_get_netns_cookie(ctx);
 	pod = pod_by_netns(c.netns);
 	if (!pod)
-		return 1;
+		return NOT_MINE;
 	outbound_of(ctx, family, &c);
 	if (ctx->protocol == IPPROTO_UDP)
 		return connect_udp(ctx, family, pod, &c);
 	return connect_tcp(ctx, family, pod, &c);
 }
 
-SEC("cgroup/connect4")
-int connect4(struct bpf_sock_addr *ctx)
-{
-	return connect_any(ctx, AF_INET);
-}
-
-SEC("cgroup/connect6")
-int connect6(struct bpf_sock_addr *ctx)
-{
-	return connect_any(ctx, AF_INET6);
-}
-
 /* The client's peer is what it dialled. */
-SEC("cgroup/getpeername4")
-int getpeername4(struct bpf_sock_addr *ctx)
+static __always_inline enum outcome mesh_getpeername(struct bpf_sock_addr *ctx, int family)
 {
-	restore_dialled(ctx, AF_INET);
-	return 1;
-}
-
-SEC("cgroup/getpeername6")
-int getpeername6(struct bpf_sock_addr *ctx)
-{
-	restore_dialled(ctx, AF_INET6);
-	return 1;
+	return restore_dialled(ctx, family);
 }
 
 /* The proxy accepted on its listener's port at localhost, which is where iptables redirects. */
-static __always_inline int getsockname_any(struct bpf_sock_addr *ctx, int family)
+static __always_inline enum outcome mesh_getsockname(struct bpf_sock_addr *ctx, int family)
 {
 	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
 	struct addr localhost = addr4(bpf_htonl(0x7f000001));
 
 	if (!od || od->role != ROLE_PROXY)
-		return 1;
+		return NOT_MINE;
 	if (!addr_is4(&od->orig))
 		localhost = (struct addr){ { 0, 0, 0, bpf_htonl(1) } };
 	sockaddr_set(ctx, family, &localhost, od->via_port);
-	return 1;
-}
-
-SEC("cgroup/getsockname4")
-int getsockname4(struct bpf_sock_addr *ctx)
-{
-	return getsockname_any(ctx, AF_INET);
-}
-
-SEC("cgroup/getsockname6")
-int getsockname6(struct bpf_sock_addr *ctx)
-{
-	return getsockname_any(ctx, AF_INET6);
+	return TAKEN;
 }

@@ -93,18 +93,18 @@ static __always_inline bool is_dns_question(const struct pod *pod, struct bpf_so
 	return !clients || !dns_client_known(clients, &c->dst, dns_now());
 }
 
-static __always_inline int connect_udp(struct bpf_sock_addr *ctx, int family, const struct pod *pod,
-				       struct outbound *c)
+static __always_inline enum outcome connect_udp(struct bpf_sock_addr *ctx, int family,
+						const struct pod *pod, struct outbound *c)
 {
 	struct origdst *od;
 
 	/* What the socket was connected to before is forgotten. */
 	bpf_sk_storage_delete(&origdsts, ctx->sk);
 	if (c->dport != DNS_PORT)
-		return 1;
+		return NOT_MINE;
 	owner_of(ctx->sk, c);
 	if (!is_dns_question(pod, ctx->sk, c))
-		return 1;
+		return NOT_MINE;
 	od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!od) {
 		count(pod, REFUSED_NO_STATE);
@@ -120,7 +120,7 @@ static __always_inline int connect_udp(struct bpf_sock_addr *ctx, int family, co
 	od->role = ROLE_CLIENT;
 	sockaddr_set(ctx, family, &od->via, od->via_port);
 	count(pod, CAPTURED_DNS);
-	return 1;
+	return TAKEN;
 }
 
 /* The number of a server of the socket, its own or a new one; -1: there is none to be had. */
@@ -201,7 +201,8 @@ static __always_inline bool takes_dns_numbers(const struct pod *pod, const struc
 	       (!c->ifindex || c->ifindex == pod->device);
 }
 
-static __always_inline int sendmsg_any(struct bpf_sock_addr *ctx, int family)
+/* A process sends a datagram by a socket that is not connected, or to another than its peer. */
+static __always_inline enum outcome mesh_sendmsg(struct bpf_sock_addr *ctx, int family)
 {
 	struct dns_servers *asked;
 	struct outbound c = {};
@@ -211,21 +212,21 @@ static __always_inline int sendmsg_any(struct bpf_sock_addr *ctx, int family)
 	int number = -1;
 
 	if (ctx->user_port != bpf_htons(DNS_PORT))
-		return 1;
+		return NOT_MINE;
 	c.netns = bpf_get_netns_cookie(ctx);
 	pod = pod_by_netns(c.netns);
 	if (!pod)
-		return 1;
+		return NOT_MINE;
 	outbound_of(ctx, family, &c);
 	owner_of(ctx->sk, &c);
 	if (!is_dns_question(pod, ctx->sk, &c))
-		return 1;
+		return NOT_MINE;
 	od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
 	/* To the server that the socket is connected to, by its name. */
 	if (od && od->role == ROLE_CLIENT && addr_eq(&od->orig, &c.dst)) {
 		sockaddr_set(ctx, family, &od->via, od->via_port);
 		count(pod, CAPTURED_DNS);
-		return 1;
+		return TAKEN;
 	}
 	asked = bpf_sk_storage_get(&dns_asked, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!asked) {
@@ -243,23 +244,11 @@ static __always_inline int sendmsg_any(struct bpf_sock_addr *ctx, int family)
 	via = dns_via(&c.dst, number);
 	sockaddr_set(ctx, family, &via, pod->dns_port);
 	count(pod, CAPTURED_DNS);
-	return 1;
-}
-
-SEC("cgroup/sendmsg4")
-int sendmsg4(struct bpf_sock_addr *ctx)
-{
-	return sendmsg_any(ctx, AF_INET);
-}
-
-SEC("cgroup/sendmsg6")
-int sendmsg6(struct bpf_sock_addr *ctx)
-{
-	return sendmsg_any(ctx, AF_INET6);
+	return TAKEN;
 }
 
 /* The source of a datagram that was received, where it is an answer. */
-static __always_inline int recvmsg_any(struct bpf_sock_addr *ctx, int family)
+static __always_inline enum outcome mesh_recvmsg(struct bpf_sock_addr *ctx, int family)
 {
 	struct addr from = sockaddr_get(ctx, family), server;
 	struct dns_servers *asked;
@@ -267,45 +256,32 @@ static __always_inline int recvmsg_any(struct bpf_sock_addr *ctx, int family)
 	const struct pod *pod;
 
 	/* From the DNS range there are answers of the DNS listener alone, see dns_nat. */
-	if (restore_dialled(ctx, family))
-		return 1;
+	if (restore_dialled(ctx, family) == TAKEN)
+		return TAKEN;
 	if (ctx->user_port != bpf_htons(DNS_PORT)) {
 		if (!addr_is_dns_via(&from) && !addr_is_localhost(&from))
-			return 1;
+			return NOT_MINE;
 		asked = bpf_sk_storage_get(&dns_asked, ctx->sk, NULL, 0);
 		if (!asked)
-			return 1;
+			return NOT_MINE;
 		pod = pod_by_netns(bpf_get_netns_cookie(ctx));
 		if (!pod || bpf_ntohs(ctx->user_port) != pod->dns_port)
-			return 1;
-		if (dns_server_of(asked, addr_is_localhost(&from) ? DNS_ALONE : dns_number(&from),
-				  &server))
-			sockaddr_set(ctx, family, &server, DNS_PORT);
-		return 1;
+			return NOT_MINE;
+		if (!dns_server_of(asked, addr_is_localhost(&from) ? DNS_ALONE : dns_number(&from),
+				   &server))
+			return NOT_MINE;
+		sockaddr_set(ctx, family, &server, DNS_PORT);
+		return TAKEN;
 	}
 	pod = pod_by_netns(bpf_get_netns_cookie(ctx));
 	if (!pod || !pod->dns_port)
-		return 1;
+		return NOT_MINE;
 	clients = bpf_sk_storage_get(&dns_clients, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (clients)
 		dns_client_heard(clients, &from, dns_now());
-	return 1;
+	return NOT_MINE;
 }
 
-SEC("cgroup/recvmsg4")
-int recvmsg4(struct bpf_sock_addr *ctx)
-{
-	return recvmsg_any(ctx, AF_INET);
-}
-
-SEC("cgroup/recvmsg6")
-int recvmsg6(struct bpf_sock_addr *ctx)
-{
-	return recvmsg_any(ctx, AF_INET6);
-}
-
-#define TC_PASS -1 /* TC_ACT_UNSPEC: other filters have their turn */
-#define TC_DROP 2 /* TC_ACT_SHOT */
 #define TC_NAT 3 /* ours: to be given its new addresses */
 
 /* A UDP datagram's addresses and ports; where its UDP header is. */
@@ -496,9 +472,8 @@ static __always_inline int dns_nat6(struct __sk_buff *skb)
 	return TC_PASS;
 }
 
-/* On the way out of lo, in pods whose DNS is captured. */
-SEC("tc")
-int dns_nat(struct __sk_buff *skb)
+/* A packet on the way out of lo, in a pod whose DNS is captured. */
+static __always_inline int mesh_dns_nat(struct __sk_buff *skb)
 {
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		return dns_nat4(skb);

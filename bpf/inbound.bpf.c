@@ -211,11 +211,11 @@ int note_dialled(struct __sk_buff *skb)
 
 	if (!at || bpf_skb_load_bytes_relative(skb, at, &tcp, sizeof(tcp), BPF_HDR_START_NET) ||
 	    !tcp.syn || tcp.ack)
-		return -1; /* TC_ACT_UNSPEC: other filters have their turn */
+		return TC_PASS;
 	key.sport = bpf_ntohs(tcp.source);
 	port = bpf_ntohs(tcp.dest);
 	bpf_map_update_elem(&dialled, &key, &port, BPF_ANY);
-	return -1;
+	return TC_PASS;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

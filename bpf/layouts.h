@@ -8,10 +8,8 @@
 /* How many sockets have storage in the map that the iterator was made for. */
 __u64 storages = 0;
 
-SEC("iter/bpf_sk_storage_map")
-int count_storages(struct bpf_iter__bpf_sk_storage_map *ctx)
+static __always_inline void storage_count(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
 	if (ctx->sk)
 		storages++;
-	return 0;
 }

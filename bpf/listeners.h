@@ -77,34 +77,20 @@ static __always_inline void listener_found(struct sock_common *sk)
 	}
 }
 
-/*
- * Adds the listeners that are older than the hooks. An iterator sees the network namespace of
- * the task that opened it: the agent opens it inside the pod's.
- */
-SEC("iter/tcp")
-int find_listeners(struct bpf_iter__tcp *ctx)
+/* Adds a socket of TCP, if it is a listener that is wanted. */
+static __always_inline void listener_look(struct sock_common *sk)
 {
-	struct sock_common *sk = ctx->sk_common;
-
-	if (sk && sk->skc_state == BPF_TCP_LISTEN && sk->skc_num == wanted_port)
+	if (sk->skc_state == BPF_TCP_LISTEN && sk->skc_num == wanted_port)
 		listener_found(sk);
-	return 0;
 }
 
-/*
- * The same by the open files of all tasks, where iter/tcp runs with the socket's spin lock held
- * (until Linux 6.4): the map takes it as well, and the processor would wait for itself for ever.
- */
-SEC("iter/task_file")
-int find_listeners_by_file(struct bpf_iter__task_file *ctx)
+/* The same of a process' open file. */
+static __always_inline void listener_look_at_file(struct file *file)
 {
-	struct file *file = ctx->file;
-	struct socket *socket = file ? bpf_sock_from_file(file) : NULL;
+	struct socket *socket = bpf_sock_from_file(file);
 	struct sock *sk = socket ? socket->sk : NULL;
 
 	if (sk && sk->sk_protocol == IPPROTO_TCP &&
-	    (sk->__sk_common.skc_family == AF_INET || sk->__sk_common.skc_family == AF_INET6) &&
-	    sk->__sk_common.skc_state == BPF_TCP_LISTEN && sk->__sk_common.skc_num == wanted_port)
-		listener_found(&sk->__sk_common);
-	return 0;
+	    (sk->__sk_common.skc_family == AF_INET || sk->__sk_common.skc_family == AF_INET6))
+		listener_look(&sk->__sk_common);
 }

@@ -214,23 +214,23 @@ static __always_inline bool origdst_answer(struct bpf_sockopt *ctx, const struct
 	return !addr_is_via(dst);
 }
 
-/* Answers with the original destination; false: that is not what is asked, or there is none. */
-static __always_inline bool getsockopt_origdst(struct bpf_sockopt *ctx)
+/* A process asks for a socket's original destination. NOT_MINE: it does not, or there is none. */
+static __always_inline enum outcome mesh_getsockopt(struct bpf_sockopt *ctx)
 {
 	const struct pod *pod;
 	struct addr dst;
 	__u16 port;
 
 	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6))
-		return false;
+		return NOT_MINE;
 	pod = pod_by_netns(bpf_get_netns_cookie(ctx));
 	if (!pod || !origdst_answer(ctx, pod, &dst, &port))
-		return false;
+		return NOT_MINE;
 	if (ctx->level == SOL_IP) {
 		struct sockaddr_in *sin = ctx->optval;
 
 		if (!addr_is4(&dst) || (void *)(sin + 1) > ctx->optval_end)
-			return false;
+			return NOT_MINE;
 		__builtin_memset(sin, 0, sizeof(*sin));
 		sin->sin_family = AF_INET;
 		sin->sin_port = bpf_htons(port);
@@ -240,7 +240,7 @@ static __always_inline bool getsockopt_origdst(struct bpf_sockopt *ctx)
 		struct sockaddr_in6 *sin6 = ctx->optval;
 
 		if (addr_is4(&dst) || (void *)(sin6 + 1) > ctx->optval_end)
-			return false;
+			return NOT_MINE;
 		__builtin_memset(sin6, 0, sizeof(*sin6));
 		sin6->sin6_family = AF_INET6;
 		sin6->sin6_port = bpf_htons(port);
@@ -249,21 +249,5 @@ static __always_inline bool getsockopt_origdst(struct bpf_sockopt *ctx)
 	}
 	ctx->retval = 0;
 	count(pod, ORIGDST_ANSWERED);
-	return true;
-}
-
-/*
- * The kernel shows a program one page of its answer at most, and nothing of one that comes with an
- * error; and takes what the program saw for the whole answer (with an error, on Linux 5.15), unless
- * told to keep its own.
- */
-SEC("cgroup/getsockopt")
-int getsockopt(struct bpf_sockopt *ctx)
-{
-	volatile struct bpf_sockopt *fields = ctx; /* as in origdst_answer */
-
-	if (!getsockopt_origdst(ctx) &&
-	    (fields->retval || fields->optlen > ctx->optval_end - ctx->optval))
-		fields->optlen = 0;
-	return 1;
+	return TAKEN;
 }

@@ -35,21 +35,19 @@ static __always_inline void ask_for_reset(struct bpf_sock *ctx, const struct spl
 }
 
 /* The last time that a process has to do with a socket; then the kernel closes it. */
-SEC("cgroup/sock_release")
-int sock_release(struct bpf_sock *ctx)
+static __always_inline void splice_release(struct bpf_sock *ctx)
 {
 	struct splice *s = bpf_sk_storage_get(&splices, ctx, NULL, 0);
 
 	if (!s || (s->state != SPLICE_IN && s->state != SPLICE_LEAVING))
-		return 1;
+		return;
 	splice_uncount(s);
 	/* From here on, the other end sends by TCP; and its packets are told from others by it. */
 	ctx->priority = SPLICE_PRIORITY;
 	if (queue_is_empty(kernel_ptr(number_of(ctx), struct sock)))
-		return 1;
+		return;
 	s->state = SPLICE_RESET;
 	ask_for_reset(ctx, s);
-	return 1;
 }
 
 /* Makes a FIN a reset, given where its TCP header is. */
@@ -85,20 +83,18 @@ static __always_inline bool reset_instead(struct __sk_buff *skb)
 	       ip6.nexthdr == IPPROTO_TCP && fin_to_reset(skb, l3 + sizeof(ip6));
 }
 
-/* On the way out of a pod's devices. Everything passes. */
-SEC("tc")
-int reset(struct __sk_buff *skb)
+/* A packet on the way out of a pod's device. It passes. */
+static __always_inline void splice_reset(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk;
 	struct splice *s;
 
 	if (skb->priority != SPLICE_PRIORITY)
-		return -1; /* TC_ACT_UNSPEC: other filters have their turn */
+		return;
 	sk = skb->sk;
 	if (!sk)
-		return -1;
+		return;
 	s = bpf_sk_storage_get(&splices, sk, NULL, 0);
 	if (s && s->state == SPLICE_RESET && reset_instead(skb))
 		s->state = SPLICE_OUT;
-	return -1;
 }

@@ -33,36 +33,24 @@ static __always_inline bool sets_source_route(volatile struct bpf_sockopt *ctx)
 	       (level == SOL_IPV6 && (name == IPV6_RTHDR || name == IPV6_2292PKTOPTIONS));
 }
 
-static __always_inline bool is_refused_route(struct bpf_sockopt *ctx)
+/* A process sets an option of a socket. */
+static __always_inline enum outcome mesh_setsockopt(struct bpf_sockopt *ctx)
 {
 	volatile struct bpf_sock *sk = ctx->sk;
 	struct outbound owner = {};
 	const struct pod *pod;
 
 	if (!sets_source_route(ctx))
-		return false;
+		return NOT_MINE;
 	/* Raw sockets take a privilege, and are tools. */
 	if (sk->type == SOCK_RAW)
-		return false;
+		return NOT_MINE;
 	pod = pod_by_netns(bpf_get_netns_cookie(ctx));
 	if (!pod)
-		return false;
+		return NOT_MINE;
 	owner_of(ctx->sk, &owner);
 	if (is_proxy(pod, &owner))
-		return false;
+		return NOT_MINE;
 	count(pod, REFUSED_SOURCE_ROUTE);
-	return true;
-}
-
-/* The kernel shows a program one page of a value, and has to be told to take the whole. */
-SEC("cgroup/setsockopt")
-int setsockopt(struct bpf_sockopt *ctx)
-{
-	volatile struct bpf_sockopt *fields = ctx; /* as in origdst_answer */
-
-	if (is_refused_route(ctx))
-		return 0;
-	if (fields->optlen > ctx->optval_end - ctx->optval)
-		fields->optlen = 0;
-	return 1;
+	return REFUSED;
 }

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
-/* The programs that a node needs once; inbound.bpf.c has the one that each pod needs. */
+/*
+ * The programs that a node needs once; inbound.bpf.c has those that each pod needs. A hook is a
+ * list of workers in their order: the first that takes the call, or refuses it, ends the list.
+ */
 #include "vmlinux.h"
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
@@ -9,6 +12,7 @@
 #include "kernel.h"
 #include "types.h"
 #include "maps.h"
+#include "hook.h"
 #include "pod.h"
 #include "policy.h"
 #include "origdst.h"
@@ -20,6 +24,126 @@
 #include "listeners.h"
 #include "splice.h"
 #include "reset.h"
+
+/* What a hook of a cgroup answers. */
+#define REFUSE 0
+#define PROCEED 1
+
+static __always_inline int verdict_of(enum outcome outcome)
+{
+	return outcome == REFUSED ? REFUSE : PROCEED;
+}
+
+/*
+ * Calls of processes.
+ */
+
+SEC("cgroup/connect4")
+int connect4(struct bpf_sock_addr *ctx)
+{
+	return verdict_of(mesh_connect(ctx, AF_INET));
+}
+
+SEC("cgroup/connect6")
+int connect6(struct bpf_sock_addr *ctx)
+{
+	return verdict_of(mesh_connect(ctx, AF_INET6));
+}
+
+SEC("cgroup/sendmsg4")
+int sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return verdict_of(mesh_sendmsg(ctx, AF_INET));
+}
+
+SEC("cgroup/sendmsg6")
+int sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return verdict_of(mesh_sendmsg(ctx, AF_INET6));
+}
+
+SEC("cgroup/recvmsg4")
+int recvmsg4(struct bpf_sock_addr *ctx)
+{
+	mesh_recvmsg(ctx, AF_INET);
+	return PROCEED;
+}
+
+SEC("cgroup/recvmsg6")
+int recvmsg6(struct bpf_sock_addr *ctx)
+{
+	mesh_recvmsg(ctx, AF_INET6);
+	return PROCEED;
+}
+
+SEC("cgroup/getpeername4")
+int getpeername4(struct bpf_sock_addr *ctx)
+{
+	mesh_getpeername(ctx, AF_INET);
+	return PROCEED;
+}
+
+SEC("cgroup/getpeername6")
+int getpeername6(struct bpf_sock_addr *ctx)
+{
+	mesh_getpeername(ctx, AF_INET6);
+	return PROCEED;
+}
+
+SEC("cgroup/getsockname4")
+int getsockname4(struct bpf_sock_addr *ctx)
+{
+	mesh_getsockname(ctx, AF_INET);
+	return PROCEED;
+}
+
+SEC("cgroup/getsockname6")
+int getsockname6(struct bpf_sock_addr *ctx)
+{
+	mesh_getsockname(ctx, AF_INET6);
+	return PROCEED;
+}
+
+/*
+ * The kernel shows a program one page of its answer at most, and nothing of one that comes with an
+ * error; and takes what the program saw for the whole answer (with an error, on Linux 5.15), unless
+ * told to keep its own.
+ */
+SEC("cgroup/getsockopt")
+int getsockopt(struct bpf_sockopt *ctx)
+{
+	volatile struct bpf_sockopt *fields = ctx; /* as in origdst_answer */
+
+	if (mesh_getsockopt(ctx) == NOT_MINE &&
+	    (fields->retval || fields->optlen > ctx->optval_end - ctx->optval))
+		fields->optlen = 0;
+	return PROCEED;
+}
+
+/* The kernel shows a program one page of a value, and has to be told to take the whole. */
+SEC("cgroup/setsockopt")
+int setsockopt(struct bpf_sockopt *ctx)
+{
+	volatile struct bpf_sockopt *fields = ctx; /* as in origdst_answer */
+
+	if (mesh_setsockopt(ctx) == REFUSED)
+		return REFUSE;
+	if (fields->optlen > ctx->optval_end - ctx->optval)
+		fields->optlen = 0;
+	return PROCEED;
+}
+
+/* The last time that a process has to do with a socket; then the kernel closes it. */
+SEC("cgroup/sock_release")
+int sock_release(struct bpf_sock *ctx)
+{
+	splice_release(ctx);
+	return PROCEED;
+}
+
+/*
+ * TCP's own doing, and packets and messages under way.
+ */
 
 SEC("sockops")
 int sock_ops(struct bpf_sock_ops *ctx)
@@ -46,6 +170,77 @@ int sock_ops(struct bpf_sock_ops *ctx)
 		break;
 	}
 	return 1;
+}
+
+/* A message of a socket that is spliced. */
+SEC("sk_msg")
+int redirect(struct sk_msg_md *msg)
+{
+	splice_redirect(msg);
+	return SK_PASS;
+}
+
+/* On the way out of lo, in pods whose DNS is captured. */
+SEC("tc")
+int dns_nat(struct __sk_buff *skb)
+{
+	return mesh_dns_nat(skb);
+}
+
+/* On the way out of a pod's devices. */
+SEC("tc")
+int reset(struct __sk_buff *skb)
+{
+	splice_reset(skb);
+	return TC_PASS;
+}
+
+/*
+ * What the agent runs when it wants to know something. An iterator over connections sees the
+ * network namespace of the task that opened it: the agent opens it inside the pod's.
+ */
+
+/* Adds the listeners that are older than the hooks. */
+SEC("iter/tcp")
+int find_listeners(struct bpf_iter__tcp *ctx)
+{
+	if (ctx->sk_common)
+		listener_look(ctx->sk_common);
+	return 0;
+}
+
+/*
+ * The same by the open files of all tasks, where iter/tcp runs with the socket's spin lock held
+ * (until Linux 6.4): the map takes it as well, and the processor would wait for itself for ever.
+ */
+SEC("iter/task_file")
+int find_listeners_by_file(struct bpf_iter__task_file *ctx)
+{
+	if (ctx->file)
+		listener_look_at_file(ctx->file);
+	return 0;
+}
+
+SEC("iter/bpf_sk_storage_map")
+int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	splice_sweep(ctx);
+	return 0;
+}
+
+SEC("iter/tcp")
+int wake_writers(struct bpf_iter__tcp *ctx)
+{
+	if (ctx->sk_common)
+		splice_wake(ctx->sk_common);
+	return 0;
+}
+
+SEC("iter/bpf_sk_storage_map")
+int count_storages(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	storage_count(ctx);
+	return 0;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

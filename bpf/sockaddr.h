@@ -28,17 +28,6 @@ static __always_inline void sockaddr_set(struct bpf_sock_addr *ctx, int family,
 	ctx->user_port = bpf_htons(port);
 }
 
-/* Whether a program may say with which error a call fails (Linux 6.1); without it is EPERM. */
-const volatile __u8 sets_error;
-
-/* The call fails. EPERM is an error that some programs try again at once, and for ever. */
-static __always_inline int refuse(int error)
-{
-	if (sets_error)
-		bpf_set_retval(-error);
-	return 0;
-}
-
 /*
  * A kernel id as a user namespace numbers it; -1 where it is not mapped. The map's address comes
  * as a number, and the function is global, so that the verifier looks at it once and by itself.
@@ -120,17 +109,17 @@ static __always_inline void outbound_of(struct bpf_sock_addr *ctx, int family, s
 		c->src = c->dst;
 }
 
-/* Puts what the client dialled in the place of where it was sent. False: this is not that. */
-static __always_inline bool restore_dialled(struct bpf_sock_addr *ctx, int family)
+/* Puts what the client dialled in the place of where it was sent. */
+static __always_inline enum outcome restore_dialled(struct bpf_sock_addr *ctx, int family)
 {
 	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
 	struct addr a;
 
 	if (!od || od->role != ROLE_CLIENT)
-		return false;
+		return NOT_MINE;
 	a = sockaddr_get(ctx, family);
 	if (!addr_eq(&a, &od->via) || bpf_ntohs(ctx->user_port) != od->via_port)
-		return false;
+		return NOT_MINE;
 	sockaddr_set(ctx, family, &od->orig, od->orig_port);
-	return true;
+	return TAKEN;
 }

@@ -270,24 +270,21 @@ static __always_inline bool writer_is_stuck(const struct tcp_sock *tp)
 }
 
 /*
- * Has such writers in the namespace of the task that opened it try again: setting this limit, to
- * what it is, makes the kernel say that there is room.
+ * Has such a writer try again: setting this limit, to what it is, makes the kernel say that there
+ * is room.
  */
-SEC("iter/tcp")
-int wake_writers(struct bpf_iter__tcp *ctx)
+static __always_inline void splice_wake(struct sock_common *sk)
 {
-	struct sock_common *sk = ctx->sk_common;
 	struct tcp_sock *tp;
 	int limit;
 
-	if (!sk || sk->skc_state == BPF_TCP_LISTEN)
-		return 0;
+	if (sk->skc_state == BPF_TCP_LISTEN)
+		return;
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp || !writer_is_stuck(tp))
-		return 0;
+		return;
 	limit = (int)tp->notsent_lowat;
 	bpf_setsockopt(tp, SOL_TCP, TCP_NOTSENT_LOWAT, &limit, sizeof(limit));
-	return 0;
 }
 
 /* Does a spliced connection leave, by its own or by its other end's doing? */
@@ -306,16 +303,14 @@ static __always_inline bool splice_leaves(const struct tcp_sock *tp, struct spli
 	return !bpf_map_update_elem(&leaving, &key, &one, BPF_ANY);
 }
 
-static __always_inline int splice_refuse(struct splice *s, const struct pod *pod, enum counter why)
+static __always_inline void splice_refuse(struct splice *s, const struct pod *pod, enum counter why)
 {
 	s->state = SPLICE_OUT;
 	count(pod, why);
-	return 0;
 }
 
 /* Puts what is eligible into the map, once it has settled, and takes pods' changes over. */
-SEC("iter/bpf_sk_storage_map")
-int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
+static __always_inline void splice_sweep(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
 	struct splice *s = ctx->value;
 	struct sock *sk = ctx->sk;
@@ -328,10 +323,10 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	long err;
 
 	if (!sk || !s)
-		return 0;
+		return;
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
-		return 0;
+		return;
 	netns = sk->__sk_common.skc_net.net->net_cookie;
 	if (writer_is_stuck(tp)) {
 		swept.stuck = netns;
@@ -339,52 +334,58 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 	}
 	/* Of another layout's map, only the first field is known. */
 	if (!sweep_off && s->state == SPLICE_OUT)
-		return 0;
+		return;
 	if (!queue_is_empty(sk))
 		splices_unread++;
 	if (sweep_off) {
 		s->off = 1;
-		return 0;
+		return;
 	}
 	/* Off for good: not for a moment may it be on again, or a message could follow. */
 	if (s->state == SPLICE_LEAVING) {
 		splice_leave(ctx, sk, s);
-		return 0;
+		return;
 	}
 	if (s->state == SPLICE_IN && splice_leaves(tp, s)) {
 		s->off = 1;
 		s->state = SPLICE_LEAVING;
 		splices_leaving++;
-		return 0;
+		return;
 	}
 	pod = pod_by_netns(netns);
 	s->off = !pod || !(pod->flags & POD_SPLICE) || !leg_on(s->leg) ||
 		 (s->leg == LEG_SIDECAR && !is_neighbour(&s->key.remote));
 	if (s->off || !pod || s->state != SPLICE_CANDIDATE)
-		return 0;
+		return;
 	age = bpf_ktime_get_ns() - s->since;
 	if (age < SPLICE_SETTLE || (age < SPLICE_GIVE_UP && !splice_safe(tp)) || tcp_is_short(sk)) {
 		splices_left++;
-		return 0;
+		return;
 	}
-	if (!splice_safe(tp))
-		return splice_refuse(s, pod, SPLICE_NOT_SAFE);
+	if (!splice_safe(tp)) {
+		splice_refuse(s, pod, SPLICE_NOT_SAFE);
+		return;
+	}
 	owner_of_kernel(sk, &owner);
-	if (s->leg == LEG_SIDECAR && !is_proxy_user(pod, owner.uid))
-		return splice_refuse(s, pod, SPLICE_NOT_PROXY);
-	if (!share_take(&spliced_of, netns, SPLICED))
-		return splice_refuse(s, pod, SPLICE_MAP_FULL);
+	if (s->leg == LEG_SIDECAR && !is_proxy_user(pod, owner.uid)) {
+		splice_refuse(s, pod, SPLICE_NOT_PROXY);
+		return;
+	}
+	if (!share_take(&spliced_of, netns, SPLICED)) {
+		splice_refuse(s, pod, SPLICE_MAP_FULL);
+		return;
+	}
 	s->share = netns;
 	key = s->key;
 	err = bpf_map_update_elem(&spliced, &key, sk, BPF_NOEXIST);
 	if (err) {
 		splice_uncount(s);
-		return splice_refuse(s, pod, err == -EBUSY ? SPLICE_IN_OTHER_MAP : SPLICE_MAP_FULL);
+		splice_refuse(s, pod, err == -EBUSY ? SPLICE_IN_OTHER_MAP : SPLICE_MAP_FULL);
+		return;
 	}
 	s->by_tcp = bpf_ktime_get_ns();
 	s->state = SPLICE_IN;
 	count(pod, SPLICE_SOCKETS);
-	return 0;
 }
 
 /* cgroup v1 with a limit of TCP's own, and kernels that may lack it. */
@@ -524,8 +525,7 @@ static __always_inline void splice_bulk(struct splice *s, __u32 size)
 }
 
 /* One decision for each message of a spliced socket. */
-SEC("sk_msg")
-int redirect(struct sk_msg_md *msg)
+static __always_inline void splice_redirect(struct sk_msg_md *msg)
 {
 	enum counter why = SPLICE_NO_PEER;
 	struct bpf_sock *sk = msg->sk;
@@ -535,11 +535,11 @@ int redirect(struct sk_msg_md *msg)
 	bool first;
 
 	if (!sk)
-		return SK_PASS;
+		return;
 	s = bpf_sk_storage_get(&splices, sk, NULL, 0);
 	from = bpf_skc_to_tcp_sock(sk);
 	if (!s || !from)
-		return SK_PASS;
+		return;
 	key = other_end(&s->key);
 	if (s->off)
 		goto tcp;
@@ -557,7 +557,7 @@ int redirect(struct sk_msg_md *msg)
 		s->bulk -= s->bulk < msg->size ? s->bulk : msg->size;
 		count_n(s->mesh, SPLICE_MESSAGES, 1);
 		count_n(s->mesh, SPLICE_BYTES, msg->size);
-		return SK_PASS;
+		return;
 	}
 	if (first) {
 		/* A redirection can't be taken back, only turned to this end's own TCP. */
@@ -570,5 +570,4 @@ tcp:
 	if (!s->off)
 		splice_bulk(s, msg->size);
 	count_n(s->mesh, why == COUNTERS ? SPLICE_NO_PEER : why, 1);
-	return SK_PASS;
 }

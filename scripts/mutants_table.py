@@ -401,10 +401,7 @@ add(
      "count(pod, verdict == GO_DNS ? CAPTURED_DNS : CAPTURED_OUTBOUND);",
      "count(pod, CAPTURED_DNS);", "outbound:counted"),
     ("the address stays as it was",
-     "sockaddr_set(ctx, family, &od->via, od->via_port);\n\treturn 1;\n}\n\nstatic __always_inline "
-     "int connect_any",
-     "if (family < 0)\n\t\tsockaddr_set(ctx, family, &od->via, od->via_port);\n\treturn 1;\n}\n\n"
-     "static __always_inline int connect_any", T1),
+     Within("connect_tcp", "\tsockaddr_set(ctx, family, &od->via, od->via_port);\n"), "", T1),
     ("sockets of other protocols are captured",
      "if (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP)", "if (false)",
      "sockets:neither_tcp"),
@@ -516,7 +513,7 @@ add(
     ("a socket that is connected again remembers its DNS server",
      "\tbpf_sk_storage_delete(&origdsts, ctx->sk);\n", "", "dns:connected_again dns:sockets_see"),
     ("a UDP socket to any port is looked at",
-     "\tif (c->dport != DNS_PORT)\n\t\treturn 1;\n\towner_of", "\towner_of",
+     "\tif (c->dport != DNS_PORT)\n\t\treturn NOT_MINE;\n\towner_of", "\towner_of",
      "outbound:t12_ dns:t11_a_connected", "saves finding the owner: policy asks for the port too"),
     ("connected sockets' DNS is direct",
      "if (!is_dns_question(pod, ctx->sk, c))", "if (true || !is_dns_question(pod, ctx->sk, c))",
@@ -551,7 +548,7 @@ add(
     ("no device is the pod's own", "(!c->ifindex || c->ifindex == pod->device);", "!c->ifindex;",
      "dns:sockets_see"),
     ("datagrams to any port are captured",
-     "if (ctx->user_port != bpf_htons(DNS_PORT))\n\t\treturn 1;\n\tc.netns", "c.netns",
+     "if (ctx->user_port != bpf_htons(DNS_PORT))\n\t\treturn NOT_MINE;\n\tc.netns", "c.netns",
      "dns:datagrams dns:t11_an", "saves the rest: policy asks for the port too"),
     ("unconnected sockets' DNS is direct",
      "if (!is_dns_question(pod, ctx->sk, &c))", "if (true || !is_dns_question(pod, ctx->sk, &c))",
@@ -566,9 +563,10 @@ add(
      "if (od && od->role == ROLE_CLIENT && addr_eq(&od->orig, &c.dst)) {",
      "if (od && od->role == ROLE_CLIENT) {", "dns:sockets_see"),
     ("a connected socket is answered by the listener",
-     "if (restore_dialled(ctx, family))", "if (false)", "dns:t11_a_connected"),
+     "if (restore_dialled(ctx, family) == TAKEN)", "if (false)", "dns:t11_a_connected"),
     ("an unconnected socket is answered by the listener",
-     "\t\tif (!asked)\n\t\t\treturn 1;\n\t\tpod", "\t\tif (true)\n\t\t\treturn 1;\n\t\tpod",
+     "\t\tif (!asked)\n\t\t\treturn NOT_MINE;\n\t\tpod",
+     "\t\tif (true)\n\t\t\treturn NOT_MINE;\n\t\tpod",
      "dns:t11_an"),
     ("nobody to whom an answer goes is remembered", "\tif (clients)\n\t\tdns_client_heard",
      "\tif (false)\n\t\tdns_client_heard", "dns:what_a_server"),
@@ -639,7 +637,7 @@ add(
      "bpf_sock_hash_update(ctx, &listeners, &key, BPF_NOEXIST)",
      "bpf_sock_hash_update(ctx, &listeners, &key, BPF_ANY)", "inbound:a_reuseport"),
     ("connections are taken for listeners",
-     "if (sk && sk->skc_state == BPF_TCP_LISTEN && sk", "if (sk && sk",
+     "if (sk->skc_state == BPF_TCP_LISTEN && sk", "if (sk",
      "inbound:only_the_proxys"),
     ("listeners of any port are found", "LISTEN && sk->skc_num == wanted_port)", "LISTEN)",
      "inbound:only_the_proxys"),
@@ -849,7 +847,7 @@ add(
     # The sweep.
     ("an upper layer is safe", "!peek(tp, inet_conn.icsk_ulp_ops) &&", "true &&",
      "splice_endings:stay_out", NO_KTLS),
-    ("nothing is switched off", "\tif (sweep_off) {\n\t\ts->off = 1;\n\t\treturn 0;\n\t}\n", "",
+    ("nothing is switched off", "\tif (sweep_off) {\n\t\ts->off = 1;\n\t\treturn;\n\t}\n", "",
      "splice_agent:unload_in_mid",
      "unload has maps of its own, where no pod is enrolled: that says the same"),
     ("a pod's opting out does not hold for what is open",
@@ -863,7 +861,7 @@ add(
     ("a socket that blocks for a moment stays out",
      "(age < SPLICE_GIVE_UP && !splice_safe(tp))", "false", "splice_endings:waited_for"),
     ("a socket that blocks comes in",
-     "\tif (!splice_safe(tp))\n\t\treturn splice_refuse(s, pod, SPLICE_NOT_SAFE);\n", "",
+     "\tif (!splice_safe(tp)) {\n\t\tsplice_refuse(s, pod, SPLICE_NOT_SAFE);\n\t\treturn;\n\t}\n", "",
      "splice_endings:waited_for"),
     # Each message.
     ("no limit of the reader's is looked at",
@@ -953,7 +951,7 @@ UNREAD6 = "splice_endings:unread"
 
 # The end of spliced connections.
 add(
-    ("a spliced socket that is released stays in its pod's share", Within("sock_release", "\tsplice_uncount(s);\n"), "",
+    ("a spliced socket that is released stays in its pod's share", Within("splice_release", "\tsplice_uncount(s);\n"), "",
      "splice_agent:too_many_spliced"),
     ("a socket that closes with unread bytes is not remembered",
      "\ts->state = SPLICE_RESET;\n", "", ENDING),
@@ -990,6 +988,6 @@ add(
      UNREAD6),
     ("every packet's socket is looked up", "\tif (skb->priority != SPLICE_PRIORITY)\n",
      "\tif (skb->priority == 1)\n", ENDING, "saves a look-up"),
-    ("a FIN that is sent again is made a reset again", Within("reset", "\t\ts->state = SPLICE_OUT;\n"),
+    ("a FIN that is sent again is made a reset again", Within("splice_reset", "\t\ts->state = SPLICE_OUT;\n"),
      "\t\t(void)s;\n", UNREAD6),
 )
