@@ -14,7 +14,7 @@ STATIC_CARGO = RUSTFLAGS='-C target-feature=+crt-static' cargo
 
 # clang-format's output differs between versions; 14 is the one that counts.
 CLANG_FORMAT ?= $(shell command -v clang-format-14 || command -v clang-format || echo clang-format-14)
-C_FILES       = $(wildcard bpf/*.h bpf/*.c)
+C_FILES       = $(wildcard bpf/*.h bpf/*.c bpf/*/*.h bpf/*/*.c)
 
 # Where cargo puts what it builds for the tests.
 DEBUG = $${CARGO_TARGET_DIR:-target}/debug
@@ -101,6 +101,7 @@ check: ## formatting, lints, licences and the quick unit tests (no root)
 	cargo deny --log-level error check bans licenses sources
 	scripts/workflows.sh
 	cargo clippy -q --workspace --all-targets -- -D warnings
+	scripts/bpf-layout.sh
 	cargo test -q --workspace --lib --bins
 
 chart: ## lint, render, validate and pack the Helm chart: target/chart

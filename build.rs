@@ -23,6 +23,8 @@ fn main() -> Result<()> {
             .clang(&clang)
             .clang_args([
                 OsString::from("-I"),
+                "bpf".into(),
+                "-I".into(),
                 vmlinux.clone().into(),
                 "-mcpu=v3".into(),
                 "-Wall".into(),

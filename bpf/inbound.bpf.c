@@ -8,15 +8,10 @@
  * parse the whole kernel's types for each pod: most of what enrolling one took.
  */
 #define BPF_NO_PRESERVE_ACCESS_INDEX
-#include "vmlinux.h"
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_helpers.h>
-
-#include "config.h"
-#include "types.h"
-#include "maps.h"
-#include "pod.h"
-#include "policy.h"
+#include "lib/counter.h"
+#include "lib/event.h"
+#include "mesh/handover.h"
+#include "mesh/inbound.h"
 
 /* The cookie of the network namespace that this instance is linked to. */
 const volatile __u64 netns_cookie;

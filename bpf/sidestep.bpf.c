@@ -3,27 +3,20 @@
  * The programs that a node needs once; inbound.bpf.c has those that each pod needs. A hook is a
  * list of workers in their order: the first that takes the call, or refuses it, ends the list.
  */
-#include "vmlinux.h"
-#include <bpf/bpf_core_read.h>
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_helpers.h>
-
-#include "config.h"
-#include "kernel.h"
-#include "types.h"
-#include "maps.h"
-#include "hook.h"
-#include "pod.h"
-#include "policy.h"
-#include "origdst.h"
-#include "sockaddr.h"
-#include "dns.h"
-#include "route.h"
-#include "connect.h"
-#include "layouts.h"
-#include "listeners.h"
-#include "splice.h"
-#include "reset.h"
+#include "lib/core.h"
+#include "lib/hook.h"
+#include "lib/layouts.h"
+#include "lib/records.h"
+#include "mesh/connect.h"
+#include "mesh/dns.h"
+#include "mesh/dns_nat.h"
+#include "mesh/listeners.h"
+#include "mesh/origdst.h"
+#include "mesh/source_route.h"
+#include "splice/mark.h"
+#include "splice/redirect.h"
+#include "splice/rst.h"
+#include "splice/sweep.h"
 
 /* What a hook of a cgroup answers. */
 #define REFUSE 0
@@ -160,7 +153,8 @@ int sock_ops(struct bpf_sock_ops *ctx)
 		splice_watch(ctx);
 		break;
 	case BPF_SOCK_OPS_RTT_CB:
-		splice_mark(ctx);
+		if (splice_is_due(ctx))
+			splice_mark(ctx, captured_role(ctx->sk));
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		origdst_withdraw(ctx);
@@ -204,8 +198,10 @@ int reset(struct __sk_buff *skb)
 SEC("iter/tcp")
 int find_listeners(struct bpf_iter__tcp *ctx)
 {
-	if (ctx->sk_common)
-		listener_look(ctx->sk_common);
+	struct sock_common *sk = ctx->sk_common;
+
+	if (sk)
+		listener_look(sk);
 	return 0;
 }
 
@@ -216,8 +212,10 @@ int find_listeners(struct bpf_iter__tcp *ctx)
 SEC("iter/task_file")
 int find_listeners_by_file(struct bpf_iter__task_file *ctx)
 {
-	if (ctx->file)
-		listener_look_at_file(ctx->file);
+	struct file *file = ctx->file;
+
+	if (file)
+		listener_look_at_file(file);
 	return 0;
 }
 
@@ -231,8 +229,10 @@ int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 SEC("iter/tcp")
 int wake_writers(struct bpf_iter__tcp *ctx)
 {
-	if (ctx->sk_common)
-		splice_wake(ctx->sk_common);
+	struct sock_common *sk = ctx->sk_common;
+
+	if (sk)
+		splice_wake(sk);
 	return 0;
 }
 

@@ -107,7 +107,7 @@ def compile_objects():
     for name in ["sidestep", "inbound"]:
         status, output = run(
             [clang, "-target", "bpf", "-g", "-O2", "-mcpu=v3", "-c", f"bpf/{name}.bpf.c",
-             "-I", f"vmlinux/{arch}", "-I", str(include), "-o", str(OBJECTS / f"{name}.o"),
+             "-I", "bpf", "-I", f"vmlinux/{arch}", "-I", str(include), "-o", str(OBJECTS / f"{name}.o"),
              {"x86_64": "-D__TARGET_ARCH_x86", "aarch64": "-D__TARGET_ARCH_arm64"}[arch]], 60)
         if status != 0:
             return output

@@ -65,7 +65,7 @@ pub struct Candidate {
     pub netns: NetnsFacts,
 }
 
-/// Which list a rule belongs to; `enum rule_set` of bpf/types.h.
+/// Which list a rule belongs to; `enum rule_set` of bpf/mesh/rules.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RuleSet {
     /// Destination ports never captured outbound.
@@ -90,7 +90,7 @@ pub enum RuleSet {
     OutExcludeRoutes,
 }
 
-/// The row of the kernel's `pods` map; see `struct pod` of bpf/types.h.
+/// The row of the kernel's `pods` map; see `struct pod` of bpf/lib/pod.h.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodRow {
     /// The sidecar's user, which is exempt; none: no user is.
@@ -156,7 +156,7 @@ pub struct DnsRoute {
     pub own: bool,
 }
 
-/// A kind of addresses of which a device has a first one; `enum device_family` of bpf/types.h.
+/// A kind of addresses of which a device has a first one; `enum device_family` of bpf/mesh/inbound.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DeviceFamily {
     /// IPv4.
@@ -374,7 +374,7 @@ pub fn excess(facts: &PodFacts) -> Option<Refusal> {
     rules.excess().err()
 }
 
-/// How long the texts of a [`Record`] may be; `struct pod_record` of bpf/types.h.
+/// How long the texts of a [`Record`] may be; `struct pod_record` of bpf/lib/records.h.
 pub const MAX_POD: usize = 320;
 /// See [`MAX_POD`].
 pub const MAX_UID: usize = 64;
@@ -576,7 +576,7 @@ fn addresses(facts: &PodFacts, netns: &NetnsFacts) -> Vec<IpAddr> {
     ips
 }
 
-/// How many addresses of devices listeners are remembered at; `LANDINGS` of bpf/maps.h has these,
+/// How many addresses of devices listeners are remembered at; `LANDINGS` of bpf/mesh/inbound.h has these,
 /// any and localhost, so that one pod with many devices leaves room for the others.
 const MAX_LANDINGS: usize = 6;
 
@@ -815,7 +815,7 @@ mod tests {
         tells_interface: true,
     };
 
-    /// As bpf/maps.h has them.
+    /// As the headers of bpf/ have them.
     const NODE: Limits = Limits {
         pods: 1024,
         locals: 1024 * 16,

@@ -1,5 +1,5 @@
 //! Resets that TCP itself did not send: of connections that were shut down, and then closed with
-//! unread bytes that TCP knows nothing of. bpf/reset.h tells of them.
+//! unread bytes that TCP knows nothing of. bpf/splice/rst.h tells of them.
 
 use std::net::SocketAddr;
 

@@ -21,7 +21,7 @@ pub enum Mode {
     All,
 }
 
-/// A part of the path of a connection that stays on the node; `enum splice_leg` of bpf/types.h.
+/// A part of the path of a connection that stays on the node; `enum splice_leg` of bpf/splice/types.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Leg {
     /// A pod's sidecar to another pod's sidecar.

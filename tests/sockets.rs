@@ -273,7 +273,7 @@ fn handovers_are_for_handshakes_only() {
 }
 
 /// How many connections a pod may have that its sidecar has yet to accept; `HANDSHAKES` of
-/// bpf/maps.h.
+/// bpf/mesh/handover.h.
 const HANDSHAKES: usize = 512;
 
 /// The errno of a connect that is refused with this one, where the kernel lets a program say so.

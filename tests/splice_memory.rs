@@ -30,7 +30,7 @@ const MESSAGE: usize = 8000;
 /// Messages that a queue takes all of while nobody reads.
 const MESSAGES: usize = 7;
 const MIB: u64 = 1 << 20;
-/// Memory cgroups of a reader that are looked at, `SPLICE_GROUPS` of bpf/splice.h, the root among
+/// Memory cgroups of a reader that are looked at, `SPLICE_GROUPS` of bpf/splice/memory.h, the root among
 /// them.
 const DEEPEST: usize = 16 - 1;
 

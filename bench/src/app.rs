@@ -43,7 +43,7 @@ impl Service {
 }
 
 /// A new connection says so much first, a small message each way at a time, in every mode: it is
-/// what makes one worth splicing (`SPLICE_TALK` of bpf/splice.h, and some).
+/// what makes one worth splicing (`SPLICE_TALK` of bpf/splice/mark.h, and some).
 pub const TALK: usize = 24;
 /// Bytes that are read or written at once.
 const CHUNK: usize = 128 << 10;

@@ -120,7 +120,7 @@ const COUNTERS: [&str; 29] = [
     "splice_no_peer",
 ];
 
-/// What an entry of `locals` is; `enum local` of bpf/types.h.
+/// What an entry of `locals` is; `enum local` of bpf/lib/pod.h.
 const LOCAL_OWN: u8 = 1;
 /// See [`LOCAL_OWN`].
 const LOCAL_LANDING: u8 = 2;
@@ -128,7 +128,7 @@ const LOCAL_LANDING: u8 = 2;
 /// How soon the maps are read anew where something could not be written.
 const READ_AGAIN: Duration = Duration::from_secs(60);
 
-/// Slots for a pod's listeners; `LISTENER_SLOTS` of bpf/maps.h.
+/// Slots for a pod's listeners; `LISTENER_SLOTS` of bpf/mesh/inbound.h.
 const LISTENER_SLOTS: u16 = 8;
 
 /// Routes libbpf's messages to the log: its warnings explain errors, so they are debug lines

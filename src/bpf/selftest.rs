@@ -35,9 +35,9 @@ use crate::{
 
 /// How long a byte, an end or a wake-up may take; loopback needs microseconds.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// `SPLICE_LARGE` of bpf/splice.h: messages above it go by TCP.
+/// `SPLICE_LARGE` of bpf/splice/redirect.h: messages above it go by TCP.
 const LARGE: usize = 32 * 1024;
-/// `SPLICE_LIMIT` of bpf/splice.h: what is unread above it goes by TCP.
+/// `SPLICE_LIMIT` of bpf/splice/redirect.h: what is unread above it goes by TCP.
 const LIMIT: usize = 64 * 1024;
 /// More than any default of TCP's buffers lets a writer get ahead of its reader.
 const FAR_AHEAD: usize = 64 << 20;

@@ -1,5 +1,5 @@
 //! The agent's part in splicing: which legs are on, and which sockets are in the map.
-//! bpf/splice.h decides about the rest.
+//! bpf/splice/ decides about the rest.
 
 use std::{
     collections::BTreeSet,

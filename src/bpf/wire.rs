@@ -34,7 +34,7 @@ unsafe impl Wire for u8 {}
 unsafe impl Wire for u32 {}
 // SAFETY: plain integers.
 unsafe impl Wire for u64 {}
-// SAFETY: types.h asserts the size that the fields add up to; all fields are integers, or enums
+// SAFETY: its header asserts the size that the fields add up to; all fields are integers, or enums
 // that the skeleton makes a transparent u32.
 unsafe impl Wire for pod {}
 // SAFETY: as for `pod`.
@@ -139,7 +139,7 @@ fn set_of(set: RuleSet) -> rule_set {
     }
 }
 
-/// A list of one class of users; `UID_CLASS_SHIFT` of bpf/types.h.
+/// A list of one class of users; `UID_CLASS_SHIFT` of bpf/mesh/rules.h.
 fn of_class(set: rule_set, class: u32) -> rule_set {
     rule_set(set.0 | class << 8)
 }
@@ -166,7 +166,7 @@ pub(crate) fn cidr_key(rule: &CidrRule) -> cidr_rule_key {
     }
 }
 
-/// Keeps the families apart; `CIDR_V6` of bpf/types.h.
+/// Keeps the families apart; `CIDR_V6` of bpf/mesh/rules.h.
 const CIDR_V6: u32 = 1 << 8;
 
 pub(crate) fn if_of(cookie: u64, ifindex: u32) -> if_key {

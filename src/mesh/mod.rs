@@ -19,7 +19,7 @@ pub use linkerd::LINKERD;
 pub struct Mesh {
     /// Name in `status`, logs and metrics.
     pub name: &'static str,
-    /// Index into the kernel's counters; unique, below `MAX_MESHES` of bpf/maps.h.
+    /// Index into the kernel's counters; unique, below `MAX_MESHES` of bpf/lib/counter.h.
     pub index: u16,
     /// Name of the sidecar's container.
     pub proxy_container: &'static str,

@@ -29,7 +29,7 @@ const OF_PODS: [&str; 8] = [
     "listeners",
 ];
 
-/// `struct pod_record` of bpf/types.h: where the uid is.
+/// `struct pod_record` of bpf/lib/records.h: where the uid is.
 const UID: std::ops::Range<usize> = 320..384;
 
 /// The agent's pins.
@@ -77,7 +77,7 @@ impl Kernel {
 
     /// Waits until this port is excluded for the pod.
     pub fn wait_excluded(&self, cookie: u64, port: u16) -> Result<()> {
-        // `struct port_rule_key` of bpf/types.h; OUT_EXCLUDE_PORTS is 0.
+        // `struct port_rule_key` of bpf/mesh/rules.h; OUT_EXCLUDE_PORTS is 0.
         let mut key = [0; 20];
         key[..4].copy_from_slice(&(96u32 + 16).to_ne_bytes());
         key[8..16].copy_from_slice(&cookie.to_ne_bytes());

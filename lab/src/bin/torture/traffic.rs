@@ -228,7 +228,7 @@ impl Traffic {
     }
 }
 
-/// So much small talk makes a connection worth splicing: `SPLICE_TALK` of bpf/splice.h, and some.
+/// So much small talk makes a connection worth splicing: `SPLICE_TALK` of bpf/splice/mark.h, and some.
 const TALK: usize = 24;
 
 fn talk(stream: &mut TcpStream) -> io::Result<()> {

@@ -11,6 +11,9 @@
  */
 #pragma once
 
+#include "lib/event.h"
+#include "splice/socket.h"
+
 #define TCP_FIN 0x0001
 #define TCP_PSH 0x0008
 #define TCP_RST 0x0004

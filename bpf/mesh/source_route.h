@@ -6,6 +6,10 @@
  */
 #pragma once
 
+#include "lib/counter.h"
+#include "lib/hook.h"
+#include "lib/owner.h"
+
 /* Does the socket have one already? */
 static __always_inline bool is_source_routed(struct bpf_sock *ctx)
 {
@@ -37,7 +41,7 @@ static __always_inline bool sets_source_route(volatile struct bpf_sockopt *ctx)
 static __always_inline enum outcome mesh_setsockopt(struct bpf_sockopt *ctx)
 {
 	volatile struct bpf_sock *sk = ctx->sk;
-	struct outbound owner = {};
+	struct owner owner = {};
 	const struct pod *pod;
 
 	if (!sets_source_route(ctx))

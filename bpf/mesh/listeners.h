@@ -5,6 +5,9 @@
  */
 #pragma once
 
+#include "lib/sock.h"
+#include "mesh/inbound.h"
+
 /*
  * Does REDIRECT lead there: to localhost, or to the first address of one of the pod's devices? Not
  * to other addresses of the pod, nor to those that a process may bind to though nobody has them.

@@ -1,6 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Addresses, counters, and socket -> pod: the only identity rule. */
+/*
+ * Addresses. An IPv4 address is always kept v4-mapped (::ffff:a.b.c.d): one code path and one map
+ * serve AF_INET, AF_INET6 and the v4-mapped addresses in between. Addresses are in network byte
+ * order, ports in host byte order, unless a comment says otherwise.
+ */
 #pragma once
+
+#include "lib/core.h"
+
+#define V4MAPPED bpf_htonl(0x0000ffff)
+
+struct addr {
+	__u32 w[4];
+};
+_Static_assert(sizeof(struct addr) == 16, "addr");
 
 static __always_inline struct addr addr4(__u32 ip4)
 {
@@ -70,72 +83,4 @@ static __always_inline bool addr_is_multicast(const struct addr *a)
 		return (a->w[3] & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000) ||
 		       a->w[3] == bpf_htonl(0xffffffff);
 	return (a->w[0] & bpf_htonl(0xff000000)) == bpf_htonl(0xff000000);
-}
-
-/* Where captured connections go, see config.h. */
-static __always_inline bool addr_is_via(const struct addr *a)
-{
-	if (addr_is4(a))
-		return (a->w[3] & bpf_htonl(VIA4_MASK)) == bpf_htonl(VIA4_NET);
-	return a->w[0] == bpf_htonl(VIA6_HI) && a->w[1] == bpf_htonl(VIA6_LO);
-}
-
-/* Identity is the network namespace's cookie: never an address, never a process. */
-static __always_inline const struct pod *pod_by_netns(__u64 netns)
-{
-	return bpf_map_lookup_elem(&pods, &netns);
-}
-
-static __always_inline bool pod_captures(const struct pod *pod, const struct addr *a)
-{
-	return pod->flags & (addr_is4(a) ? POD_CAPTURE_V4 : POD_CAPTURE_V6);
-}
-
-/* Is this an address of the pod itself, so that traffic to it stays on its lo? */
-static __always_inline bool pod_owns(__u64 netns, const struct addr *a)
-{
-	struct local_key key = { .netns = netns, .addr = *a };
-
-	return addr_is_loopback(a) || bpf_map_lookup_elem(&locals, &key);
-}
-
-/* Is this the port of a listener that connections are handed to? */
-static __always_inline bool is_steered_port(const struct pod *pod, __u16 port)
-{
-	return port && (port == pod->in_port || port == pod->out_port || port == pod->dns_port);
-}
-
-/* Takes one more of what a map counts for each pod; false: the pod has its share. */
-static __always_inline bool share_take(void *shares, __u64 netns, __u32 most)
-{
-	__u32 *used = bpf_map_lookup_elem(shares, &netns);
-
-	if (!used)
-		return false;
-	if (__sync_fetch_and_add(used, 1) < most)
-		return true;
-	__sync_fetch_and_add(used, -1);
-	return false;
-}
-
-static __always_inline void share_give(void *shares, __u64 netns)
-{
-	__u32 *used = bpf_map_lookup_elem(shares, &netns);
-
-	if (used)
-		__sync_fetch_and_add(used, -1);
-}
-
-static __always_inline void count_n(__u32 mesh, enum counter counter, __u64 n)
-{
-	__u32 index = mesh * COUNTERS + counter;
-	__u64 *value = bpf_map_lookup_elem(&counters, &index);
-
-	if (value)
-		__sync_fetch_and_add(value, n); /* connect can be preempted */
-}
-
-static __always_inline void count(const struct pod *pod, enum counter counter)
-{
-	count_n(pod->mesh, counter, 1);
 }

@@ -5,6 +5,8 @@
  */
 #pragma once
 
+#include "lib/core.h"
+
 /* How many sockets have storage in the map that the iterator was made for. */
 __u64 storages = 0;
 

@@ -12,6 +12,78 @@
  */
 #pragma once
 
+#include "lib/counter.h"
+#include "lib/hook.h"
+#include "lib/owner.h"
+#include "mesh/origdst.h"
+#include "mesh/outbound.h"
+
+/*
+ * Where captured DNS over UDP goes; the low 16 bits are a number. The agent's routes have these
+ * ranges on each of the pod's devices, with the device's own address as source: so the kernel
+ * picks that one, and a socket that names a device finds its way.
+ */
+#define DNS4_NET 0x7f810000 /* 127.129.0.0/16 */
+#define DNS4_MASK 0xffff0000
+#define DNS6_SUBNET 1 /* fd53:6964:6573:7465:0:1::/96 */
+#define DNS_ALONE 0 /* all that a socket asks, which has one server at a time */
+#define DNS_TOKEN 0x8000 /* one of a socket's servers: its slot, and the turn that it has there */
+
+#define DNS_SLOT_BITS 6
+#define DNS_SERVERS (1 << DNS_SLOT_BITS) /* that one socket can have questions open to */
+#define DNS_TURNS 512 /* of a slot, until an answer could be taken for another server's */
+#define DNS_PATIENCE 30 /* seconds that an answer may take: as long as conntrack waits for one */
+
+/* A server that a UDP socket asked. */
+struct dns_server {
+	struct addr addr;
+	__u32 asked; /* when it was asked last, in seconds; 0: unused */
+	__u32 turn; /* how many servers have had this slot */
+};
+_Static_assert(sizeof(struct dns_server) == 24, "dns_server");
+
+/* The servers that a UDP socket asked without being connected to them. */
+struct dns_servers {
+	struct bpf_spin_lock lock;
+	__u32 pad;
+	struct dns_server server[DNS_SERVERS]; /* whose answers have a number each */
+	struct dns_server alone; /* of a socket that can't be given numbers */
+};
+_Static_assert(sizeof(struct dns_servers) == 1568, "dns_servers");
+
+/* Whom a UDP socket asked without being connected. sendmsg writes; recvmsg reads. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct dns_servers);
+} dns_asked SEC(".maps");
+
+#define DNS_CLIENTS 64
+
+/* Somebody that a UDP socket of the pod heard from, port 53: what goes there is an answer. */
+struct dns_client {
+	struct addr addr;
+	__u32 heard; /* when, in seconds; 0: unused */
+	__u32 pad;
+};
+_Static_assert(sizeof(struct dns_client) == 24, "dns_client");
+
+struct dns_clients {
+	struct dns_client client[DNS_CLIENTS];
+	__u32 next; /* the slot for the next one, in turn */
+	__u32 pad;
+};
+_Static_assert(sizeof(struct dns_clients) == 1544, "dns_clients");
+
+/* Who asked a UDP socket of the pod from port 53. recvmsg writes; connect and sendmsg read. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct dns_clients);
+} dns_clients SEC(".maps");
+
 /* An address of the DNS range. */
 static __always_inline struct addr dns_via(const struct addr *like, __u32 number)
 {
@@ -102,7 +174,7 @@ static __always_inline enum outcome connect_udp(struct bpf_sock_addr *ctx, int f
 	bpf_sk_storage_delete(&origdsts, ctx->sk);
 	if (c->dport != DNS_PORT)
 		return NOT_MINE;
-	owner_of(ctx->sk, c);
+	owner_of(ctx->sk, &c->owner);
 	if (!is_dns_question(pod, ctx->sk, c))
 		return NOT_MINE;
 	od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
@@ -218,7 +290,7 @@ static __always_inline enum outcome mesh_sendmsg(struct bpf_sock_addr *ctx, int 
 	if (!pod)
 		return NOT_MINE;
 	outbound_of(ctx, family, &c);
-	owner_of(ctx->sk, &c);
+	owner_of(ctx->sk, &c.owner);
 	if (!is_dns_question(pod, ctx->sk, &c))
 		return NOT_MINE;
 	od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
@@ -280,204 +352,4 @@ static __always_inline enum outcome mesh_recvmsg(struct bpf_sock_addr *ctx, int 
 	if (clients)
 		dns_client_heard(clients, &from, dns_now());
 	return NOT_MINE;
-}
-
-#define TC_NAT 3 /* ours: to be given its new addresses */
-
-/* A UDP datagram's addresses and ports; where its UDP header is. */
-struct datagram {
-	struct addr src;
-	struct addr dst;
-	__be16 sport;
-	__be16 dport;
-	__u32 l4;
-};
-
-/* The socket in the namespace that would get what comes from src to dst. */
-static __always_inline struct bpf_sock *socket_at(struct __sk_buff *skb, const struct addr *src,
-						  __be16 sport, const struct addr *dst,
-						  __be16 dport)
-{
-	struct bpf_sock_tuple tuple = {};
-	__u32 size = sizeof(tuple.ipv6);
-
-	if (addr_is4(dst)) {
-		tuple.ipv4.saddr = src->w[3];
-		tuple.ipv4.daddr = dst->w[3];
-		tuple.ipv4.sport = sport;
-		tuple.ipv4.dport = dport;
-		return bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
-	}
-	__builtin_memcpy(&tuple.ipv6.saddr, src, sizeof(*src));
-	__builtin_memcpy(&tuple.ipv6.daddr, dst, sizeof(*dst));
-	tuple.ipv6.sport = sport;
-	tuple.ipv6.dport = dport;
-	return bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
-}
-
-/* A question to the DNS range goes to the listener; where there is none, to nobody. */
-static __always_inline int dns_question(struct __sk_buff *skb, const struct datagram *d,
-					struct datagram *to)
-{
-	struct bpf_sock *listener;
-
-	to->dst = localhost_for(&d->dst);
-	if (dns_number(&d->dst) & DNS_TOKEN)
-		to->src = d->dst;
-	listener = socket_at(skb, &to->src, d->sport, &to->dst, d->dport);
-	if (!listener)
-		return TC_PASS;
-	bpf_sk_release(listener);
-	return TC_NAT;
-}
-
-/* What the listener sends. */
-static __always_inline int dns_answer(struct __sk_buff *skb, const struct pod *pod,
-				      const struct datagram *d, struct datagram *to)
-{
-	struct bpf_sock *client;
-	bool asked;
-
-	if (addr_is_dns_via(&d->dst)) {
-		to->src = d->dst;
-		to->dst = own_address(pod, &d->dst);
-		return TC_NAT;
-	}
-	/* Asked on localhost, by its own address. */
-	if (addr_is_loopback(&d->dst))
-		return TC_PASS;
-	to->src = dns_via(&d->dst, DNS_ALONE);
-	/* One that is connected to the DNS range is not found, nor one that is bound to a device.
-	 */
-	client = socket_at(skb, &d->src, d->sport, &d->dst, d->dport);
-	if (!client)
-		return TC_NAT;
-	/* Else it has asked the listener by its own address, or is not connected. */
-	asked = client->state != BPF_TCP_ESTABLISHED &&
-		(bpf_sk_storage_get(&origdsts, client, NULL, 0) ||
-		 bpf_sk_storage_get(&dns_asked, client, NULL, 0));
-	bpf_sk_release(client);
-	return asked ? TC_NAT : TC_PASS;
-}
-
-/* Where a datagram on its way out of lo is to go, and where it is to come from. */
-static __always_inline int dns_translate(struct __sk_buff *skb, const struct datagram *d,
-					 struct datagram *to)
-{
-	struct bpf_sock *from = skb->sk;
-	struct outbound sender = {};
-	const struct pod *pod;
-	const struct sock *sk;
-	const struct net *net;
-
-	if (!addr_is_dns_via(&d->src) && !addr_is_dns_via(&d->dst) && !addr_is_localhost(&d->src))
-		return TC_PASS;
-	if (!from)
-		return TC_PASS;
-	sk = kernel_ptr(number_of(from), struct sock);
-	net = peek(sk, __sk_common.skc_net.net);
-	sender.netns = peek(net, net_cookie);
-	pod = pod_by_netns(sender.netns);
-	if (!pod || !pod->dns_port)
-		return TC_PASS;
-	if (addr_is_localhost(&d->src) && bpf_ntohs(d->sport) == pod->dns_port) {
-		owner_of_kernel(sk, &sender);
-		if (is_proxy(pod, &sender))
-			return dns_answer(skb, pod, d, to);
-		count(pod, DNS_FORGED);
-		return TC_DROP;
-	}
-	/* Only here does anything get such a source. */
-	if (addr_is_dns_via(&d->src)) {
-		count(pod, DNS_FORGED);
-		return TC_DROP;
-	}
-	if (addr_is_dns_via(&d->dst) && bpf_ntohs(d->dport) == pod->dns_port)
-		return dns_question(skb, d, to);
-	return TC_PASS;
-}
-
-#define UDP_CSUM (BPF_F_PSEUDO_HDR | BPF_F_MARK_MANGLED_0)
-
-static __always_inline bool datagram_ports(struct __sk_buff *skb, struct datagram *d)
-{
-	struct udphdr udp;
-
-	if (bpf_skb_load_bytes(skb, d->l4, &udp, sizeof(udp)))
-		return false;
-	d->sport = udp.source;
-	d->dport = udp.dest;
-	return true;
-}
-
-static __always_inline int dns_nat4(struct __sk_buff *skb)
-{
-	const __u32 l3 = sizeof(struct ethhdr);
-	struct datagram d = {}, to;
-	struct iphdr ip;
-	int verdict;
-
-	if (bpf_skb_load_bytes(skb, l3, &ip, sizeof(ip)) || ip.protocol != IPPROTO_UDP)
-		return TC_PASS;
-	d.src = addr4(ip.saddr);
-	d.dst = addr4(ip.daddr);
-	d.l4 = l3 + ip.ihl * 4;
-	if (!datagram_ports(skb, &d))
-		return TC_PASS;
-	to = d;
-	verdict = dns_translate(skb, &d, &to);
-	if (verdict != TC_NAT)
-		return verdict;
-	bpf_l4_csum_replace(skb, d.l4 + offsetof(struct udphdr, check), ip.saddr, to.src.w[3],
-			    UDP_CSUM | sizeof(__be32));
-	bpf_l4_csum_replace(skb, d.l4 + offsetof(struct udphdr, check), ip.daddr, to.dst.w[3],
-			    UDP_CSUM | sizeof(__be32));
-	bpf_l3_csum_replace(skb, l3 + offsetof(struct iphdr, check), ip.saddr, to.src.w[3],
-			    sizeof(__be32));
-	bpf_l3_csum_replace(skb, l3 + offsetof(struct iphdr, check), ip.daddr, to.dst.w[3],
-			    sizeof(__be32));
-	bpf_skb_store_bytes(skb, l3 + offsetof(struct iphdr, saddr), &to.src.w[3], sizeof(__be32),
-			    0);
-	bpf_skb_store_bytes(skb, l3 + offsetof(struct iphdr, daddr), &to.dst.w[3], sizeof(__be32),
-			    0);
-	return TC_PASS;
-}
-
-static __always_inline int dns_nat6(struct __sk_buff *skb)
-{
-	const __u32 l3 = sizeof(struct ethhdr);
-	struct datagram d = {}, to;
-	struct ipv6hdr ip;
-	int verdict;
-
-	if (bpf_skb_load_bytes(skb, l3, &ip, sizeof(ip)) || ip.nexthdr != IPPROTO_UDP)
-		return TC_PASS;
-	__builtin_memcpy(&d.src, &ip.saddr, sizeof(d.src));
-	__builtin_memcpy(&d.dst, &ip.daddr, sizeof(d.dst));
-	d.l4 = l3 + sizeof(ip);
-	if (!datagram_ports(skb, &d))
-		return TC_PASS;
-	to = d;
-	verdict = dns_translate(skb, &d, &to);
-	if (verdict != TC_NAT)
-		return verdict;
-	for (__u32 i = 0; i < 4; i++) {
-		bpf_l4_csum_replace(skb, d.l4 + offsetof(struct udphdr, check), d.src.w[i],
-				    to.src.w[i], UDP_CSUM | sizeof(__be32));
-		bpf_l4_csum_replace(skb, d.l4 + offsetof(struct udphdr, check), d.dst.w[i],
-				    to.dst.w[i], UDP_CSUM | sizeof(__be32));
-	}
-	bpf_skb_store_bytes(skb, l3 + offsetof(struct ipv6hdr, saddr), &to.src, sizeof(to.src), 0);
-	bpf_skb_store_bytes(skb, l3 + offsetof(struct ipv6hdr, daddr), &to.dst, sizeof(to.dst), 0);
-	return TC_PASS;
-}
-
-/* A packet on the way out of lo, in a pod whose DNS is captured. */
-static __always_inline int mesh_dns_nat(struct __sk_buff *skb)
-{
-	if (skb->protocol == bpf_htons(ETH_P_IP))
-		return dns_nat4(skb);
-	if (skb->protocol == bpf_htons(ETH_P_IPV6))
-		return dns_nat6(skb);
-	return TC_PASS;
 }

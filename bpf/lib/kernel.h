@@ -2,6 +2,8 @@
 /* The kernel's own structures, read where no helper tells what they hold. */
 #pragma once
 
+#include "lib/core.h"
+
 /* Since Linux 6.2 an address can be given its type; reading through it is a plain load then. */
 #define CASTS bpf_ksym_exists(bpf_rdonly_cast)
 

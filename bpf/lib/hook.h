@@ -2,6 +2,8 @@
 /* Between a hook and the workers that it asks, one domain's after the other. */
 #pragma once
 
+#include "lib/core.h"
+
 /* What a worker makes of a call. */
 enum outcome {
 	NOT_MINE, /* left as it is: the next worker has its turn */

@@ -1,42 +1,28 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * What a mesh's rules decide, and nothing else: no context, no side effect. The order of the
- * tests is the order of the mesh's own iptables rules.
+ * What a mesh's rules decide about what leaves a pod, and nothing else: no context, no side effect.
+ * The order of the tests is the order of the mesh's own iptables rules.
  */
 #pragma once
 
-/*
- * The look-ups are global functions: the verifier goes through each by itself, and not again on
- * every path to it.
- */
-__noinline int port_listed(__u64 netns, __u32 set, __u16 port)
-{
-	struct port_rule_key key = {
-		.prefixlen = 8 * (sizeof(key.set) + sizeof(key.netns) + sizeof(key.port)),
-		.set = set,
-		.netns = { (__u32)netns, (__u32)(netns >> 32) },
-		.port = bpf_htons(port),
-	};
+#include "mesh/rules.h"
 
-	return bpf_map_lookup_elem(&port_rules, &key) != NULL;
-}
+/* Users of a pod with ports of their own that are excluded. Value: their class, from 1. */
+struct uid_rule_key {
+	__u32 prefixlen; /* 64 (the cookie) + 32 for one user, less for an aligned range */
+	__u32 netns[2];
+	__u32 uid; /* network byte order */
+};
+_Static_assert(sizeof(struct uid_rule_key) == 16, "uid_rule_key");
 
-/* The families are kept apart: ::/0 is not to hold for ::ffff:a.b.c.d. */
-__noinline int cidr_listed(__u64 netns, __u32 set, const struct addr *a)
-{
-	struct cidr_rule_key key = {
-		.prefixlen = 8 * (sizeof(key.set) + sizeof(key.netns) + sizeof(key.addr)),
-		.netns = { (__u32)netns, (__u32)(netns >> 32) },
-	};
-	__u8 *member;
-
-	if (!a)
-		return 0;
-	key.set = set | (addr_is4(a) ? 0 : CIDR_V6);
-	key.addr = *a;
-	member = bpf_map_lookup_elem(&cidr_rules, &key);
-	return member && *member;
-}
+/* Users with ports of their own. Agent writes; policy reads. A range takes at most 62 entries. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS * 16);
+	__type(key, struct uid_rule_key);
+	__type(value, __u32);
+} uid_rules SEC(".maps");
 
 __noinline __u32 uid_class_listed(__u64 netns, __u32 uid)
 {
@@ -50,31 +36,6 @@ __noinline __u32 uid_class_listed(__u64 netns, __u32 uid)
 	return class ? *class : 0;
 }
 
-static __always_inline bool port_in_class(const struct pod *pod, __u64 netns, enum rule_set set,
-					  __u32 class, __u16 port)
-{
-	return pod->sets & (1U << set) && port_listed(netns, set | class << UID_CLASS_SHIFT, port);
-}
-
-static __always_inline bool port_in(const struct pod *pod, __u64 netns, enum rule_set set,
-				    __u16 port)
-{
-	return port_in_class(pod, netns, set, 0, port);
-}
-
-static __always_inline bool cidr_in(const struct pod *pod, __u64 netns, enum rule_set set,
-				    const struct addr *a)
-{
-	return pod->sets & (1U << set) && cidr_listed(netns, set, a);
-}
-
-static __always_inline bool if_excluded(const struct pod *pod, __u64 netns, __u32 ifindex)
-{
-	struct if_key key = { .netns = netns, .ifindex = ifindex };
-
-	return pod->flags & POD_EXCLUDE_IFS && bpf_map_lookup_elem(&excluded_ifs, &key);
-}
-
 /* The class of users with excluded ports that this one belongs to; 0: none. */
 static __always_inline __u32 uid_class(const struct pod *pod, __u64 netns, __u32 uid)
 {
@@ -82,6 +43,8 @@ static __always_inline __u32 uid_class(const struct pod *pod, __u64 netns, __u32
 		return 0;
 	return uid_class_listed(netns, uid);
 }
+
+#define DNS_PORT 53
 
 enum verdict {
 	GO_DIRECT,
@@ -97,29 +60,13 @@ struct outbound {
 	struct addr src; /* what the socket is bound to; any: not bound */
 	struct addr dst;
 	__u16 dport;
-	__u32 uid; /* of the socket's creator, as iptables' owner match has it */
-	__u32 gid;
+	struct owner owner;
 	__u32 ifindex; /* the device that the socket is bound to; 0: none */
 };
 
 static __always_inline bool is_dns(const struct pod *pod, const struct outbound *c)
 {
 	return pod->dns_port && c->dport == DNS_PORT;
-}
-
-static __always_inline bool is_proxy_user(const struct pod *pod, __u32 uid)
-{
-	return !(pod->flags & POD_NO_UID) && uid == pod->proxy_uid;
-}
-
-static __always_inline bool is_proxy_group(const struct pod *pod, const struct outbound *c)
-{
-	return pod->flags & POD_GID_EXEMPT && c->gid == pod->proxy_gid;
-}
-
-static __always_inline bool is_proxy(const struct pod *pod, const struct outbound *c)
-{
-	return is_proxy_user(pod, c->uid) || is_proxy_group(pod, c);
 }
 
 /* May the proxy's connection over lo go to its own inbound listener? (T5, T6, T10) */
@@ -174,7 +121,7 @@ static __always_inline bool excluded_first(const struct pod *pod, const struct o
 					   bool within, bool udp)
 {
 	enum rule_set of_users = udp ? OUT_EXCLUDE_UDP_UIDS : OUT_EXCLUDE_TCP_UIDS;
-	__u32 class = uid_class(pod, c->netns, c->uid);
+	__u32 class = uid_class(pod, c->netns, c->owner.uid);
 
 	if (leaves_exempt(pod, c, within))
 		return true;
@@ -188,7 +135,7 @@ static __always_inline bool excluded_first(const struct pod *pod, const struct o
 
 static __always_inline enum verdict tcp_verdict(const struct pod *pod, const struct outbound *c)
 {
-	bool proxy = is_proxy_user(pod, c->uid), dns = is_dns(pod, c), within;
+	bool proxy = is_proxy_user(pod, c->owner.uid), dns = is_dns(pod, c), within;
 
 	if (!pod_captures(pod, &c->dst) || addr_is_multicast(&c->dst))
 		return GO_DIRECT;
@@ -208,12 +155,12 @@ static __always_inline enum verdict tcp_verdict(const struct pod *pod, const str
 		/* The app's own business, but for DNS, which may have a server on localhost. */
 		if (!dns && !(pod->flags & POD_LOOPBACK_INCLUDED))
 			return GO_DIRECT;
-		if (is_proxy_group(pod, c))
+		if (is_proxy_group(pod, &c->owner))
 			return self_verdict(pod, c);
 	}
 	if (is_martian(pod, c, within))
 		return GO_DIRECT;
-	if (is_proxy(pod, c))
+	if (is_proxy(pod, &c->owner))
 		return GO_DIRECT;
 	if (dns)
 		return leads_nowhere(pod, c, within) ? GO_NOWHERE : GO_DNS;
@@ -235,26 +182,7 @@ static __always_inline enum verdict udp_verdict(const struct pod *pod, const str
 	if (excluded_first(pod, c, within, true) || leads_nowhere(pod, c, within) ||
 	    is_martian(pod, c, within))
 		return GO_DIRECT;
-	if (is_proxy(pod, c))
+	if (is_proxy(pod, &c->owner))
 		return GO_DIRECT;
 	return GO_DNS;
-}
-
-/*
- * Does a new connection from src to the pod's own dst:dport go to the inbound listener? Port 0:
- * what was dialled is not known.
- */
-static __always_inline bool inbound_steered(const struct pod *pod, __u64 netns,
-					    const struct addr *src, const struct addr *dst,
-					    __u16 dport, __u32 ifindex)
-{
-	if (!pod_captures(pod, dst) || if_excluded(pod, netns, ifindex))
-		return false;
-	if (cidr_in(pod, netns, IN_EXCLUDE_CIDRS, src))
-		return false;
-	if (!dport)
-		return true;
-	if (pod->flags & POD_IN_ALL)
-		return !port_in(pod, netns, IN_EXCLUDE_PORTS, dport);
-	return port_in(pod, netns, IN_INCLUDE_PORTS, dport);
 }

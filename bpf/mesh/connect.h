@@ -1,8 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* connect(), and what the two ends of a captured connection are told about it. */
+/* connect() of a pod's process. */
 #pragma once
 
-/* The address for a captured connection, see config.h. */
+#include "mesh/dns.h"
+#include "mesh/source_route.h"
+
+/* The address for a captured connection, see capture.h. */
 static __always_inline struct addr via_for(struct bpf_sock_addr *ctx, const struct pod *pod,
 					   const struct outbound *c)
 {
@@ -27,8 +30,8 @@ static __always_inline enum outcome connect_tcp(struct bpf_sock_addr *ctx, int f
 	enum verdict verdict;
 	struct origdst *od;
 
-	owner_of(ctx->sk, c);
-	if (!is_proxy(pod, c) && is_source_routed(ctx->sk)) {
+	owner_of(ctx->sk, &c->owner);
+	if (!is_proxy(pod, &c->owner) && is_source_routed(ctx->sk)) {
 		count(pod, REFUSED_SOURCE_ROUTE);
 		return refuse(EACCES);
 	}
@@ -88,24 +91,4 @@ static __always_inline enum outcome mesh_connect(struct bpf_sock_addr *ctx, int 
 	if (ctx->protocol == IPPROTO_UDP)
 		return connect_udp(ctx, family, pod, &c);
 	return connect_tcp(ctx, family, pod, &c);
-}
-
-/* The client's peer is what it dialled. */
-static __always_inline enum outcome mesh_getpeername(struct bpf_sock_addr *ctx, int family)
-{
-	return restore_dialled(ctx, family);
-}
-
-/* The proxy accepted on its listener's port at localhost, which is where iptables redirects. */
-static __always_inline enum outcome mesh_getsockname(struct bpf_sock_addr *ctx, int family)
-{
-	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
-	struct addr localhost = addr4(bpf_htonl(0x7f000001));
-
-	if (!od || od->role != ROLE_PROXY)
-		return NOT_MINE;
-	if (!addr_is4(&od->orig))
-		localhost = (struct addr){ { 0, 0, 0, bpf_htonl(1) } };
-	sockaddr_set(ctx, family, &localhost, od->via_port);
-	return TAKEN;
 }

@@ -5,6 +5,32 @@
  */
 #pragma once
 
+#include "lib/counter.h"
+#include "lib/hook.h"
+#include "lib/share.h"
+#include "lib/sock.h"
+#include "mesh/handover.h"
+
+/* What a captured socket was meant for. connect and sockops write; the socket hooks read. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct origdst);
+} origdsts SEC(".maps");
+
+/*
+ * How many of `handovers` are a pod's. Agent adds a pod, and takes away one that has none and is
+ * not enrolled any more; sockops counts; connect reads.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS * 2);
+	__type(key, __u64);
+	__type(value, __u32);
+} handshakes SEC(".maps");
+
 /*
  * The storage of a socket; of an MPTCP subflow, that of the connection it belongs to, which is
  * the socket that the application holds.
@@ -20,17 +46,12 @@ static __always_inline struct origdst *origdst_of(struct bpf_sock *sk, __u64 fla
 	return bpf_sk_storage_get(&origdsts, sk, NULL, flags);
 }
 
-/* The address of a sock_ops callback's socket. */
-static __always_inline struct addr sockops_local(struct bpf_sock_ops *ctx)
+/* Which end of a captured connection a socket is. */
+static __always_inline enum role captured_role(struct bpf_sock *sk)
 {
-	struct addr local;
+	const struct origdst *od = sk ? bpf_sk_storage_get(&origdsts, sk, NULL, 0) : NULL;
 
-	if (ctx->family != AF_INET6)
-		return addr4(ctx->local_ip4);
-	local = (struct addr){ { ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2],
-				 ctx->local_ip6[3] } };
-	barrier(); /* or both branches' loads become one, at an offset in a register */
-	return local;
+	return od ? od->role : ROLE_NONE;
 }
 
 /* The connection of a sock_ops callback, as its client sees it. */
@@ -249,5 +270,40 @@ static __always_inline enum outcome mesh_getsockopt(struct bpf_sockopt *ctx)
 	}
 	ctx->retval = 0;
 	count(pod, ORIGDST_ANSWERED);
+	return TAKEN;
+}
+
+/* Puts what the client dialled in the place of where it was sent. */
+static __always_inline enum outcome restore_dialled(struct bpf_sock_addr *ctx, int family)
+{
+	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
+	struct addr a;
+
+	if (!od || od->role != ROLE_CLIENT)
+		return NOT_MINE;
+	a = sockaddr_get(ctx, family);
+	if (!addr_eq(&a, &od->via) || bpf_ntohs(ctx->user_port) != od->via_port)
+		return NOT_MINE;
+	sockaddr_set(ctx, family, &od->orig, od->orig_port);
+	return TAKEN;
+}
+
+/* The client's peer is what it dialled. */
+static __always_inline enum outcome mesh_getpeername(struct bpf_sock_addr *ctx, int family)
+{
+	return restore_dialled(ctx, family);
+}
+
+/* The proxy accepted on its listener's port at localhost, which is where iptables redirects. */
+static __always_inline enum outcome mesh_getsockname(struct bpf_sock_addr *ctx, int family)
+{
+	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
+	struct addr localhost = addr4(bpf_htonl(0x7f000001));
+
+	if (!od || od->role != ROLE_PROXY)
+		return NOT_MINE;
+	if (!addr_is4(&od->orig))
+		localhost = (struct addr){ { 0, 0, 0, bpf_htonl(1) } };
+	sockaddr_set(ctx, family, &localhost, od->via_port);
 	return TAKEN;
 }

@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Who made a socket. */
+#pragma once
+
+#include "lib/kernel.h"
+#include "lib/pod.h"
+
+/*
+ * A kernel id as a user namespace numbers it; -1 where it is not mapped. The map's address comes
+ * as a number, and the function is global, so that the verifier looks at it once and by itself.
+ */
+__noinline __u32 id_in(__u64 address, __u32 id)
+{
+	const struct uid_gid_map *map = (const void *)address;
+	struct uid_gid_extent extent[UID_GID_MAP_MAX_BASE_EXTENTS];
+	__u32 count = BPF_CORE_READ(map, nr_extents);
+
+	if (bpf_core_read(extent, sizeof(extent), &map->extent))
+		return -1;
+	for (__u32 i = 0; i < UID_GID_MAP_MAX_BASE_EXTENTS; i++)
+		if (i < count && id >= extent[i].lower_first &&
+		    id - extent[i].lower_first < extent[i].count)
+			return extent[i].first + (id - extent[i].lower_first);
+	return -1;
+}
+
+/*
+ * Who made the socket, the way iptables' owner match sees it: the file's credentials, in the
+ * numbers of the user namespace that the network namespace belongs to.
+ */
+static __always_inline void owner_of_kernel(const struct sock *sk, struct owner *owner)
+{
+	const struct socket *socket = peek(sk, sk_socket);
+	const struct file *file = socket ? peek(socket, file) : NULL;
+	const struct user_namespace *ns;
+	const struct cred *cred;
+	const struct net *net;
+
+	owner->uid = owner->gid = (__u32)-1;
+	if (!file)
+		return;
+	cred = peek(file, f_cred);
+	owner->uid = peek(cred, fsuid.val);
+	owner->gid = peek(cred, fsgid.val);
+	net = peek(sk, __sk_common.skc_net.net);
+	ns = peek(net, user_ns);
+	if (peek(ns, level)) {
+		ns = (const void *)number_of(ns);
+		owner->uid = id_in((__u64)&ns->uid_map, owner->uid);
+		owner->gid = id_in((__u64)&ns->gid_map, owner->gid);
+	}
+}
+
+/* The same, of a hook's socket. */
+static __always_inline void owner_of(struct bpf_sock *sk, struct owner *owner)
+{
+	owner_of_kernel(kernel_ptr(number_of(sk), struct sock), owner);
+}

@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The addresses of a hook's context. */
+#pragma once
+
+#include "lib/addr.h"
+
+/*
+ * Each hook knows its family when it is compiled: the verifier wants every field of a context
+ * read at a constant offset.
+ */
+static __always_inline struct addr sockaddr_get(struct bpf_sock_addr *ctx, int family)
+{
+	if (family == AF_INET)
+		return addr4(ctx->user_ip4);
+	return (struct addr){ { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2],
+				ctx->user_ip6[3] } };
+}
+
+static __always_inline void sockaddr_set(struct bpf_sock_addr *ctx, int family,
+					 const struct addr *a, __u16 port)
+{
+	if (family == AF_INET) {
+		ctx->user_ip4 = a->w[3];
+	} else {
+		ctx->user_ip6[0] = a->w[0];
+		ctx->user_ip6[1] = a->w[1];
+		ctx->user_ip6[2] = a->w[2];
+		ctx->user_ip6[3] = a->w[3];
+	}
+	ctx->user_port = bpf_htons(port);
+}
+
+/* The address of a sock_ops callback's socket. */
+static __always_inline struct addr sockops_local(struct bpf_sock_ops *ctx)
+{
+	struct addr local;
+
+	if (ctx->family != AF_INET6)
+		return addr4(ctx->local_ip4);
+	local = (struct addr){ { ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2],
+				 ctx->local_ip6[3] } };
+	barrier(); /* or both branches' loads become one, at an offset in a register */
+	return local;
+}

@@ -1,0 +1,189 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The agent's look at all marked sockets: what comes into the map, leaves it, or waits for ever. */
+#pragma once
+
+#include "lib/counter.h"
+#include "lib/event.h"
+#include "lib/owner.h"
+#include "splice/key.h"
+#include "splice/leg.h"
+#include "splice/memory.h"
+#include "splice/socket.h"
+
+#define EBUSY 16
+#define SOCK_NOSPACE 2 /* bit of a socket's flags: its writer was told to wait */
+#define SOL_TCP 6
+#define TCP_NOTSENT_LOWAT 25
+#define SPLICE_SETTLE 500000000ull /* ns from the mark on */
+#define SPLICE_GIVE_UP 5000000000ull /* ns: what is not eligible by then never is */
+
+/* Set by the agent: 1: take every connection out of use. */
+__u32 sweep_off = 0;
+/*
+ * Answers to the agent: sockets that the next sweep should look at again, those that are on their
+ * way out, and those with redirected data that is not read.
+ */
+__u32 splices_left = 0;
+__u32 splices_leaving = 0;
+__u32 splices_unread = 0;
+
+/* Unused: the skeleton knows only the types of variables. */
+const volatile struct swept swept_layout;
+const volatile struct event event_layout;
+
+/*
+ * Out of the map again: the kernel's way to TCP is slower for sockets in it. With a socket goes its
+ * queue, so a connection leaves in steps, a sweep each at the least: both ends send by TCP; no
+ * call is under way that began before (each holds a reference); both queues are empty, and
+ * stay so. The agent is told of each end that has come so far, and takes both out.
+ */
+static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ctx,
+					 const struct sock *sk, struct splice *s)
+{
+	const struct sk_psock *psock = psock_of(sk);
+	struct swept swept = { .leaves = s->key };
+
+	if (!psock) {
+		s->state = SPLICE_OUT;
+		splice_uncount(s);
+		count_n(s->mesh, SPLICE_LEFT, 1);
+		return;
+	}
+	splices_leaving++;
+	if (!s->quiet)
+		s->quiet = peek(psock, refcnt.refs.counter) == 1;
+	else if (queue_is_empty(sk))
+		bpf_seq_write(ctx->meta->seq, &swept, sizeof(swept));
+}
+
+/*
+ * Does a writer wait for an edge that nobody gives? It was told to, for lack of memory: there is
+ * nothing of its own in TCP, which an acknowledgement would make room for. TCP lets such a writer
+ * go on with what it has, and a socket in the map does not.
+ */
+static __always_inline bool writer_is_stuck(const struct tcp_sock *tp)
+{
+	const struct socket *socket = peek(tp, inet_conn.icsk_inet.sk.sk_socket);
+
+	return socket && peek(socket, flags) & (1ul << SOCK_NOSPACE) &&
+	       peek(tp, write_seq) == peek(tp, snd_una);
+}
+
+/*
+ * Has such a writer try again: setting this limit, to what it is, makes the kernel say that there
+ * is room.
+ */
+static __always_inline void splice_wake(struct sock_common *sk)
+{
+	struct tcp_sock *tp;
+	int limit;
+
+	if (sk->skc_state == BPF_TCP_LISTEN)
+		return;
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp || !writer_is_stuck(tp))
+		return;
+	limit = (int)tp->notsent_lowat;
+	bpf_setsockopt(tp, SOL_TCP, TCP_NOTSENT_LOWAT, &limit, sizeof(limit));
+}
+
+/* Does a spliced connection leave, by its own or by its other end's doing? */
+static __always_inline bool splice_leaves(const struct tcp_sock *tp, struct splice *s)
+{
+	struct splice_key key = s->key;
+	__u8 one = 1;
+
+	if (bpf_map_lookup_elem(&leaving, &key)) {
+		bpf_map_delete_elem(&leaving, &key);
+		return true;
+	}
+	if (s->bulk < SPLICE_BULKY && splice_safe(tp) && !tcp_is_short(&tp->inet_conn.icsk_inet.sk))
+		return false;
+	key = other_end(&key);
+	return !bpf_map_update_elem(&leaving, &key, &one, BPF_ANY);
+}
+
+static __always_inline void splice_refuse(struct splice *s, const struct pod *pod, enum counter why)
+{
+	s->state = SPLICE_OUT;
+	count(pod, why);
+}
+
+/* Puts what is eligible into the map, once it has settled, and takes pods' changes over. */
+static __always_inline void splice_sweep(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	struct splice *s = ctx->value;
+	struct sock *sk = ctx->sk;
+	struct owner owner = {};
+	struct swept swept = {};
+	const struct pod *pod;
+	struct splice_key key;
+	struct tcp_sock *tp;
+	__u64 netns, age;
+	long err;
+
+	if (!sk || !s)
+		return;
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		return;
+	netns = sk->__sk_common.skc_net.net->net_cookie;
+	if (writer_is_stuck(tp)) {
+		swept.stuck = netns;
+		bpf_seq_write(ctx->meta->seq, &swept, sizeof(swept));
+	}
+	/* Of another layout's map, only the first field is known. */
+	if (!sweep_off && s->state == SPLICE_OUT)
+		return;
+	if (!queue_is_empty(sk))
+		splices_unread++;
+	if (sweep_off) {
+		s->off = 1;
+		return;
+	}
+	/* Off for good: not for a moment may it be on again, or a message could follow. */
+	if (s->state == SPLICE_LEAVING) {
+		splice_leave(ctx, sk, s);
+		return;
+	}
+	if (s->state == SPLICE_IN && splice_leaves(tp, s)) {
+		s->off = 1;
+		s->state = SPLICE_LEAVING;
+		splices_leaving++;
+		return;
+	}
+	pod = pod_by_netns(netns);
+	s->off = !pod || !(pod->flags & POD_SPLICE) || !leg_on(s->leg) ||
+		 (s->leg == LEG_SIDECAR && !is_neighbour(&s->key.remote));
+	if (s->off || !pod || s->state != SPLICE_CANDIDATE)
+		return;
+	age = bpf_ktime_get_ns() - s->since;
+	if (age < SPLICE_SETTLE || (age < SPLICE_GIVE_UP && !splice_safe(tp)) || tcp_is_short(sk)) {
+		splices_left++;
+		return;
+	}
+	if (!splice_safe(tp)) {
+		splice_refuse(s, pod, SPLICE_NOT_SAFE);
+		return;
+	}
+	owner_of_kernel(sk, &owner);
+	if (s->leg == LEG_SIDECAR && !is_proxy_user(pod, owner.uid)) {
+		splice_refuse(s, pod, SPLICE_NOT_PROXY);
+		return;
+	}
+	if (!share_take(&spliced_of, netns, SPLICED)) {
+		splice_refuse(s, pod, SPLICE_MAP_FULL);
+		return;
+	}
+	s->share = netns;
+	key = s->key;
+	err = bpf_map_update_elem(&spliced, &key, sk, BPF_NOEXIST);
+	if (err) {
+		splice_uncount(s);
+		splice_refuse(s, pod, err == -EBUSY ? SPLICE_IN_OTHER_MAP : SPLICE_MAP_FULL);
+		return;
+	}
+	s->by_tcp = bpf_ktime_get_ns();
+	s->state = SPLICE_IN;
+	count(pod, SPLICE_SOCKETS);
+}
