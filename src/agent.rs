@@ -16,7 +16,6 @@ use tracing::{info, warn};
 
 use crate::{
     bpf::{self, Dataplane, Pins},
-    cgroup::Cgroup,
     check,
     cni::{
         self, Reply, Request,
@@ -25,7 +24,7 @@ use crate::{
     },
     http,
     metrics::Metrics,
-    places::Places,
+    node::{Cgroup, Places},
     problem::Problem,
     reconciler::{AddError, Look, Reconciler, Source},
     source::{

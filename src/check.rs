@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::{
     bpf::{self, Pins, ProgramCost},
     bpffs,
-    cgroup::Cgroup,
+    node::{Cgroup, NetnsCookie},
     splice::{self, Leg, LegState, Mode},
 };
 
@@ -75,7 +75,7 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
     if !programs.is_empty() {
         add("filters on devices", bpf::try_filters().map(|()| String::new()));
     }
-    add("network namespace identity", bpf::current_netns_cookie().map(|_| String::new()));
+    add("network namespace identity", NetnsCookie::current().map(|_| String::new()));
     let kernel = uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
     let mut splice = BTreeMap::new();
     if !programs.is_empty() {

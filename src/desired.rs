@@ -12,49 +12,11 @@ use thiserror::Error;
 use crate::{
     facts::{Ipv6, PodFacts, Policy, PortRange, Ports, Protocol, Ranges, TcpDns, UidExclusion},
     mesh::Mesh,
-    netns::LO,
+    node::{
+        ADDRESSES, LO, NetnsCookie, NetnsFacts,
+        lo::{self, DnsRoute, PASSTHROUGH_V6},
+    },
 };
-
-/// What an enrolled pod's network namespace says about itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NetnsFacts {
-    /// Where the namespace is found.
-    pub path: PathBuf,
-    /// The kernel's identity of the namespace; never reused while the machine runs.
-    pub cookie: u64,
-    /// The addresses of its interfaces, but for loopback, in the order of the kernel's list, which
-    /// has IPv4 first; each with the index of its interface. Empty: they are not known.
-    pub addresses: Vec<(IpAddr, u32)>,
-    /// It has more addresses than count.
-    pub more_addresses: bool,
-    /// Its interfaces, by name: their indices.
-    pub interfaces: BTreeMap<String, u32>,
-    /// Its main table's routes, and the index of the interface that each leads to.
-    pub routes: Vec<(IpNet, u32)>,
-    /// Its sysctl `net.ipv4.conf.*.route_localnet` is set, of some device but lo: what is bound to
-    /// 127.0.0.0/8 may call off the pod.
-    pub route_localnet: bool,
-    /// It has rules of its own that translate what comes in.
-    pub own_nat: bool,
-    /// Packets that it has forwarded for others, since it was made.
-    pub forwarded: u64,
-}
-
-impl NetnsFacts {
-    /// Leaves out the addresses that are too many: whoever may add some in a namespace could fill
-    /// the node's maps. A call to one that does not count is captured, as one to anywhere else.
-    pub fn bound(mut self) -> Self {
-        let mut counts = [0; 2];
-        let before = self.addresses.len();
-        self.addresses.retain(|(ip, _)| {
-            let count = &mut counts[usize::from(ip.is_ipv6())];
-            *count += 1;
-            *count <= ADDRESSES
-        });
-        self.more_addresses = self.addresses.len() < before;
-        self
-    }
-}
 
 /// A pod with its namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -145,15 +107,16 @@ pub struct PodRow {
     pub dns_routes: Vec<DnsRoute>,
 }
 
-/// A route for captured DNS: one by each device, as a socket may name the one that it sends by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DnsRoute {
-    /// The device, by index.
-    pub device: u32,
-    /// The address of it that becomes the source.
-    pub source: IpAddr,
-    /// It is the pod's own address: sockets that name no device get it.
-    pub own: bool,
+impl PodRow {
+    /// What it takes of the pod's lo.
+    pub fn needs_of_lo(&self) -> lo::Needs {
+        lo::Needs {
+            ip4: self.ip4,
+            ip6: self.ip6,
+            capture_v6: self.capture_v6,
+            dns_routes: self.dns_routes.clone(),
+        }
+    }
 }
 
 /// A kind of addresses of which a device has a first one; `enum device_family` of bpf/mesh/inbound.h.
@@ -182,7 +145,7 @@ pub struct Record {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PortRule {
     /// The pod.
-    pub cookie: u64,
+    pub cookie: NetnsCookie,
     /// The list.
     pub set: RuleSet,
     /// First port of the range.
@@ -195,7 +158,7 @@ pub struct PortRule {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct UidRule {
     /// The pod.
-    pub cookie: u64,
+    pub cookie: NetnsCookie,
     /// First user of the range.
     pub uid: u32,
     /// 32 for one user, 0 for all.
@@ -208,7 +171,7 @@ pub struct UidRule {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CidrRule {
     /// The pod.
-    pub cookie: u64,
+    pub cookie: NetnsCookie,
     /// The list.
     pub set: RuleSet,
     /// The range; its host bits are zero.
@@ -221,18 +184,18 @@ pub struct CidrRule {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Desired {
     /// By network namespace cookie.
-    pub pods: BTreeMap<u64, (PodRow, Record)>,
-    /// The pods' own addresses; cookie 0: some pod of the node that may be spliced with.
-    pub locals: BTreeSet<(u64, IpAddr)>,
+    pub pods: BTreeMap<NetnsCookie, (PodRow, Record)>,
+    /// The pods' own addresses; [`NetnsCookie::NONE`]: some pod of the node that may be spliced with.
+    pub locals: BTreeSet<(NetnsCookie, IpAddr)>,
     /// Where iptables' REDIRECT would lead what comes in by a device: the first address that it
     /// has, by the pod's cookie and the device's index.
-    pub device_addrs: BTreeMap<(u64, u32, DeviceFamily), IpAddr>,
+    pub device_addrs: BTreeMap<(NetnsCookie, u32, DeviceFamily), IpAddr>,
     /// Port lists.
     pub port_rules: BTreeSet<PortRule>,
     /// Address lists, and whether a range is a member: the longest that matches decides.
     pub cidr_rules: BTreeMap<CidrRule, bool>,
     /// Exempt interfaces, by cookie and index.
-    pub excluded_ifs: BTreeSet<(u64, u32)>,
+    pub excluded_ifs: BTreeSet<(NetnsCookie, u32)>,
     /// Users with ports of their own.
     pub uid_rules: BTreeSet<UidRule>,
     /// Pods that are not enrolled, and why.
@@ -334,8 +297,6 @@ const UID_RULES: Quota = Quota { map: "uid_rules", most: 1024, share: 8 };
 const EXCLUDED_IFS: Quota = Quota { map: "excluded_ifs", most: 64, share: 2 };
 const LOCALS: Quota = Quota { map: "locals", most: 4 * ADDRESSES, share: 8 };
 
-/// How many addresses of each family count as a pod's own.
-pub const ADDRESSES: usize = 64;
 /// How many exclusions for users are looked at: they are compared with each other.
 const EXCLUSIONS: usize = 256;
 
@@ -370,7 +331,7 @@ impl Refusal {
 
 /// Why a policy is more than any pod may have, whatever there is room for.
 pub fn excess(facts: &PodFacts) -> Option<Refusal> {
-    let rules = Rules::of_policy(0, &facts.policy, facts.mesh);
+    let rules = Rules::of_policy(NetnsCookie::NONE, &facts.policy, facts.mesh);
     rules.excess().err()
 }
 
@@ -381,9 +342,6 @@ pub const MAX_UID: usize = 64;
 /// See [`MAX_POD`].
 pub const MAX_NETNS: usize = 256;
 
-/// The passthrough source that Istio's init puts on the pod's lo for IPv6.
-pub const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
-
 /// What the maps should hold for these pods.
 ///
 /// `host` are the cookies of the namespaces that can't be a pod's; `owners` says which pod (as
@@ -391,8 +349,8 @@ pub const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
 /// where there is none, the first by name gets it.
 pub fn desired(
     candidates: &[Candidate],
-    host: &BTreeSet<u64>,
-    owners: &BTreeMap<u64, Record>,
+    host: &BTreeSet<NetnsCookie>,
+    owners: &BTreeMap<NetnsCookie, Record>,
     limits: &Limits,
 ) -> Desired {
     let mut sorted: Vec<&Candidate> = candidates.iter().collect();
@@ -422,7 +380,7 @@ fn enroll(
     out: &mut Desired,
     Candidate { facts, netns }: &Candidate,
     policy: &Policy,
-    host: &BTreeSet<u64>,
+    host: &BTreeSet<NetnsCookie>,
     limits: &Limits,
 ) -> Result<(), Refusal> {
     let cookie = netns.cookie;
@@ -466,12 +424,12 @@ fn enroll(
             Ipv6::Never => false,
         };
 
-    let mut locals: BTreeSet<(u64, IpAddr)> = ips.iter().map(|ip| (cookie, *ip)).collect();
+    let mut locals: BTreeSet<(NetnsCookie, IpAddr)> = ips.iter().map(|ip| (cookie, *ip)).collect();
     if capture_v6 {
         locals.insert((cookie, PASSTHROUGH_V6.into()));
     }
     if facts.splice {
-        locals.extend(ips.iter().filter(routable).map(|ip| (0, *ip)));
+        locals.extend(ips.iter().filter(routable).map(|ip| (NetnsCookie::NONE, *ip)));
     }
 
     let mut rules = Rules::of_policy(cookie, policy, facts.mesh);
@@ -483,7 +441,7 @@ fn enroll(
         return Err(Refusal::Interfaces { key, names });
     }
     // An interface that is not there yet is exempt once it is: namespaces are looked at again.
-    let excluded_ifs: BTreeSet<(u64, u32)> = policy
+    let excluded_ifs: BTreeSet<(NetnsCookie, u32)> = policy
         .exclude_interfaces
         .iter()
         .filter_map(|name| Some((cookie, *netns.interfaces.get(name)?)))
@@ -643,7 +601,7 @@ fn is_link_local(ip: IpAddr) -> bool {
 /// The rules of one pod; they end soon after there are too many.
 #[derive(Default)]
 struct Rules {
-    cookie: u64,
+    cookie: NetnsCookie,
     ports: BTreeSet<PortRule>,
     cidrs: BTreeMap<CidrRule, bool>,
     uids: BTreeSet<UidRule>,
@@ -651,7 +609,7 @@ struct Rules {
 }
 
 impl Rules {
-    fn of_policy(cookie: u64, policy: &Policy, mesh: &Mesh) -> Self {
+    fn of_policy(cookie: NetnsCookie, policy: &Policy, mesh: &Mesh) -> Self {
         let mut rules = Self { cookie, ..Self::default() };
         rules.ports(RuleSet::OutExcludePorts, &policy.exclude_outbound_ports);
         rules.ports(RuleSet::OutIncludePorts, &policy.include_outbound_ports);
@@ -846,7 +804,7 @@ mod tests {
             },
             netns: NetnsFacts {
                 path: format!("/run/netns/{name}").into(),
-                cookie,
+                cookie: NetnsCookie(cookie),
                 addresses: vec![(ip, 2)],
                 more_addresses: false,
                 interfaces: BTreeMap::from([("eth0".into(), 2), ("net1".into(), 3)]),
@@ -868,7 +826,7 @@ mod tests {
     #[test]
     fn an_istio_pod_with_no_annotations() {
         let out = plain(&[candidate("ns/a", 7, "10.0.0.7")]);
-        let (row, record) = &out.pods[&7];
+        let (row, record) = &out.pods[&NetnsCookie(7)];
         assert_eq!((row.out_port, row.in_port, row.hbone_port), (15001, 15006, 15008));
         assert!(row.out_all && row.in_all && row.self_inbound);
         assert_eq!((row.proxy_uid, row.proxy_gid), (Some(1337), Some(1337)));
@@ -885,14 +843,15 @@ mod tests {
         let mut dual = candidate("ns/a", 7, "10.0.0.7");
         let v6: IpAddr = "fd00::7".parse().expect("an address");
         dual.netns.addresses.push((v6, 2));
-        let captured = |pod: &Candidate| plain(std::slice::from_ref(pod)).pods[&7].0.capture_v6;
+        let captured =
+            |pod: &Candidate| plain(std::slice::from_ref(pod)).pods[&NetnsCookie(7)].0.capture_v6;
         assert!(!captured(&dual), "second address, not dual stack");
         // F65: the kernel lists IPv4 first, whatever the API server does.
         dual.facts.ips.insert(0, v6);
         assert!(!captured(&dual), "first in podIPs");
         dual.facts.ipv6 = Ipv6::Always;
         assert!(captured(&dual));
-        assert!(plain(&[dual]).locals.contains(&(7, PASSTHROUGH_V6.into())));
+        assert!(plain(&[dual]).locals.contains(&(NetnsCookie(7), PASSTHROUGH_V6.into())));
         assert!(captured(&candidate("ns/b", 7, "fd00::8")), "the only one");
         let mut unknown = candidate("ns/b", 7, "fd00::8");
         unknown.netns.addresses.clear();
@@ -905,21 +864,27 @@ mod tests {
         // F10: an IPv6 pod of EKS has an IPv4 address that the API server does not know.
         let mut eks = candidate("ns/a", 7, "fd00::7");
         eks.netns.addresses.insert(0, (ip("169.254.172.3"), 3));
-        let row = plain(&[eks]).pods[&7].0.clone();
+        let row = plain(&[eks]).pods[&NetnsCookie(7)].0.clone();
         assert!(row.capture_v4 && row.capture_v6, "link-local IPv4 is not looked at by Istio");
         assert_eq!(row.ip4, Some([169, 254, 172, 3].into()));
         // F2: Kuma captures IPv6 where there is any, and validates it.
         let mut kuma = candidate("ns/b", 8, "10.0.0.8");
         kuma.facts.ipv6 = Ipv6::Always;
-        assert!(!plain(std::slice::from_ref(&kuma)).pods[&8].0.capture_v6, "there is none");
+        assert!(
+            !plain(std::slice::from_ref(&kuma)).pods[&NetnsCookie(8)].0.capture_v6,
+            "there is none"
+        );
         kuma.netns.addresses.push((ip("fe80::8"), 2));
         let out = plain(std::slice::from_ref(&kuma));
-        assert!(out.pods[&8].0.capture_v6);
-        assert!(out.locals.contains(&(8, PASSTHROUGH_V6.into())));
+        assert!(out.pods[&NetnsCookie(8)].0.capture_v6);
+        assert!(out.locals.contains(&(NetnsCookie(8), PASSTHROUGH_V6.into())));
         kuma.netns.addresses.push((ip("fd00::8"), 3));
-        assert_eq!(plain(&[kuma]).pods[&8].0.ip6.map(IpAddr::from), Some(ip("fd00::8")));
+        assert_eq!(
+            plain(&[kuma]).pods[&NetnsCookie(8)].0.ip6.map(IpAddr::from),
+            Some(ip("fd00::8"))
+        );
         // And IPv4 always, within a pod that has no such address.
-        let v6 = plain(&[candidate("ns/c", 9, "fd00::9")]).pods[&9].0.clone();
+        let v6 = plain(&[candidate("ns/c", 9, "fd00::9")]).pods[&NetnsCookie(9)].0.clone();
         assert!(v6.capture_v4 && v6.ip4.is_none());
     }
 
@@ -929,7 +894,7 @@ mod tests {
         let mut pod = candidate("ns/a", 7, "10.0.0.7");
         pod.facts.ips = vec!["10.0.0.6".parse().expect("an address")];
         let out = plain(&[pod]);
-        assert_eq!(out.pods[&7].0.ip4, Some([10, 0, 0, 7].into()));
+        assert_eq!(out.pods[&NetnsCookie(7)].0.ip4, Some([10, 0, 0, 7].into()));
         assert!(out.locals.iter().all(|(_, ip)| ip.to_string() == "10.0.0.7"), "{:?}", out.locals);
     }
 
@@ -971,7 +936,7 @@ mod tests {
     fn addresses_come_from_the_namespace_where_the_pod_names_none() {
         let mut pod = candidate("ns/a", 7, "10.0.0.7");
         pod.facts.ips.clear();
-        assert_eq!(plain(&[pod.clone()]).pods[&7].0.ip4, Some([10, 0, 0, 7].into()));
+        assert_eq!(plain(&[pod.clone()]).pods[&NetnsCookie(7)].0.ip4, Some([10, 0, 0, 7].into()));
         let link_local: IpAddr = "fe80::7".parse().expect("an address");
         pod.netns.addresses = vec![(link_local, 2)];
         assert!(matches!(plain(&[pod]).refused[..], [(_, Refusal::NoAddress(_))]));
@@ -980,19 +945,19 @@ mod tests {
     #[test]
     fn the_hosts_own_namespace_is_refused() {
         let pods = [candidate("ns/a", 7, "10.0.0.7"), candidate("ns/b", 8, "10.0.0.8")];
-        let out = desired(&pods, &BTreeSet::from([7]), &BTreeMap::new(), &LIMITS);
+        let out = desired(&pods, &BTreeSet::from([NetnsCookie(7)]), &BTreeMap::new(), &LIMITS);
         assert!(matches!(&out.refused[..], [(name, Refusal::HostNetns(_))] if name == "ns/a"));
-        assert!(out.pods.contains_key(&8), "the other pod goes on");
+        assert!(out.pods.contains_key(&NetnsCookie(8)), "the other pod goes on");
     }
 
     #[test]
     fn of_two_pods_in_one_namespace_the_owner_keeps_it() {
         let pods = [candidate("ns/a", 7, "10.0.0.7"), candidate("ns/b", 7, "10.0.0.7")];
-        assert_eq!(plain(&pods).pods[&7].1.pod, "ns/a");
+        assert_eq!(plain(&pods).pods[&NetnsCookie(7)].1.pod, "ns/a");
         let owner = Record { pod: "ns/b".into(), ..Record::default() };
-        let owners = BTreeMap::from([(7, owner)]);
+        let owners = BTreeMap::from([(NetnsCookie(7), owner)]);
         let out = desired(&pods, &BTreeSet::new(), &owners, &LIMITS);
-        assert_eq!(out.pods[&7].1.pod, "ns/b");
+        assert_eq!(out.pods[&NetnsCookie(7)].1.pod, "ns/b");
         assert!(
             matches!(&out.refused[..], [(a, Refusal::Claimed { owner, .. })] if a == "ns/a" && owner == "ns/b")
         );
@@ -1007,7 +972,7 @@ mod tests {
         pods.iter_mut().for_each(|pod| pod.facts.uid.truncate(MAX_UID));
         let out = plain(&pods);
         assert!(matches!(&out.refused[..], [(_, Refusal::TooLong { limit: MAX_POD, .. })]));
-        assert!(out.pods.contains_key(&8), "the other pod goes on");
+        assert!(out.pods.contains_key(&NetnsCookie(8)), "the other pod goes on");
     }
 
     #[test]
@@ -1026,7 +991,7 @@ mod tests {
         let limits = Limits { tells_interface: false, ..LIMITS };
         let other = candidate("ns/b", 8, "10.0.0.8");
         let out = desired(&[pod, other], &BTreeSet::new(), &BTreeMap::new(), &limits);
-        assert_eq!(out.pods.keys().collect::<Vec<_>>(), [&8]);
+        assert_eq!(out.pods.keys().collect::<Vec<_>>(), [&NetnsCookie(8)]);
         let [(pod, refusal)] = &out.refused[..] else { panic!("{:?}", out.refused) };
         let text = refusal.to_string();
         assert!(pod == "ns/a" && text.contains("excludeInterfaces \"net1\""), "{pod}: {text}");
@@ -1037,8 +1002,8 @@ mod tests {
         let mut pod = candidate("ns/a", 7, "10.0.0.7");
         pod.facts.policy.exclude_interfaces = ["net1".to_owned(), "later0".to_owned()].into();
         let out = plain(&[pod]);
-        assert_eq!(out.excluded_ifs, [(7, 3)].into());
-        assert!(out.pods[&7].0.exclude_ifs);
+        assert_eq!(out.excluded_ifs, [(NetnsCookie(7), 3)].into());
+        assert!(out.pods[&NetnsCookie(7)].0.exclude_ifs);
         let members: Vec<_> =
             out.cidr_rules.iter().map(|(r, m)| (r.net.prefix_len(), *m)).collect();
         assert_eq!(members, [(96, false), (112, true)], "the longest match decides");
@@ -1052,7 +1017,7 @@ mod tests {
         let out = plain(&[pod]);
         let ports: Vec<_> = out.port_rules.iter().map(|rule| (rule.port, rule.set)).collect();
         assert_eq!(ports, [(15007, RuleSet::InIncludePorts), (15009, RuleSet::InIncludePorts)]);
-        assert!(!out.pods[&7].0.in_all);
+        assert!(!out.pods[&NetnsCookie(7)].0.in_all);
     }
 
     proptest! {
@@ -1081,7 +1046,7 @@ mod tests {
                 first_uid: *a.min(b),
                 last_uid: *a.max(b),
             }).collect();
-            let mut rules = Rules { cookie: 7, ..Rules::default() };
+            let mut rules = Rules { cookie: NetnsCookie(7), ..Rules::default() };
             rules.users(&exclusions);
             // As the kernel does: the class of the user, then the port in the class.
             let class = rules.uids.iter().find(|r| probe >> (32 - r.bits) == r.uid >> (32 - r.bits));
@@ -1143,7 +1108,10 @@ mod tests {
             let excess = excess(&pod.facts).expect("too much");
             assert!(matches!(excess, Refusal::TooMany { map: of, .. } if of == map), "{excess}");
             let out = desired(&[pod], &BTreeSet::new(), &BTreeMap::new(), &NODE);
-            assert!(out.pods[&1].0.out_all && out.pods[&1].0.in_all, "everything is captured");
+            assert!(
+                out.pods[&NetnsCookie(1)].0.out_all && out.pods[&NetnsCookie(1)].0.in_all,
+                "everything is captured"
+            );
             assert_eq!((out.closed.len(), out.refused.len()), (1, 0));
         }
         assert_eq!(excess(&candidate("shop/a", 1, "10.0.0.1").facts), None);
@@ -1176,7 +1144,7 @@ mod tests {
     #[test]
     fn f31_the_meshs_own_rules_fit_into_a_share() {
         for mesh in MESHES {
-            let rules = Rules::of_policy(1, &Policy::default(), mesh);
+            let rules = Rules::of_policy(NetnsCookie(1), &Policy::default(), mesh);
             assert!(rules.ports.len() + 8 < PORT_RULES.share, "{}", mesh.name);
         }
         for (quota, limit) in [

@@ -16,17 +16,13 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     bpf::{Ahead, Dataplane, Repair},
-    cgroup::Cgroup,
     cni::Sandbox,
-    desired::{
-        self, ADDRESSES, Candidate, Desired, NetnsFacts, PodRow, Record, desired, device_addrs,
-    },
+    desired::{self, Candidate, Desired, PodRow, Record, desired, device_addrs},
     facts::{self, FactsError, PodFacts, Policy},
     mesh,
     metrics::{Fill, Metrics},
-    netns::{self, LO, Lo, Netns},
+    node::{self, ADDRESSES, Cgroup, LO, Lo, Netns, NetnsCookie, NetnsFacts, Place, Places},
     pace::{Backoff, Pace},
-    places::{Place, Places},
     problem::{Problem, Reason},
     reset::Reset,
     source::{
@@ -86,7 +82,7 @@ fn steered_ports(row: &PodRow) -> [Option<u16>; 3] {
 
 /// What listeners may be bound to that connections are handed to.
 fn redirected_to(netns: &NetnsFacts) -> BTreeSet<IpAddr> {
-    let fixed = netns::ANY.into_iter().chain(netns::LOCALHOST);
+    let fixed = node::ANY.into_iter().chain(node::LOCALHOST);
     fixed.chain(device_addrs(netns).into_values()).collect()
 }
 
@@ -115,15 +111,15 @@ pub struct Reconciler {
     dataplane: Dataplane,
     cgroup: Cgroup,
     metrics: Arc<Metrics>,
-    host: BTreeSet<u64>,
+    host: BTreeSet<NetnsCookie>,
     /// Which pod has which namespace, as the kernel's records say.
-    owners: BTreeMap<u64, Record>,
+    owners: BTreeMap<NetnsCookie, Record>,
     /// What the maps hold, once this agent has written them, and whose entries were kept beside.
-    applied: Option<(Desired, BTreeSet<u64>)>,
+    applied: Option<(Desired, BTreeSet<NetnsCookie>)>,
     /// By namespace cookie; holds only pods whose enrollment was completed by this agent.
-    pods: BTreeMap<u64, Enrolled>,
+    pods: BTreeMap<NetnsCookie, Enrolled>,
     /// When a pod's listeners may be looked for.
-    searched: BTreeMap<(u64, u16), Backoff>,
+    searched: BTreeMap<(NetnsCookie, u16), Backoff>,
     /// The pods' objects as they were last read.
     read: BTreeMap<Key, Read>,
     /// When pods that change all the time have their turn.
@@ -145,15 +141,15 @@ pub struct Reconciler {
     /// What the namespaces said when they were last visited, by the pod's uid.
     visited: BTreeMap<String, NetnsFacts>,
     /// What the pods' lo had when they were last visited or prepared.
-    lo: BTreeMap<u64, Lo>,
+    lo: BTreeMap<NetnsCookie, Lo>,
     /// Pods whose namespace was looked for in vain, by uid; at how many looks at everything.
     missing: BTreeMap<String, u32>,
     /// Pods whose processes do not show their namespace, by uid, and why.
     disputed: BTreeMap<String, String>,
     /// Devices where dialled ports are noted, by the namespace's cookie.
-    noted: BTreeMap<u64, Vec<u32>>,
+    noted: BTreeMap<NetnsCookie, Vec<u32>>,
     /// How many packets the pods' namespaces have forwarded, by cookie.
-    forwarded: BTreeMap<u64, u64>,
+    forwarded: BTreeMap<NetnsCookie, u64>,
     /// Others' programs that come before Sidestep's.
     ahead: BTreeSet<Problem>,
     /// What was not in force at the last look at everything.
@@ -185,7 +181,7 @@ impl Reconciler {
             dataplane,
             cgroup,
             metrics,
-            host: netns::host_cookies()?,
+            host: node::host_cookies()?,
             owners,
             applied: None,
             pods: BTreeMap::new(),
@@ -365,7 +361,7 @@ impl Reconciler {
 
     /// A namespace with spliced connections: of a pod, or of one that has left. Where a process
     /// leads to it, that of an enrolled pod is the younger one.
-    fn spliced(&self, cookie: u64) -> Result<Netns> {
+    fn spliced(&self, cookie: NetnsCookie) -> Result<Netns> {
         match self.pods.get(&cookie) {
             Some(pod) => Netns::open_as(&pod.netns.path, cookie),
             None => self.dataplane.filtered(cookie),
@@ -373,19 +369,19 @@ impl Reconciler {
     }
 
     /// Wakes writers in these namespaces.
-    fn wake_writers(&self, cookies: &BTreeSet<u64>) {
+    fn wake_writers(&self, cookies: &BTreeSet<NetnsCookie>) {
         for cookie in cookies {
             let netns = self.spliced(*cookie);
             if let Err(error) = netns.and_then(|netns| self.dataplane.wake_writers(&netns)) {
-                warn!(cookie, "cannot wake writers: {error:#}");
+                warn!(cookie = cookie.0, "cannot wake writers: {error:#}");
             }
         }
     }
 
     /// Resets connections that were closed with unread bytes; by the namespace of that end.
-    pub fn reset(&self, unread: &BTreeMap<u64, Vec<Reset>>) {
+    pub fn reset(&self, unread: &BTreeMap<NetnsCookie, Vec<Reset>>) {
         for (cookie, resets) in unread {
-            let complain = |error| warn!(cookie, "closed with unread bytes: {error:#}");
+            let complain = |error| warn!(cookie = cookie.0, "closed with unread bytes: {error:#}");
             let send = || resets.iter().filter_map(|reset| reset.send().err()).for_each(complain);
             let netns = self.spliced(*cookie);
             if let Err(error) = netns.and_then(|netns| netns.inside(send)) {
@@ -593,7 +589,7 @@ impl Reconciler {
     }
 
     /// Whether a pod's namespace lives: its inbound link tells, where nobody has detached that.
-    fn lives(&self, cookie: u64) -> bool {
+    fn lives(&self, cookie: NetnsCookie) -> bool {
         let leads = |owner: &Record| Netns::open_as(&owner.netns, cookie).is_ok();
         self.dataplane.netns_lives(cookie) || self.owners.get(&cookie).is_some_and(leads)
     }
@@ -799,7 +795,7 @@ impl Reconciler {
     }
 
     /// Whether this pod is enrolled with this namespace.
-    fn enrolled(&self, uid: &str, cookie: u64) -> Result<(), AddError> {
+    fn enrolled(&self, uid: &str, cookie: NetnsCookie) -> Result<(), AddError> {
         let owner = self.owners.get(&cookie);
         if self.pods.contains_key(&cookie) && owner.is_some_and(|owner| owner.uid == uid) {
             return Ok(());
@@ -874,7 +870,7 @@ impl Reconciler {
         // Or one that runs on though its object is gone, or that nothing is known of for now.
         let refused: BTreeSet<&str> = goal.refused.iter().map(|(pod, _)| pod.as_str()).collect();
         let present: BTreeSet<&str> = snapshot.pods.iter().map(SourcePod::uid).collect();
-        let keep: BTreeSet<u64> = self
+        let keep: BTreeSet<NetnsCookie> = self
             .owners
             .iter()
             .filter(|(cookie, owner)| {
@@ -925,7 +921,7 @@ impl Reconciler {
         self.owners.retain(|cookie, _| keep.contains(cookie));
         let enrolled = goal.pods.iter();
         self.owners.extend(enrolled.map(|(cookie, (_, record))| (*cookie, record.clone())));
-        let stays = |cookie: &u64| goal.pods.contains_key(cookie) || keep.contains(cookie);
+        let stays = |cookie: &NetnsCookie| goal.pods.contains_key(cookie) || keep.contains(cookie);
         self.pods.retain(|cookie, _| stays(cookie));
         self.lo.retain(|cookie, _| stays(cookie));
         self.searched.retain(|(cookie, _), _| stays(cookie));
@@ -938,10 +934,14 @@ impl Reconciler {
     /// Prepares the namespaces of pods that are new or whose addresses changed, and of those that
     /// have lost what they were given; the cookies of those that can't be enrolled because that
     /// failed.
-    fn prepare(&mut self, goal: &Desired, problems: &mut BTreeSet<Problem>) -> BTreeSet<u64> {
+    fn prepare(
+        &mut self,
+        goal: &Desired,
+        problems: &mut BTreeSet<Problem>,
+    ) -> BTreeSet<NetnsCookie> {
         let mut failed = BTreeSet::new();
         for (cookie, (row, record)) in &goal.pods {
-            let serves = self.lo.get(cookie).is_some_and(|lo| lo.serves(row));
+            let serves = self.lo.get(cookie).is_some_and(|lo| lo.serves(&row.needs_of_lo()));
             let known = self.pods.get(cookie);
             let dns_is_new = row.dns_port != 0 && known.is_none_or(|pod| pod.row.dns_port == 0);
             if serves && !dns_is_new {
@@ -949,7 +949,7 @@ impl Reconciler {
             }
             let done = Netns::open_as(&record.netns, *cookie).and_then(|netns| {
                 if !serves {
-                    netns.prepare(row)?;
+                    netns.prepare(&row.needs_of_lo())?;
                 }
                 // Before any question is captured, which gets nowhere without.
                 if dns_is_new { self.dataplane.attach_dns(*cookie, &netns) } else { Ok(()) }
@@ -958,7 +958,7 @@ impl Reconciler {
             let was_prepared = !serves && known.is_some_and(|pod| given(&pod.row) == given(row));
             match done {
                 Ok(()) => {
-                    self.lo.insert(*cookie, Lo::prepared(row));
+                    self.lo.insert(*cookie, Lo::prepared(&row.needs_of_lo()));
                     if was_prepared {
                         let text = "routes or addresses of lo were removed";
                         let repair = Repair { what: "lo", text: text.into(), done: Ok(()) };
@@ -1051,7 +1051,7 @@ impl Reconciler {
     }
 
     /// Whether dialled ports are noted on this device.
-    fn notes(&self, cookie: u64, device: u32) -> bool {
+    fn notes(&self, cookie: NetnsCookie, device: u32) -> bool {
         self.noted.get(&cookie).is_some_and(|devices| devices.contains(&device))
     }
 
@@ -1084,7 +1084,7 @@ impl Reconciler {
     }
 
     /// Looks for listeners that were missed when a connection came.
-    pub fn find_listeners(&mut self, missed: &BTreeSet<(u64, u16)>) {
+    pub fn find_listeners(&mut self, missed: &BTreeSet<(NetnsCookie, u16)>) {
         let now = Instant::now();
         for missing @ (cookie, port) in missed {
             let Some(pod) = self.pods.get(cookie) else {
@@ -1153,7 +1153,7 @@ impl Read {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Announced {
     uid: String,
-    cookie: u64,
+    cookie: NetnsCookie,
 }
 
 /// Why a sandbox may not start yet.
@@ -1203,7 +1203,7 @@ fn facts_of(
 }
 
 /// What the namespace says about itself, if it is the expected one.
-fn visit(path: &Path, cookie: Option<u64>, facts: &PodFacts) -> Result<(NetnsFacts, Lo)> {
+fn visit(path: &Path, cookie: Option<NetnsCookie>, facts: &PodFacts) -> Result<(NetnsFacts, Lo)> {
     let with_routes = !facts.policy.exclude_interfaces.is_empty();
     let (found, lo) = Netns::open(path)?.look(with_routes, facts.dns_port.is_some())?;
     if cookie.is_some_and(|cookie| cookie != found.cookie) {

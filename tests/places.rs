@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path};
 
-use sidestep::{netns::Netns, places::Places};
+use sidestep::node::{Netns, NetnsCookie, Places};
 use sidestep_lab::{Lab, Pod, PodNet};
 
 const UID: &str = "7e3c1a52-0d6f-4c3b-9a71-5c2b7f7d9e10";
@@ -18,7 +18,7 @@ fn process(proc: &Path, pid: u32, started: u64, netns: &Path) {
     symlink(netns, dir.join("ns/net")).expect("linked");
 }
 
-fn cookie(pod: &Pod) -> u64 {
+fn cookie(pod: &Pod) -> NetnsCookie {
     Netns::open(&pod.netns()).and_then(|netns| netns.cookie()).expect("a cookie")
 }
 

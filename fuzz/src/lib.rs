@@ -9,9 +9,10 @@ use std::{
 use ipnet::{IpNet, Ipv6Net};
 use k8s_openapi::api::core::v1::Pod;
 use sidestep::{
-    desired::{Candidate, Desired, Limits, NetnsFacts, RuleSet, desired},
+    desired::{Candidate, Desired, Limits, RuleSet, desired},
     facts::{FactsError, PodFacts, PortRange, Ports, Protocol, Ranges, UidExclusion, facts},
     mesh::{istio, kuma, linkerd},
+    node::{NetnsCookie, NetnsFacts},
 };
 
 const KEY: &str = "example.org/key";
@@ -170,7 +171,7 @@ pub fn check_pods(pods: &[Pod]) {
         let (more_addresses, route_localnet) = (false, false);
         let netns = NetnsFacts {
             path,
-            cookie,
+            cookie: NetnsCookie(cookie),
             addresses,
             more_addresses,
             interfaces,
@@ -292,7 +293,7 @@ fn check_complete(Candidate { facts, netns }: &Candidate, out: &Desired) {
 
 /// The edges of every exclusion's users, and their neighbours, have the ports of all exclusions
 /// that name them.
-fn check_users(facts: &PodFacts, cookie: u64, out: &Desired) {
+fn check_users(facts: &PodFacts, cookie: NetnsCookie, out: &Desired) {
     let exclusions = &facts.policy.exclude_outbound_for_uids;
     // Quadratic: a few are as good as many.
     for edge in exclusions.iter().take(4).flat_map(|one| [one.first_uid, one.last_uid]) {
@@ -325,7 +326,7 @@ fn check_users(facts: &PodFacts, cookie: u64, out: &Desired) {
 }
 
 /// Which ports a list of the maps covers.
-fn covered(out: &Desired, cookie: u64, set: RuleSet) -> Vec<bool> {
+fn covered(out: &Desired, cookie: NetnsCookie, set: RuleSet) -> Vec<bool> {
     let mut all = vec![false; 1 << 16];
     for rule in out.port_rules.iter().filter(|rule| (rule.cookie, rule.set) == (cookie, set)) {
         let first = usize::from(rule.port);

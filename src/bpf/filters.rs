@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     desired::Record,
-    netns::{LO, Netns},
+    node::{LO, Netns, NetnsCookie},
 };
 
 /// Layouts that have filters of their own in qdiscs, by number.
@@ -89,7 +89,7 @@ impl Pins {
         number.unwrap_or(0) % LAYOUTS.end
     }
 
-    fn filter(&self, filter: Filter, cookie: u64, device: u32) -> PathBuf {
+    fn filter(&self, filter: Filter, cookie: NetnsCookie, device: u32) -> PathBuf {
         self.link(&format!("{}-{cookie:x}-{device}", filter.name()))
     }
 }
@@ -100,7 +100,7 @@ impl Dataplane {
     ///
     /// # Errors
     /// Where the namespace can't be entered, or the kernel refuses.
-    pub fn attach_dns(&self, cookie: u64, netns: &Netns) -> Result<()> {
+    pub fn attach_dns(&self, cookie: NetnsCookie, netns: &Netns) -> Result<()> {
         self.filter(Filter::Dns, &self.skel.progs.dns_nat, cookie, netns, LO)
             .context("cannot attach the filter for DNS to lo")
     }
@@ -110,7 +110,7 @@ impl Dataplane {
     ///
     /// # Errors
     /// As of [`Dataplane::attach_dns`].
-    pub fn attach_reset(&self, cookie: u64, netns: &Netns, devices: &[u32]) -> Result<()> {
+    pub fn attach_reset(&self, cookie: NetnsCookie, netns: &Netns, devices: &[u32]) -> Result<()> {
         devices.iter().try_for_each(|device| {
             let program = &self.skel.progs.reset;
             self.filter(Filter::Reset, program, cookie, netns, *device).with_context(|| {
@@ -124,7 +124,12 @@ impl Dataplane {
     ///
     /// # Errors
     /// As of [`Dataplane::attach_dns`].
-    pub fn attach_dialled(&self, cookie: u64, netns: &Netns, devices: &[u32]) -> Result<()> {
+    pub fn attach_dialled(
+        &self,
+        cookie: NetnsCookie,
+        netns: &Netns,
+        devices: &[u32],
+    ) -> Result<()> {
         let mut storage = MaybeUninit::uninit();
         let skel = self.load_inbound(&mut storage, cookie, "note_dialled")?;
         let program = &skel.progs.note_dialled;
@@ -139,7 +144,7 @@ impl Dataplane {
         &self,
         filter: Filter,
         program: &Program<'_>,
-        cookie: u64,
+        cookie: NetnsCookie,
         netns: &Netns,
         device: u32,
     ) -> Result<()> {
@@ -167,7 +172,7 @@ impl Dataplane {
     /// spliced connections on these devices; puts back those that are not.
     pub fn repair_filters(
         &self,
-        cookie: u64,
+        cookie: NetnsCookie,
         netns: &Path,
         dns: bool,
         devices: &[u32],
@@ -181,7 +186,7 @@ impl Dataplane {
     fn repair_filter(
         &self,
         filter: Filter,
-        cookie: u64,
+        cookie: NetnsCookie,
         netns: &Path,
         device: u32,
     ) -> Option<Repair> {
@@ -210,7 +215,12 @@ impl Dataplane {
 
     /// Looks whether dialled ports are noted on these devices of a pod, and has them noted again where
     /// they are not.
-    pub fn repair_dialled(&self, cookie: u64, netns: &Path, devices: &[u32]) -> Vec<Repair> {
+    pub fn repair_dialled(
+        &self,
+        cookie: NetnsCookie,
+        netns: &Path,
+        devices: &[u32],
+    ) -> Vec<Repair> {
         let is_gone = |device: &&u32| {
             kernel().links_filters && self.linked(Filter::Dialled, cookie, **device).is_none()
         };
@@ -225,7 +235,7 @@ impl Dataplane {
     }
 
     /// What the kernel says about a filter's link; none: there is none, or its device is gone.
-    fn linked(&self, filter: Filter, cookie: u64, device: u32) -> Option<LinkInfo> {
+    fn linked(&self, filter: Filter, cookie: NetnsCookie, device: u32) -> Option<LinkInfo> {
         let link = Link::open(self.pins.filter(filter, cookie, device)).ok()?;
         link.info().ok().filter(|info| device_of(info).is_ok_and(|at| at == device))
     }
@@ -234,7 +244,7 @@ impl Dataplane {
     ///
     /// # Errors
     /// Where the namespace can't be entered, or the kernel refuses.
-    pub fn detach_dns(&self, cookie: u64, netns: &Netns) -> Result<()> {
+    pub fn detach_dns(&self, cookie: NetnsCookie, netns: &Netns) -> Result<()> {
         let pin = self.pins.filter(Filter::Dns, cookie, LO);
         if pin.exists() {
             remove_link(&pin)?;
@@ -247,7 +257,7 @@ impl Dataplane {
 
     /// Takes filters off devices of pods that are not enrolled. A pod's open connections are spliced
     /// until they end, also where it has left: their filter goes with its device.
-    pub(super) fn remove_filters(&self, enrolled: impl Fn(u64) -> bool) -> Result<()> {
+    pub(super) fn remove_filters(&self, enrolled: impl Fn(NetnsCookie) -> bool) -> Result<()> {
         let filtered = &self.skel.maps.filtered;
         for (cookie, record) in records(filtered)? {
             if enrolled(cookie) {
@@ -263,13 +273,15 @@ impl Dataplane {
                     })?;
                 }
                 // A namespace that is gone took its filters along.
-                Err(_) => filtered.delete(&cookie.to_ne_bytes())?,
+                Err(_) => filtered.delete(&cookie.0.to_ne_bytes())?,
             }
         }
         for pin in children(&self.pins.links())? {
             let name = pin.file_name().unwrap_or_default().to_string_lossy();
             let mut parts = name.split('-').skip(1);
-            let cookie = parts.next().and_then(|cookie| u64::from_str_radix(cookie, 16).ok());
+            let cookie = parts
+                .next()
+                .and_then(|cookie| u64::from_str_radix(cookie, 16).ok().map(NetnsCookie));
             if !is_filter(&name) || cookie.is_some_and(&enrolled) {
                 continue;
             }
@@ -289,8 +301,8 @@ impl Dataplane {
     ///
     /// # Errors
     /// Where it is not known, or gone.
-    pub fn filtered(&self, cookie: u64) -> Result<Netns> {
-        let value = self.skel.maps.filtered.lookup(&cookie.to_ne_bytes(), MapFlags::ANY)?;
+    pub fn filtered(&self, cookie: NetnsCookie) -> Result<Netns> {
+        let value = self.skel.maps.filtered.lookup(&cookie.0.to_ne_bytes(), MapFlags::ANY)?;
         let value = value.with_context(|| format!("network namespace {cookie} is not known"))?;
         let record = Record::from(&wire::from_bytes::<wire::pod_record>(&value)?);
         Netns::open_as(&record.netns, cookie)

@@ -16,6 +16,7 @@ use anyhow::{Context, Result, ensure};
 use libbpf_rs::{Link, Program, libbpf_sys};
 
 use super::{Pins, children, steered_by};
+use crate::node::NetnsCookie;
 
 /// A link, and the program that it had when the agent last attached or adopted it.
 struct Held {
@@ -72,7 +73,7 @@ impl Links {
     }
 
     /// The cookies of the namespaces whose inbound links are held.
-    pub fn steered(&self) -> Vec<u64> {
+    pub fn steered(&self) -> Vec<NetnsCookie> {
         self.0.keys().filter_map(|name| steered_by(name)).collect()
     }
 }

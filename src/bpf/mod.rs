@@ -5,7 +5,6 @@
 
 #![allow(unsafe_code)]
 
-mod cookie;
 mod cost;
 mod filters;
 mod held;
@@ -62,7 +61,6 @@ use nix::{
 };
 use tokio::io::unix::AsyncFd;
 
-pub use cookie::current_netns_cookie;
 pub use cost::ProgramCost;
 pub use order::{Ahead, ahead};
 pub use repair::Repair;
@@ -76,10 +74,9 @@ use self::{
 };
 use crate::{
     bpffs,
-    cgroup::Cgroup,
     desired::{Desired, Limits, PodRow, Record},
     mesh,
-    netns::{self, Netns},
+    node::{self, Cgroup, Netns, NetnsCookie},
     reset::Reset,
     splice::LegState,
 };
@@ -211,7 +208,7 @@ impl Pins {
         self.links().join(name)
     }
 
-    fn steer(&self, cookie: u64) -> PathBuf {
+    fn steer(&self, cookie: NetnsCookie) -> PathBuf {
         self.link(&steer(cookie))
     }
 
@@ -254,7 +251,7 @@ impl fmt::Display for Pins {
 #[derive(Debug, Clone)]
 pub struct Enrolled {
     /// Network namespace cookie.
-    pub cookie: u64,
+    pub cookie: NetnsCookie,
     /// Name, uid and namespace path.
     pub record: Record,
     /// Name of the mesh.
@@ -393,7 +390,8 @@ impl Dataplane {
         let mut missing = 0;
         for other in self.pins.others()? {
             let cookies = steered(&other)?;
-            let lives = |cookie: &u64| steer_lives(&other, *cookie) && !self.netns_lives(*cookie);
+            let lives =
+                |cookie: &NetnsCookie| steer_lives(&other, *cookie) && !self.netns_lives(*cookie);
             missing += cookies.into_iter().filter(lives).count();
         }
         Ok(missing)
@@ -522,7 +520,7 @@ impl Dataplane {
     ///
     /// # Errors
     /// Where the map can't be read.
-    pub fn records(&self) -> Result<BTreeMap<u64, Record>> {
+    pub fn records(&self) -> Result<BTreeMap<NetnsCookie, Record>> {
         records(&self.skel.maps.pod_records)
     }
 
@@ -533,14 +531,14 @@ impl Dataplane {
     ///
     /// # Errors
     /// Where a map can't be read or written, named.
-    pub fn apply(&mut self, desired: &Desired, keep: &BTreeSet<u64>) -> Result<Applied> {
+    pub fn apply(&mut self, desired: &Desired, keep: &BTreeSet<NetnsCookie>) -> Result<Applied> {
         let (mut pods, mut records) = (Entries::new(), Entries::new());
         for (cookie, (row, record)) in &desired.pods {
             pods.extend([maps::entry(cookie, &wire::pod_of(row))]);
             records.extend([maps::entry(cookie, &wire::record_of(record)?)]);
         }
         let landings = desired.device_addrs.iter().map(|((cookie, ..), ip)| (*cookie, *ip));
-        let landings: BTreeSet<(u64, IpAddr)> = landings.collect();
+        let landings: BTreeSet<(NetnsCookie, IpAddr)> = landings.collect();
         let locals = desired.locals.iter().map(|local @ (cookie, ip)| {
             let kind = if landings.contains(local) { LOCAL_LANDING } else { LOCAL_OWN };
             maps::entry(&wire::local_of(*cookie, *ip), &kind)
@@ -599,14 +597,14 @@ impl Dataplane {
         contents: [Entries; TABLES],
         holds: &mut [Entries],
         desired: &Desired,
-        keep: &BTreeSet<u64>,
+        keep: &BTreeSet<NetnsCookie>,
     ) -> Result<Applied> {
-        let mut changes: BTreeMap<u64, [Diff; TABLES]> = BTreeMap::new();
+        let mut changes: BTreeMap<NetnsCookie, [Diff; TABLES]> = BTreeMap::new();
         let mut all = Vec::new();
         let tables = tables(&self.skel.maps).into_iter().zip(holds);
         for (n, (((map, cookie_at), holds), goal)) in tables.zip(contents).enumerate() {
             let diff = maps::diff(holds, goal);
-            let of = |key: &[u8]| wire::from_bytes::<u64>(&key[cookie_at..cookie_at + 8]);
+            let of = |key: &[u8]| wire::from_bytes::<NetnsCookie>(&key[cookie_at..cookie_at + 8]);
             for (key, value) in diff.upserts {
                 changes.entry(of(&key)?).or_default()[n].upserts.insert(key, value);
             }
@@ -618,7 +616,8 @@ impl Dataplane {
             }
             all.push(Table { map, holds });
         }
-        let stays = |cookie: u64| desired.pods.contains_key(&cookie) || keep.contains(&cookie);
+        let stays =
+            |cookie: NetnsCookie| desired.pods.contains_key(&cookie) || keep.contains(&cookie);
         // An inbound program without its pod's row would pass everything: it goes first.
         for cookie in self.links.steered() {
             if !stays(cookie) {
@@ -627,9 +626,10 @@ impl Dataplane {
         }
         self.remove_filters(stays)?;
         let mut applied = Applied::default();
-        // Cookie 0 stands for all pods.
-        let (leaving, staying): (Vec<_>, Vec<_>) =
-            changes.into_iter().partition(|(cookie, _)| *cookie != 0 && !stays(*cookie));
+        // What is no pod's is all pods'.
+        let (leaving, staying): (Vec<_>, Vec<_>) = changes
+            .into_iter()
+            .partition(|(cookie, _)| *cookie != NetnsCookie::NONE && !stays(*cookie));
         for (_, diffs) in &leaving {
             delete(&mut all, diffs)?;
         }
@@ -665,7 +665,7 @@ impl Dataplane {
     ///
     /// # Errors
     /// Where the kernel refuses to load or to attach.
-    pub fn attach_inbound(&mut self, cookie: u64, netns: &Netns) -> Result<()> {
+    pub fn attach_inbound(&mut self, cookie: NetnsCookie, netns: &Netns) -> Result<()> {
         let mut storage = MaybeUninit::uninit();
         let skel = self.load_inbound(&mut storage, cookie, "steer")?;
         let name = steer(cookie);
@@ -681,7 +681,7 @@ impl Dataplane {
     fn load_inbound<'a>(
         &self,
         storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>,
-        cookie: u64,
+        cookie: NetnsCookie,
         name: &str,
     ) -> Result<skel_inbound::InboundSkel<'a>> {
         let mut open = open_inbound(storage, cookie)?;
@@ -700,7 +700,7 @@ impl Dataplane {
     }
 
     /// Whether the namespace with this cookie, which has an inbound program, still exists.
-    pub fn netns_lives(&self, cookie: u64) -> bool {
+    pub fn netns_lives(&self, cookie: NetnsCookie) -> bool {
         self.links.get(&steer(cookie)).is_some_and(|link| netns_of(link).is_ok_and(|ino| ino != 0))
     }
 
@@ -711,7 +711,7 @@ impl Dataplane {
     /// Where the namespace can't be entered, or the iterator fails.
     pub fn find_listeners(
         &mut self,
-        cookie: u64,
+        cookie: NetnsCookie,
         netns: &Netns,
         port: u16,
         at: &BTreeSet<IpAddr>,
@@ -720,7 +720,7 @@ impl Dataplane {
         let unknown = at.iter().filter(|at| listeners(known, cookie, **at, port) == 0);
         let unknown: Vec<wire::addr> = unknown.map(|at| (*at).into()).collect();
         let variables = self.skel.maps.bss_data.as_mut().context("the object has no variables")?;
-        variables.wanted_netns = cookie;
+        variables.wanted_netns = cookie.0;
         variables.wanted_port = port;
         for wanted in unknown.chunks(variables.wanted_at.len()) {
             let variables =
@@ -763,7 +763,7 @@ pub struct Applied {
     /// Entries that were deleted.
     pub deleted: usize,
     /// By cookie: pods whose entries could not be written.
-    pub failed: BTreeMap<u64, Failure>,
+    pub failed: BTreeMap<NetnsCookie, Failure>,
 }
 
 /// Why a pod's entries could not be written.
@@ -798,7 +798,7 @@ fn closed(row: &PodRow) -> PodRow {
 }
 
 /// What writes a pod's row and record.
-fn row_of(cookie: u64, row: &PodRow, record: &Record) -> Result<[Diff; TABLES]> {
+fn row_of(cookie: NetnsCookie, row: &PodRow, record: &Record) -> Result<[Diff; TABLES]> {
     let mut diffs: [Diff; TABLES] = Default::default();
     let [.., of_records, of_pods] = &mut diffs;
     of_records.upserts.extend([maps::entry(&cookie, &wire::record_of(record)?)]);
@@ -829,22 +829,22 @@ fn tables<'a, 'map>(maps: &'a skel::SidestepMaps<'map>) -> [(&'a MapMut<'map>, u
 #[derive(Debug, Default)]
 pub struct Seen {
     /// Pods whose proxy was looked for in vain, by cookie, and which of its listeners, by port.
-    pub missed: BTreeSet<(u64, u16)>,
+    pub missed: BTreeSet<(NetnsCookie, u16)>,
     /// A spliced connection carries bulk, and is better off without.
     pub bulk: bool,
     /// Connections that are to be reset, by the cookie of the closed end's namespace.
-    pub unread: BTreeMap<u64, Vec<Reset>>,
+    pub unread: BTreeMap<NetnsCookie, Vec<Reset>>,
 }
 
 impl Seen {
     fn add(&mut self, event: wire::event) {
         match event.kind {
             wire::event_kind::EVENT_NO_LISTENER => {
-                self.missed.insert((event.netns, event.port as u16));
+                self.missed.insert((NetnsCookie(event.netns), event.port as u16));
             }
             wire::event_kind::EVENT_BULK => self.bulk = true,
             wire::event_kind::EVENT_UNREAD => {
-                self.unread.entry(event.netns).or_default().push(event.into());
+                self.unread.entry(NetnsCookie(event.netns)).or_default().push(event.into());
             }
             // Another build's program.
             _ => {}
@@ -917,11 +917,11 @@ fn kernel() -> &'static Kernel {
 /// The program for the namespace with this cookie.
 fn open_inbound(
     storage: &mut MaybeUninit<libbpf_rs::OpenObject>,
-    cookie: u64,
+    cookie: NetnsCookie,
 ) -> Result<skel_inbound::OpenInboundSkel<'_>> {
     let mut open = skel_inbound::InboundSkelBuilder::default().open(storage)?;
     let constants = open.maps.rodata_data.as_mut().context("the inbound object has no rodata")?;
-    constants.netns_cookie = cookie;
+    constants.netns_cookie = cookie.0;
     constants.tells_interface = u8::from(kernel().tells_interface);
     Ok(open)
 }
@@ -967,7 +967,7 @@ fn load_all() -> Result<Loaded> {
     let mut storage = MaybeUninit::uninit();
     let node = open_node_in(&mut storage)?.load()?;
     let mut storage = MaybeUninit::uninit();
-    let pod = open_inbound(&mut storage, 0)?.load()?;
+    let pod = open_inbound(&mut storage, NetnsCookie::NONE)?.load()?;
     let programs = node.object().progs().chain(pod.object().progs());
     let costs = programs.map(|program| cost::of(&program)).collect::<Result<_>>()?;
     Ok(Loaded { costs, can_be_first: order::can_be_first(&node.progs.connect4) })
@@ -981,10 +981,10 @@ pub fn try_filters() -> Result<()> {
     let mut storage = MaybeUninit::uninit();
     let node = open_node_in(&mut storage)?.load()?;
     let mut storage = MaybeUninit::uninit();
-    let pod = open_inbound(&mut storage, 0)?.load()?;
+    let pod = open_inbound(&mut storage, NetnsCookie::NONE)?.load()?;
     let (dns, reset) = (node.progs.dns_nat.as_fd(), node.progs.reset.as_fd());
     let dialled = pod.progs.note_dialled.as_fd();
-    netns::in_new(|| {
+    node::in_new(|| {
         filters::try_on_lo(Filter::Dns, dns)?;
         filters::try_on_lo(Filter::Reset, reset)?;
         filters::try_on_lo(Filter::Dialled, dialled)
@@ -1039,12 +1039,12 @@ pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
             .with_context(|| format!("cannot open map {}", pins.map(name).display()))
     };
     let (pods, listening) = (open("pods")?, open("listeners")?);
-    let mut landings: BTreeMap<u64, BTreeSet<IpAddr>> = BTreeMap::new();
+    let mut landings: BTreeMap<NetnsCookie, BTreeSet<IpAddr>> = BTreeMap::new();
     for (key, ip) in maps::read_as::<wire::device_key, wire::addr>(&open("device_addrs")?)? {
-        landings.entry(key.netns).or_default().insert(ip.into());
+        landings.entry(NetnsCookie(key.netns)).or_default().insert(ip.into());
     }
     let records = records(&open("pod_records")?)?;
-    let rows = maps::read_as::<u64, wire::pod>(&pods)?;
+    let rows = maps::read_as::<NetnsCookie, wire::pod>(&pods)?;
     Ok(rows
         .into_iter()
         .map(|(cookie, row)| Enrolled {
@@ -1064,7 +1064,7 @@ pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
                 .remove(&cookie)
                 .unwrap_or_default()
                 .into_iter()
-                .chain(netns::ANY)
+                .chain(node::ANY)
                 .map(|at| listeners(&listening, cookie, at, row.in_port))
                 .sum(),
             dns_port: (row.dns_port != 0).then_some(row.dns_port),
@@ -1186,7 +1186,7 @@ fn remove_layout(pins: &Pins, keep: &[&str]) -> Result<usize> {
 
 /// Gives these pods a share of what such a map counts, and takes it from others, once nothing of theirs
 /// is in use: sockets of a pod that has left may have some still.
-fn share_out<'a>(map: &impl MapCore, pods: impl Iterator<Item = &'a u64>) -> Result<()> {
+fn share_out<'a>(map: &impl MapCore, pods: impl Iterator<Item = &'a NetnsCookie>) -> Result<()> {
     let mut shares = maps::read(map)?;
     let mut wanted: Entries = pods.map(|cookie| maps::entry(cookie, &0u32)).collect();
     let mut unused = Vec::new();
@@ -1227,16 +1227,16 @@ fn remove_link(pin: &Path) -> Result<()> {
 }
 
 /// The name of the pin of a namespace's inbound link.
-fn steer(cookie: u64) -> String {
+fn steer(cookie: NetnsCookie) -> String {
     format!("steer-{cookie:x}")
 }
 
 /// The cookie of the namespace whose inbound link has a pin of this name.
-fn steered_by(pin: &str) -> Option<u64> {
-    u64::from_str_radix(pin.strip_prefix("steer-")?, 16).ok()
+fn steered_by(pin: &str) -> Option<NetnsCookie> {
+    u64::from_str_radix(pin.strip_prefix("steer-")?, 16).ok().map(NetnsCookie)
 }
 
-fn remove_inbound(links: &mut Links, pins: &Pins, cookie: u64) -> Result<()> {
+fn remove_inbound(links: &mut Links, pins: &Pins, cookie: NetnsCookie) -> Result<()> {
     if let Some(link) = links.release(&steer(cookie)) {
         // Fails where its namespace is gone.
         let _ = link.detach();
@@ -1246,23 +1246,23 @@ fn remove_inbound(links: &mut Links, pins: &Pins, cookie: u64) -> Result<()> {
 }
 
 /// The cookies of the namespaces with a pinned inbound link.
-fn steered(pins: &Pins) -> Result<Vec<u64>> {
+fn steered(pins: &Pins) -> Result<Vec<NetnsCookie>> {
     let links = children(&pins.links())?;
     Ok(links.iter().filter_map(|path| steered_by(path.file_name()?.to_str()?)).collect())
 }
 
-fn steer_lives(pins: &Pins, cookie: u64) -> bool {
+fn steer_lives(pins: &Pins, cookie: NetnsCookie) -> bool {
     let link = Link::open(pins.steer(cookie)).map_err(anyhow::Error::from);
     link.and_then(|link| netns_of(&link)).is_ok_and(|ino| ino != 0)
 }
 
-fn records(map: &impl MapCore) -> Result<BTreeMap<u64, Record>> {
-    let records = maps::read_as::<u64, wire::pod_record>(map)?;
+fn records(map: &impl MapCore) -> Result<BTreeMap<NetnsCookie, Record>> {
+    let records = maps::read_as::<NetnsCookie, wire::pod_record>(map)?;
     Ok(records.into_iter().map(|(cookie, record)| (cookie, Record::from(&record))).collect())
 }
 
 /// How many of a pod's listeners at an address are recorded.
-fn listeners(map: &impl MapCore, cookie: u64, at: IpAddr, port: u16) -> usize {
+fn listeners(map: &impl MapCore, cookie: NetnsCookie, at: IpAddr, port: u16) -> usize {
     (0..LISTENER_SLOTS)
         .filter(|slot| {
             let key = wire::listener_of(cookie, at, port, *slot);

@@ -17,7 +17,7 @@ use super::{
     Dataplane, Pins, cost,
     hooks::{HOOKS, Hook},
 };
-use crate::cgroup::Cgroup;
+use crate::node::Cgroup;
 
 /// The flags that put a program before others, the best first: before all of the hierarchy (Linux
 /// 6.15), and of those that are so too before the others of the same cgroup (Linux 6.17).

@@ -22,7 +22,10 @@ use super::{
     hooks::{Attach, HOOKS, Hook},
     netns_of, steer, tables,
 };
-use crate::{bpffs, cgroup::Cgroup, netns::Netns};
+use crate::{
+    bpffs,
+    node::{Cgroup, Netns, NetnsCookie},
+};
 
 /// As many entries of maps are looked at each time.
 const LOOKED_AT: usize = 1024;
@@ -195,7 +198,7 @@ impl Dataplane {
 
     /// Looks at a namespace's inbound link. None where it is in force, or the namespace is gone, or
     /// there was none.
-    pub fn repair_inbound(&mut self, cookie: u64, netns: &Path) -> Option<Repair> {
+    pub fn repair_inbound(&mut self, cookie: NetnsCookie, netns: &Path) -> Option<Repair> {
         let name = steer(cookie);
         let link = self.links.get(&name)?;
         let text = match (link.info(), netns_of(link)) {

@@ -29,7 +29,7 @@ use nix::{
 
 use super::{COUNTERS, skel, splice as splicing, wire};
 use crate::{
-    netns,
+    node,
     splice::{Hazard, Hurts},
 };
 
@@ -70,7 +70,7 @@ const TRIALS: &[(&str, Hurts, Trial)] = &[
 /// # Errors
 /// Where the trials could not be made, or would have proven nothing.
 pub fn self_test() -> Result<Vec<Hazard>> {
-    netns::in_new(|| {
+    node::in_new(|| {
         let mut storage = MaybeUninit::uninit();
         let bench = Bench::new(&mut storage)?;
         let mut hazards = Vec::new();

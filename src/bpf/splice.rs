@@ -17,7 +17,10 @@ use super::{
     Dataplane, Pins, children, open_node, run, skel,
     wire::{self, as_bytes, from_bytes},
 };
-use crate::{netns::Netns, splice::LegState};
+use crate::{
+    node::{Netns, NetnsCookie},
+    splice::LegState,
+};
 
 /// Where spliced bytes are: a socket's queue goes with the map that it is in.
 pub(super) const MAPS: [&str; 2] = ["spliced", "splices"];
@@ -38,7 +41,7 @@ pub(crate) struct Swept {
     /// Ends of connections that may be taken out when the other end may, as the map's keys.
     pub leave: BTreeSet<Vec<u8>>,
     /// Cookies of namespaces with writers that are to be woken.
-    pub stuck: BTreeSet<u64>,
+    pub stuck: BTreeSet<NetnsCookie>,
 }
 
 /// What a sweep leaves to the agent.
@@ -49,7 +52,7 @@ pub struct Unfinished {
     pub leaving: bool,
     /// Network namespaces, by cookie, with writers that were told to wait for memory, and that
     /// nobody else wakes: [`Dataplane::wake_writers`] does.
-    pub stuck: BTreeSet<u64>,
+    pub stuck: BTreeSet<NetnsCookie>,
 }
 
 /// Sets how long a spliced connection's messages may do without TCP.
@@ -172,7 +175,7 @@ fn run_sweep(
         if swept.stuck == 0 {
             leave.insert(as_bytes(&swept.leaves).to_vec());
         } else {
-            stuck.insert(swept.stuck);
+            stuck.insert(NetnsCookie(swept.stuck));
         }
     }
     let variables = skel.maps.bss_data.as_ref().context("the object has no variables")?;

@@ -18,6 +18,7 @@ use crate::{
         UidRule,
     },
     facts::TcpDns,
+    node::NetnsCookie,
     reset::Reset,
     splice::LegState,
 };
@@ -34,6 +35,8 @@ unsafe impl Wire for u8 {}
 unsafe impl Wire for u32 {}
 // SAFETY: plain integers.
 unsafe impl Wire for u64 {}
+// SAFETY: a plain integer in a transparent struct.
+unsafe impl Wire for NetnsCookie {}
 // SAFETY: its header asserts the size that the fields add up to; all fields are integers, or enums
 // that the skeleton makes a transparent u32.
 unsafe impl Wire for pod {}
@@ -120,8 +123,8 @@ impl From<event> for Reset {
     }
 }
 
-fn halves(cookie: u64) -> [u32; 2] {
-    [cookie as u32, (cookie >> 32) as u32]
+fn halves(cookie: NetnsCookie) -> [u32; 2] {
+    [cookie.0 as u32, (cookie.0 >> 32) as u32]
 }
 
 fn set_of(set: RuleSet) -> rule_set {
@@ -169,8 +172,8 @@ pub(crate) fn cidr_key(rule: &CidrRule) -> cidr_rule_key {
 /// Keeps the families apart; `CIDR_V6` of bpf/mesh/rules.h.
 const CIDR_V6: u32 = 1 << 8;
 
-pub(crate) fn if_of(cookie: u64, ifindex: u32) -> if_key {
-    if_key { netns: cookie, ifindex, pad: 0 }
+pub(crate) fn if_of(cookie: NetnsCookie, ifindex: u32) -> if_key {
+    if_key { netns: cookie.0, ifindex, pad: 0 }
 }
 
 pub(crate) fn uid_key(rule: &UidRule) -> uid_rule_key {
@@ -181,21 +184,21 @@ pub(crate) fn uid_key(rule: &UidRule) -> uid_rule_key {
     }
 }
 
-pub(crate) fn local_of(cookie: u64, ip: IpAddr) -> local_key {
-    local_key { netns: cookie, addr: ip.into() }
+pub(crate) fn local_of(cookie: NetnsCookie, ip: IpAddr) -> local_key {
+    local_key { netns: cookie.0, addr: ip.into() }
 }
 
-pub(crate) fn device_of(cookie: u64, ifindex: u32, family: DeviceFamily) -> device_key {
+pub(crate) fn device_of(cookie: NetnsCookie, ifindex: u32, family: DeviceFamily) -> device_key {
     let family = match family {
         DeviceFamily::V4 => device_family::DEVICE_V4,
         DeviceFamily::V6 => device_family::DEVICE_V6,
         DeviceFamily::V6Link => device_family::DEVICE_V6_LINK,
     };
-    device_key { netns: cookie, ifindex, family }
+    device_key { netns: cookie.0, ifindex, family }
 }
 
-pub(crate) fn listener_of(cookie: u64, at: IpAddr, port: u16, slot: u16) -> listener_key {
-    listener_key { netns: cookie, at: at.into(), port, slot, pad: 0 }
+pub(crate) fn listener_of(cookie: NetnsCookie, at: IpAddr, port: u16, slot: u16) -> listener_key {
+    listener_key { netns: cookie.0, at: at.into(), port, slot, pad: 0 }
 }
 
 pub(crate) fn pod_of(row: &PodRow) -> pod {
@@ -315,7 +318,7 @@ mod tests {
 
     #[test]
     fn bytes_are_the_structs_own() {
-        let key = local_of(7, IpAddr::from([10, 0, 0, 1]));
+        let key = local_of(NetnsCookie(7), IpAddr::from([10, 0, 0, 1]));
         let bytes = as_bytes(&key);
         assert_eq!(bytes[..8], 7u64.to_ne_bytes());
         assert_eq!(bytes[18..], [0xff, 0xff, 10, 0, 0, 1]);

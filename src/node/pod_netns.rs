@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::netns::Netns;
+use super::netns::{Netns, NetnsCookie};
 
 /// Where a pod's network namespace is found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub struct Place {
     /// A path that leads there: a bind mount, or a process of the pod.
     pub path: PathBuf,
     /// The kernel's identity of the namespace. A path may come to lead elsewhere.
-    pub cookie: u64,
+    pub cookie: NetnsCookie,
     /// The sandbox's id, where the runtime told.
     pub container: Option<String>,
 }
@@ -83,7 +83,7 @@ impl Places {
     pub fn search(
         &mut self,
         uids: &BTreeSet<String>,
-        host: &BTreeSet<u64>,
+        host: &BTreeSet<NetnsCookie>,
     ) -> Result<BTreeMap<String, String>> {
         let mut disputed = BTreeMap::new();
         if uids.is_empty() {

@@ -1,0 +1,15 @@
+//! The machine: network namespaces, what they hold, and the cgroup that the hooks are attached to.
+//! Knows of no mesh, and asks the kernel by system calls, netlink and procfs alone.
+
+pub mod cgroup;
+mod facts;
+pub mod lo;
+mod netfilter;
+mod netns;
+pub mod pod_netns;
+
+pub use cgroup::Cgroup;
+pub use facts::{ADDRESSES, NetnsFacts};
+pub use lo::Lo;
+pub use netns::{ANY, LO, LOCALHOST, Netns, NetnsCookie, host_cookies, in_new};
+pub use pod_netns::{Place, Places};
