@@ -7,8 +7,6 @@ pub mod bpffs;
 pub mod check;
 pub mod cli;
 pub mod cni;
-pub mod desired;
-pub mod facts;
 pub mod files;
 pub mod http;
 pub mod mesh;

@@ -26,8 +26,7 @@ use prometheus_client::{
 
 use crate::{
     bpf::{self, Pins},
-    desired::{Desired, Limits},
-    mesh,
+    mesh::{self, desired::Desired, quota::Limits},
     problem::{Problem, Reason},
     splice::Leg,
 };

@@ -17,9 +17,13 @@ use tracing::{debug, error, info, warn};
 use crate::{
     bpf::{Ahead, Dataplane, Repair},
     cni::Sandbox,
-    desired::{self, Candidate, Desired, PodRow, Record, desired, device_addrs},
-    facts::{self, FactsError, PodFacts, Policy},
-    mesh,
+    mesh::{
+        self,
+        annotations::FactsError,
+        desired::{self, Candidate, Desired, PodRow, Record, desired, device_addrs},
+        facts::{self, PodFacts},
+        policy::Policy,
+    },
     metrics::{Fill, Metrics},
     node::{self, ADDRESSES, Cgroup, LO, Lo, Netns, NetnsCookie, NetnsFacts, Place, Places},
     pace::{Backoff, Pace},

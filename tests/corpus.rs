@@ -8,8 +8,10 @@ use std::{collections::BTreeSet, sync::Arc};
 use ipnet::IpNet;
 use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use serde_json::{Map, Value, json};
-use sidestep::facts::{
-    FactsError, Ipv6, PodFacts, Policy, PortRange, Ports, Protocol, Ranges, facts, inherit,
+use sidestep::mesh::{
+    annotations::FactsError,
+    facts::{PodFacts, facts, inherit},
+    policy::{Ipv6, Policy, PortRange, Ports, Protocol, Ranges},
 };
 
 /// The lines of a file.
@@ -185,7 +187,7 @@ fn istio_as_its_own_code_has_it() {
             }
             continue;
         }
-        // What Istio does not care for it logs; that we tell the pod is facts.rs'.
+        // What Istio does not care for it logs; that we tell the pod is src/mesh/facts.rs'.
         ours.told.clear();
         if ours != theirs {
             wrong.push(format!("{name}:\n  Istio {theirs:?}\n  ours  {ours:?}"));

@@ -9,9 +9,15 @@ use std::{
 use ipnet::{IpNet, Ipv6Net};
 use k8s_openapi::api::core::v1::Pod;
 use sidestep::{
-    desired::{Candidate, Desired, Limits, RuleSet, desired},
-    facts::{FactsError, PodFacts, PortRange, Ports, Protocol, Ranges, UidExclusion, facts},
-    mesh::{istio, kuma, linkerd},
+    mesh::{
+        annotations::FactsError,
+        desired::{Candidate, Desired, desired},
+        facts::{PodFacts, facts},
+        istio, kuma, linkerd,
+        policy::{PortRange, Ports, Protocol, Ranges, UidExclusion},
+        quota::Limits,
+        rules::RuleSet,
+    },
     node::{NetnsCookie, NetnsFacts},
 };
 

@@ -22,7 +22,7 @@ use super::{
     Dataplane, Pins, Repair, children, held::pin, kernel, maps, records, remove_link, wire,
 };
 use crate::{
-    desired::Record,
+    mesh::desired::Record,
     node::{LO, Netns, NetnsCookie},
 };
 

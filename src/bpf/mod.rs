@@ -74,8 +74,11 @@ use self::{
 };
 use crate::{
     bpffs,
-    desired::{Desired, Limits, PodRow, Record},
-    mesh,
+    mesh::{
+        self,
+        desired::{Desired, PodRow, Record},
+        quota::Limits,
+    },
     node::{self, Cgroup, Netns, NetnsCookie},
     reset::Reset,
     splice::LegState,

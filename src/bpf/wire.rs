@@ -13,11 +13,11 @@ pub(crate) use super::skel::types::{
     splice_state, swept, uid_rule_key,
 };
 use crate::{
-    desired::{
-        CidrRule, DeviceFamily, MAX_NETNS, MAX_POD, MAX_UID, PodRow, PortRule, Record, RuleSet,
-        UidRule,
+    mesh::{
+        desired::{DeviceFamily, MAX_NETNS, MAX_POD, MAX_UID, PodRow, Record},
+        policy::TcpDns,
+        rules::{CidrRule, PortRule, RuleSet, UidRule},
     },
-    facts::TcpDns,
     node::NetnsCookie,
     reset::Reset,
     splice::LegState,

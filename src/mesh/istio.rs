@@ -9,10 +9,12 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Container, Pod};
 
-use super::Mesh;
-use crate::facts::{
-    FactsError, Ipv6, Policy, PortRange, Ports, Ranges, Reader, Settings, TcpDns, annotation,
-    container_id, digits, env, invalid, items, label,
+use super::{
+    Mesh, Settings,
+    annotations::{
+        FactsError, Reader, annotation, container_id, digits, env, invalid, items, label,
+    },
+    policy::{Ipv6, Policy, PortRange, Ports, Ranges, TcpDns},
 };
 
 /// The row.

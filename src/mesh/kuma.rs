@@ -11,11 +11,13 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Mesh;
-use crate::facts::{
-    FactsError, Ipv6, Policy, PortRange, Ports, Protocol, Ranges, Reader, Settings, TcpDns,
-    UidExclusion, annotation, container_id, digits, init_containers, invalid, parse_range, port,
-    sidecar, user,
+use super::{
+    Mesh, Settings,
+    annotations::{
+        FactsError, Reader, annotation, container_id, digits, init_containers, invalid,
+        parse_range, port, sidecar, user,
+    },
+    policy::{Ipv6, Policy, PortRange, Ports, Protocol, Ranges, TcpDns, UidExclusion},
 };
 
 /// The row.

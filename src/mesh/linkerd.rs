@@ -8,10 +8,13 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Container, Pod};
 
-use super::Mesh;
-use crate::facts::{
-    FactsError, Ipv6, Policy, PortRange, Reader, Settings, TcpDns, annotation, container_id,
-    digits, env, init_containers, invalid, items, label, parse_range, port, sidecar, user,
+use super::{
+    Mesh, Settings,
+    annotations::{
+        FactsError, Reader, annotation, container_id, digits, env, init_containers, invalid, items,
+        label, parse_range, port, sidecar, user,
+    },
+    policy::{Ipv6, Policy, PortRange, TcpDns},
 };
 
 /// The row.

@@ -1,14 +1,24 @@
-//! The meshes: what the agent has to know about each, one file a mesh.
+//! The meshes: what the agent has to know about each, one file a mesh, and how a pod's object becomes
+//! the contents of the node's maps. Pure: no kernel, no files, no API.
 
 use std::fmt;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
 
-use crate::facts::{FactsError, Reader, Settings};
+use self::{
+    annotations::{FactsError, Reader},
+    policy::{Ipv6, Policy, TcpDns},
+};
 
+pub mod annotations;
+pub mod desired;
+pub mod facts;
 pub mod istio;
 pub mod kuma;
 pub mod linkerd;
+pub mod policy;
+pub mod quota;
+pub mod rules;
 
 pub use istio::ISTIO;
 pub use kuma::KUMA;
@@ -57,6 +67,18 @@ pub struct Mesh {
 /// Reads a pod and its sidecar. What can't be read is told to the reader, and a default stands in
 /// for it.
 pub(crate) type Settle = fn(&Pod, &Container, &mut Reader) -> Result<Option<Settings>, FactsError>;
+
+/// What a mesh's own annotations, labels and variables say about a pod.
+pub(crate) struct Settings {
+    pub proxy_uid: Option<u32>,
+    pub proxy_gid: Option<u32>,
+    pub outbound_port: u16,
+    pub inbound_port: u16,
+    pub dns_port: Option<u16>,
+    pub tcp_dns: TcpDns,
+    pub ipv6: Ipv6,
+    pub policy: Policy,
+}
 
 impl PartialEq for Mesh {
     fn eq(&self, other: &Self) -> bool {

@@ -44,7 +44,7 @@ use tracing::{info, warn};
 use super::{Snapshot, SourcePod};
 use crate::{
     cni::Sandbox,
-    facts,
+    mesh::facts,
     problem::{Problem, Reason},
 };
 

@@ -16,7 +16,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 use super::{Snapshot, SourcePod};
-use crate::{facts::pod_name, files, problem::Problem};
+use crate::{files, mesh::facts::pod_name, problem::Problem};
 
 /// The annotation that names a pod's network namespace, as a path. Honoured by this source only.
 pub const NETNS_ANNOTATION: &str = "sidestep.io/netns";

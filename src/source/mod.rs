@@ -8,7 +8,7 @@ use std::{path::PathBuf, sync::Arc};
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::{
-    facts::{self, pod_name},
+    mesh::facts::{self, pod_name},
     problem::{Problem, Reason},
 };
 

@@ -1,15 +1,19 @@
 //! What a Pod object says about itself, parsed once. Pure.
 
-use std::{collections::BTreeSet, net::IpAddr, str::FromStr, sync::Arc};
+use std::{net::IpAddr, sync::Arc};
 
-use ipnet::IpNet;
 use k8s_openapi::{
     api::core::v1::{Container, Pod},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use thiserror::Error;
 
-use crate::mesh::{MESHES, Mesh};
+use super::{
+    MESHES, Mesh,
+    annotations::{
+        AMBIENT, DATAPLANE_MODE, FactsError, Reader, annotation, invalid, label, switch,
+    },
+    policy::{Ipv6, Policy, TcpDns},
+};
 
 /// A pod that is in a mesh.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,161 +44,6 @@ pub struct PodFacts {
     pub policy: Policy,
     /// Its connections within the node may skip the TCP/IP stack.
     pub splice: bool,
-}
-
-/// What becomes of DNS over TCP in a pod whose DNS is captured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TcpDns {
-    /// It goes to the sidecar's DNS listener.
-    Captured,
-    /// The app's is never captured; the sidecar's is as to any port.
-    Direct,
-    /// It is TCP as to any port.
-    AsAnyPort,
-}
-
-/// When a pod's IPv6 is captured, given that it has an IPv6 address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ipv6 {
-    /// In any case.
-    Always,
-    /// Where its first address is an IPv6 one.
-    WhereFirst,
-    /// Never.
-    Never,
-}
-
-/// What an exclusion is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Protocol {
-    /// TCP alone.
-    Tcp,
-    /// UDP alone.
-    Udp,
-    /// Both.
-    Both,
-}
-
-/// Ports never captured for some users.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UidExclusion {
-    /// Of this protocol.
-    pub protocol: Protocol,
-    /// These ports.
-    pub ports: BTreeSet<PortRange>,
-    /// From this user,
-    pub first_uid: u32,
-    /// to this one, both included.
-    pub last_uid: u32,
-}
-
-/// Ports from `first` to `last`, both included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct PortRange {
-    /// First port.
-    pub first: u16,
-    /// Last port, not below `first`.
-    pub last: u16,
-}
-
-impl PortRange {
-    /// A single port.
-    pub const fn one(port: u16) -> Self {
-        Self { first: port, last: port }
-    }
-
-    /// Every port.
-    pub const ALL: Self = Self { first: 0, last: u16::MAX };
-}
-
-/// Included ports.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ports {
-    /// `*`
-    All,
-    /// These only; may be none.
-    Only(BTreeSet<PortRange>),
-}
-
-/// Included address ranges.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ranges {
-    /// `*`
-    All,
-    /// These only; may be none.
-    Only(BTreeSet<IpNet>),
-}
-
-/// What is captured, in the terms of the mesh's own rules.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Policy {
-    /// Beats everything outbound.
-    pub exclude_outbound_ports: BTreeSet<PortRange>,
-    /// Beats the outbound includes.
-    pub exclude_outbound_ranges: BTreeSet<IpNet>,
-    /// Adds to `include_outbound_ranges`.
-    pub include_outbound_ports: BTreeSet<PortRange>,
-    /// Adds to `include_outbound_ports`.
-    pub include_outbound_ranges: Ranges,
-    /// With `Only`, `exclude_inbound_ports` is ignored.
-    pub include_inbound_ports: Ports,
-    /// Added to the mesh's own.
-    pub exclude_inbound_ports: BTreeSet<PortRange>,
-    /// Sources never captured.
-    pub exclude_inbound_ranges: BTreeSet<IpNet>,
-    /// Ports of users; beat everything outbound.
-    pub exclude_outbound_for_uids: Vec<UidExclusion>,
-    /// Names of interfaces whose traffic is never captured, either way.
-    pub exclude_interfaces: BTreeSet<String>,
-}
-
-impl Default for Policy {
-    /// Everything is captured, but for what the mesh itself exempts.
-    fn default() -> Self {
-        Self {
-            exclude_outbound_ports: BTreeSet::new(),
-            exclude_outbound_ranges: BTreeSet::new(),
-            include_outbound_ports: BTreeSet::new(),
-            include_outbound_ranges: Ranges::All,
-            include_inbound_ports: Ports::All,
-            exclude_inbound_ports: BTreeSet::new(),
-            exclude_inbound_ranges: BTreeSet::new(),
-            exclude_outbound_for_uids: Vec::new(),
-            exclude_interfaces: BTreeSet::new(),
-        }
-    }
-}
-
-/// What is wrong with a Pod object.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum FactsError {
-    /// A required field is missing.
-    #[error("{0} is missing")]
-    Missing(&'static str),
-    /// A field that can't be read.
-    #[error("{key}: {text:?}: {why}")]
-    Invalid {
-        /// The annotation or field, and the field of an annotation that has such.
-        key: String,
-        /// The offending text.
-        text: String,
-        /// What was expected.
-        why: String,
-    },
-    /// A mode of the mesh that is not implemented.
-    #[error("{key}: {text:?} is not supported yet: the pod is left alone")]
-    Unsupported {
-        /// The annotation, and the field of it where it has such.
-        key: String,
-        /// Its value.
-        text: String,
-    },
-    /// A pod of Istio's ambient mode that Istio's own agents have not taken.
-    #[error(
-        "{DATAPLANE_MODE}: \"ambient\" is not supported yet, and Istio's own agents did not \
-         redirect it: the pod is left alone"
-    )]
-    Ambient,
 }
 
 /// A pod's facts, and what is wrong with its annotations.
@@ -255,10 +104,6 @@ pub const INTERCEPT: &str = "sidestep.io/intercept";
 /// `sidestep.io/splice`: `disabled` keeps the pod's connections on TCP, `enabled` is the default.
 /// A pod's annotation, a namespace's label.
 pub const SPLICE: &str = "sidestep.io/splice";
-
-/// Istio's label for pods without sidecars, a pod's or its namespace's.
-const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
-const AMBIENT: &str = "ambient";
 
 /// The pod as its namespace makes it: what the namespace says and the pod itself does not. Of a
 /// mesh's annotations that is what the mesh itself takes from there ([`Mesh::of_namespace`]).
@@ -364,133 +209,9 @@ fn facts_of(
     }))
 }
 
-/// What a mesh's own annotations, labels and variables say about a pod.
-pub(crate) struct Settings {
-    pub proxy_uid: Option<u32>,
-    pub proxy_gid: Option<u32>,
-    pub outbound_port: u16,
-    pub inbound_port: u16,
-    pub dns_port: Option<u16>,
-    pub tcp_dns: TcpDns,
-    pub ipv6: Ipv6,
-    pub policy: Policy,
-}
-
-/// Keeps the first thing that can't be read, and what the mesh does not care for.
-#[derive(Default)]
-pub(crate) struct Reader {
-    error: Option<FactsError>,
-    warnings: Vec<FactsError>,
-}
-
-/// So many items that a mesh skips are named; the whole text has them all.
-const NAMED: usize = 8;
-
-impl Reader {
-    /// The value, or `default` where it is invalid. What is not supported stays an error.
-    pub fn or<T>(&mut self, read: Result<T, FactsError>, default: T) -> Result<T, FactsError> {
-        match read {
-            Err(error @ FactsError::Invalid { .. }) => {
-                self.error.get_or_insert(error);
-                Ok(default)
-            }
-            other => other,
-        }
-    }
-
-    /// Something that changes nothing, and that the pod should know of.
-    pub fn warn(&mut self, key: &str, text: &str, why: &str) {
-        self.warnings.push(invalid(key, text, why));
-    }
-
-    /// Items of a list that the mesh skips; `what` says what they are not.
-    pub fn skipped(&mut self, key: &str, text: &str, items: &[&str], what: &str) {
-        if items.is_empty() {
-            return;
-        }
-        let mut named = Vec::from_iter(items.iter().take(NAMED).map(|item| format!("{item:?}")));
-        if items.len() > NAMED {
-            named.push(format!("and {} more", items.len() - NAMED));
-        }
-        let why = format!("skipped, as by the mesh, for they are {what}: {}", named.join(", "));
-        self.warn(key, text, &why);
-    }
-}
-
-pub(crate) fn annotation<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
-    pod.metadata.annotations.as_ref()?.get(key).map(String::as_str)
-}
-
-pub(crate) fn label<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
-    pod.metadata.labels.as_ref()?.get(key).map(String::as_str)
-}
-
-/// A container's environment variable, where it is there: of several with one name the last, and
-/// one that takes its value from elsewhere is empty, as for the meshes.
-pub(crate) fn env<'a>(container: &'a Container, name: &str) -> Option<&'a str> {
-    let variables = container.env.as_deref().unwrap_or_default();
-    let last = variables.iter().rfind(|variable| variable.name == name)?;
-    Some(last.value.as_deref().unwrap_or_default())
-}
-
 /// Whether any mesh looks at this variable.
 pub(crate) fn reads_env(name: &str) -> bool {
     MESHES.iter().any(|mesh| mesh.env.contains(&name))
-}
-
-pub(crate) fn init_containers(pod: &Pod) -> &[Container] {
-    pod.spec.as_ref().and_then(|spec| spec.init_containers.as_deref()).unwrap_or_default()
-}
-
-/// The container of this name, among the init containers (a native sidecar is one) and the others.
-pub(crate) fn sidecar<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {
-    let others = pod.spec.as_ref().map(|spec| &spec.containers[..]).unwrap_or_default();
-    init_containers(pod).iter().chain(others).find(|container| container.name == name)
-}
-
-pub(crate) fn invalid(key: &str, text: &str, why: &str) -> FactsError {
-    FactsError::Invalid { key: key.into(), text: text.into(), why: why.into() }
-}
-
-/// An annotation's port, where the pod has the annotation.
-pub(crate) fn port(pod: &Pod, key: &str) -> Result<Option<u16>, FactsError> {
-    let Some(text) = annotation(pod, key) else {
-        return Ok(None);
-    };
-    let port = digits(text.trim()).filter(|port| *port != 0);
-    port.map(Some).ok_or_else(|| invalid(key, text, "a port from 1 to 65535 expected"))
-}
-
-/// The number of a user or group; the kernel takes the largest for "nobody known".
-pub(crate) fn user(text: &str) -> Option<u32> {
-    digits(text).filter(|id| *id != u32::MAX)
-}
-
-/// A number as the meshes write it: FromStr takes a sign as well.
-pub(crate) fn digits<T: FromStr>(text: &str) -> Option<T> {
-    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
-}
-
-/// Sidestep's own switch.
-fn switch(key: &str, text: &str) -> Result<bool, FactsError> {
-    match text {
-        "enabled" => Ok(true),
-        "disabled" => Ok(false),
-        _ => Err(invalid(key, text, "enabled or disabled expected")),
-    }
-}
-
-/// A container's user or group, where it is set and not zero.
-pub(crate) fn container_id(proxy: &Container, field: &str) -> Result<Option<u32>, FactsError> {
-    let id = proxy.security_context.as_ref().and_then(|context| match field {
-        "runAsUser" => context.run_as_user,
-        _ => context.run_as_group,
-    });
-    let Some(text) = id.filter(|id| *id != 0).map(|id| id.to_string()) else {
-        return Ok(None);
-    };
-    let key = format!("containers[{}].securityContext.{field}", proxy.name);
-    user(&text).map(Some).ok_or_else(|| invalid(&key, &text, "a number of 32 bits expected"))
 }
 
 fn pod_ips(pod: &Pod) -> Result<Vec<IpAddr>, FactsError> {
@@ -503,26 +224,15 @@ fn pod_ips(pod: &Pod) -> Result<Vec<IpAddr>, FactsError> {
         .collect()
 }
 
-/// `10.0.0.0/8`, `fd00::/8`, or an address alone.
-pub(crate) fn parse_range(text: &str) -> Option<IpNet> {
-    // By parts: the library's own parser takes leading zeros, and reads them as decimal.
-    match text.split_once('/') {
-        Some((address, bits)) => IpNet::new(address.parse().ok()?, digits(bits)?).ok(),
-        None => text.parse::<IpAddr>().ok().map(IpNet::from),
-    }
-}
-
-/// The items of a list, separated by commas, as they are: blanks belong to them. Of an empty text
-/// none; an empty item among others is one.
-pub(crate) fn items(text: &str) -> impl Iterator<Item = &str> {
-    text.split(',').filter(move |_| !text.is_empty())
-}
-
 #[cfg(test)]
 mod tests {
+    use ipnet::IpNet;
     use serde_json::{Value, json};
 
+    use std::collections::BTreeSet;
+
     use super::*;
+    use crate::mesh::policy::{PortRange, Ports, Ranges};
 
     fn pod(patch: impl FnOnce(&mut Value)) -> Pod {
         let mut value = json!({

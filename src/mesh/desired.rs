@@ -6,16 +6,15 @@ use std::{
     path::PathBuf,
 };
 
-use ipnet::{IpNet, Ipv6Net};
-use thiserror::Error;
-
-use crate::{
-    facts::{Ipv6, PodFacts, Policy, PortRange, Ports, Protocol, Ranges, TcpDns, UidExclusion},
-    mesh::Mesh,
-    node::{
-        ADDRESSES, LO, NetnsCookie, NetnsFacts,
-        lo::{self, DnsRoute, PASSTHROUGH_V6},
-    },
+use super::{
+    facts::PodFacts,
+    policy::{Ipv6, Policy, Ports, Ranges, TcpDns},
+    quota::{CIDR_RULES, EXCLUDED_IFS, LOCALS, Limits, PORT_RULES, Refusal, UID_RULES},
+    rules::{CidrRule, PortRule, RuleSet, Rules, UidRule},
+};
+use crate::node::{
+    LO, NetnsCookie, NetnsFacts,
+    lo::{self, DnsRoute, PASSTHROUGH_V6},
 };
 
 /// A pod with its namespace.
@@ -25,31 +24,6 @@ pub struct Candidate {
     pub facts: PodFacts,
     /// What the namespace says.
     pub netns: NetnsFacts,
-}
-
-/// Which list a rule belongs to; `enum rule_set` of bpf/mesh/rules.h.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum RuleSet {
-    /// Destination ports never captured outbound.
-    OutExcludePorts,
-    /// Destination ports captured outbound.
-    OutIncludePorts,
-    /// Ports of the pod never captured inbound.
-    InExcludePorts,
-    /// Ports of the pod captured inbound.
-    InIncludePorts,
-    /// Destinations never captured outbound.
-    OutExcludeCidrs,
-    /// Destinations captured outbound.
-    OutIncludeCidrs,
-    /// Sources never captured inbound.
-    InExcludeCidrs,
-    /// TCP ports never captured outbound for this class of users.
-    OutExcludeTcpUids(u32),
-    /// UDP ports never captured outbound for this class of users.
-    OutExcludeUdpUids(u32),
-    /// Every route of the pod; a member leads to an interface that is exempt.
-    OutExcludeRoutes,
 }
 
 /// The row of the kernel's `pods` map; see `struct pod` of bpf/lib/pod.h.
@@ -141,45 +115,6 @@ pub struct Record {
     pub netns: PathBuf,
 }
 
-/// An aligned power-of-two range of ports: all that share the first `bits` bits with `port`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct PortRule {
-    /// The pod.
-    pub cookie: NetnsCookie,
-    /// The list.
-    pub set: RuleSet,
-    /// First port of the range.
-    pub port: u16,
-    /// 16 for one port, 0 for all.
-    pub bits: u8,
-}
-
-/// An aligned power-of-two range of users: all that share the first `bits` bits with `uid`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct UidRule {
-    /// The pod.
-    pub cookie: NetnsCookie,
-    /// First user of the range.
-    pub uid: u32,
-    /// 32 for one user, 0 for all.
-    pub bits: u8,
-    /// Which class these users are in, from 1.
-    pub class: u32,
-}
-
-/// An address range, IPv4 in v4-mapped form.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct CidrRule {
-    /// The pod.
-    pub cookie: NetnsCookie,
-    /// The list.
-    pub set: RuleSet,
-    /// The range; its host bits are zero.
-    pub net: Ipv6Net,
-    /// It is one of IPv6 itself.
-    pub v6: bool,
-}
-
 /// Everything that the maps should hold.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Desired {
@@ -202,131 +137,6 @@ pub struct Desired {
     pub refused: Vec<(String, Refusal)>,
     /// Pods whose policy there is no room for: everything of theirs is captured.
     pub closed: Vec<(String, Refusal)>,
-}
-
-/// Why a pod with valid facts can't be enrolled.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum Refusal {
-    /// A pod's namespace can't be the node's own: every process of the node would be captured.
-    #[error("network namespace {0} is the host's own; a hostNetwork pod is never enrolled")]
-    HostNetns(PathBuf),
-    /// Two pods name the same namespace.
-    #[error("network namespace {netns} is already claimed by pod {owner}")]
-    Claimed {
-        /// The namespace.
-        netns: PathBuf,
-        /// The pod that has it.
-        owner: String,
-    },
-    /// Nothing to intercept.
-    #[error("no IP address in status.podIPs nor in network namespace {0}")]
-    NoAddress(PathBuf),
-    /// The record of a pod has room for so much only.
-    #[error("{what} {text:?} is longer than {limit} bytes")]
-    TooLong {
-        /// Which text.
-        what: &'static str,
-        /// The text.
-        text: String,
-        /// How long it may be.
-        limit: usize,
-    },
-    /// The kernel's maps are full, but for what every other pod may need.
-    #[error("the {map} map is full: {limit} entries, of which every pod has {share} for sure")]
-    Full {
-        /// The map.
-        map: &'static str,
-        /// Its size.
-        limit: usize,
-        /// What is there for each pod.
-        share: usize,
-    },
-    /// The pod asks for more than any may have.
-    #[error("its policy takes more than {most} entries of the {map} map, which a pod may have")]
-    TooMany {
-        /// The map.
-        map: &'static str,
-        /// What a pod may have.
-        most: usize,
-    },
-    /// The pod exempts interfaces, and the kernel has no way to know one.
-    #[error(
-        "{key} {names:?}: this kernel does not tell from which interface a connection comes, which \
-         takes Linux 5.17"
-    )]
-    Interfaces {
-        /// The annotation.
-        key: &'static str,
-        /// The interfaces.
-        names: String,
-    },
-}
-
-/// What the kernel can do: the sizes of its maps, and what not every kernel has.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Pods.
-    pub pods: usize,
-    /// Addresses of all pods.
-    pub locals: usize,
-    /// Port rules of all pods.
-    pub port_rules: usize,
-    /// Address rules of all pods.
-    pub cidr_rules: usize,
-    /// User rules of all pods.
-    pub uid_rules: usize,
-    /// Exempt interfaces of all pods.
-    pub excluded_ifs: usize,
-    /// Whether it tells from which interface a new connection comes.
-    pub tells_interface: bool,
-}
-
-/// What a pod may take of a map that all pods share.
-#[derive(Debug, Clone, Copy)]
-struct Quota {
-    map: &'static str,
-    /// No pod has more.
-    most: usize,
-    /// As much is there for every pod that may come, whatever others have.
-    share: usize,
-}
-
-const PORT_RULES: Quota = Quota { map: "port_rules", most: 4096, share: 32 };
-const CIDR_RULES: Quota = Quota { map: "cidr_rules", most: 4096, share: 32 };
-const UID_RULES: Quota = Quota { map: "uid_rules", most: 1024, share: 8 };
-const EXCLUDED_IFS: Quota = Quota { map: "excluded_ifs", most: 64, share: 2 };
-const LOCALS: Quota = Quota { map: "locals", most: 4 * ADDRESSES, share: 8 };
-
-/// How many exclusions for users are looked at: they are compared with each other.
-const EXCLUSIONS: usize = 256;
-
-impl Quota {
-    /// Whether `wanted` more entries go into a map of `limit`, of which `used` are taken and which
-    /// `others` more pods may need.
-    fn take(self, wanted: usize, used: usize, limit: usize, others: usize) -> Result<(), Refusal> {
-        let Self { map, most, share } = self;
-        if wanted > most {
-            return Err(Refusal::TooMany { map, most });
-        }
-        if wanted <= share || used + wanted + share * others <= limit {
-            // What is within the share has room, unless the map is smaller than all shares.
-            if used + wanted <= limit {
-                return Ok(());
-            }
-        }
-        Err(Refusal::Full { map, limit, share })
-    }
-}
-
-impl Refusal {
-    /// Whether it is about the pod's policy alone: the pod can be enrolled without.
-    fn is_about_policy(&self) -> bool {
-        match self {
-            Self::TooMany { .. } => true,
-            Self::Full { map, .. } => *map != LOCALS.map && *map != "pods",
-            _ => false,
-        }
-    }
 }
 
 /// Why a policy is more than any pod may have, whatever there is room for.
@@ -598,170 +408,20 @@ fn is_link_local(ip: IpAddr) -> bool {
     }
 }
 
-/// The rules of one pod; they end soon after there are too many.
-#[derive(Default)]
-struct Rules {
-    cookie: NetnsCookie,
-    ports: BTreeSet<PortRule>,
-    cidrs: BTreeMap<CidrRule, bool>,
-    uids: BTreeSet<UidRule>,
-    too_many_users: bool,
-}
-
-impl Rules {
-    fn of_policy(cookie: NetnsCookie, policy: &Policy, mesh: &Mesh) -> Self {
-        let mut rules = Self { cookie, ..Self::default() };
-        rules.ports(RuleSet::OutExcludePorts, &policy.exclude_outbound_ports);
-        rules.ports(RuleSet::OutIncludePorts, &policy.include_outbound_ports);
-        rules.ranges(RuleSet::OutExcludeCidrs, &policy.exclude_outbound_ranges);
-        rules.ranges(RuleSet::InExcludeCidrs, &policy.exclude_inbound_ranges);
-        rules.users(&policy.exclude_outbound_for_uids);
-        if let Ranges::Only(ranges) = &policy.include_outbound_ranges {
-            rules.ranges(RuleSet::OutIncludeCidrs, ranges);
-        }
-        match &policy.include_inbound_ports {
-            Ports::All => {
-                let exempt = mesh.inbound_exempt.iter().chain(mesh.inbound_excluded);
-                let exempt = exempt.copied().map(PortRange::one).collect();
-                rules.ports(RuleSet::InExcludePorts, &exempt);
-                rules.ports(RuleSet::InExcludePorts, &policy.exclude_inbound_ports);
-            }
-            Ports::Only(ports) => {
-                let ports = without(ports, mesh.inbound_exempt);
-                rules.ports(RuleSet::InIncludePorts, &ports);
-            }
-        }
-        rules
-    }
-
-    /// Whether they are more than a pod may have.
-    fn excess(&self) -> Result<(), Refusal> {
-        for (quota, wanted) in [
-            (PORT_RULES, self.ports.len()),
-            (CIDR_RULES, self.cidrs.len()),
-            (UID_RULES, if self.too_many_users { usize::MAX } else { self.uids.len() }),
-        ] {
-            let Quota { map, most, .. } = quota;
-            if wanted > most {
-                return Err(Refusal::TooMany { map, most });
-            }
-        }
-        Ok(())
-    }
-
-    fn ports(&mut self, set: RuleSet, ranges: &BTreeSet<PortRange>) {
-        let cookie = self.cookie;
-        for range in ranges {
-            if self.ports.len() > PORT_RULES.most {
-                return;
-            }
-            for (port, bits) in aligned(range.first.into(), range.last.into(), 16) {
-                self.ports.insert(PortRule { cookie, set, port: port as u16, bits });
-            }
-        }
-    }
-
-    fn ranges(&mut self, set: RuleSet, ranges: &BTreeSet<IpNet>) {
-        for range in ranges.iter().take(CIDR_RULES.most + 1) {
-            self.range(set, *range, true);
-        }
-    }
-
-    fn range(&mut self, set: RuleSet, range: IpNet, member: bool) {
-        let v6 = matches!(range, IpNet::V6(_));
-        let rule = CidrRule { cookie: self.cookie, set, net: mapped(range), v6 };
-        self.cidrs.insert(rule, member);
-    }
-
-    /// Ports of users. Ranges of users may overlap, and a trie finds one entry: so users are
-    /// put into classes, of which each has the ports of all the exclusions that name it.
-    fn users(&mut self, exclusions: &[UidExclusion]) {
-        let cookie = self.cookie;
-        if exclusions.len() > EXCLUSIONS {
-            self.too_many_users = true;
-            return;
-        }
-        let edges: BTreeSet<u64> = exclusions
-            .iter()
-            .flat_map(|one| [u64::from(one.first_uid), u64::from(one.last_uid) + 1])
-            .collect();
-        let intervals = edges.iter().zip(edges.iter().skip(1));
-        for (class, (first, next)) in (1..).zip(intervals) {
-            let of_class = |one: &&UidExclusion| {
-                u64::from(one.first_uid) <= *first && *next <= u64::from(one.last_uid) + 1
-            };
-            let mut any = false;
-            for exclusion in exclusions.iter().filter(of_class) {
-                any = true;
-                if exclusion.protocol != Protocol::Udp {
-                    self.ports(RuleSet::OutExcludeTcpUids(class), &exclusion.ports);
-                }
-                if exclusion.protocol != Protocol::Tcp {
-                    self.ports(RuleSet::OutExcludeUdpUids(class), &exclusion.ports);
-                }
-            }
-            if any {
-                for (uid, bits) in aligned(*first, *next - 1, 32) {
-                    self.uids.insert(UidRule { cookie, uid: uid as u32, bits, class });
-                }
-            }
-        }
-    }
-
-    fn sets(&self) -> BTreeSet<RuleSet> {
-        self.ports.iter().map(|rule| rule.set).chain(self.cidrs.keys().map(|r| r.set)).collect()
-    }
-}
-
-/// The ports of `ranges` but for `exempt`.
-fn without(ranges: &BTreeSet<PortRange>, exempt: &[u16]) -> BTreeSet<PortRange> {
-    let mut left = ranges.clone();
-    for port in exempt.iter().copied() {
-        left = left
-            .into_iter()
-            .flat_map(|range| {
-                if !(range.first..=range.last).contains(&port) {
-                    return vec![range];
-                }
-                let below =
-                    (range.first < port).then(|| PortRange { first: range.first, last: port - 1 });
-                let above =
-                    (port < range.last).then(|| PortRange { first: port + 1, last: range.last });
-                below.into_iter().chain(above).collect()
-            })
-            .collect();
-    }
-    left
-}
-
-/// A range of `width`-bit numbers as aligned powers of two, `(first, prefix bits)`: at most
-/// twice `width` of them.
-fn aligned(first: u64, last: u64, width: u32) -> Vec<(u64, u8)> {
-    let mut parts = Vec::new();
-    let (mut next, end) = (first, last + 1);
-    while next < end {
-        let align = if next == 0 { width } else { next.trailing_zeros().min(width) };
-        let size = align.min((end - next).ilog2());
-        parts.push((next, (width - size) as u8));
-        next += 1 << size;
-    }
-    parts
-}
-
-/// A range in v4-mapped form, its host bits cleared.
-fn mapped(range: IpNet) -> Ipv6Net {
-    match range.trunc() {
-        IpNet::V4(v4) => Ipv6Net::new_assert(v4.addr().to_ipv6_mapped(), 96 + v4.prefix_len()),
-        IpNet::V6(v6) => v6,
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use ipnet::IpNet;
     use proptest::prelude::*;
 
     use super::*;
-    use crate::mesh::{ISTIO, MESHES};
+    use crate::{
+        mesh::{
+            ISTIO, MESHES,
+            policy::{PortRange, Protocol, UidExclusion},
+            rules::{aligned, without},
+        },
+        node::ADDRESSES,
+    };
 
     const LIMITS: Limits = Limits {
         pods: 4,
