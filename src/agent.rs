@@ -117,6 +117,14 @@ async fn serve(config: &Config) -> Result<()> {
     let terminate = signal(SignalKind::terminate())?;
     let interrupt = signal(SignalKind::interrupt())?;
     check::privileges()?;
+    let cgroup = Cgroup::open(config.cgroup.as_deref());
+    if let Ok(cgroup) = &cgroup {
+        let whose = if cgroup.is_root() { "of this node" } else { "in it" };
+        info!(
+            "attaching BPF programs to {cgroup}: they run for every process {whose} and act on \
+             enrolled pods only"
+        );
+    }
     raise_open_files();
     let (changed, changes) = mpsc::channel(1);
     let mut watches = Watches::new(changed.clone());
@@ -137,9 +145,9 @@ async fn serve(config: &Config) -> Result<()> {
         Source::Manifests(_) => None,
     };
     let events = Happenings { terminate, interrupt, changes, watches };
-    let done = intercept(config, source, events).await;
+    let done = intercept(config, cgroup, source, events).await;
     if let (Err(error), Some(api)) = (&done, api) {
-        api.tell_node(&format!("no pod can be intercepted on this node: {error:#}")).await;
+        api.tell_node(&format!("Sidestep cannot intercept pods on this node: {error:#}")).await;
     }
     done
 }
@@ -155,11 +163,11 @@ fn raise_open_files() {
         Ok(limit) if limit < FEW_FILES => {
             warn!(
                 limit,
-                "few files may be open: raise the agent's limit (ulimit -n, LimitNOFILE=)"
+                "the agent's limit of open files is low: raise it (ulimit -n, LimitNOFILE=)"
             );
         }
         Ok(_) => {}
-        Err(error) => warn!("cannot raise the limit of open files: {error}"),
+        Err(error) => warn!("cannot raise the agent's limit of open files: {error}"),
     }
 }
 
@@ -172,9 +180,14 @@ struct Happenings {
 }
 
 /// Intercepts the source's pods until the agent is told to end.
-async fn intercept(config: &Config, source: Source, happenings: Happenings) -> Result<()> {
+async fn intercept(
+    config: &Config,
+    cgroup: Result<Cgroup>,
+    source: Source,
+    happenings: Happenings,
+) -> Result<()> {
     let Happenings { mut terminate, mut interrupt, mut changes, mut watches } = happenings;
-    let cgroup = Cgroup::open(config.cgroup.as_deref())?;
+    let cgroup = cgroup?;
     let pins = &config.pins;
     let (asked, mut requests) = mpsc::channel(REQUESTS);
     let mut installer = None;
@@ -184,7 +197,7 @@ async fn intercept(config: &Config, source: Source, happenings: Happenings) -> R
     let metrics = Arc::new(Metrics::new(pins, cgroup.id()));
     let mut reconciler = Reconciler::new(source, dataplane, cgroup, Arc::clone(&metrics))?;
     let adopted = reconciler.adopted();
-    info!(cgroup = %reconciler.cgroup(), %pins, adopted, "in force");
+    info!(cgroup = %reconciler.cgroup(), %pins, adopted, "BPF programs attached");
 
     if let Some(address) = config.http {
         let address = http::serve(address, Arc::clone(&metrics)).await?;
@@ -283,7 +296,7 @@ async fn intercept(config: &Config, source: Source, happenings: Happenings) -> R
         Source::Manifests(_) => None,
     };
     let Some(removed) = removed else {
-        info!("ends; the data plane stays in force (`sidestep unload` takes it away)");
+        info!("shutting down; BPF programs stay attached (`sidestep unload` removes them)");
         return Ok(());
     };
     // The plugin first: no new pod should wait for an agent that is gone.
@@ -298,14 +311,18 @@ async fn intercept(config: &Config, source: Source, happenings: Happenings) -> R
             if living > 0 {
                 leave(&mut reconciler, pins).await;
                 warn!(
-                    "{why}: {living} mesh pods stay intercepted until they end (`sidestep unload`)"
+                    "{why}: {living} mesh pods stay intercepted until they terminate (`sidestep \
+                     unload` ends that)"
                 );
                 return Ok(());
             }
-            info!("{why}, and no mesh pod is intercepted: everything is taken away");
+            info!(
+                "{why}, and no intercepted pods are left: removing all BPF programs, maps and \
+                   pins"
+            );
         }
         Removed::Uninstalled(why) | Removed::TakenOut(why) => {
-            info!("{why}: everything is taken away");
+            info!("{why}: removing all BPF programs, maps and pins");
         }
     }
     info!("unloaded: {}", bpf::unload(pins)?);
@@ -385,7 +402,7 @@ fn answer(
             Err(error) => Reply::refusal(error.to_string(), error == AddError::NotYet),
         };
         if answer.send(reply).is_err() {
-            warn!("the CNI plugin did not wait for its answer");
+            warn!("the CNI plugin disconnected before it was answered");
         }
     };
     let mut announced = Vec::new();

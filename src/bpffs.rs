@@ -26,15 +26,15 @@ pub fn pins(root: &Path, layout: &str) -> Result<Pins> {
     let existing: PathBuf = root
         .ancestors()
         .find(|path| path.exists())
-        .with_context(|| format!("no part of {} exists", root.display()))?
+        .with_context(|| format!("neither {} nor any directory above it exists", root.display()))?
         .into();
     let kind = statfs(&existing)
         .with_context(|| format!("cannot look at {}", existing.display()))?
         .filesystem_type();
     ensure!(
         kind == BPF_FS_MAGIC,
-        "{} is not on a bpffs, pins can't live there: `mount -t bpf bpf /sys/fs/bpf`, or name a \
-         directory on one by --bpffs",
+        "{} is not on a BPF file system (bpffs), which pins need: run `mount -t bpf bpf \
+         /sys/fs/bpf`, or name a directory on a bpffs with --bpffs",
         root.display()
     );
     Ok(Pins::new(root, layout))
@@ -70,7 +70,7 @@ pub fn ensure_mounted(mount_point: &Path) -> Result<()> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("bpf"), mount_point, Some("bpf"), flags, Some("mode=0700")).with_context(|| {
         let at = mount_point.display();
-        format!("cannot mount a bpffs on {at}; `mount -t bpf bpf {at}` on the node")
+        format!("cannot mount a bpffs on {at}: run `mount -t bpf bpf {at}` on the node")
     })
 }
 

@@ -1,6 +1,6 @@
 //! What this kernel and machine offer, by asking them, never by reading versions.
 
-use std::{collections::BTreeMap, fmt, path::Path};
+use std::{collections::BTreeMap, fmt::Write, path::Path};
 
 use anyhow::Result;
 use nix::{sys::utsname::uname, unistd::geteuid};
@@ -10,7 +10,8 @@ use crate::{
     bpf::{self, Pins, ProgramCost},
     bpffs,
     node::{Cgroup, NetnsCookie},
-    splice::{self, Leg, LegState, Mode},
+    splice::{self, Hazard, Leg, LegState, Mode},
+    terminal::beside,
 };
 
 /// The answers.
@@ -28,6 +29,9 @@ pub struct Report {
     pub programs: Vec<ProgramCost>,
     /// Which legs `--splice auto` splices here, by name, and why not.
     pub splice: BTreeMap<&'static str, LegState>,
+    /// What the self-test found wrong.
+    #[serde(skip)]
+    hazards: Vec<Hazard>,
 }
 
 /// One thing that was looked for.
@@ -56,7 +60,7 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
     add("cgroup v2", Cgroup::open(cgroup).map(|found| found.to_string()));
     add("bpffs", bpffs::pins(bpffs, bpf::LAYOUT).map(|_| bpffs.display().to_string()));
     for (name, there) in bpf::probe() {
-        let missing = || Err(anyhow::anyhow!("this kernel does not have it, or forbids it"));
+        let missing = || Err(anyhow::anyhow!("the kernel lacks it or does not permit it"));
         add(&name, if there { Ok(String::new()) } else { missing() });
     }
     let (mut programs, mut can_be_first) = (Vec::new(), false);
@@ -77,27 +81,29 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
     }
     add("network namespace identity", NetnsCookie::current().map(|_| String::new()));
     let kernel = uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
-    let mut splice = BTreeMap::new();
+    let (mut splice, mut hazards) = (BTreeMap::new(), Vec::new());
     if !programs.is_empty() {
         let found = bpf::self_test().map_err(|error| format!("{error:#}"));
         let names = Leg::ALL.iter().map(|leg| leg.name());
         splice = names.zip(splice::decide(Mode::Auto, &found)).collect();
+        hazards = found.unwrap_or_default();
     }
-    Report { version: 1, ok: items.iter().all(|item| item.ok), kernel, items, programs, splice }
+    let ok = items.iter().all(|item| item.ok);
+    Report { version: 1, ok, kernel, items, programs, splice, hazards }
 }
 
 /// Whether Sidestep has the first word where others attach programs too. It can run where it has not.
 fn order(pins: &Pins, cgroup: &Cgroup, can_be_first: bool) -> Result<String> {
     if can_be_first && !pins.exist() {
-        return Ok("this kernel lets Sidestep's come first".into());
+        return Ok("this kernel lets Sidestep's programs run first".into());
     }
     let ahead: Vec<String> = bpf::ahead(pins, cgroup)?.iter().map(ToString::to_string).collect();
     if ahead.is_empty() {
-        return Ok("none comes first".into());
+        return Ok("no other program runs before Sidestep's".into());
     }
     Ok(format!(
-        "WARNING: these come first: {}; where they translate a Service's address, sidecars see an \
-         endpoint in its place",
+        "WARNING: these run before Sidestep's: {}; where they translate a Service's address, \
+         sidecars see the endpoint's address instead",
         ahead.join(", ")
     ))
 }
@@ -120,7 +126,7 @@ pub fn privileges() -> Result<String> {
         .collect();
     anyhow::ensure!(
         missing.is_empty(),
-        "missing {} (running as uid {}): run as root, or grant them",
+        "missing {} (running as uid {}): run as root, or grant these capabilities",
         missing.join(", "),
         geteuid()
     );
@@ -141,39 +147,123 @@ fn btf() -> Result<String> {
     let path = "/sys/kernel/btf/vmlinux";
     let len = std::fs::metadata(path)
         .map_err(|_| {
-            anyhow::anyhow!("no {path}: a kernel built with CONFIG_DEBUG_INFO_BTF=y is needed")
+            anyhow::anyhow!(
+                "{path} does not exist: the kernel must be built with \
+                             CONFIG_DEBUG_INFO_BTF=y"
+            )
         })?
         .len();
     Ok(format!("{path}, {len} bytes"))
 }
 
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "Kernel {}", self.kernel)?;
-        let width = self.items.iter().map(|item| item.name.len()).max().unwrap_or(0);
+impl Report {
+    /// For people, in lines of at most [`crate::terminal::WIDTH`] columns; `verbose`: with each of the
+    /// self-test's trials that this kernel fails.
+    pub fn text(&self, verbose: bool) -> String {
+        let mut text = format!("Kernel {}\n", self.kernel);
+        let items = self.items.iter().filter(|item| !item.detail.is_empty());
+        let width = items.map(|item| item.name.len()).max().unwrap_or(0);
         for item in &self.items {
             let mark = if item.ok { "ok     " } else { "MISSING" };
-            let line = format!("  {mark}  {:width$}  {}", item.name, item.detail);
-            writeln!(f, "{}", line.trim_end())?;
+            text += &beside(&format!("  {mark}  {:width$}  ", item.name), &item.detail);
         }
         if !self.programs.is_empty() {
-            writeln!(f, "Programs, in instructions: length, and verified by the kernel")?;
+            text += "Programs: instructions, and instructions that the verifier processed\n";
         }
+        let width = self.programs.iter().map(|program| program.name.len()).max().unwrap_or(0);
         for ProgramCost { name, instructions, verified } in &self.programs {
             let verified = verified.map_or("?".into(), |count| count.to_string());
-            writeln!(f, "  {name:15} {instructions:6} {verified:>8}")?;
+            // Writing to a String does not fail.
+            let _ = writeln!(text, "  {name:width$} {instructions:6} {verified:>8}");
         }
         if !self.splice.is_empty() {
-            writeln!(f, "Spliced by --splice auto")?;
+            text += "Spliced with --splice auto\n";
         }
-        for (name, leg) in &self.splice {
-            let line = format!("  {name:8} {:4} {}", if leg.on { "on" } else { "off" }, leg.why);
-            writeln!(f, "{}", line.trim_end())?;
+        for leg in Leg::ALL {
+            let Some(state) = self.splice.get(leg.name()) else {
+                continue;
+            };
+            let label = format!("  {:8} {:4} ", leg.name(), if state.on { "on" } else { "off" });
+            let against = splice::against(leg, &self.hazards);
+            let hint = if verbose { "" } else { "; -v lists them" };
+            text += &match against.len() {
+                0 => beside(&label, &state.why),
+                n => beside(&label, &format!("trials of the self-test that fail here: {n}{hint}")),
+            };
+            for hazard in against.iter().filter(|_| verbose) {
+                text += &beside(&format!("    {}: ", hazard.name), &hazard.found);
+            }
         }
-        let missing = self.items.iter().filter(|item| !item.ok).count();
-        match missing {
-            0 => writeln!(f, "Sidestep can run here."),
-            n => writeln!(f, "Sidestep can't run here: {n} missing."),
+        text + &match self.items.iter().filter(|item| !item.ok).count() {
+            0 => "Sidestep can run here.\n".to_owned(),
+            n => format!("Sidestep cannot run here: {n} missing.\n"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{splice::Hurts, terminal::WIDTH};
+
+    fn report() -> Report {
+        let item = |name: &str, ok, detail: String| Item { name: name.into(), ok, detail };
+        let hazards = vec![
+            Hazard { name: "FIONREAD", hurts: Hurts::Apps, found: "0 of 32769 bytes".into() },
+            Hazard { name: "MSG_PEEK", hurts: Hurts::Apps, found: "long ".repeat(50) },
+        ];
+        let state =
+            |leg: &Leg| splice::decide(Mode::Auto, &Ok(hazards.clone()))[*leg as usize].clone();
+        Report {
+            version: 1,
+            ok: false,
+            kernel: "6.18.0".into(),
+            items: vec![
+                item("bpffs", true, format!("/{}", "directory/".repeat(30))),
+                item(
+                    "helper bpf_skb_load_bytes_relative in SchedCls programs",
+                    true,
+                    String::new(),
+                ),
+                item("programs load", false, "the kernel rejected it ".repeat(20)),
+            ],
+            programs: vec![ProgramCost {
+                name: "find_listeners_by_file".into(),
+                instructions: 222,
+                verified: None,
+            }],
+            splice: Leg::ALL.iter().map(|leg| (leg.name(), state(leg))).collect(),
+            hazards,
+        }
+    }
+
+    #[test]
+    fn no_line_is_too_long_and_nothing_is_cut_off() {
+        for verbose in [false, true] {
+            let text = report().text(verbose);
+            assert!(text.lines().all(|line| line.len() <= WIDTH), "{text}");
+            let joined = text.replace(['\n', ' '], "");
+            for whole in ["directory/".repeat(30), "thekernelrejectedit".repeat(20)] {
+                assert!(joined.contains(&whole), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn failed_trials_are_counted_and_listed_when_asked_for() {
+        let brief = report().text(false);
+        assert!(brief.contains("fail here: 2; -v lists them"), "{brief}");
+        assert!(!brief.contains("FIONREAD"), "{brief}");
+        let long = report().text(true);
+        assert!(long.lines().any(|line| line == "    FIONREAD: 0 of 32769 bytes"), "{long}");
+        assert!(long.contains("    MSG_PEEK: long long"), "{long}");
+    }
+
+    #[test]
+    fn json_names_the_failed_trials_as_ever() {
+        let json = serde_json::to_value(report()).expect("JSON");
+        let why = json["splice"]["app"]["why"].as_str().expect("text");
+        assert!(why.contains("FIONREAD: 0 of 32769 bytes; MSG_PEEK: long"), "{why}");
+        assert!(json.get("hazards").is_none(), "{json}");
     }
 }

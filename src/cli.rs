@@ -27,29 +27,30 @@ pub struct Cli {
 enum Command {
     /// Run the agent: enroll the node's mesh pods and keep them enrolled.
     ///
-    /// Ends on SIGTERM or SIGINT and leaves the data plane in force; `sidestep unload` takes it
-    /// away. A new agent adopts what an earlier one left.
+    /// On SIGTERM or SIGINT the agent exits and its BPF programs stay attached, so pods stay
+    /// intercepted; `sidestep unload` removes them. The next agent takes over what it finds.
     Run(Box<Run>),
-    /// Say what this kernel and machine offer and what is missing; exits with 1 if anything is.
+    /// Check that this node has all that Sidestep needs; exits with 1 if anything is missing.
     Check(CheckArgs),
-    /// Show the enrolled pods, the hooks and the counters, from the kernel alone.
+    /// Show the enrolled pods, the attached hooks and the counters, as the kernel has them.
     ///
-    /// Needs no running agent; one that runs with --cni is asked what is wrong on this node as
-    /// well. The JSON is described in docs/status.md.
+    /// Works without a running agent. An agent that runs with --cni is also asked for the current
+    /// problems of this node. docs/status.md describes the JSON.
     Status(StatusArgs),
-    /// Take every link, program, map and pin away, and the CNI plugin out of the node's
-    /// configuration. Refuses while an agent runs.
+    /// Remove all BPF programs, links, maps and pins, and the CNI plugin. Refused while an agent
+    /// runs.
     ///
-    /// Mesh pods that run are not intercepted from then on: their traffic gets past their sidecars.
+    /// Interception ends at once: the traffic of running mesh pods bypasses their sidecars from
+    /// then on.
     Unload(Unload),
 }
 
 #[derive(Debug, Args)]
 struct Paths {
-    /// Directory for pins, on a bpffs.
+    /// Directory for pinned maps and links, on a BPF file system (bpffs).
     #[arg(long, value_name = "DIR", default_value = bpffs::DEFAULT_ROOT, env = "SIDESTEP_BPFFS")]
     bpffs: PathBuf,
-    /// Name of the maps' layout: for tests of upgrades to a build with another one.
+    /// Name of the map layout: for tests of upgrades to a build with another layout.
     #[arg(long, hide = true, default_value = bpf::LAYOUT, value_parser = layout)]
     layout: String,
 }
@@ -63,12 +64,13 @@ impl Paths {
 /// A `v` and a number.
 fn layout(text: &str) -> Result<String, String> {
     let number = text.strip_prefix('v').and_then(|number| number.parse::<u16>().ok());
-    number.map(|_| text.to_owned()).ok_or_else(|| "a v and a number expected".into())
+    number.map(|_| text.to_owned()).ok_or_else(|| "expected v and a number, such as v7".into())
 }
 
 #[derive(Debug, Args)]
 struct CgroupArgs {
-    /// Cgroup v2 directory whose processes are looked at [default: the root of the hierarchy].
+    /// Cgroup v2 directory that the BPF programs attach to; they run for every process in it
+    /// [default: the root of the hierarchy, which holds every process of the node].
     #[arg(long, value_name = "DIR", env = "SIDESTEP_CGROUP")]
     cgroup: Option<PathBuf>,
 }
@@ -76,28 +78,30 @@ struct CgroupArgs {
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("source").required(true).args(["pods", "kubernetes"])))]
 struct Run {
-    /// Directory of Kubernetes v1 Pod manifests (*.yaml, *.yml, *.json), watched for changes.
+    /// Take pods from a directory of Kubernetes v1 Pod manifests (*.yaml, *.yml, *.json), watched
+    /// for changes.
     ///
-    /// The pods' network namespaces come from the annotation sidestep.io/netns, an absolute path
-    /// such as /run/netns/NAME.
+    /// The annotation sidestep.io/netns of a manifest is the absolute path of the pod's network
+    /// namespace, such as /run/netns/NAME.
     #[arg(long, value_name = "DIR")]
     pods: Option<PathBuf>,
-    /// This node's pods come from the API server.
+    /// Take this node's pods from the Kubernetes API server.
     ///
-    /// Their network namespaces come from the CNI plugin (--cni), or are found by the pods'
-    /// processes.
+    /// The CNI plugin (--cni) reports their network namespaces; those of other pods are found
+    /// through the pods' processes.
     #[arg(long, requires = "node_name")]
     kubernetes: bool,
-    /// Which connections within the node skip the TCP/IP stack.
+    /// Which connections between processes of this node bypass the TCP/IP stack (splicing).
     ///
-    /// A self-test at start tries what is known to go wrong with such sockets on this kernel;
-    /// `sidestep check` tells what it finds, `sidestep status` what is on.
+    /// At start, a self-test tries everything that is known to go wrong with spliced sockets on
+    /// some kernel. `sidestep check` shows its result, `sidestep status` what is spliced.
     #[arg(long, value_name = "LEGS", value_enum, default_value = "auto", env = "SIDESTEP_SPLICE")]
     splice: splice::Mode,
-    /// Seconds after which a message of a spliced connection goes by TCP, in each direction.
+    /// How often a spliced connection sends a message by TCP, in each direction.
     ///
-    /// Its packets are what connection tracking and network policies see: a policy that forbids the
-    /// connection stops it within this time, and conntrack does not forget it while it talks.
+    /// Connection tracking and network policies see the packets of that message only: a policy that
+    /// forbids the connection takes effect within this time, and the conntrack entry of a connection
+    /// in use does not expire.
     #[arg(
         long,
         value_name = "SECONDS",
@@ -113,7 +117,7 @@ struct Run {
     cgroup: CgroupArgs,
     #[command(flatten)]
     paths: Paths,
-    /// How log lines look.
+    /// Format of log lines.
     #[arg(long, value_name = "FORMAT", value_enum, default_value = "human")]
     log_format: LogFormat,
     #[command(flatten)]
@@ -125,21 +129,21 @@ struct Run {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "With --kubernetes")]
 struct ClusterArgs {
-    /// This node's name in the API server (spec.nodeName of its pods).
+    /// Name of this node in the API server (spec.nodeName of its pods).
     #[arg(long, value_name = "NAME", env = "SIDESTEP_NODE_NAME")]
     node_name: Option<String>,
-    /// How to reach the API server [default: the service account of the agent's own pod].
+    /// Kubeconfig for the API server [default: the service account of the agent's own pod].
     #[arg(long, value_name = "FILE", env = "SIDESTEP_KUBECONFIG", requires = "kubernetes")]
     kubeconfig: Option<PathBuf>,
-    /// The node's own procfs.
+    /// Where the node's own procfs is mounted.
     #[arg(long, value_name = "DIR", env = "SIDESTEP_PROC", default_value = "/proc")]
     proc: PathBuf,
-    /// Where the container runtime keeps sandboxes' network namespaces by mounts: of those that a
-    /// pod's processes are in, one that is there is the pod's.
+    /// Directory where the container runtime pins the network namespaces of pod sandboxes. Where a
+    /// pod's processes are in several, the pinned one is the pod's.
     #[arg(long, value_name = "DIR", env = "SIDESTEP_NETNS_DIR", default_value = "/var/run/netns")]
     netns_dir: PathBuf,
-    /// The agent's own DaemonSet: where that is gone when the agent is told to end, Sidestep has
-    /// been uninstalled.
+    /// The agent's own DaemonSet. If it no longer exists when the agent is told to exit, Sidestep is
+    /// being uninstalled.
     #[arg(
         long,
         value_name = "NAMESPACE/NAME",
@@ -148,12 +152,12 @@ struct ClusterArgs {
         requires = "kubernetes"
     )]
     daemonset: Option<(String, String)>,
-    /// What becomes of this node's mesh pods when Sidestep is uninstalled. The CNI plugin goes in
-    /// either case.
+    /// What happens to this node's mesh pods when Sidestep is uninstalled. The CNI plugin is removed
+    /// in either case.
     #[arg(long, value_name = "WHAT", value_enum, default_value = "keep")]
     on_uninstall: OnUninstall,
-    /// Take the taint sidestep.io/agent-not-ready off this node whenever pods can be intercepted
-    /// here: no pod is scheduled to a fresh node before.
+    /// Remove the taint sidestep.io/agent-not-ready from this node once pods can be intercepted on
+    /// it. A node that registers with this taint gets no pods before that.
     #[arg(long, requires = "kubernetes")]
     remove_startup_taint: bool,
 }
@@ -161,17 +165,17 @@ struct ClusterArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "CNI, with --kubernetes")]
 struct Cni {
-    /// Install the CNI plugin, chained behind the node's own, and serve it: a pod of a mesh is
+    /// Install the CNI plugin, chained after the node's own, and serve it. A mesh pod then either is
     /// enrolled before its first process runs, or does not start.
     #[arg(long, requires = "kubernetes")]
     cni: bool,
     #[command(flatten)]
     paths: CniPaths,
-    /// What becomes of a new pod while no agent answers: any that is in no excluded namespace,
-    /// since nobody knows then whether it is in a mesh.
+    /// What happens to a new pod while the agent does not answer. This concerns every pod outside
+    /// the excluded namespaces: without the agent nobody knows whether a pod is in a mesh.
     #[arg(long, value_name = "WHAT", value_enum, default_value = "refuse")]
     cni_on_agent_away: OnAgentAway,
-    /// How long a new pod waits for an agent.
+    /// How long a new pod waits for the agent.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     cni_timeout: u64,
     /// Namespaces whose pods never wait for the agent.
@@ -198,7 +202,7 @@ struct CniPaths {
 
 #[derive(Debug, Args)]
 struct SocketArgs {
-    /// Where the agent is reached on this node.
+    /// Unix socket of the agent on this node.
     #[arg(long, value_name = "PATH", env = "SIDESTEP_CNI_SOCKET", default_value = cni::SOCKET)]
     cni_socket: PathBuf,
 }
@@ -209,7 +213,7 @@ fn namespaced(text: &str) -> Result<(String, String), String> {
         Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => {
             Ok((namespace.into(), name.into()))
         }
-        _ => Err("NAMESPACE/NAME expected".into()),
+        _ => Err("expected NAMESPACE/NAME".into()),
     }
 }
 
@@ -254,7 +258,7 @@ enum Output {
 
 #[derive(Debug, Args)]
 struct OutputArgs {
-    /// How the answer is printed.
+    /// Output format.
     #[arg(long, short, value_name = "FORMAT", value_enum, default_value = "text")]
     output: Output,
 }
@@ -267,6 +271,9 @@ struct CheckArgs {
     paths: Paths,
     #[command(flatten)]
     output: OutputArgs,
+    /// List each trial of the splice self-test that this kernel fails.
+    #[arg(long, short)]
+    verbose: bool,
 }
 
 #[derive(Debug, Args)]
@@ -309,13 +316,13 @@ impl Cli {
             Command::Check(args) => {
                 telemetry::init(LogFormat::Human);
                 let report = check::check(args.cgroup.cgroup.as_deref(), &args.paths.bpffs);
-                print(&args.output, &report)?;
+                print(&args.output, &report, |report| report.text(args.verbose))?;
                 Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
             }
             Command::Status(args) => {
                 telemetry::init(LogFormat::Human);
                 let status = status::status(&args.paths.pins()?, &args.socket.cni_socket)?;
-                print(&args.output, &status)?;
+                print(&args.output, &status, status::Status::text)?;
                 Ok(ExitCode::SUCCESS)
             }
             Command::Unload(args) => {
@@ -329,7 +336,7 @@ impl Cli {
                 let socket = &cni.socket.cni_socket;
                 let changed = conflist::uninstall(&cni.cni_conf_dir, &cni.cni_bin_dir, socket)?;
                 if changed > 0 {
-                    println!("The CNI plugin is removed: {changed} files changed.");
+                    println!("Removed the CNI plugin: {changed} files changed.");
                 }
                 if !installed {
                     println!("Nothing to unload: {root} does not exist.");
@@ -343,9 +350,13 @@ impl Cli {
     }
 }
 
-fn print<T: serde::Serialize + std::fmt::Display>(args: &OutputArgs, value: &T) -> Result<()> {
+fn print<T: serde::Serialize>(
+    args: &OutputArgs,
+    value: &T,
+    text: impl FnOnce(&T) -> String,
+) -> Result<()> {
     let text = match args.output {
-        Output::Text => value.to_string(),
+        Output::Text => text(value),
         Output::Json => serde_json::to_string_pretty(value).context("cannot print JSON")? + "\n",
     };
     match std::io::stdout().write_all(text.as_bytes()) {

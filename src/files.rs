@@ -21,7 +21,7 @@ pub fn open(path: &Path) -> io::Result<File> {
     if kind.is_file() {
         return Ok(file);
     }
-    let text = format!("it is {}, a regular file is expected", name(kind));
+    let text = format!("it is {}, not a regular file", name(kind));
     Err(io::Error::new(ErrorKind::InvalidInput, text))
 }
 
@@ -33,7 +33,7 @@ pub fn read(path: &Path) -> io::Result<String> {
     let mut text = String::new();
     open(path)?.take(LONGEST + 1).read_to_string(&mut text)?;
     if text.len() as u64 > LONGEST {
-        let text = format!("it is longer than {} MiB", LONGEST >> 20);
+        let text = format!("it is larger than {} MiB", LONGEST >> 20);
         return Err(io::Error::new(ErrorKind::InvalidInput, text));
     }
     Ok(text)

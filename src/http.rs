@@ -66,7 +66,7 @@ pub async fn serve(address: SocketAddr, metrics: Arc<Metrics>) -> Result<SocketA
                 match timeout(2 * PATIENCE, connection).await {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) => debug!("http: {error}"),
-                    Err(_) => debug!("http: the answer was not read in time"),
+                    Err(_) => debug!("http: the client did not read the answer in time"),
                 }
             });
             open.push_back(connection.abort_handle());
@@ -77,7 +77,7 @@ pub async fn serve(address: SocketAddr, metrics: Arc<Metrics>) -> Result<SocketA
 
 fn respond(method: &Method, path: &str, metrics: &Metrics) -> Response<Full<Bytes>> {
     if method != Method::GET {
-        return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered\n".into());
+        return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is supported\n".into());
     }
     let answer = match path {
         "/healthz" => metrics.health().map(|()| "ok\n".to_owned()),

@@ -108,26 +108,26 @@ impl Metrics {
         let version = vec![("version", env!("CARGO_PKG_VERSION"))];
         registry.register("build", "The agent's version", Info::new(version));
         registry.register("pods_enrolled", "Enrolled pods by mesh", Family::clone(&enrolled));
-        registry.register("problems", "What is wrong now, by reason", Family::clone(&problems));
-        let help = "Entries that the agent wrote to a map of the kernel";
+        registry.register("problems", "Current problems, by reason", Family::clone(&problems));
+        let help = "Entries of a BPF map in use";
         registry.register("map_entries", help, Family::clone(&map_entries));
-        let help = "Entries that a map of the kernel has room for";
+        let help = "Entries that a BPF map has room for";
         registry.register("map_capacity", help, Family::clone(&map_capacity));
-        let help = "Time from a change to the maps written";
+        let help = "Time to sync the BPF maps";
         registry.register_with_unit("sync", help, Unit::Seconds, sync.clone());
-        let help = "Requests that the API server did not answer as asked";
+        let help = "Failed requests to the API server";
         registry.register("api_errors", help, Family::clone(&api_errors));
-        let help = "Requests of the CNI plugin, by verb and result";
+        let help = "Requests from the CNI plugin, by verb and result";
         registry.register("cni_requests", help, Family::clone(&cni));
-        let help = "What was found out of force in the kernel, and put back";
+        let help = "Programs, links, pins, entries and routes that were lost and restored";
         registry.register("repairs", help, Family::clone(&repairs));
-        let help = "Pods that were read because they were new or had changed";
+        let help = "Pod objects parsed because they were new or had changed";
         registry.register("pod_reads", help, pod_reads.clone());
-        let help = "Entries that were written to or deleted from the kernel's maps";
+        let help = "BPF map entries written or deleted";
         registry.register("map_writes", help, map_writes.clone());
-        let help = "Searches for a proxy's listener that a connection did not find";
+        let help = "Searches for a proxy's listener after a connection found none";
         registry.register("listener_searches", help, searches.clone());
-        let help = "Packets that enrolled pods forwarded for others, past their sidecars";
+        let help = "Packets forwarded by enrolled pods, which bypass their sidecars";
         let forwarded = Counter::default();
         registry.register("forwarded_packets", help, forwarded.clone());
         registry.register_collector(Box::new(Kernel { pins: pins.clone(), cgroup }));
@@ -242,7 +242,11 @@ impl Metrics {
     pub fn health(&self) -> Result<()> {
         let last = *self.last_turn.lock().unwrap_or_else(PoisonError::into_inner);
         let idle = last.elapsed();
-        ensure!(idle < STUCK, "the agent is stuck since {} seconds", idle.as_secs());
+        ensure!(
+            idle < STUCK,
+            "the agent's event loop has been stuck for {} seconds",
+            idle.as_secs()
+        );
         Ok(())
     }
 
@@ -261,7 +265,7 @@ impl Metrics {
             }
         }
         let synced = self.syncs.load(Ordering::Relaxed) > 0;
-        ensure!(synced, "the source has not told this node's pods yet");
+        ensure!(synced, "this node's pods have not been listed yet");
         Ok(())
     }
 
@@ -296,7 +300,7 @@ struct Kernel {
 impl Collector for Kernel {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let counters = bpf::counters(&self.pins).unwrap_or_default();
-        let help = "What became of connections and questions of enrolled pods";
+        let help = "Connections and DNS queries of enrolled pods, by what became of them";
         let help_total = ConstCounter::new(0u64).metric_type();
         let mut family = encoder.encode_descriptor("events", help, None, help_total)?;
         for (mesh, events) in &counters {
@@ -314,13 +318,13 @@ impl Collector for Kernel {
             ConstGauge::new(i64::from(attached)).encode(family.encode_family(&labels)?)?;
         }
         let (legs, sockets) = bpf::spliced(&self.pins).unwrap_or_default();
-        let help = "Whether a leg of the path is spliced";
+        let help = "Whether splicing is on for a leg";
         let mut family = encoder.encode_descriptor("splice_leg", help, None, kind)?;
         for (leg, state) in Leg::ALL.iter().zip(&legs) {
             let labels = [("leg", leg.name())];
             ConstGauge::new(i64::from(state.on)).encode(family.encode_family(&labels)?)?;
         }
-        let help = "Sockets that are spliced now; a connection has two";
+        let help = "Spliced sockets; a connection has two";
         let encoder = encoder.encode_descriptor("spliced_sockets", help, None, kind)?;
         ConstGauge::new(i64::try_from(sockets).unwrap_or(i64::MAX)).encode(encoder)
     }

@@ -259,7 +259,7 @@ impl Reconciler {
             }
         }
         for problem in self.problems.difference(&problems) {
-            info!("solved: {problem}");
+            info!("resolved: {problem}");
         }
         self.problems = problems;
         self.report();
@@ -309,9 +309,11 @@ impl Reconciler {
         let (reason, text) = match &repair.done {
             Ok(()) => {
                 self.metrics.repaired(repair.what);
-                (Reason::Repaired, format!("{}: it was put back", repair.text))
+                (Reason::Repaired, format!("{}: Sidestep restored it", repair.text))
             }
-            Err(error) => (reason, format!("{}, and cannot be put back: {error:#}", repair.text)),
+            Err(error) => {
+                (reason, format!("{}, and Sidestep cannot restore it: {error:#}", repair.text))
+            }
         };
         match owner {
             Some(owner) => problem(reason, owner, &text),
@@ -327,7 +329,7 @@ impl Reconciler {
             self.legs.insert(*leg, state.on);
         }
         if let Err(error) = self.dataplane.set_legs(&states) {
-            error!("cannot say what is spliced: {error:#}");
+            error!("cannot set which legs are spliced: {error:#}");
         }
     }
 
@@ -385,7 +387,13 @@ impl Reconciler {
     /// Resets connections that were closed with unread bytes; by the namespace of that end.
     pub fn reset(&self, unread: &BTreeMap<NetnsCookie, Vec<Reset>>) {
         for (cookie, resets) in unread {
-            let complain = |error| warn!(cookie = cookie.0, "closed with unread bytes: {error:#}");
+            let complain = |error| {
+                warn!(
+                    cookie = cookie.0,
+                    "cannot reset a connection that was \
+                                                             closed with unread data: {error:#}"
+                )
+            };
             let send = || resets.iter().filter_map(|reset| reset.send().err()).for_each(complain);
             let netns = self.spliced(*cookie);
             if let Err(error) = netns.and_then(|netns| netns.inside(send)) {
@@ -496,7 +504,7 @@ impl Reconciler {
             // Of the API server's pods, one that ends and its successor have the same name.
             if let Some(file) = &found.origin {
                 if let Some(first) = seen.get(&facts.name) {
-                    let text = format!("already in {}", first.display());
+                    let text = format!("the pod is already defined in {}", first.display());
                     problems.insert(found.problem(Reason::InvalidPod, &text));
                     continue;
                 }
@@ -511,8 +519,8 @@ impl Reconciler {
                 Ok(Some(netns)) => {
                     if netns.more_addresses {
                         let text = format!(
-                            "its network namespace has more than {ADDRESSES} addresses of a family: \
-                             the others do not count as its own"
+                            "its network namespace has more than {ADDRESSES} addresses of a \
+                             family: further ones are not treated as the pod's own"
                         );
                         problems.insert(found.problem(Reason::NetworkNamespace, &text));
                     }
@@ -520,9 +528,9 @@ impl Reconciler {
                     let more = netns.forwarded.saturating_sub(before.unwrap_or(netns.forwarded));
                     self.metrics.forwarded(more);
                     if netns.forwarded > 0 {
-                        let text = "it forwards packets of others (a container in it, a virtual machine \
-                                    behind a bridge): these go past its sidecar, in and out; \
-                                    docs/meshes.md has what to do";
+                        let text = "it forwards packets (of a container or virtual machine inside \
+                                    it, say): forwarded packets bypass its sidecar in both \
+                                    directions; docs/meshes.md says what to do";
                         problems.insert(found.problem(Reason::Forwards, text));
                     }
                     candidates.push(Candidate { facts, netns });
@@ -564,8 +572,8 @@ impl Reconciler {
             // No number of pods: it would be another problem with each that comes or goes.
             let text = format!(
                 "every pod of {} on this node has the init container {}, which installs iptables \
-                 rules (pod {first}, for one): none is intercepted by Sidestep; have the mesh leave \
-                 interception alone, docs/install.md says how, and restart the pods",
+                 rules (pod {first}, for one), so Sidestep intercepts none of them: turn off the \
+                 mesh's own interception as docs/install.md describes, and restart the pods",
                 mesh.name, mesh.init_container
             );
             Some(Problem { reason: Reason::OwnIptables, pod: None, text })
@@ -581,9 +589,9 @@ impl Reconciler {
         if !kubernetes.leaves_pods_behind() {
             return Vec::new();
         }
-        let text = "Sidestep is being uninstalled: the pod stays intercepted until it ends, and no \
-                    agent looks after it; a new installation takes it over, and `sidestep unload` on \
-                    its node ends interception at once";
+        let text = "Sidestep is being uninstalled: the pod stays intercepted until it terminates, \
+                    with no agent looking after it; a new installation takes it over, and \
+                    `sidestep unload` on its node ends interception at once";
         self.owners.values().map(|owner| problem(Reason::StaysIntercepted, owner, text)).collect()
     }
 
@@ -608,12 +616,13 @@ impl Reconciler {
         let since = *self.taking_over.get_or_insert_with(Instant::now);
         if missing > 0 && since.elapsed() < TAKE_OVER {
             problems.insert(Problem::node(format!(
-                "{missing} pods of an agent with other maps are not found yet: it decides on"
+                "{missing} pods of an agent with another map layout have not been found yet: that \
+                 agent's programs stay in charge"
             )));
             return Ok(());
         }
         self.dataplane.take_over(&self.cgroup)?;
-        info!(missing, "took over from an agent with other maps");
+        info!(missing, "took over from an agent with another map layout");
         Ok(())
     }
 
@@ -734,8 +743,8 @@ impl Reconciler {
                 && !self.disputed.contains_key(found.uid()) =>
             {
                 Err(anyhow::anyhow!(
-                    "no process of it is found on this node: its network namespace is not known \
-                     (is --proc the node's own procfs, and is --node-name this node?)"
+                    "none of its processes can be found on this node, so its network namespace is \
+                     unknown (is --proc the node's own procfs, and is --node-name this node?)"
                 ))
             }
             None => Ok(None),
@@ -769,7 +778,7 @@ impl Reconciler {
     ) -> Result<Option<Announced>, AddError> {
         let refused = |error: anyhow::Error| AddError::Refused(format!("{error:#}"));
         let Source::Kubernetes(kubernetes, places) = &mut self.source else {
-            return Err(AddError::Refused("this agent's pods come from manifests".into()));
+            return Err(AddError::Refused("this agent takes its pods from manifests".into()));
         };
         if kubernetes.read().is_none() {
             return Err(AddError::NotYet);
@@ -867,7 +876,7 @@ impl Reconciler {
             problems.insert(problem(Reason::Refused, &record, &refusal.to_string()));
         }
         for (pod, refusal) in &goal.closed {
-            let text = format!("everything is captured until there is room: {refusal}");
+            let text = format!("all its traffic is captured until there is room: {refusal}");
             problems.insert(problem(Reason::Refused, &of(&candidates, pod), &text));
         }
         // A pod that an earlier agent enrolled, and that may be in what can't be read now.
@@ -907,7 +916,7 @@ impl Reconciler {
                 continue;
             };
             let (meanwhile, error) = if failure.is_captured {
-                ("everything is captured until then", &failure.error)
+                ("all its traffic is captured until then", &failure.error)
             } else {
                 ("it is not enrolled", &failure.error)
             };
@@ -964,7 +973,7 @@ impl Reconciler {
                 Ok(()) => {
                     self.lo.insert(*cookie, Lo::prepared(&row.needs_of_lo()));
                     if was_prepared {
-                        let text = "routes or addresses of lo were removed";
+                        let text = "routes or addresses were removed from lo";
                         let repair = Repair { what: "lo", text: text.into(), done: Ok(()) };
                         let told = self.repaired(&repair, Reason::NetworkNamespace, Some(record));
                         self.repaired.insert(told.clone());
@@ -1078,8 +1087,9 @@ impl Reconciler {
                 Err(error) => {
                     let record = of(candidates, &facts.name);
                     let text = format!(
-                        "it has NAT rules of its own, and which port a connection was dialled to \
-                         cannot be seen: all its inbound ports are captured: {error:#}"
+                        "it has NAT rules of its own, and Sidestep cannot see which port a \
+                         connection was dialled to, so all its inbound ports are captured: \
+                         {error:#}"
                     );
                     problems.insert(problem(Reason::NetworkNamespace, &record, &text));
                 }
@@ -1164,7 +1174,7 @@ pub struct Announced {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum AddError {
     /// The agent has just started.
-    #[error("the agent has just started: this node's pods are not all known yet")]
+    #[error("the agent has just started and does not know all of this node's pods yet")]
     NotYet,
     /// The pod is in a mesh and can't be enrolled.
     #[error("{0}")]
@@ -1182,7 +1192,7 @@ fn facts_of(
     };
     if let Some(excess) = desired::excess(&parsed.facts) {
         parsed.facts.policy = Policy::default();
-        let text = format!("everything is captured until this is mended: {excess}");
+        let text = format!("all its traffic is captured until this is fixed: {excess}");
         problems.insert(found.problem(Reason::InvalidPolicy, &text));
     }
     let name = &parsed.facts.name;
@@ -1193,12 +1203,12 @@ fn facts_of(
         });
     }
     for (error, meanwhile) in [
-        (parsed.policy_error, "everything is captured"),
+        (parsed.policy_error, "all its traffic is captured"),
         (parsed.splice_error, "nothing is spliced"),
     ] {
         if let Some(error) = error {
             problems.insert(Problem {
-                text: format!("pod {name}: {meanwhile} until this is mended: {error}"),
+                text: format!("pod {name}: {meanwhile} until this is fixed: {error}"),
                 ..found.problem(Reason::InvalidPolicy, "")
             });
         }
@@ -1213,7 +1223,7 @@ fn visit(path: &Path, cookie: Option<NetnsCookie>, facts: &PodFacts) -> Result<(
     if cookie.is_some_and(|cookie| cookie != found.cookie) {
         let moved = io::Error::from(io::ErrorKind::NotFound);
         return Err(moved)
-            .with_context(|| format!("{} leads to another network namespace now", path.display()));
+            .with_context(|| format!("{} is now another network namespace", path.display()));
     }
     Ok((found, lo))
 }
@@ -1238,8 +1248,8 @@ fn is_done(pod: &Pod) -> bool {
 
 fn comes_before(ahead: &Ahead, cgroup: &Cgroup) -> Problem {
     let text = format!(
-        "{ahead} on {cgroup} comes before Sidestep's: where it translates a Service's address, sidecars \
-         see an endpoint in its place (docs/install.md)"
+        "{ahead} on {cgroup} runs before Sidestep's: where it translates a Service's address, \
+         sidecars see the endpoint's address instead (docs/install.md)"
     );
     Problem { reason: Reason::NotFirst, pod: None, text }
 }

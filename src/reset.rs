@@ -27,7 +27,7 @@ impl Reset {
     /// Where the kernel refuses: it takes CAP_NET_RAW.
     pub fn send(&self) -> Result<()> {
         let Self { from, to, .. } = self;
-        self.try_send().with_context(|| format!("cannot reset {to} in the name of {from}"))
+        self.try_send().with_context(|| format!("cannot send a reset to {to} on behalf of {from}"))
     }
 
     fn try_send(&self) -> Result<()> {
@@ -60,7 +60,7 @@ impl Reset {
             (SocketAddr::V6(from), SocketAddr::V6(to)) => {
                 header.calc_checksum_ipv6_raw(from.ip().octets(), to.ip().octets(), &[])?
             }
-            _ => bail!("its ends are of two families"),
+            _ => bail!("its two addresses are of different families"),
         };
         Ok(header.to_bytes().to_vec())
     }

@@ -9,15 +9,15 @@ use serde::Serialize;
 /// What the agent was told to splice.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
-    /// Each leg where the self-test finds nothing wrong on this kernel.
+    /// Each leg for which the self-test finds nothing wrong on this kernel.
     #[default]
     Auto,
-    /// Nothing: every byte goes by TCP.
+    /// Nothing; all data goes by TCP.
     Off,
-    /// Between sidecars alone, where the self-test finds nothing wrong.
+    /// Connections between sidecars only, if the self-test finds nothing wrong.
     Sidecar,
-    /// Between apps and their sidecars as well, in spite of what this kernel does to apps that
-    /// use their sockets in unusual ways: `sidestep check` names it. Never where bytes are at risk.
+    /// Connections between apps and their sidecars too, although this kernel misbehaves towards apps
+    /// that use sockets in unusual ways (`sidestep check -v` lists them). Never where data is at risk.
     All,
 }
 
@@ -94,21 +94,29 @@ fn decide_leg(mode: Mode, leg: Leg, found: &Found) -> LegState {
         _ => {}
     }
     let hazards = match found {
-        Err(error) => return off(format!("the self-test could not be made: {error}")),
+        Err(error) => return off(format!("the self-test could not run: {error}")),
         Ok(hazards) => hazards,
     };
-    let named = |hurts: Hurts| {
-        let named = hazards.iter().filter(|hazard| hazard.hurts == hurts);
-        named.map(Hazard::to_string).collect::<Vec<_>>().join("; ")
-    };
-    let (bytes, apps) = (named(Hurts::Everybody), named(Hurts::Apps));
-    match leg {
-        _ if !bytes.is_empty() => off(format!("this kernel: {bytes}")),
-        Leg::App if !apps.is_empty() && mode == Mode::All => {
-            LegState { on: true, why: format!("in spite of this kernel: {apps}") }
-        }
-        Leg::App if !apps.is_empty() => off(format!("this kernel: {apps}")),
-        _ => LegState { on: true, why: String::new() },
+    let against = against(leg, hazards);
+    if against.is_empty() {
+        return LegState { on: true, why: String::new() };
+    }
+    let named = against.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    let failed = format!("this kernel fails the self-test: {named}");
+    if mode == Mode::All && against.iter().all(|hazard| hazard.hurts == Hurts::Apps) {
+        return LegState { on: true, why: format!("by --splice all, although {failed}") };
+    }
+    off(failed)
+}
+
+/// What speaks against splicing this leg: what hurts everybody; where there is no such thing, what
+/// hurts those at the leg's ends.
+pub fn against(leg: Leg, hazards: &[Hazard]) -> Vec<&Hazard> {
+    let that_hurt = |whom| hazards.iter().filter(move |hazard| hazard.hurts == whom).collect();
+    match (that_hurt(Hurts::Everybody), leg) {
+        (everybody, Leg::Sidecar) => everybody,
+        (everybody, Leg::App) if everybody.is_empty() => that_hurt(Hurts::Apps),
+        (everybody, Leg::App) => everybody,
     }
 }
 
@@ -147,9 +155,9 @@ mod tests {
     fn it_is_said_why() {
         let [sidecar, app] = decide(Mode::Auto, &Ok(vec![hazard(Hurts::Apps)]));
         assert_eq!(sidecar.why, "");
-        assert_eq!(app.why, "this kernel: reading: a byte too many");
+        assert_eq!(app.why, "this kernel fails the self-test: reading: a byte too many");
         let [_, app] = decide(Mode::All, &Ok(vec![hazard(Hurts::Apps)]));
-        assert!(app.why.starts_with("in spite of"), "{}", app.why);
+        assert!(app.why.starts_with("by --splice all"), "{}", app.why);
         let [_, app] = decide(Mode::Sidecar, &Ok(vec![]));
         assert_eq!(app.why, "--splice sidecar");
     }

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
+    fmt::Write,
     net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -17,10 +17,16 @@ use crate::{
     cni::{Request, plugin},
     problem::Problem,
     splice::{Leg, LegState},
+    terminal::beside,
 };
 
 /// How long an agent may take to say what is wrong.
 const ANSWER: Duration = Duration::from_secs(2);
+
+/// Names of pods that are longer have a line of their own.
+const NAME: usize = 34;
+/// How wide the column of the counters' names is.
+const COUNTER: usize = 24;
 
 /// The state of the node's data plane.
 #[derive(Debug, Serialize)]
@@ -154,56 +160,123 @@ fn problems(socket: &Path) -> Option<Vec<ProblemStatus>> {
     Some(reply.problems?.into_iter().map(told).collect())
 }
 
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Status {
+    /// For people, in lines of at most [`crate::terminal::WIDTH`] columns.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
         for problem in self.problems.iter().flatten() {
-            writeln!(f, "PROBLEM {}: {}", problem.reason, problem.text)?;
+            text += &beside("", &format!("PROBLEM {}: {}", problem.reason, problem.text));
         }
         if !self.installed {
-            return writeln!(f, "Nothing is installed: no agent has run on these pins.");
+            return text + "Nothing is installed: no agent has used these pins.\n";
         }
-        writeln!(f, "Pods enrolled: {}", self.pods.len())?;
-        let width = self.pods.iter().map(|pod| pod.pod.len()).max().unwrap_or(0);
+        text += &format!("Pods enrolled: {}\n", self.pods.len());
+        let names = self.pods.iter().map(|pod| pod.pod.len());
+        let width = names.filter(|width| *width <= NAME).max().unwrap_or(0);
         for pod in &self.pods {
-            let ips: Vec<String> = pod.captured.iter().map(IpAddr::to_string).collect();
-            writeln!(
-                f,
-                "  {:width$}  {:8}  {}  inbound {}, {}{}",
-                pod.pod,
-                pod.mesh,
-                ips.join(" "),
-                if pod.inbound { "attached" } else { "NOT ATTACHED" },
-                match pod.listeners {
-                    0 => "proxy does not listen".to_owned(),
-                    1 => "1 listener".to_owned(),
-                    n => format!("{n} listeners"),
-                },
-                pod.dns_port.map(|port| format!(", DNS to {port}")).unwrap_or_default(),
-            )?;
+            let label = format!("  {:width$}  {:8}  ", pod.pod, pod.mesh);
+            let mut about: Vec<String> = pod.captured.iter().map(IpAddr::to_string).collect();
+            about
+                .push(if pod.inbound { "inbound attached" } else { "inbound NOT ATTACHED" }.into());
+            about.push(match pod.listeners {
+                0 => "proxy does not listen".to_owned(),
+                1 => "1 listener".to_owned(),
+                n => format!("{n} listeners"),
+            });
+            about.extend(pod.dns_port.map(|port| format!("DNS to {port}")));
+            text += &beside(&label, &about.join(", "));
         }
         let attached = self.hooks.iter().filter(|hook| hook.attached).count();
-        writeln!(f, "Hooks attached: {attached} of {}", self.hooks.len())?;
+        text += &format!("Hooks attached: {attached} of {}\n", self.hooks.len());
         for hook in self.hooks.iter().filter(|hook| !hook.attached) {
-            writeln!(f, "  NOT ATTACHED: {}", hook.name)?;
+            text += &beside("  NOT ATTACHED: ", hook.name);
         }
-        writeln!(f, "Spliced sockets: {}", self.splice.sockets)?;
+        text += &format!("Spliced sockets: {}\n", self.splice.sockets);
         for (name, leg) in &self.splice.legs {
-            let line = format!("  {name:8} {:4} {}", if leg.on { "on" } else { "off" }, leg.why);
-            writeln!(f, "{}", line.trim_end())?;
+            text +=
+                &beside(&format!("  {name:8} {:4} ", if leg.on { "on" } else { "off" }), &leg.why);
         }
-        write!(f, "{:24}", "Counters")?;
+        text + &self.counters_text()
+    }
+
+    /// A column for each mesh.
+    fn counters_text(&self) -> String {
+        let mut text = format!("{:COUNTER$}", "Counters");
+        let values = self.counters.values().flat_map(BTreeMap::values);
+        let width = values.max().map_or(0, |most| most.to_string().len() + 2).max(14);
+        // Writing to a String does not fail.
         for mesh in self.counters.keys() {
-            write!(f, "{mesh:>14}")?;
+            let _ = write!(text, "{mesh:>width$}");
         }
-        writeln!(f)?;
+        text.push('\n');
         let names: BTreeSet<_> = self.counters.values().flat_map(BTreeMap::keys).collect();
         for name in names {
-            write!(f, "  {name:22}")?;
+            let _ = write!(text, "{:COUNTER$}", format!("  {name}"));
             for counters in self.counters.values() {
-                write!(f, "{:>14}", counters.get(name).copied().unwrap_or(0))?;
+                let _ = write!(text, "{:>width$}", counters.get(name).copied().unwrap_or(0));
             }
-            writeln!(f)?;
+            text.push('\n');
         }
-        Ok(())
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{mesh::MESHES, terminal::WIDTH};
+
+    fn pod(name: String) -> PodStatus {
+        PodStatus {
+            pod: name,
+            uid: "0f4cf7ba-6b2a-4e25-a0f8-54d3b8b1f0c5".into(),
+            mesh: "linkerd",
+            netns: "/var/run/netns/cni-0f4cf7ba-6b2a-4e25-a0f8-54d3b8b1f0c5".into(),
+            netns_cookie: u64::MAX.to_string(),
+            captured: ["192.168.100.100", "fd00:1111:2222:3333:4444:5555:6666:7777"]
+                .map(|ip| ip.parse().expect("an address"))
+                .into(),
+            inbound: false,
+            listeners: 16,
+            dns_port: Some(15053),
+        }
+    }
+
+    fn counters() -> BTreeMap<&'static str, u64> {
+        ["direct", "captured_outbound", "splice_kept_by_memory"].map(|name| (name, u64::MAX)).into()
+    }
+
+    #[test]
+    fn no_line_is_too_long_and_nothing_is_cut_off() {
+        let longest = format!("{}/{}", "n".repeat(63), "p".repeat(253));
+        let text = "a-word-of-an-annotation,".repeat(60);
+        let off = LegState { on: false, why: "the self-test could not run ".repeat(10) };
+        let status = Status {
+            version: 1,
+            installed: true,
+            pods: vec![pod("shop/cart".into()), pod(longest.clone())],
+            splice: SpliceStatus {
+                legs: Leg::ALL.iter().map(|leg| (leg.name(), off.clone())).collect(),
+                sockets: usize::MAX,
+            },
+            hooks: vec![HookStatus { name: "find_listeners", attached: false, cgroup_id: 0 }],
+            counters: MESHES.iter().map(|mesh| (mesh.name, counters())).collect(),
+            problems: Some(vec![ProblemStatus {
+                reason: "InboundNotIntercepted",
+                pod: Some(longest.clone()),
+                text: text.clone(),
+            }]),
+        };
+        let printed = status.text();
+        let long: Vec<&str> = printed.lines().filter(|line| line.len() > WIDTH).collect();
+        assert!(long.is_empty(), "{long:#?}");
+        let joined = printed.replace(['\n', ' '], "");
+        for whole in [longest, text, off.why.replace(' ', "")] {
+            assert!(joined.contains(&whole), "{printed}");
+        }
+        let last = u64::MAX.to_string();
+        let is_whole = |line: &str| line.contains("shop/cart") && line.contains("192.168.100.100");
+        assert!(printed.lines().any(is_whole), "{printed}");
+        assert!(printed.contains(&format!(" {last}  {last}")), "columns are apart: {printed}");
     }
 }

@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::bpf;
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     /// For people.

@@ -81,7 +81,7 @@ fn explained(dir: &Path, error: &notify::Error) -> String {
         None => error.to_string(),
     };
     format!(
-        "cannot watch directory {}: {cause}: it is looked at every few seconds instead{limit}",
+        "cannot watch directory {}: {cause}: reading it every few seconds instead{limit}",
         dir.display()
     )
 }

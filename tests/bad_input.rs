@@ -61,17 +61,17 @@ fn bad_manifests_are_named_and_the_other_pods_go_on() {
     node.agent.add_manifest("again", &node.a.manifest()).expect("written");
 
     for words in [
-        &["not-yaml.yaml", "is no YAML"][..],
-        &["a-service.yaml", "document 1", "a v1 Pod is expected", "v1 Service"],
+        &["not-yaml.yaml", "is not valid YAML"][..],
+        &["a-service.yaml", "document 1", "expected a v1 Pod", "v1 Service"],
         &["no-kind.yaml", "document 1", "without apiVersion and kind"],
-        &["bad-pod.yaml", "document 1", "not a valid Pod", "spec.containers", "`7`"],
+        &["bad-pod.yaml", "document 1", "invalid Pod", "spec.containers", "`7`"],
         &["pod lab/nowhere", "sidestep.io/netns", "/run/netns/does-not-exist", "No such file"],
-        &["pod lab/host", "/proc/self/ns/net", "host's own"],
+        &["pod lab/host", "/proc/self/ns/net", "node's own"],
         &["pod lab/no-netns-file", "/etc/hostname", "as a network namespace"],
         &["pod lab/unnamed-netns", "annotation sidestep.io/netns is missing"],
         &["pod lab/tproxy", "interceptionMode", "TPROXY", "not supported"],
         &["pod lab/also-a", "already claimed by pod lab/a"],
-        &["again.yaml", "pod lab/a", "already in"],
+        &["again.yaml", "pod lab/a", "already defined in"],
     ] {
         node.agent.wait_log(words[0]).expect("said");
         let log = node.agent.log();
@@ -99,7 +99,10 @@ fn a_bad_annotation_fails_closed_and_is_named() {
     node.agent.wait_enrolled(&node.a).expect("enrolled all the same");
     let target = addr(ip(REMOTE4), 80);
     assert_original(&node.a.ask(APP, APP, target).expect("captured"), target);
-    assert_says(&node.agent.log(), &["lab/a", key, "80, eighty-one", "everything is captured"]);
+    assert_says(
+        &node.agent.log(),
+        &["lab/a", key, "80, eighty-one", "all its traffic is captured"],
+    );
 }
 
 #[test]
@@ -114,7 +117,7 @@ fn paths_that_are_not_what_they_should_be() {
     assert_says(&text, &["/nonexistent/cgroup", "No such file"]);
     let (ok, text) = sidestep(&["run", "--pods", dir, "--bpffs", "/tmp/pins"]);
     assert!(!ok);
-    assert_says(&text, &["/tmp/pins is not on a bpffs", "mount -t bpf"]);
+    assert_says(&text, &["/tmp/pins is not on a BPF file system", "mount -t bpf"]);
     let (ok, text) = sidestep(&["run", "--pods", "/nonexistent/pods"]);
     assert!(!ok);
     assert_says(&text, &["/nonexistent/pods", "No such file"]);
@@ -130,7 +133,10 @@ fn a_source_of_pods_is_asked_for() {
         (&["run"][..], &["--pods <DIR>", "--kubernetes"][..]),
         (&["run", "--kubernetes"], &["--node-name"]),
         (&["run", "--kubernetes", "--node-name", "n", "--pods", "/tmp"], &["cannot be used with"]),
-        (&["run", "--kubernetes", "--node-name", "n"], &["no --kubeconfig", "service account"]),
+        (
+            &["run", "--kubernetes", "--node-name", "n"],
+            &["--kubeconfig is not set", "service account"],
+        ),
     ] {
         let mut command = Command::new(binary());
         let (ok, text) = said(command.args(args).env_remove("KUBERNETES_SERVICE_HOST"));
@@ -179,7 +185,10 @@ fn check_names_what_a_kernel_lacks() {
             .arg(binary()),
     );
     assert!(!ok);
-    assert_says(&text, &["MISSING  kernel types (BTF)", "CONFIG_DEBUG_INFO_BTF", "can't run here"]);
+    assert_says(
+        &text,
+        &["MISSING  kernel types (BTF)", "CONFIG_DEBUG_INFO_BTF", "cannot run here"],
+    );
     // And one without a bpffs, in JSON.
     let (ok, text) = said(
         Command::new("unshare")

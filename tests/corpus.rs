@@ -41,7 +41,7 @@ fn ours(pod: &Pod) -> Verdict {
         Err(error) => panic!("{error}"),
         Ok(Some(parsed)) => {
             if let Some(error) = parsed.policy_error {
-                assert_eq!(parsed.facts.policy, Policy::default(), "everything is captured");
+                assert_eq!(parsed.facts.policy, Policy::default(), "all its traffic is captured");
                 assert!(matches!(error, FactsError::Invalid { .. }), "{error}");
                 return Verdict::word("refused");
             }

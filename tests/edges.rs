@@ -492,9 +492,9 @@ fn another_programs_translation_comes_after() {
         .unwrap_or_else(|error| panic!("{error:#}; {}", agent.log_tail()));
     // It is no fight: the next one is told of.
     let fourth = translates(first);
-    agent.wait_log("comes before Sidestep's").expect("told");
+    agent.wait_log("runs before Sidestep's").expect("told");
     drop((third, fourth));
-    agent.wait_log("solved: program \"another\"").expect("over");
+    agent.wait_log("resolved: program \"another\"").expect("over");
     assert_eq!(original(), Some(target));
 }
 

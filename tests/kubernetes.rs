@@ -76,7 +76,7 @@ fn pods_that_ran_before_the_agent_are_found_by_their_processes() {
     let _proxy = cluster.a.fake_proxy(15001).expect("a proxy");
     let target = addr(ip(REMOTE4), 80);
     assert_original(&cluster.a.ask(APP, APP, target).expect("reaches the proxy"), target);
-    cluster.agent.wait_log("can't be reached").expect("said");
+    cluster.agent.wait_log("cannot reach the API server").expect("said");
     assert_eq!(cluster.names(), [cluster.named("a")]);
     cluster.api.resume().expect("resumed");
     cluster.wait_enrolled("a");
@@ -130,13 +130,14 @@ fn the_api_server_may_go_away_and_forget() {
     };
     let ends: [fn(&Envtest) -> anyhow::Result<()>; 2] = [Envtest::stop, Envtest::kill];
     for (end, (value, left)) in ends.into_iter().zip([("disabled", 0), ("enabled", 1)]) {
-        let (before, said) = (lists(), cluster.agent.log().matches("can't be reached").count());
+        let (before, said) =
+            (lists(), cluster.agent.log().matches("cannot reach the API server").count());
         // Something that its watch for pods is not about, and that moves the version on.
         cluster.label_namespace("round", value.into());
         cluster.api.compact().expect("compacted");
         end(&cluster.api).expect("ended");
         cluster.becomes("the complaint", || {
-            cluster.agent.log().matches("can't be reached").count() > said
+            cluster.agent.log().matches("cannot reach the API server").count() > said
         });
         assert_eq!(cluster.names().len(), 1 - left, "what is in force stays");
         let log = cluster.agent.log();
@@ -146,7 +147,7 @@ fn the_api_server_may_go_away_and_forget() {
         cluster.annotate("a", "sidestep.io/intercept", value.into());
         cluster.becomes("the change", || cluster.names().len() == left);
         assert!(lists() > before, "it was told to list again");
-        cluster.agent.wait_log("solved: ").expect("solved");
+        cluster.agent.wait_log("resolved: ").expect("solved");
     }
     cluster.works(&cluster.a);
 }
@@ -185,7 +186,7 @@ fn an_expired_token_is_named_and_a_new_one_is_taken() {
     let good = fs::read_to_string(parts.at("token")).expect("a token");
     parts.write("token", &expired);
     let cluster = parts.cluster(&[], |_| {});
-    cluster.agent.wait_log("does not accept the agent's token").expect("said");
+    cluster.agent.wait_log("rejects the agent's token").expect("said");
     fs::write(cluster.dir.path().join("token"), good).expect("written");
     let object = cluster.create_pending(&cluster.a);
     // The file is read again once a minute.
@@ -193,7 +194,7 @@ fn an_expired_token_is_named_and_a_new_one_is_taken() {
         cluster.is_chained() && cluster.plugin("ADD", &cluster.a, &object).status.success()
     })
     .unwrap_or_else(|error| panic!("{error:#}; {}", cluster.agent.log_tail()));
-    cluster.becomes("the watch", || cluster.agent.log().contains("solved: "));
+    cluster.becomes("the watch", || cluster.agent.log().contains("resolved: "));
 }
 
 /// It takes connections, and answers nothing.
@@ -428,7 +429,7 @@ fn an_ambient_pod_starts_and_is_told_that_it_is_left_alone() {
     succeeds(&cluster.plugin("CHECK", &cluster.a, &object));
     assert!(cluster.names().is_empty());
     cluster.annotate("a", "ambient.istio.io/redirection", "enabled".into());
-    cluster.agent.wait_log("solved: ").expect("Istio's own agent has it");
+    cluster.agent.wait_log("resolved: ").expect("Istio's own agent has it");
 }
 
 /// F31.
@@ -447,7 +448,7 @@ fn f31_a_pod_that_asks_for_too_much_is_captured_whole_and_wedges_nothing() {
         let object = cluster.create(greedy(pod));
         succeeds(&cluster.plugin("ADD", pod, &object));
         assert_original(&pod.ask(APP, APP, target).expect("captured"), target);
-        let told = ["everything is captured", "more than 4096 entries of the port_rules map"];
+        let told = ["all its traffic is captured", "more than 4096 entries of the port_rules map"];
         cluster
             .becomes("an Event", || cluster.has_event("Pod", pod.name(), "InvalidPolicy", &told));
     }
@@ -468,7 +469,7 @@ fn no_agent_no_pod() {
     let object = cluster.create_pending(&cluster.a);
     let (code, text) = refused(&cluster.plugin("ADD", &cluster.a, &object));
     assert_eq!(code, 11, "to be tried again: {text}");
-    assert!(text.contains("no agent answers"), "{text}");
+    assert!(text.contains("the agent does not answer"), "{text}");
     succeeds(&cluster.plugin("DEL", &cluster.a, &object));
     // It waits for one that is on its way.
     cluster.agent.restart().expect("starts");
@@ -505,7 +506,7 @@ fn a_configuration_that_others_write_is_repaired() {
     cluster.becomes("the repair", || cluster.is_chained());
     // Garbage is left alone, and reported.
     fs::write(&file, "{ no json").expect("written");
-    cluster.agent.wait_log("10-net.conflist is left alone").expect("said");
+    cluster.agent.wait_log("10-net.conflist was not changed").expect("said");
     assert_eq!(fs::read_to_string(&file).expect("there"), "{ no json");
     fs::write(&file, BRIDGE).expect("written");
     cluster.becomes("the repair", || cluster.is_chained());
@@ -517,7 +518,7 @@ fn bad_requests_of_the_plugin_are_named() {
     cluster.in_force();
     let object = cluster.create_pending(&cluster.a);
     let (code, text) = refused(&cluster.plugin_with("ADD", &cluster.a, &object, "{ no json"));
-    assert_eq!((code, text.contains("no JSON")), (6, true), "{text}");
+    assert_eq!((code, text.contains("not valid JSON")), (6, true), "{text}");
     let mut unknown = object.clone();
     unknown["metadata"]["name"] = "nobody".into();
     let (code, text) = refused(&cluster.plugin("ADD", &cluster.a, &unknown));
@@ -528,7 +529,7 @@ fn bad_requests_of_the_plugin_are_named() {
     stream.write_all(b"GET / HTTP/1.1\r\n").expect("written");
     let mut answer = String::new();
     std::io::BufRead::read_line(&mut std::io::BufReader::new(stream), &mut answer).expect("read");
-    assert!(answer.contains("no request"), "{answer}");
+    assert!(answer.contains("invalid request"), "{answer}");
     succeeds(&cluster.plugin("ADD", &cluster.a, &object));
 }
 
@@ -612,7 +613,7 @@ fn health_and_metrics() {
     cluster.becomes("health", || get("/healthz").0 == 200);
     let (status, text) = get("/readyz");
     assert_eq!(status, 503, "the first list has not come: {text}");
-    assert!(text.contains("not told"), "{text}");
+    assert!(text.contains("not been listed"), "{text}");
     cluster.allow("list", "pods");
     cluster.becomes("readiness", || get("/readyz").0 == 200);
     let object = cluster.create_pending(&cluster.a);

@@ -158,10 +158,10 @@ fn traffic_does_not_notice_a_killed_or_restarted_agent() {
         for _ in 0..3 {
             node.agent.kill9();
             loads.iter().for_each(|load| load.wait_more(bulk(50)));
-            let before = node.agent.log().matches("in force").count();
+            let before = node.agent.log().matches("BPF programs attached").count();
             node.agent.restart().expect("starts");
             wait_until("the new agent", Duration::from_secs(10), || {
-                node.agent.log().matches("in force").count() > before
+                node.agent.log().matches("BPF programs attached").count() > before
             })
             .expect("in force");
             loads.iter().for_each(|load| load.wait_more(bulk(50)));
@@ -202,7 +202,7 @@ fn a_manifest_that_turned_bad_while_the_agent_was_away_drops_no_pod() {
     let file = node.agent.pods_dir().join("a.yaml");
     std::fs::write(&file, "apiVersion: v1\nkind: [").expect("written");
     node.agent.restart().expect("starts");
-    node.agent.wait_log("is no YAML").expect("said");
+    node.agent.wait_log("is not valid YAML").expect("said");
     // A pod that the agent has seen comes and goes as ever.
     node.agent.add_pod(&later).expect("added");
     node.agent.wait_enrolled(&later).expect("enrolled");
@@ -247,7 +247,7 @@ fn a_terminating_pod_is_intercepted_until_its_namespace_is_gone() {
 fn manifests_take_effect_within_a_second() {
     let mut node = Node::new("watch");
     let _sidecar = Sidecar::start(&node.a);
-    node.agent.wait_log("in force").expect("starts");
+    node.agent.wait_log("BPF programs attached").expect("starts");
     let pods =
         |agent: &Agent| agent.status().expect("status")["pods"].as_array().expect("pods").len();
     let mut took = Vec::new();

@@ -122,7 +122,7 @@ fn f4_an_object_that_claims_another_pods_uid_gets_nothing() {
     liar = annotated(liar, "traffic.sidecar.istio.io/excludeOutboundPorts", "80");
     cluster.create(liar);
     cluster.becomes("the liar to be told", || {
-        cluster.has_event("Pod", "b", "InvalidPod", &["which is that of pod node-claim/a"])
+        cluster.has_event("Pod", "b", "InvalidPod", &["which belongs to pod node-claim/a"])
     });
     intercepted(&cluster.a);
     assert_eq!(cluster.names(), [cluster.named("a")]);
@@ -345,7 +345,7 @@ fn a_node_that_cannot_intercept_says_so() {
     cluster.in_force();
     fs::write(cluster.dir.path().join("net.d/10-net.conflist"), "{ no json").expect("written");
     cluster.becomes("the Event", || {
-        cluster.has_event("Node", &cluster.name, "Node", &["is left alone"])
+        cluster.has_event("Node", &cluster.name, "Node", &["was not changed"])
     });
     // And one whose agent can't even start.
     cluster.agent.restart_with(&["--http", "192.0.2.1:9"]).expect("starts");
@@ -354,7 +354,7 @@ fn a_node_that_cannot_intercept_says_so() {
             "Node",
             &cluster.name,
             "Node",
-            &["no pod can be intercepted on this node"],
+            &["Sidestep cannot intercept pods on this node"],
         )
     });
     let agent = &mut cluster.agent;
@@ -373,9 +373,9 @@ fn f14_a_pod_and_the_node_are_told_what_was_put_back() {
     let steer = pins.into_iter().find(|link| link.to_string_lossy().contains("steer-"));
     Link::open(steer.expect("a link")).and_then(|link| link.detach()).expect("detached");
     fs::remove_file(links.join("connect4")).expect("removed");
-    let told = ["inbound program was detached", "put back"];
+    let told = ["inbound program was detached", "Sidestep restored it"];
     cluster.becomes("an Event on the pod", || cluster.has_event("Pod", "a", "Repaired", &told));
-    let told = ["pin of link connect4", "put back"];
+    let told = ["pin of link connect4", "Sidestep restored it"];
     cluster.becomes("an Event on the node", || {
         cluster.has_event("Node", &cluster.name, "Repaired", &told)
     });

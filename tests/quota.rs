@@ -68,15 +68,17 @@ fn f31_two_hostile_pods_take_nothing_from_a_third() {
         for pod in [&node.a, &node.b] {
             becomes(&node, "all of a hostile pod is captured", pod, [true, true]);
             let told =
-                format!("pod lab/{}: everything is captured until this is mended", pod.name());
+                format!("pod lab/{}: all its traffic is captured until this is fixed", pod.name());
             wait_until("each agent to say so", SOON, || {
                 node.agent.log().matches(&told).count() > n
             })
             .unwrap_or_else(|error| panic!("{error:#}; {}", node.agent.log_tail()));
         }
         node.agent.restart().expect("starts");
-        wait_until("the next agent", SOON, || node.agent.log().matches("in force").count() > n + 1)
-            .expect("in force");
+        wait_until("the next agent", SOON, || {
+            node.agent.log().matches("BPF programs attached").count() > n + 1
+        })
+        .expect("in force");
     }
     drop((servers, sidecars));
 }
@@ -86,7 +88,7 @@ fn f31_a_full_map_is_emptied_before_it_is_filled() {
     let mut node = Node::new("q-full");
     let _servers = [80, 81].map(|port| node.remote(addr(ip(REMOTE), port)));
     let _sidecar = Sidecar::start(&node.a);
-    node.agent.wait_log("in force").expect("starts");
+    node.agent.wait_log("BPF programs attached").expect("starts");
     node.agent.kill9();
     // What an agent may have left of pods that are gone.
     assert!(fill(&node, 1) >= ROOM - 1);
@@ -133,7 +135,7 @@ fn f31_a_pod_that_there_is_no_room_for_is_captured_whole_and_the_others_are_as_e
     node.agent.restart().expect("starts");
     node.agent.wait_enrolled(&later).expect("enrolled");
     node.agent
-        .wait_log("pod lab/later: everything is captured until then: cannot write to map")
+        .wait_log("pod lab/later: all its traffic is captured until then: cannot write to map")
         .expect("told");
     becomes(&node, "there is no room for its exclusion", &later, [true, true]);
     for pod in [&node.a, &node.b] {
@@ -146,7 +148,7 @@ fn f31_a_pod_that_there_is_no_room_for_is_captured_whole_and_the_others_are_as_e
     (0..filled).for_each(|n| map.delete(&rule(of_b, n)).expect("deleted"));
     becomes(&node, "there is room", &later, [true, false]);
     wait_until("it to be solved", Duration::from_secs(10), || {
-        node.agent.log().contains("solved: pod lab/later: everything is captured until then")
+        node.agent.log().contains("resolved: pod lab/later: all its traffic is captured until then")
     })
     .expect("said");
 }

@@ -134,7 +134,7 @@ fn f14_a_hook_comes_back() {
     scene.is_repaired(
         "pin",
         1,
-        "the pin of link connect4 was removed or replaced: it was put back",
+        "the pin of link connect4 was removed or replaced: Sidestep restored it",
     );
     assert!(scene.link("connect4").exists());
     for (n, name) in (1..).zip(["connect4", "sock_ops"]) {
@@ -143,7 +143,7 @@ fn f14_a_hook_comes_back() {
     }
     replace_program(&scene.link("connect6"), &scene.link("getpeername6"));
     assert!(!scene.is_intercepted(), "the other program does not capture");
-    scene.is_repaired("hook", 3, "another program was put in the place of hook connect6");
+    scene.is_repaired("hook", 3, "the program of hook connect6 was replaced");
     // Every one of them at once.
     for pin in fs::read_dir(scene.link("")).expect("links") {
         fs::remove_file(pin.expect("an entry").path()).expect("removed");
@@ -174,7 +174,7 @@ fn f14_a_pods_inbound_program_comes_back() {
     };
     let other = steers().into_iter().find(|link| *link != steer).expect("the peer's");
     replace_program(&steer, &other);
-    scene.is_repaired("inbound", 2, "in the place of the inbound program");
+    scene.is_repaired("inbound", 2, "the inbound program was replaced");
     // It says that it lives after all of that, and its end is noticed.
     let status = scene.agent.status().expect("status");
     assert!(status["pods"].as_array().is_some_and(|pods| pods.len() == 2), "{status}");
@@ -199,7 +199,7 @@ fn f14_maps_and_their_entries_come_back() {
     assert_eq!(again.info().expect("info").info.id, pods.info().expect("info").info.id);
     let cookie = pods.keys().next().expect("the pod");
     pods.delete(&cookie).expect("deleted");
-    scene.is_repaired("entry", 1, "1 entries of map \"pods\" were changed");
+    scene.is_repaired("entry", 1, "1 entries of map \"pods\" were removed or changed");
     // The others are compared in turn.
     let rules = MapHandle::from_pinned_path(pin("port_rules")).expect("a map");
     let before = rules.keys().count();
@@ -208,7 +208,7 @@ fn f14_maps_and_their_entries_come_back() {
     }
     wait_until("the rules", 3 * SOON, || rules.keys().count() == before)
         .unwrap_or_else(|error| panic!("{error:#}; {}", scene.agent.log_tail()));
-    scene.is_repaired("entry", 2, "of map \"port_rules\" were changed");
+    scene.is_repaired("entry", 2, "of map \"port_rules\" were removed or changed");
 }
 
 #[test]
@@ -254,7 +254,7 @@ fn f14_the_filter_for_dns_answers_comes_back() {
         fs::remove_file(scene.link_of("dns-").expect("the filter")).expect("removed");
     }
     // The kernel lets go of it a moment later, and the agent may have put it back by then.
-    scene.is_repaired("filter", 1, "pod lab/a: the dns filter of device 1 was removed");
+    scene.is_repaired("filter", 1, "pod lab/a: the dns filter was removed from device 1");
     wait_until("an answer", SOON, answered).expect("answered");
 }
 
@@ -264,7 +264,7 @@ fn f14_the_pins_file_system_comes_back() {
     let pin = scene.link("connect4");
     scene._bpffs.unmount();
     assert!(!pin.exists() && scene.is_intercepted());
-    scene.is_repaired("bpffs", 1, "was removed or unmounted: it was put back");
+    scene.is_repaired("bpffs", 1, "was removed or unmounted: Sidestep restored it");
     assert!(pin.exists());
     // What is pinned anew outlives the agent, and the next one takes it over.
     scene.agent.kill9();
@@ -276,7 +276,7 @@ fn f14_the_pins_file_system_comes_back() {
     // The directory alone.
     fs::remove_dir_all(scene.agent.bpffs()).expect("removed");
     assert!(scene.is_intercepted());
-    scene.is_repaired("bpffs", 1, "was removed or unmounted: it was put back");
+    scene.is_repaired("bpffs", 1, "was removed or unmounted: Sidestep restored it");
     assert!(pin.exists());
     // Nobody else may take the directory meanwhile.
     let error = scene.agent.command(&["unload"]).expect_err("refused");
@@ -295,7 +295,7 @@ fn f14_what_cannot_be_put_back_is_told_for_as_long() {
     fs::create_dir(pin.join("x")).expect("made");
     scene
         .agent
-        .wait_log("the pin of link connect4 was removed or replaced, and cannot")
+        .wait_log("the pin of link connect4 was removed or replaced, and Sidestep cannot")
         .expect("said");
     wait_until("no readiness", SOON, || {
         scene
@@ -309,7 +309,7 @@ fn f14_what_cannot_be_put_back_is_told_for_as_long() {
     scene.is_repaired(
         "pin",
         1,
-        "the pin of link connect4 was removed or replaced: it was put back",
+        "the pin of link connect4 was removed or replaced: Sidestep restored it",
     );
     assert!(!scene.sidecar.inbound.seen().is_empty());
 }
@@ -354,7 +354,7 @@ fn is_counted(scene: &Scene) {
     scene.is_repaired(
         "lo",
         1,
-        "pod lab/a: routes or addresses of lo were removed: it was put back",
+        "pod lab/a: routes or addresses were removed from lo: Sidestep restored it",
     );
 }
 

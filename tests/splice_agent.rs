@@ -139,7 +139,7 @@ fn with_flows(node: &mut Splicing, act: impl FnOnce(&mut Splicing, &Flows<'_>)) 
 
 /// Waits for a restarted agent.
 fn wait_restarted(node: &mut Splicing) {
-    let begun = |node: &Splicing| node.agent.log().matches("in force").count();
+    let begun = |node: &Splicing| node.agent.log().matches("BPF programs attached").count();
     let before = begun(node);
     node.agent.restart().expect("starts");
     wait_until("the new agent", Duration::from_secs(20), || begun(node) > before)

@@ -68,12 +68,12 @@ const ROWS: &[Row] = &[
     row("select", |w, r| waits(w, r, Wait::Select)),
     row("epoll, level", |w, r| waits(w, r, Wait::Level)),
     row("epoll, edge", |w, r| waits(w, r, Wait::Edge)),
-    hazard("epoll, edge, short reads", "a short read taken for the end", |w, r| {
+    hazard("epoll, edge, short reads", "short read taken for end of file", |w, r| {
         waits(w, r, Wait::EdgeShort)
     }),
     hazard(
         "a short read while more is there",
-        "a short read taken for the end",
+        "short read taken for end of file",
         |writer, reader| {
             SEAM.iter().for_each(|size| put(writer, &vec![7; *size]));
             assert_eq!(settled(0, || unsent(writer)), 0, "all of it has arrived");
@@ -124,12 +124,12 @@ const ROWS: &[Row] = &[
         format!("{woken:?} {}", sent > 4)
     }),
     // F42, this and the next.
-    hazard("reading no bytes", "reading no bytes", |writer, reader| {
+    hazard("zero-length read", "zero-length read", |writer, reader| {
         put(writer, b"bytes");
         get(reader, 5);
         format!("{:?}", recv(reader.as_raw_fd(), &mut [], MsgFlags::empty()))
     }),
-    hazard("a buffer with a bad part", "a buffer with a bad part", |writer, reader| {
+    hazard("partly invalid buffer", "partly invalid buffer", |writer, reader| {
         put(writer, &[7; 200]);
         assert_eq!(settled(200, || unread_bytes(reader)), 200);
         let seen = half_bad(reader);

@@ -44,7 +44,7 @@ const fn hazard(
     Row { name, trial: Some(trial), act }
 }
 
-const BLOCKS: &str = "a blocking read that is woken without data";
+const BLOCKS: &str = "blocking read woken without data";
 
 const ROWS: &[Row] = &[
     row("end behind queued bytes", |writer, reader| {
@@ -100,7 +100,7 @@ const ROWS: &[Row] = &[
         let seen = events(&reader, all, Duration::ZERO);
         format!("{seen:?} {:?}", reader.take_error().expect("SO_ERROR"))
     }),
-    hazard("writes after a reset", "writing after a reset", |writer, reader| {
+    hazard("writes after a reset", "write after a reset", |writer, reader| {
         reset(writer);
         ended(&reader);
         let write = || say((&reader).write(b"x"));

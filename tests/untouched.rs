@@ -92,7 +92,7 @@ fn assert_no_answer_changes(enroll: bool) {
     let before = all_answers(&sockets);
     let again = all_answers(&sockets);
     let mut agent = Agent::start(binary(), &lab).expect("the agent");
-    agent.wait_log("in force").expect("starts");
+    agent.wait_log("BPF programs attached").expect("starts");
     if enroll {
         agent.add_pod(&pod).expect("a manifest");
         agent.wait_enrolled(&pod).expect("enrolled");

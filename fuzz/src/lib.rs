@@ -167,7 +167,7 @@ pub fn check_pods(pods: &[Pod]) {
         assert_eq!(facts(pod), Ok(Some(parsed.clone())), "the same pod, the same facts");
         if let Some(error) = &parsed.policy_error {
             assert_named(pod, error);
-            assert_eq!(parsed.facts.policy, Default::default(), "everything is captured");
+            assert_eq!(parsed.facts.policy, Default::default(), "all its traffic is captured");
         }
         let addresses = vec![(IpAddr::from([10, 0, 0, 7]), 2)];
         let path = format!("/run/netns/{cookie}").into();

@@ -102,7 +102,7 @@ impl Dataplane {
     /// Where the namespace can't be entered, or the kernel refuses.
     pub fn attach_dns(&self, cookie: NetnsCookie, netns: &Netns) -> Result<()> {
         self.filter(Filter::Dns, &self.skel.progs.dns_nat, cookie, netns, LO)
-            .context("cannot attach the filter for DNS to lo")
+            .context("cannot attach the DNS filter to lo")
     }
 
     /// Puts this build's filter for spliced connections that are closed with unread bytes in force
@@ -114,7 +114,7 @@ impl Dataplane {
         devices.iter().try_for_each(|device| {
             let program = &self.skel.progs.reset;
             self.filter(Filter::Reset, program, cookie, netns, *device).with_context(|| {
-                format!("cannot attach the filter for spliced connections to device {device}")
+                format!("cannot attach the reset filter for spliced connections to device {device}")
             })
         })
     }
@@ -135,7 +135,7 @@ impl Dataplane {
         let program = &skel.progs.note_dialled;
         devices.iter().try_for_each(|device| {
             self.filter(Filter::Dialled, program, cookie, netns, *device).with_context(|| {
-                format!("cannot attach the filter for dialled ports to device {device}")
+                format!("cannot attach the filter that records dialled ports to device {device}")
             })
         })
     }
@@ -209,7 +209,7 @@ impl Dataplane {
         }
         // Not there any more: its filters are gone with it.
         let netns = open().ok()?;
-        let text = format!("the {} filter of device {device} was removed", filter.name());
+        let text = format!("the {} filter was removed from device {device}", filter.name());
         Some(Repair::new("filter", text, self.filter(filter, program, cookie, &netns, device)))
     }
 
@@ -228,7 +228,7 @@ impl Dataplane {
             // Not there any more: its filters are gone with it.
             let netns = Netns::open_as(netns, cookie).ok()?;
             let text =
-                format!("the {} filter of device {device} was removed", Filter::Dialled.name());
+                format!("the {} filter was removed from device {device}", Filter::Dialled.name());
             Some(Repair::new("filter", text, self.attach_dialled(cookie, &netns, &[*device])))
         };
         devices.iter().filter(is_gone).filter_map(repair).collect()
@@ -303,7 +303,12 @@ impl Dataplane {
     /// Where it is not known, or gone.
     pub fn filtered(&self, cookie: NetnsCookie) -> Result<Netns> {
         let value = self.skel.maps.filtered.lookup(&cookie.0.to_ne_bytes(), MapFlags::ANY)?;
-        let value = value.with_context(|| format!("network namespace {cookie} is not known"))?;
+        let value = value.with_context(|| {
+            format!(
+                "the path of network namespace {cookie} is \
+                                                   unknown"
+            )
+        })?;
         let record = Record::from(&wire::from_bytes::<wire::pod_record>(&value)?);
         Netns::open_as(&record.netns, cookie)
     }
@@ -313,7 +318,7 @@ impl Dataplane {
 fn device_of(link: &LinkInfo) -> Result<u32> {
     match &link.info {
         LinkTypeInfo::Tcx(info) => Ok(info.ifindex),
-        other => bail!("a link of another kind is pinned there: {other:?}"),
+        other => bail!("the pin is a link of another type: {other:?}"),
     }
 }
 
@@ -360,7 +365,7 @@ pub(super) fn empty_qdiscs(pins: &Pins) {
     };
     let layouts = pins.number()..pins.number() + 1;
     let found = records(&filtered).unwrap_or_else(|error| {
-        tracing::warn!("filters of {pins} stay with their devices: {error:#}");
+        tracing::warn!("cannot remove the tc filters of {pins} from their devices: {error:#}");
         Default::default()
     });
     for (cookie, record) in found {

@@ -57,7 +57,7 @@ impl Links {
 
     /// Switches a link over to another program in one step.
     pub fn update(&mut self, name: &str, program: &Program<'_>) -> Result<()> {
-        let held = self.0.get_mut(name).context("its link is not held")?;
+        let held = self.0.get_mut(name).context("the agent holds no descriptor of its link")?;
         held.link.update_prog(program)?;
         held.program = Program::id_from_fd(program.as_fd())?;
         Ok(())

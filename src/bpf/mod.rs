@@ -234,10 +234,14 @@ impl Pins {
             .with_context(|| format!("cannot create {root}"))?;
         let dir = File::open(&self.root).with_context(|| format!("cannot open {root}"))?;
         let owner = dir.metadata()?.uid();
-        ensure!(owner == geteuid().as_raw(), "{root} belongs to uid {owner}: remove it first");
+        ensure!(
+            owner == geteuid().as_raw(),
+            "{root} belongs to uid {owner}, not to this process: \
+                                              remove it first"
+        );
         Flock::lock(dir, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
             anyhow!(errno).context(format!(
-                "another sidestep process works on {}: stop it first",
+                "another sidestep process uses {}: stop it first",
                 self.root.display()
             ))
         })
@@ -372,7 +376,8 @@ impl Dataplane {
             let name = pin.file_name().unwrap_or_default().to_string_lossy();
             let known = HOOKS.iter().any(|hook| hook.program == name);
             if !known && !name.starts_with("steer-") && !filters::is_filter(&name) {
-                tracing::info!(hook = %name, "is no program of this build: taken away");
+                tracing::info!(hook = %name, "removed the link of a program that this build does \
+                                              not have");
                 remove_link(&pin)?;
             }
         }
@@ -419,11 +424,11 @@ impl Dataplane {
                     remove_link(&theirs)?;
                 } else {
                     fs::rename(&theirs, &own)
-                        .with_context(|| format!("cannot take {} over", theirs.display()))?;
+                        .with_context(|| format!("cannot take over {}", theirs.display()))?;
                 }
             }
             self.attach_hook(hook, cgroup)
-                .with_context(|| format!("cannot take {} over on {cgroup}", hook.program))?;
+                .with_context(|| format!("cannot take over {} on {cgroup}", hook.program))?;
         }
         for other in &others {
             for cookie in steered(other)? {
@@ -483,7 +488,7 @@ impl Dataplane {
         if pin.exists() {
             let mut link = Link::open(&pin).context("cannot open its pinned link")?;
             if cgroup_of(&link)? == cgroup.id() {
-                link.update_prog(&program).context("cannot switch its program over")?;
+                link.update_prog(&program).context("cannot replace its program")?;
                 return self.links.hold(hook.program, link);
             }
         }
@@ -699,7 +704,7 @@ impl Dataplane {
                     .with_context(|| format!("cannot share map {:?}", map.name()))?;
             }
         }
-        open.load().with_context(|| format!("the kernel refused the program {name}"))
+        open.load().with_context(|| format!("the kernel rejected program {name}"))
     }
 
     /// Whether the namespace with this cookie, which has an inbound program, still exists.
@@ -998,9 +1003,9 @@ pub fn try_filters() -> Result<()> {
 fn refusal() -> String {
     let lacks: Vec<String> =
         probe().into_iter().filter(|(_, there)| !there).map(|(what, _)| what).collect();
-    let refused = "the kernel refused the eBPF programs or maps";
+    let refused = "the kernel rejected the BPF programs or maps";
     match lacks[..] {
-        [] => format!("{refused} (`sidestep check` may tell more)"),
+        [] => format!("{refused} (`sidestep check` may say more)"),
         _ => format!("{refused}: it lacks {} (see `sidestep check`)", lacks.join(", ")),
     }
 }
@@ -1135,8 +1140,8 @@ impl fmt::Display for Unloaded {
             0 => Ok(()),
             n => write!(
                 f,
-                "; {n} sockets hold spliced bytes that their processes do not read: the maps with \
-                 these bytes stay, run `sidestep unload` again later"
+                "; {n} sockets hold spliced data that their processes have not read: the maps with \
+                 this data were kept, run `sidestep unload` again later"
             ),
         }
     }
@@ -1278,7 +1283,7 @@ fn listeners(map: &impl MapCore, cookie: NetnsCookie, at: IpAddr, port: u16) -> 
 fn cgroup_of(link: &Link) -> Result<u64> {
     match link.info()?.info {
         LinkTypeInfo::Cgroup(info) => Ok(info.cgroup_id),
-        other => bail!("a link of another kind is pinned there: {other:?}"),
+        other => bail!("the pin is a link of another type: {other:?}"),
     }
 }
 
@@ -1286,7 +1291,7 @@ fn cgroup_of(link: &Link) -> Result<u64> {
 fn netns_of(link: &Link) -> Result<u32> {
     match link.info()?.info {
         LinkTypeInfo::NetNs(info) => Ok(info.ino),
-        other => bail!("a link of another kind is pinned there: {other:?}"),
+        other => bail!("the pin is a link of another type: {other:?}"),
     }
 }
 

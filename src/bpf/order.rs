@@ -182,11 +182,11 @@ impl Dataplane {
         self.went_first = Some(Instant::now());
         for hook in HOOKS.iter().filter(|hook| found.iter().any(|one| one.hook == hook.program)) {
             self.attach_anew(hook, cgroup).with_context(|| {
-                format!("cannot attach {} before others to {cgroup}", hook.program)
+                format!("cannot attach {} ahead of other programs to {cgroup}", hook.program)
             })?;
         }
         for one in &found {
-            tracing::info!("{one} came before Sidestep's: it comes after now");
+            tracing::info!("{one} ran before Sidestep's program: Sidestep's runs first again");
         }
         self.ahead(cgroup)
     }

@@ -68,12 +68,19 @@ impl Dataplane {
         let root = self.pins.root.clone();
         let held = match self.lock.metadata() {
             Ok(held) => held,
-            Err(error) => return Some(Repair::new("bpffs", "the pins' lock", Err(error.into()))),
+            Err(error) => {
+                return Some(Repair::new(
+                    "bpffs",
+                    "cannot look at the lock on the pin \
+                                                            directory",
+                    Err(error.into()),
+                ));
+            }
         };
         if fs::metadata(&root).is_ok_and(|there| same(&there, &held)) {
             return None;
         }
-        let text = format!("the pins' directory {} was removed or unmounted", root.display());
+        let text = format!("the pin directory {} was removed or unmounted", root.display());
         let done = bpffs::ensure_mounted(&self.mount_point).and_then(|()| {
             let fresh = self.pins.lock()?;
             let former = PathBuf::from(format!("/proc/self/fd/{}", self.lock.as_raw_fd()));
@@ -113,7 +120,7 @@ impl Dataplane {
         match link.info() {
             Ok(info) if cgroup_of(link).ok() == Some(cgroup.id()) => {
                 if Some(info.prog_id) != program {
-                    let text = format!("another program was put in the place of hook {name}");
+                    let text = format!("the program of hook {name} was replaced");
                     return Some(Repair::new("hook", text, self.restore_hook(name)));
                 }
                 self.repair_pin(name, &self.pins.link(name), &info)
@@ -161,7 +168,7 @@ impl Dataplane {
         if rc != 0 || own.is_ok_and(|own| count == 1 && own == id) {
             return None;
         }
-        let text = "the program redirect was detached from map spliced";
+        let text = "program redirect was detached from map spliced";
         Some(Repair::new("hook", text, self.attach_redirect()))
     }
 
@@ -206,7 +213,7 @@ impl Dataplane {
                 if Some(info.prog_id) == self.links.program(&name) {
                     return self.repair_pin(&name, &self.pins.steer(cookie), &info);
                 }
-                "another program was put in the place of the inbound program"
+                "the inbound program was replaced"
             }
             _ => "the inbound program was detached",
         };
@@ -238,7 +245,7 @@ fn repair_in<'a>(
     }
     let mut write = missing.iter().map(|(key, value)| map.update(key, value, MapFlags::ANY));
     let done = write.try_for_each(|done| done.map_err(Into::into));
-    let text = format!("{} entries of map {:?} were changed", missing.len(), map.name());
+    let text = format!("{} entries of map {:?} were removed or changed", missing.len(), map.name());
     Some(Repair::new("entry", text, done))
 }
 

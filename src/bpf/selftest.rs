@@ -47,22 +47,22 @@ type Trial = fn(&Bench) -> Result<()>;
 
 const TRIALS: &[(&str, Hurts, Trial)] = &[
     ("order while queue and TCP alternate", Hurts::Everybody, order),
-    ("a reader that stops holds the writer", Hurts::Everybody, held),
-    ("an end behind queued bytes", Hurts::Everybody, half_close),
-    ("a reset behind queued bytes", Hurts::Everybody, reset),
-    ("sending after shutdown", Hurts::Everybody, after_shutdown),
+    ("a stopped reader blocks the writer", Hurts::Everybody, held),
+    ("FIN behind queued bytes", Hurts::Everybody, half_close),
+    ("RST behind queued bytes", Hurts::Everybody, reset),
+    ("send after shutdown", Hurts::Everybody, after_shutdown),
     ("edge-triggered wake-ups", Hurts::Everybody, edges),
     ("MSG_PEEK", Hurts::Everybody, peek),
-    ("a blocking read that is woken without data", Hurts::Apps, blocking),
+    ("blocking read woken without data", Hurts::Apps, blocking),
     ("MSG_WAITALL", Hurts::Apps, wait_all),
     ("FIONREAD", Hurts::Apps, fionread),
     ("splice(2)", Hurts::Apps, splice_out),
     ("MSG_OOB", Hurts::Apps, out_of_band),
-    ("writing after a reset", Hurts::Apps, write_after_reset),
+    ("write after a reset", Hurts::Apps, write_after_reset),
     ("SO_RCVLOWAT", Hurts::Apps, low_water),
-    ("a short read taken for the end", Hurts::Apps, short_read),
-    ("reading no bytes", Hurts::Apps, read_nothing),
-    ("a buffer with a bad part", Hurts::Apps, bad_buffer),
+    ("short read taken for end of file", Hurts::Apps, short_read),
+    ("zero-length read", Hurts::Apps, read_nothing),
+    ("partly invalid buffer", Hurts::Apps, bad_buffer),
 ];
 
 /// What this kernel does wrong to spliced sockets; takes some 100 ms.
@@ -98,7 +98,7 @@ impl<'a> Bench<'a> {
         for mut program in open.open_object_mut().progs_mut() {
             program.set_autoload(program.name() == "redirect");
         }
-        let skel = open.load().context("the kernel refused redirect")?;
+        let skel = open.load().context("the kernel rejected program redirect")?;
         skel.progs.redirect.attach_sockmap(skel.maps.spliced.as_fd().as_raw_fd())?;
         Ok(Self { skel, pairs: Cell::new(0) })
     }
@@ -157,7 +157,7 @@ fn bytes(from: usize, len: usize) -> Vec<u8> {
 /// Sends all in one message, where the other end has room for it.
 fn put(to: &mut TcpStream, data: &[u8]) -> Result<()> {
     let sent = to.write(data).context("send")?;
-    ensure!(sent == data.len(), "{sent} of {} bytes were taken", data.len());
+    ensure!(sent == data.len(), "{sent} of {} bytes were accepted", data.len());
     Ok(())
 }
 
@@ -168,7 +168,7 @@ fn get(from: &mut TcpStream, most: usize) -> Result<Vec<u8>> {
     loop {
         match from.read(&mut data) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                ensure!(start.elapsed() < PATIENCE, "the reader waits for ever");
+                ensure!(start.elapsed() < PATIENCE, "the reader was never woken");
                 thread::yield_now();
             }
             Err(error) => return Err(error).context("read"),
@@ -185,10 +185,10 @@ fn expect(from: &mut TcpStream, at: usize, len: usize) -> Result<()> {
     let mut seen = at;
     while seen < at + len {
         let data = get(from, (at + len - seen).min(20_000))?;
-        ensure!(!data.is_empty(), "the end came after {} of {len} bytes", seen - at);
+        ensure!(!data.is_empty(), "end of file after {} of {len} bytes", seen - at);
         let wrong = data.iter().enumerate().find(|(n, found)| **found != byte(seen + n));
         if let Some((n, _)) = wrong {
-            bail!("byte {} of {len} is another one", seen - at + n);
+            bail!("byte {} of {len} is wrong", seen - at + n);
         }
         seen += data.len();
     }
@@ -197,7 +197,7 @@ fn expect(from: &mut TcpStream, at: usize, len: usize) -> Result<()> {
 
 fn expect_end(from: &mut TcpStream) -> Result<()> {
     let data = get(from, 1)?;
-    ensure!(data.is_empty(), "a byte where the end should be");
+    ensure!(data.is_empty(), "a byte instead of end of file");
     Ok(())
 }
 
@@ -235,7 +235,7 @@ fn held(bench: &Bench) -> Result<()> {
             Err(error) if error.kind() == ErrorKind::WouldBlock => break,
             Err(error) => return Err(error).context("send"),
         }
-        ensure!(sent < FAR_AHEAD, "{sent} bytes were taken from a writer that nobody reads");
+        ensure!(sent < FAR_AHEAD, "{sent} bytes were accepted although nobody read them");
     }
     expect(&mut reader, 0, sent)?;
     put(&mut writer, &bytes(sent, 100))?;
@@ -263,7 +263,7 @@ fn reset(bench: &Bench) -> Result<()> {
     expect(&mut reader, 0, 100)?;
     match get(&mut reader, 1).map_err(|error| error.downcast::<std::io::Error>()) {
         Err(Ok(error)) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
-        other => bail!("no reset: {other:?}"),
+        other => bail!("no reset, but {other:?}"),
     }
 }
 
@@ -271,7 +271,7 @@ fn after_shutdown(bench: &Bench) -> Result<()> {
     let (writer, mut reader) = bench.pair()?;
     writer.shutdown(Shutdown::Write)?;
     let sent = send(writer.as_raw_fd(), b"x", MsgFlags::MSG_NOSIGNAL);
-    ensure!(sent == Err(Errno::EPIPE), "it is answered {sent:?}");
+    ensure!(sent == Err(Errno::EPIPE), "send() returned {sent:?}");
     expect_end(&mut reader)
 }
 
@@ -308,7 +308,10 @@ fn edges(bench: &Bench) -> Result<()> {
         put(&mut writer, &bytes(0, size))?;
         let mut total = 0;
         while total < size {
-            ensure!(edge(&epoll, PATIENCE)?, "none for the rest of {size} bytes after {total}");
+            ensure!(
+                edge(&epoll, PATIENCE)?,
+                "no wake-up for the rest of {size} bytes after {total}"
+            );
             total += read_all(&mut reader)?;
         }
     }
@@ -316,7 +319,7 @@ fn edges(bench: &Bench) -> Result<()> {
     writer.shutdown(Shutdown::Write)?;
     let mut total = 0;
     while total < 64 {
-        ensure!(edge(&epoll, PATIENCE)?, "none for the last bytes");
+        ensure!(edge(&epoll, PATIENCE)?, "no wake-up for the last bytes");
         total += read_all(&mut reader)?;
     }
     expect_end(&mut reader)
@@ -329,9 +332,9 @@ fn peek(bench: &Bench) -> Result<()> {
         let mut data = [0; 50];
         let start = Instant::now();
         while recv(reader.as_raw_fd(), &mut data, MsgFlags::MSG_PEEK) != Ok(50) {
-            ensure!(start.elapsed() < PATIENCE, "it does not see what there is");
+            ensure!(start.elapsed() < PATIENCE, "it does not see the data");
         }
-        ensure!(data[..] == bytes(0, 50), "it sees other bytes");
+        ensure!(data[..] == bytes(0, 50), "it sees wrong bytes");
         expect(&mut reader, 0, size)?;
     }
     Ok(())
@@ -387,7 +390,7 @@ fn blocking(bench: &Bench) -> Result<()> {
             put(&mut writer, &bytes(0, 10))
         },
     )?;
-    ensure!(read.context("it is told that there is no data, instead of waiting")? == 10);
+    ensure!(read.context("the read returned instead of waiting")? == 10);
     Ok(())
 }
 
@@ -400,7 +403,7 @@ fn wait_all(bench: &Bench) -> Result<()> {
         || recv(reader.as_raw_fd(), &mut data, MsgFlags::MSG_WAITALL),
         |_| put(&mut writer, &bytes(100, 100)),
     )?;
-    ensure!(read == Ok(200), "asked for 200 bytes, it is answered {read:?}");
+    ensure!(read == Ok(200), "recv() of 200 bytes returned {read:?}");
     Ok(())
 }
 
@@ -423,7 +426,7 @@ fn fionread(bench: &Bench) -> Result<()> {
             if there == size {
                 break;
             }
-            ensure!(start.elapsed() < PATIENCE / 4, "{there} of {size} bytes");
+            ensure!(start.elapsed() < PATIENCE / 4, "it reports {there} of {size} bytes");
         }
         expect(&mut reader, 0, size)?;
     }
@@ -435,7 +438,7 @@ fn splice_out(bench: &Bench) -> Result<()> {
     let (_out, into) = pipe()?;
     put(&mut writer, &bytes(0, 100))?;
     let moved = splice(&reader, None, &into, None, 100, SpliceFFlags::SPLICE_F_NONBLOCK);
-    ensure!(moved == Ok(100), "of 100 bytes, it moves {moved:?}");
+    ensure!(moved == Ok(100), "of 100 bytes it moved {moved:?}");
     Ok(())
 }
 
@@ -446,9 +449,9 @@ fn out_of_band(bench: &Bench) -> Result<()> {
     let mut data = [0; 1];
     let start = Instant::now();
     while recv(reader.as_raw_fd(), &mut data, MsgFlags::MSG_OOB) != Ok(1) {
-        ensure!(start.elapsed() < PATIENCE / 20, "the urgent byte does not come");
+        ensure!(start.elapsed() < PATIENCE / 20, "the urgent byte did not arrive");
     }
-    ensure!(data == *b"!", "another byte is taken for the urgent one");
+    ensure!(data == *b"!", "another byte was taken for the urgent one");
     Ok(())
 }
 
@@ -462,7 +465,7 @@ fn write_after_reset(bench: &Bench) -> Result<()> {
         ensure!(start.elapsed() < PATIENCE, "no reset");
     }
     let again = write();
-    ensure!(again == Err(Errno::EPIPE), "the second write is answered {again:?}");
+    ensure!(again == Err(Errno::EPIPE), "the second write returned {again:?}");
     Ok(())
 }
 
@@ -491,7 +494,7 @@ fn low_water(bench: &Bench) -> Result<()> {
 fn read_nothing(bench: &Bench) -> Result<()> {
     let (_writer, reader) = bench.pair()?;
     let read = recv(reader.as_raw_fd(), &mut [], MsgFlags::empty());
-    ensure!(read == Err(Errno::EAGAIN), "with nothing to read, it is answered {read:?}");
+    ensure!(read == Err(Errno::EAGAIN), "with nothing to read, recv() returned {read:?}");
     Ok(())
 }
 
@@ -500,7 +503,7 @@ fn bad_buffer(bench: &Bench) -> Result<()> {
     put(&mut writer, &bytes(0, 200))?;
     let start = Instant::now();
     while recv(reader.as_raw_fd(), &mut [0; 200], MsgFlags::MSG_PEEK) != Ok(200) {
-        ensure!(start.elapsed() < PATIENCE, "the bytes do not come");
+        ensure!(start.elapsed() < PATIENCE, "the data did not arrive");
     }
     let mut good = [0_u8; 100];
     let parts = [
@@ -511,7 +514,7 @@ fn bad_buffer(bench: &Bench) -> Result<()> {
     // SAFETY: the first part is writable; the kernel answers EFAULT for the second, which is not.
     let read = unsafe { libc::readv(reader.as_raw_fd(), parts.as_ptr(), 2) };
     let read = Errno::result(read);
-    ensure!(read == Err(Errno::EFAULT), "it is answered {read:?}");
+    ensure!(read == Err(Errno::EFAULT), "readv() returned {read:?}");
     expect(&mut reader, 0, 200)
 }
 
@@ -526,7 +529,7 @@ fn short_read(bench: &Bench) -> Result<()> {
     // What was spilled has to be there before the reader begins.
     let start = Instant::now();
     while ioctl(&writer, libc::TIOCOUTQ)? > 0 {
-        ensure!(start.elapsed() < PATIENCE, "what went by TCP does not arrive");
+        ensure!(start.elapsed() < PATIENCE, "the data that went by TCP did not arrive");
     }
     let (mut data, mut total) = ([0; 16384], 0);
     while total < sent {

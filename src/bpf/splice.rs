@@ -205,7 +205,7 @@ pub(super) fn drain(pins: &Pins) -> Result<u32> {
     for mut program in open.open_object_mut().progs_mut() {
         program.set_autoload(program.name() == "sweep_splices");
     }
-    let mut skel = open.load().context("the kernel refused sweep_splices")?;
+    let mut skel = open.load().context("the kernel rejected program sweep_splices")?;
     let start = Instant::now();
     loop {
         let mut unread = 0;

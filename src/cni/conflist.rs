@@ -97,25 +97,30 @@ impl Installer {
     fn ensure_at(&mut self, now: Instant) -> Result<()> {
         let dir = &self.config.conf_dir;
         let path = primary(dir)?.with_context(|| {
-            format!("no CNI configuration in {} yet (--cni-conf-dir)", dir.display())
+            format!("there is no CNI configuration in {} yet (--cni-conf-dir)", dir.display())
         })?;
-        let left = || format!("CNI configuration {} is left alone", path.display());
+        let left = || format!("CNI configuration {} was not changed", path.display());
         let conflist = path.extension().is_some_and(|extension| extension == "conflist");
-        ensure!(conflist, "{}: it holds a single plugin, a .conflist is needed to add one", left());
+        ensure!(
+            conflist,
+            "{}: it configures a single plugin, but chaining one needs a .conflist",
+            left()
+        );
         let text = files::read(&path).with_context(left)?;
         if let Some(text) = chained(&text, &self.config.settings).with_context(left)?
             && self.fight.strikes(now)
         {
             rewrite(&path, &text).with_context(left)?;
             if self.fight.rounds <= PATIENT {
-                info!(path = %path.display(), "the plugin is chained");
+                info!(path = %path.display(), "CNI plugin added to the chain");
             }
         }
         ensure!(
             !self.fight.goes_on(now),
-            "CNI configuration {}: another program keeps writing it without {PLUGIN}, or with other \
-             settings of it: is there a second agent, or one that wants the file for itself? It is \
-             put right every {} seconds at most, and pods that start meanwhile may not be intercepted",
+            "CNI configuration {}: another program keeps rewriting it without {PLUGIN}, or with \
+             other settings for it. Is there a second agent, or a CNI that wants the file to \
+             itself? Sidestep puts its plugin back every {} seconds at most; pods that start in \
+             between may not be intercepted",
             path.display(),
             LONGEST_PAUSE.as_secs()
         );
@@ -138,7 +143,7 @@ pub fn uninstall(conf_dir: &Path, bin_dir: &Path, socket: &Path) -> Result<usize
                 changed += 1;
             }
             Ok(None) => {}
-            Err(error) => warn!("CNI configuration {} is left alone: {error:#}", path.display()),
+            Err(error) => warn!("CNI configuration {} was not changed: {error:#}", path.display()),
         }
     }
     for path in [&bin_dir.join(PLUGIN), socket] {
@@ -162,13 +167,19 @@ fn chained(text: &str, settings: &Settings) -> Result<Option<String>> {
     }
     let (mut config, mut plugins) = parse(text)?;
     check_versions(&config)?;
-    ensure!(!plugins.is_empty(), "it has no plugins to be chained to");
+    ensure!(
+        !plugins.is_empty(),
+        "its list of plugins is empty: {PLUGIN} needs one to be chained to"
+    );
     let entry = Value::Object(entry);
     if plugins.last() == Some(&entry) && plugins.iter().filter(|p| is_ours(p)).count() == 1 {
         return Ok(None);
     }
     plugins.retain(|plugin| !is_ours(plugin));
-    ensure!(!plugins.is_empty(), "it has no plugins to be chained to");
+    ensure!(
+        !plugins.is_empty(),
+        "its list of plugins is empty: {PLUGIN} needs one to be chained to"
+    );
     plugins.push(entry);
     config["plugins"] = plugins.into();
     Ok(Some(pretty(&config)?))
@@ -187,9 +198,9 @@ fn unchained(text: &str) -> Result<Option<String>> {
 }
 
 fn parse(text: &str) -> Result<(Value, Vec<Value>)> {
-    let config: Value = serde_json::from_str(text).context("it is no JSON")?;
+    let config: Value = serde_json::from_str(text).context("it is not valid JSON")?;
     let Some(plugins) = config.get("plugins").and_then(Value::as_array) else {
-        bail!("it has no list \"plugins\"");
+        bail!("it has no \"plugins\" list");
     };
     let plugins = plugins.clone();
     Ok((config, plugins))
@@ -202,12 +213,12 @@ fn check_versions(config: &Value) -> Result<()> {
     let single = config.get("cniVersion").into_iter();
     let several = match config.get("cniVersions") {
         None => &[][..],
-        Some(list) => list.as_array().context("cniVersions: a list is expected")?,
+        Some(list) => list.as_array().context("cniVersions: expected a list")?,
     };
     for version in single.chain(several) {
         let known =
             version.as_str().is_some_and(|text| text.is_empty() || VERSIONS.contains(&text));
-        ensure!(known, "cniVersion {version}: one of {} is expected", VERSIONS.join(", "));
+        ensure!(known, "cniVersion {version}: expected one of {}", VERSIONS.join(", "));
     }
     Ok(())
 }
@@ -385,7 +396,7 @@ mod tests {
             ("cniVersions", serde_json::json!(["1.0.0", "9.0.0"])),
             ("cniVersions", serde_json::json!("1.0.0")),
         ] {
-            let error = list(key, value.clone()).expect_err("left alone").to_string();
+            let error = list(key, value.clone()).expect_err("not changed").to_string();
             assert!(error.contains("cniVersion"), "{error}");
             assert!(
                 value.is_string() && key == "cniVersions" || error.contains("0.3.0"),
@@ -437,7 +448,7 @@ mod tests {
     #[test]
     fn what_is_not_understood_is_left_alone_and_named() {
         for (name, text, word) in [
-            ("10-a.conflist", "{ no json", "no JSON"),
+            ("10-a.conflist", "{ no json", "not valid JSON"),
             ("10-a.conflist", r#"{"name":"n"}"#, "plugins"),
             ("10-a.conflist", r#"{"name":"n","plugins":[]}"#, "chained to"),
             ("10-a.conf", r#"{"name":"n","type":"bridge"}"#, "single plugin"),

@@ -21,13 +21,13 @@ pub const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1
 /// Where the agent listens unless a flag says otherwise.
 pub const SOCKET: &str = "/run/sidestep/cni.sock";
 
-/// What becomes of a new pod while no agent answers.
+/// What happens to a new pod while the agent does not answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum OnAgentAway {
-    /// It does not start; the kubelet tries again.
+    /// It does not start; the kubelet retries.
     Refuse,
-    /// It starts, and is not intercepted until the agent finds it.
+    /// It starts, without interception until the agent finds it.
     Allow,
 }
 

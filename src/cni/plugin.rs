@@ -100,14 +100,15 @@ pub fn run(call: &Call) -> Result<String, CniError> {
         return Ok(versions("1.1.0"));
     }
     if command.is_empty() {
-        let msg = "CNI_COMMAND is not set: container runtimes start this plugin, not people";
+        let msg = "CNI_COMMAND is not set: this program is a CNI plugin, which container runtimes \
+                   start";
         return Err(fail(&version, code::ENVIRONMENT, msg.into()));
     }
     let config: Value = serde_json::from_str(&call.input).map_err(|error| {
-        fail(&version, code::DECODING, format!("the configuration is no JSON: {error}"))
+        fail(&version, code::DECODING, format!("the configuration is not valid JSON: {error}"))
     })?;
     if !config.is_object() {
-        let msg = "the configuration is no JSON object";
+        let msg = "the configuration is not a JSON object";
         return Err(fail(&version, code::DECODING, msg.into()));
     }
     if let Some(named) = config["cniVersion"].as_str().filter(|named| !named.is_empty()) {
@@ -120,19 +121,20 @@ pub fn run(call: &Call) -> Result<String, CniError> {
         "ADD" | "CHECK" => {}
         other => {
             let msg =
-                format!("CNI_COMMAND: {other:?}: ADD, DEL, CHECK, GC, STATUS or VERSION expected");
+                format!("CNI_COMMAND: {other:?}: expected ADD, DEL, CHECK, GC, STATUS or VERSION");
             return Err(fail(&version, code::ENVIRONMENT, msg));
         }
     }
     if !VERSIONS.contains(&version.as_str()) {
-        let msg = format!("cniVersion: {version:?}: one of {} expected", VERSIONS.join(", "));
+        let msg = format!("cniVersion: {version:?}: expected one of {}", VERSIONS.join(", "));
         return Err(fail(&version, code::VERSION, msg));
     }
     let settings: Settings = serde_json::from_value(config.clone())
-        .map_err(|error| fail(&version, code::CONFIG, format!("the configuration: {error}")))?;
+        .map_err(|error| fail(&version, code::CONFIG, format!("invalid configuration: {error}")))?;
     let result = &config["prevResult"];
     if !result.is_object() {
-        let msg = "prevResult is missing: this plugin goes last in a chain, it makes no network";
+        let msg = "prevResult is missing: this plugin makes no network of its own, so it must come \
+                   last in a chain";
         return Err(fail(&version, code::CONFIG, msg.into()));
     }
     let passed = if command == "ADD" { result.to_string() } else { String::new() };
@@ -182,7 +184,7 @@ fn sandbox(call: &Call) -> Option<Sandbox> {
 /// Tells the agent that sandboxes are gone.
 fn take_away(command: &str, call: &Call) -> Result<()> {
     let config: Value =
-        serde_json::from_str(&call.input).context("the configuration is no JSON")?;
+        serde_json::from_str(&call.input).context("the configuration is not valid JSON")?;
     let settings: Settings = serde_json::from_value(config.clone())?;
     let request = if command == "DEL" {
         let container = call.environment.get("CNI_CONTAINERID").cloned();
@@ -203,8 +205,9 @@ fn insist(settings: &Settings, request: &Request) -> Reply {
     let start = Instant::now();
     loop {
         let left = limit.saturating_sub(start.elapsed()).max(PAUSE);
-        let reply = ask(&settings.socket, request, left)
-            .unwrap_or_else(|error| Reply::refusal(format!("no agent answers: {error:#}"), true));
+        let reply = ask(&settings.socket, request, left).unwrap_or_else(|error| {
+            Reply::refusal(format!("the agent does not answer: {error:#}"), true)
+        });
         if !(reply.retry && reply.error.is_some()) {
             return reply;
         }
@@ -231,7 +234,7 @@ pub fn ask(socket: &Path, request: &Request, limit: Duration) -> Result<Reply> {
     stream.write_all(&line)?;
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer).context("no answer in time")?;
-    serde_json::from_str(&answer).with_context(|| format!("cannot read its answer {answer:?}"))
+    serde_json::from_str(&answer).with_context(|| format!("cannot parse the answer {answer:?}"))
 }
 
 #[cfg(test)]
@@ -389,8 +392,8 @@ mod tests {
     fn bad_calls_are_named() {
         let good = config(Path::new("/nonexistent/s"), "");
         for (command, input, code, word) in [
-            ("ADD", "{", code::DECODING, "no JSON"),
-            ("ADD", "[]", code::DECODING, "no JSON object"),
+            ("ADD", "{", code::DECODING, "not valid JSON"),
+            ("ADD", "[]", code::DECODING, "not a JSON object"),
             ("ADD", r#"{"cniVersion":"9.0.0"}"#, code::VERSION, "9.0.0"),
             ("ADD", r#"{"cniVersion":"1.0.0","prevResult":{}}"#, code::CONFIG, "socket"),
             ("ADD", r#"{"cniVersion":"1.0.0","socket":"/s"}"#, code::CONFIG, "prevResult"),

@@ -89,20 +89,20 @@ fn listen(socket: &Path) -> Result<UnixListener> {
 
 async fn talk(stream: UnixStream, api: &ApiServer, asked: &mpsc::Sender<Asked>) -> Result<()> {
     let user = stream.peer_cred()?.uid();
-    ensure!(user == 0 || user == geteuid().as_raw(), "uid {user} may not ask");
+    ensure!(user == 0 || user == geteuid().as_raw(), "uid {user} may not use this socket");
     let mut stream = BufReader::new(stream);
     let mut line = String::new();
     timeout(PATIENCE, (&mut stream).take(LONGEST).read_line(&mut line))
         .await
-        .context("nothing was asked in time")??;
+        .context("no request came in time")??;
     let reply = match serde_json::from_str(&line) {
         Ok(request) => ask(request, api, asked).await,
-        Err(error) => Reply::refusal(format!("no request: {error}"), false),
+        Err(error) => Reply::refusal(format!("invalid request: {error}"), false),
     };
     debug!(request = line.trim(), ?reply, "CNI");
     let mut text = serde_json::to_vec(&reply)?;
     text.push(b'\n');
-    stream.get_mut().write_all(&text).await.context("the plugin went away")?;
+    stream.get_mut().write_all(&text).await.context("the plugin disconnected")?;
     match reply.error {
         Some(error) => bail!("{}: {error}", line.trim()),
         None => Ok(()),
@@ -118,7 +118,7 @@ async fn ask(request: Request, api: &ApiServer, asked: &mpsc::Sender<Asked>) -> 
         Request::Del { .. } | Request::Gc { .. } | Request::Problems => None,
     };
     let (answer, answered) = oneshot::channel();
-    let gone = Reply::refusal("the agent ends".into(), true);
+    let gone = Reply::refusal("the agent is shutting down".into(), true);
     if asked.send(Asked { request, pod, answer }).await.is_err() {
         return gone;
     }

@@ -24,7 +24,7 @@ pub enum FactsError {
         why: String,
     },
     /// A mode of the mesh that is not implemented.
-    #[error("{key}: {text:?} is not supported yet: the pod is left alone")]
+    #[error("{key}: {text:?} is not supported yet: the pod is not intercepted")]
     Unsupported {
         /// The annotation, and the field of it where it has such.
         key: String,
@@ -33,8 +33,8 @@ pub enum FactsError {
     },
     /// A pod of Istio's ambient mode that Istio's own agents have not taken.
     #[error(
-        "{DATAPLANE_MODE}: \"ambient\" is not supported yet, and Istio's own agents did not \
-         redirect it: the pod is left alone"
+        "{DATAPLANE_MODE}: \"ambient\" is not supported yet, and Istio's own node agent has not \
+         redirected the pod: it is not intercepted"
     )]
     Ambient,
 }
@@ -79,7 +79,7 @@ impl Reader {
         if items.len() > NAMED {
             named.push(format!("and {} more", items.len() - NAMED));
         }
-        let why = format!("skipped, as by the mesh, for they are {what}: {}", named.join(", "));
+        let why = format!("skipped, as the mesh does: {}: {what}", named.join(", "));
         self.warn(key, text, &why);
     }
 }
@@ -120,7 +120,7 @@ pub(crate) fn port(pod: &Pod, key: &str) -> Result<Option<u16>, FactsError> {
         return Ok(None);
     };
     let port = digits(text.trim()).filter(|port| *port != 0);
-    port.map(Some).ok_or_else(|| invalid(key, text, "a port from 1 to 65535 expected"))
+    port.map(Some).ok_or_else(|| invalid(key, text, "expected a port from 1 to 65535"))
 }
 
 /// The number of a user or group; the kernel takes the largest for "nobody known".
@@ -138,7 +138,7 @@ pub(crate) fn switch(key: &str, text: &str) -> Result<bool, FactsError> {
     match text {
         "enabled" => Ok(true),
         "disabled" => Ok(false),
-        _ => Err(invalid(key, text, "enabled or disabled expected")),
+        _ => Err(invalid(key, text, "expected enabled or disabled")),
     }
 }
 
@@ -152,7 +152,7 @@ pub(crate) fn container_id(proxy: &Container, field: &str) -> Result<Option<u32>
         return Ok(None);
     };
     let key = format!("containers[{}].securityContext.{field}", proxy.name);
-    user(&text).map(Some).ok_or_else(|| invalid(&key, &text, "a number of 32 bits expected"))
+    user(&text).map(Some).ok_or_else(|| invalid(&key, &text, "expected a 32-bit number"))
 }
 
 /// `10.0.0.0/8`, `fd00::/8`, or an address alone.

@@ -770,7 +770,7 @@ mod tests {
             let out = desired(&[pod], &BTreeSet::new(), &BTreeMap::new(), &NODE);
             assert!(
                 out.pods[&NetnsCookie(1)].0.out_all && out.pods[&NetnsCookie(1)].0.in_all,
-                "everything is captured"
+                "all its traffic is captured"
             );
             assert_eq!((out.closed.len(), out.refused.len()), (1, 0));
         }

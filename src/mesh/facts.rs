@@ -219,7 +219,7 @@ fn pod_ips(pod: &Pod) -> Result<Vec<IpAddr>, FactsError> {
     let ips = status.and_then(|status| status.pod_ips.as_deref()).unwrap_or_default();
     ips.iter()
         .map(|ip| {
-            ip.ip.parse().map_err(|_| invalid("status.podIPs", &ip.ip, "an IP address expected"))
+            ip.ip.parse().map_err(|_| invalid("status.podIPs", &ip.ip, "expected an IP address"))
         })
         .collect()
 }

@@ -122,7 +122,7 @@ fn redirects(pod: &Pod) -> Result<bool, FactsError> {
         None | Some("REDIRECT") => Ok(true),
         Some("NONE") => Ok(false),
         Some("TPROXY") => Err(FactsError::Unsupported { key: MODE.into(), text: "TPROXY".into() }),
-        Some(mode) => Err(invalid(MODE, mode, "REDIRECT, TPROXY or NONE expected")),
+        Some(mode) => Err(invalid(MODE, mode, "expected REDIRECT, TPROXY or NONE")),
     }
 }
 
@@ -132,7 +132,7 @@ fn on(proxy: &Container, name: &str, read: &mut Reader) -> bool {
     go_bool(text).unwrap_or_else(|| {
         if !text.is_empty() {
             let key = format!("istio-proxy's env {name}");
-            read.warn(&key, text, "true or false expected; Istio takes it for false");
+            read.warn(&key, text, "expected true or false; Istio reads this as false");
         }
         false
     })
@@ -155,7 +155,7 @@ fn policy(pod: &Pod, read: &mut Reader) -> Result<Policy, FactsError> {
     // The injector has put it into the annotation above; the plugin does not look at it.
     match ports(HEALTH_PORT) {
         Ok(health) => exclude_inbound_ports.extend(health.iter().filter(|port| port.first != 0)),
-        Err(_) => read.warn(HEALTH_PORT, text(HEALTH_PORT), "no port: ignored, as Istio does"),
+        Err(_) => read.warn(HEALTH_PORT, text(HEALTH_PORT), "not a port: ignored, as Istio does"),
     }
     Ok(Policy {
         exclude_outbound_ports: match annotation(pod, EXCLUDE_OUTBOUND_PORTS) {
@@ -185,7 +185,7 @@ fn policy(pod: &Pod, read: &mut Reader) -> Result<Policy, FactsError> {
 pub fn parse_ports(key: &str, text: &str) -> Result<BTreeSet<PortRange>, FactsError> {
     let port = |item: &str| {
         let port = digits(item.trim()).map(PortRange::one);
-        port.ok_or_else(|| invalid(key, text, &format!("{item:?} is no port from 0 to 65535")))
+        port.ok_or_else(|| invalid(key, text, &format!("{item:?} is not a port from 0 to 65535")))
     };
     items(text.trim()).map(port).collect()
 }
@@ -202,7 +202,7 @@ pub fn parse_ranges(key: &str, text: &str) -> Result<BTreeSet<IpNet>, FactsError
         IpNet::new(address.parse().ok()?, digits(bits)?).ok()
     };
     let named = |item: &str| {
-        let why = || format!("{item:?} is no range such as 10.0.0.0/8, without blanks");
+        let why = || format!("{item:?} is not a CIDR range such as 10.0.0.0/8, without spaces");
         range(item).ok_or_else(|| invalid(key, text, &why()))
     };
     items(text).map(named).collect()
@@ -219,7 +219,7 @@ pub fn parse_interfaces(key: &str, text: &str) -> Result<BTreeSet<String>, Facts
             && name.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c))
     };
     let named = |item: &str| {
-        let bad = || invalid(key, text, &format!("{item:?} is no interface's name"));
+        let bad = || invalid(key, text, &format!("{item:?} is not an interface name"));
         Some(item.trim().to_owned()).filter(|name| is_name(name)).ok_or_else(bad)
     };
     items(text).map(named).collect()

@@ -82,8 +82,8 @@ fn settings(
     read: &mut Reader,
 ) -> Result<Option<Settings>, FactsError> {
     if let Some(name) = annotation(pod, CONFIG_MAP).filter(|name| !name.is_empty()) {
-        let why = "ignored: a ConfigMap of the pod's namespace is not read here, as kuma-cni \
-                   does not read it";
+        let why = "ignored: Sidestep does not read ConfigMaps in the pod's namespace, nor does \
+                   kuma-cni";
         read.warn(CONFIG_MAP, name, why);
     }
     match annotation(pod, CONFIG).filter(|text| !text.is_empty()) {
@@ -128,7 +128,7 @@ fn policy(pod: &Pod) -> Result<Policy, FactsError> {
     let probe_proxy = match probe_proxy {
         None => DEFAULT_PROBE_PROXY_PORT,
         Some(text) => digits(text)
-            .ok_or_else(|| invalid(PROBE_PROXY_PORT, text, "a port from 0 to 65535 expected"))?,
+            .ok_or_else(|| invalid(PROBE_PROXY_PORT, text, "expected a port from 0 to 65535"))?,
     };
     exclude_inbound_ports.extend(Some(PortRange::one(probe_proxy)).filter(|port| port.first != 0));
     let for_uids = annotation(pod, EXCLUDE_OUTBOUND_FOR_UIDS).filter(|text| !text.is_empty());
@@ -225,8 +225,8 @@ fn configured(text: &str, read: &mut Reader) -> Result<Settings, FactsError> {
     // Where nothing can be read, everything is captured.
     let captures_dns = dns.enabled.unwrap_or(unreadable);
     if captures_dns && !dns.capture_all.unwrap_or(unreadable) {
-        let why = "DNS is captured whatever its server: the agent does not see the resolv.conf \
-                   that Kuma goes by";
+        let why = "DNS is captured to every server: the agent cannot see the resolv.conf from \
+                   which Kuma takes the servers";
         read.warn(&format!("{CONFIG}: redirect.dns.captureAll"), "false", why);
     }
     let dns_port = match captures_dns {
@@ -296,7 +296,8 @@ fn configured_policy(
     let for_uids = uids("inbound", &inbound.exclude_ports_for_uids)?;
     if !for_uids.is_empty() {
         let list = inbound.exclude_ports_for_uids.iter().flatten().cloned().collect::<Vec<_>>();
-        let why = "Kuma redirects no inbound connection of a pod that has it, and so it is here";
+        let why = "Kuma redirects no inbound connections of a pod with this setting, and neither \
+                   does Sidestep";
         let key = format!("{CONFIG}: redirect.inbound.excludePortsForUIDs");
         read.warn(&key, &list.join(", "), why);
     }
@@ -318,7 +319,7 @@ fn flow_port(flow: &str, value: Option<Value>, default: u16) -> Result<u16, Fact
     let port = value.as_u64().and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0);
     port.ok_or_else(|| {
         let key = format!("{CONFIG}: redirect.{flow}.port");
-        invalid(&key, &scalar_text(&value), "a number from 1 to 65535 expected")
+        invalid(&key, &scalar_text(&value), "expected a number from 1 to 65535")
     })
 }
 
@@ -339,7 +340,7 @@ fn scalar_text(value: &Value) -> String {
 }
 
 fn parse_uid(key: &str, text: &str) -> Result<u32, FactsError> {
-    user(text).ok_or_else(|| invalid(key, text, "a user's number expected"))
+    user(text).ok_or_else(|| invalid(key, text, "expected a numeric uid"))
 }
 
 fn family_mode(key: &str, text: &str, also_both: &[&str]) -> Result<Ipv6, FactsError> {
@@ -347,7 +348,7 @@ fn family_mode(key: &str, text: &str, also_both: &[&str]) -> Result<Ipv6, FactsE
         "ipv4" => Ok(Ipv6::Never),
         "dualstack" => Ok(Ipv6::Always),
         mode if also_both.contains(&mode) => Ok(Ipv6::Always),
-        _ => Err(invalid(key, text, "dualstack or ipv4 expected")),
+        _ => Err(invalid(key, text, "expected dualstack or ipv4")),
     }
 }
 
@@ -357,7 +358,7 @@ fn switched_on(pod: &Pod, key: &str) -> Result<bool, FactsError> {
     match text.to_ascii_lowercase().as_str() {
         "enabled" | "true" | "yes" => Ok(true),
         "disabled" | "false" | "no" => Ok(false),
-        _ => Err(invalid(key, text, "enabled or disabled expected")),
+        _ => Err(invalid(key, text, "expected enabled or disabled")),
     }
 }
 
@@ -369,7 +370,7 @@ fn switched_on(pod: &Pod, key: &str) -> Result<bool, FactsError> {
 pub fn parse_ports(key: &str, text: &str) -> Result<BTreeSet<PortRange>, FactsError> {
     let port = |item: &str| match digits(item) {
         Some(port) if port != 0 => Ok(PortRange::one(port)),
-        _ => Err(invalid(key, text, &format!("{item:?} is no port from 1 to 65535"))),
+        _ => Err(invalid(key, text, &format!("{item:?} is not a port from 1 to 65535"))),
     };
     text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(port).collect()
 }
@@ -380,7 +381,16 @@ pub fn parse_ports(key: &str, text: &str) -> Result<BTreeSet<PortRange>, FactsEr
 /// Names the item that is neither.
 pub fn parse_ips(key: &str, text: &str) -> Result<BTreeSet<IpNet>, FactsError> {
     let range = |item: &str| {
-        let bad = || invalid(key, text, &format!("{item:?} is no address and no IP range"));
+        let bad = || {
+            invalid(
+                key,
+                text,
+                &format!(
+                    "{item:?} is neither an IP address nor a CIDR \
+                                                  range"
+                ),
+            )
+        };
         parse_range(item.trim()).ok_or_else(bad)
     };
     text.split(',').map(range).collect()
@@ -403,7 +413,7 @@ fn parse_uid_exclusion(key: &str, text: &str, item: &str) -> Result<UidExclusion
         [uids] => ("*", "*", uids),
         [ports, uids] => ("*", ports, uids),
         [protocols, ports, uids] => (protocols, ports, uids),
-        _ => return Err(bad("[[tcp|udp:]PORTS:]UIDS expected")),
+        _ => return Err(bad("expected [[tcp|udp:]PORTS:]UIDS")),
     };
     let range = |text: &str| {
         let (first, last) = text.split_once('-').unwrap_or((text, text));
@@ -414,13 +424,20 @@ fn parse_uid_exclusion(key: &str, text: &str, item: &str) -> Result<UidExclusion
         "" | "*" => [PortRange::ALL].into(),
         ports => ports
             .split(',')
-            .map(|part| range(part).ok_or_else(|| bad(&format!("{part:?} is no port or range"))))
+            .map(|part| {
+                range(part).ok_or_else(|| {
+                    bad(&format!(
+                        "{part:?} is neither a port nor a \
+                                                                port range"
+                    ))
+                })
+            })
             .collect::<Result<_, _>>()?,
     };
-    let users =
-        range(uids).ok_or_else(|| bad("a user or a range of users, up to 65535, expected"))?;
+    let users = range(uids).ok_or_else(|| bad("expected a uid or a range of uids, up to 65535"))?;
     Ok(UidExclusion {
-        protocol: parse_protocols(protocols).ok_or_else(|| bad("the protocol is tcp or udp"))?,
+        protocol: parse_protocols(protocols)
+            .ok_or_else(|| bad("expected the protocol tcp or udp"))?,
         ports,
         first_uid: users.first.into(),
         last_uid: users.last.into(),

@@ -79,7 +79,7 @@ fn policy(pod: &Pod, read: &mut Reader) -> Result<Policy, FactsError> {
     let text = |key: &str| annotation(pod, key).unwrap_or_default();
     let mut ports = |key: &str| {
         let (ports, bad) = parse_ports(text(key));
-        read.skipped(key, text(key), &bad, "no ports or ranges of ports, blanks not allowed");
+        read.skipped(key, text(key), &bad, "expected ports or port ranges, without spaces");
         ports
     };
     let mut exclude_outbound_ports = ports(SKIP_OUTBOUND);
@@ -102,7 +102,7 @@ fn exempt(pod: &Pod, key: &str) -> Result<Option<Option<u32>>, FactsError> {
     let Some(text) = annotation(pod, key).filter(|text| !text.is_empty()) else {
         return Ok(None);
     };
-    let bad = || invalid(key, text, "an id of 32 bits expected; 0 or less exempts nobody");
+    let bad = || invalid(key, text, "expected a 32-bit id; 0 or less exempts nobody");
     match text.strip_prefix('-').and_then(digits::<i64>) {
         Some(_) => Ok(Some(None)),
         None => match text.strip_prefix('+').unwrap_or(text) {
@@ -140,7 +140,16 @@ pub fn parse_ports(text: &str) -> (BTreeSet<PortRange>, Vec<&str>) {
 pub fn parse_subnets(key: &str, text: &str) -> Result<BTreeSet<IpNet>, FactsError> {
     let range = |item: &str| {
         let range = Some(item.trim()).filter(|item| item.contains('/')).and_then(parse_range);
-        range.ok_or_else(|| invalid(key, text, &format!("{item:?} is no range such as 10.0.0.0/8")))
+        range.ok_or_else(|| {
+            invalid(
+                key,
+                text,
+                &format!(
+                    "{item:?} is not a CIDR range such as \
+                                                         10.0.0.0/8"
+                ),
+            )
+        })
     };
     items(text).map(range).collect()
 }

@@ -10,7 +10,7 @@ use crate::node::ADDRESSES;
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Refusal {
     /// A pod's namespace can't be the node's own: every process of the node would be captured.
-    #[error("network namespace {0} is the host's own; a hostNetwork pod is never enrolled")]
+    #[error("network namespace {0} is the node's own: hostNetwork pods are never enrolled")]
     HostNetns(PathBuf),
     /// Two pods name the same namespace.
     #[error("network namespace {netns} is already claimed by pod {owner}")]
@@ -21,7 +21,7 @@ pub enum Refusal {
         owner: String,
     },
     /// Nothing to intercept.
-    #[error("no IP address in status.podIPs nor in network namespace {0}")]
+    #[error("the pod has no IP address, neither in status.podIPs nor in network namespace {0}")]
     NoAddress(PathBuf),
     /// The record of a pod has room for so much only.
     #[error("{what} {text:?} is longer than {limit} bytes")]
@@ -34,7 +34,7 @@ pub enum Refusal {
         limit: usize,
     },
     /// The kernel's maps are full, but for what every other pod may need.
-    #[error("the {map} map is full: {limit} entries, of which every pod has {share} for sure")]
+    #[error("the {map} map is full: it has {limit} entries, and {share} are reserved for each pod")]
     Full {
         /// The map.
         map: &'static str,
@@ -44,7 +44,7 @@ pub enum Refusal {
         share: usize,
     },
     /// The pod asks for more than any may have.
-    #[error("its policy takes more than {most} entries of the {map} map, which a pod may have")]
+    #[error("its policy needs more than the {most} entries of the {map} map that a pod may have")]
     TooMany {
         /// The map.
         map: &'static str,
@@ -53,8 +53,8 @@ pub enum Refusal {
     },
     /// The pod exempts interfaces, and the kernel has no way to know one.
     #[error(
-        "{key} {names:?}: this kernel does not tell from which interface a connection comes, which \
-         takes Linux 5.17"
+        "{key} {names:?}: this kernel cannot tell by which interface a connection arrives; \
+         excluding interfaces needs Linux 5.17 or later"
     )]
     Interfaces {
         /// The annotation.

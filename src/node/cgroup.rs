@@ -39,7 +39,7 @@ impl Cgroup {
         let kind = fstatfs(&dir)?.filesystem_type();
         ensure!(
             kind == CGROUP2_SUPER_MAGIC,
-            "{} is not a cgroup v2 directory: eBPF programs attach to cgroup v2 only",
+            "{} is not a cgroup v2 directory: BPF programs attach to cgroup v2 only",
             path.display()
         );
         let id = dir.metadata()?.ino();
@@ -53,8 +53,16 @@ impl Cgroup {
             std::fs::read_to_string("/proc/self/mountinfo").context("cannot read mountinfo")?;
         // Where another mount is on top of one, its path leads elsewhere.
         roots(&mounts).into_iter().find_map(|path| Self::at(path).ok()).context(
-            "no cgroup v2 is mounted here (/proc/self/mountinfo): mount it, or name one by --cgroup",
+            "no cgroup v2 hierarchy is mounted (/proc/self/mountinfo): mount one, or name a cgroup \
+             with --cgroup",
         )
+    }
+
+    /// Whether it is the root of the node's whole hierarchy, which holds every process. The kernel
+    /// gives the root the id 1, and warns where it has another (`cgroup_setup_root` in its
+    /// kernel/cgroup/cgroup.c).
+    pub fn is_root(&self) -> bool {
+        self.id == 1
     }
 
     /// The kernel's id of it.

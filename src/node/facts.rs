@@ -149,7 +149,7 @@ fn route_localnet<'a>(devices: impl Iterator<Item = &'a String>) -> bool {
 /// looked at as if it did.
 fn own_nat() -> bool {
     netfilter::translates_inbound().unwrap_or_else(|error| {
-        tracing::warn!("cannot tell whether a pod has NAT rules: {error:#}");
+        tracing::warn!("cannot read whether a pod has NAT rules: {error:#}");
         true
     })
 }

@@ -191,7 +191,7 @@ async fn add_dns_route(handle: &rtnetlink::Handle, dns: &DnsRoute) -> Result<()>
         }
     };
     handle.route().add(route).replace().execute().await.with_context(|| {
-        format!("cannot add the route for DNS by device {} from {}", dns.device, dns.source)
+        format!("cannot add the DNS route for device {} from {}", dns.device, dns.source)
     })
 }
 

@@ -93,7 +93,7 @@ impl Netns {
     pub fn open_as(path: &Path, cookie: NetnsCookie) -> Result<Self> {
         let netns = Self::open(path)?;
         let found = netns.cookie()?;
-        ensure!(found == cookie, "{} leads to another network namespace now", path.display());
+        ensure!(found == cookie, "{} is now another network namespace", path.display());
         Ok(netns)
     }
 
@@ -122,7 +122,7 @@ impl Netns {
             });
             thread.join()
         })
-        .map_err(|_| anyhow!("a thread in network namespace {} panicked", self.path.display()))?
+        .map_err(|_| anyhow!("the thread in network namespace {} panicked", self.path.display()))?
         .with_context(|| format!("cannot enter {} as a network namespace", self.path.display()))
     }
 }
@@ -140,15 +140,15 @@ impl AsRawFd for Netns {
 /// Where the namespace can't be made.
 pub fn in_new<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
     let made = || -> Result<T> {
-        unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+        unshare(CloneFlags::CLONE_NEWNET).context("cannot create a network namespace")?;
         netlink(async |handle| {
             let up = LinkUnspec::new_with_index(LO).up().build();
-            handle.link().set(up).execute().await.context("cannot set lo up")
+            handle.link().set(up).execute().await.context("cannot bring lo up")
         })?;
         Ok(work())
     };
     let done = thread::scope(|scope| scope.spawn(made).join());
-    done.map_err(|_| anyhow!("a thread in a new network namespace panicked"))?
+    done.map_err(|_| anyhow!("the thread in a new network namespace panicked"))?
 }
 
 /// Runs netlink requests in the calling thread's namespace.

@@ -147,8 +147,9 @@ impl Places {
             }
         }
         match forbidden.filter(|_| !all) {
-            Some(error) => Err(anyhow::Error::from(error)
-                .context("the processes of pods may not be looked at (CAP_SYS_PTRACE, AppArmor)")),
+            Some(error) => Err(anyhow::Error::from(error).context(
+                "no permission to look at the processes of pods (CAP_SYS_PTRACE, AppArmor)",
+            )),
             None => Ok(disputed),
         }
     }
@@ -201,19 +202,19 @@ fn of_sandbox(
     let namespaces: BTreeSet<Namespace> = processes.iter().map(|process| process.net).collect();
     if namespaces.len() > 1 {
         return Err(format!(
-            "its processes are in {} network namespaces, and the container runtime has pinned none \
-             of them: which one is the pod's is not known",
+            "its processes are in {} network namespaces, none of them pinned by the container \
+             runtime: Sidestep cannot tell which one is the pod's",
             namespaces.len()
         ));
     }
     if processes.iter().any(|process| process.user.is_some() && process.user != own) {
         return Err(
-            "its processes have a user namespace of their own, and their network namespace \
-                    is none that the container runtime has pinned: they may have made it themselves"
+            "its processes are in a user namespace of their own, and the container runtime has not \
+             pinned their network namespace: they may have created it themselves"
                 .into(),
         );
     }
-    processes.into_iter().next().ok_or_else(|| "it has no process".into())
+    processes.into_iter().next().ok_or_else(|| "it has no processes".into())
 }
 
 /// When a process started, in ticks since the machine did, and its number.
@@ -327,7 +328,7 @@ mod tests {
         assert_eq!(shown(&all, &[50, 60]), Ok(11), "the oldest of those in the pinned one");
         assert!(shown(&all, &[]).expect_err("they disagree").contains("2 network namespaces"));
         let alone = shown(&[first], &[50]);
-        assert!(alone.expect_err("nobody disagrees").contains("made it themselves"));
+        assert!(alone.expect_err("nobody disagrees").contains("created it themselves"));
         assert_eq!(shown(&[second], &[]), Ok(11), "a runtime that pins nothing");
         // A pod with a user namespace of its own, by the kubelet.
         assert_eq!(shown(&[process(20, 80, inner)], &[80]), Ok(20));

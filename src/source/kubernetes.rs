@@ -83,13 +83,13 @@ pub struct Config {
     pub on_uninstall: OnUninstall,
 }
 
-/// What becomes of pods that are intercepted when Sidestep is uninstalled.
+/// What happens to intercepted pods when Sidestep is uninstalled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnUninstall {
-    /// They stay intercepted until they end, or a new agent takes them over. Where there are none,
-    /// everything is taken away.
+    /// They stay intercepted until they terminate or a new agent takes them over. On a node without
+    /// intercepted pods, everything is removed.
     Keep,
-    /// Everything is taken away at once: their traffic gets past their sidecars from then on.
+    /// Everything is removed at once: their traffic bypasses their sidecars from then on.
     Unload,
 }
 
@@ -250,7 +250,7 @@ impl Kubernetes {
         if let Some(queue) = &self.events
             && queue.try_send((problem.clone(), object)).is_err()
         {
-            warn!("too many Events wait for the API server, this one is not sent: {problem}");
+            warn!("too many Events are waiting for the API server; dropped: {problem}");
         }
     }
 
@@ -304,14 +304,14 @@ impl ApiServer {
         if uid.is_some_and(facts::is_static_uid) && other_is_plain {
             info!(
                 pod = format!("{namespace}/{name}"),
-                "is a static pod without a mirror: it starts"
+                "static pod without a mirror pod: allowed to start"
             );
             return Ok(None);
         }
         match other? {
             Some(other) => {
                 let (other, uid) = (facts::pod_uid(&other), uid.unwrap_or_default());
-                bail!("the API server's pod {namespace}/{name} has uid {other}, not {uid}")
+                bail!("pod {namespace}/{name} has uid {other} in the API server, not {uid}")
             }
             None => bail!("the API server has no pod {namespace}/{name}"),
         }
@@ -422,11 +422,11 @@ fn by_uid(mut known: Vec<Arc<Pod>>) -> (BTreeMap<String, Arc<Pod>>, Vec<Problem>
             continue;
         };
         let first = facts::pod_name(first).unwrap_or_default();
-        let text = format!("its annotations name uid {uid:?}, which is that of pod {first}");
+        let text = format!("its annotations name uid {uid:?}, which belongs to pod {first}");
         // Told to the object itself, not to the pod that it claims to be.
         let own = pod.metadata.uid.clone().unwrap_or_default();
         let name = facts::pod_name(&pod).unwrap_or_default();
-        let text = format!("pod {name}: {text}: it is left alone");
+        let text = format!("pod {name}: {text}: the pod is not intercepted");
         errors.push(Problem { reason: Reason::InvalidPod, pod: Some((name, own)), text });
     }
     (pods, errors)
@@ -507,7 +507,10 @@ fn watch_error(what: &str, error: &watcher::Error) -> String {
             format!("{:#}", explained("watch", what, error))
         }
         watcher::Error::WatchError(status) => {
-            format!("cannot watch {what}: the API server says {} ({})", status.message, status.code)
+            format!(
+                "cannot watch {what}: the API server answered {} ({})",
+                status.message, status.code
+            )
         }
         watcher::Error::NoResourceVersion => {
             format!("cannot watch {what}: the API server's answer has no resourceVersion")
@@ -519,13 +522,13 @@ fn watch_error(what: &str, error: &watcher::Error) -> String {
 fn explained(verb: &str, resource: &str, error: &kube::Error) -> anyhow::Error {
     match error {
         kube::Error::Api(status) if status.code == 403 => anyhow!(
-            "the API server forbids to {verb} {resource}: the agent's role needs the verb \
+            "cannot {verb} {resource}: the API server forbids it; the agent's role needs the verb \
              {verb:?} on {resource:?} ({})",
             status.message
         ),
         kube::Error::Api(status) if status.code == 401 => anyhow!(
-            "cannot {verb} {resource}: the API server does not accept the agent's token, which has \
-             expired, or whose service account is gone ({})",
+            "cannot {verb} {resource}: the API server rejects the agent's token: it has expired, \
+             or its service account is gone ({})",
             status.message
         ),
         kube::Error::Api(status) => {
@@ -536,7 +539,7 @@ fn explained(verb: &str, resource: &str, error: &kube::Error) -> anyhow::Error {
             let error: &dyn std::error::Error = other;
             let cause = std::iter::successors(Some(error), |error| error.source()).last();
             let cause = cause.map(ToString::to_string).unwrap_or_default();
-            anyhow!("cannot {verb} {resource}: the API server can't be reached: {cause}")
+            anyhow!("cannot {verb} {resource}: cannot reach the API server: {cause}")
         }
     }
 }
@@ -553,13 +556,13 @@ async fn client(config: &Config) -> Result<Client> {
         }
         None => kube::Config::incluster().map_err(|_| {
             anyhow!(
-                "no --kubeconfig is given, and this is no pod with a service account \
+                "--kubeconfig is not set, and this process is not in a pod with a service account \
                  (KUBERNETES_SERVICE_HOST and /var/run/secrets/kubernetes.io/serviceaccount)"
             )
         })?,
     };
     limited(config, SILENCE)
-        .map_err(|error| anyhow!("cannot make a client of the API server: {error}"))
+        .map_err(|error| anyhow!("cannot create a client for the API server: {error}"))
 }
 
 /// A client with an end to waiting. An API server that took a request and has died since, without a
@@ -590,9 +593,9 @@ async fn find_node(client: &Client, name: &str) -> Result<()> {
     let api = Api::<Node>::all(client.clone());
     match timeout(ANSWER, api.get_metadata_opt(name)).await {
         Ok(Ok(None)) => bail!("the API server has no node {name:?} (--node-name)"),
-        Ok(Ok(Some(_))) => info!(node = name, "known to the API server"),
+        Ok(Ok(Some(_))) => info!(node = name, "node found in the API server"),
         Ok(Err(error)) => warn!("{:#}", explained("get", "nodes", &error)),
-        Err(_) => warn!("the API server does not answer; it is tried again"),
+        Err(_) => warn!("the API server does not answer; trying again"),
     }
     Ok(())
 }
@@ -637,7 +640,7 @@ fn note_of(text: &str) -> String {
     if text.len() <= NOTE {
         return text.into();
     }
-    let more = " ... (the agent's log has the rest)";
+    let more = " ... (the rest is in the agent's log)";
     let mut end = NOTE - more.len();
     while !text.is_char_boundary(end) {
         end -= 1;
@@ -765,6 +768,6 @@ mod tests {
     fn a_note_says_where_the_rest_is() {
         assert_eq!(note_of("short"), "short");
         let note = note_of(&"\u{e4}".repeat(NOTE));
-        assert!(note.len() <= NOTE && note.ends_with("log has the rest)"), "{}", note.len());
+        assert!(note.len() <= NOTE && note.ends_with("in the agent's log)"), "{}", note.len());
     }
 }

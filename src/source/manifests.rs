@@ -28,10 +28,10 @@ pub enum ManifestError {
     #[error("cannot be read: {0}")]
     Unreadable(std::io::Error),
     /// The file is no YAML.
-    #[error("is no YAML, the pods that it held before stay: {0}")]
+    #[error("is not valid YAML; the pods it held before stay enrolled: {0}")]
     NoYaml(String),
     /// A document is something else.
-    #[error("document {document}: a v1 Pod is expected, this is {found}")]
+    #[error("document {document}: expected a v1 Pod, found {found}")]
     NoPod {
         /// Number of the document in the file, from 1.
         document: usize,
@@ -39,7 +39,7 @@ pub enum ManifestError {
         found: String,
     },
     /// A document's fields don't fit a Pod.
-    #[error("document {document}: not a valid Pod: {why}")]
+    #[error("document {document}: invalid Pod: {why}")]
     BadPod {
         /// Number of the document in the file, from 1.
         document: usize,
@@ -221,7 +221,7 @@ mod tests {
         assert_eq!(names(&snapshot), ["a"]);
         let told: Vec<String> = snapshot.errors.iter().map(|e| e.to_string()).collect();
         assert!(told[0].contains("document 1") && told[0].contains("v1 Service"), "{told:?}");
-        assert!(told[1].contains("document 2") && told[1].contains("not a valid Pod"), "{told:?}");
+        assert!(told[1].contains("document 2") && told[1].contains("invalid Pod"), "{told:?}");
         assert!(told[2].contains("document 3") && told[2].contains("without"), "{told:?}");
     }
 
@@ -234,7 +234,7 @@ mod tests {
         let snapshot = manifests.read().expect("read");
         assert_eq!(names(&snapshot), ["a"]);
         assert!(snapshot.incomplete && snapshot.errors.len() == 1);
-        assert!(snapshot.errors[0].text.contains("no YAML"), "{:?}", snapshot.errors);
+        assert!(snapshot.errors[0].text.contains("not valid YAML"), "{:?}", snapshot.errors);
         // A document that turns bad beside a good one that is new.
         let text = format!("{}---\nkind: Pod\n", POD.replace("name: a", "name: b"));
         fs::write(dir.path().join("pod.yaml"), text).expect("written");

@@ -1,0 +1,53 @@
+//! Text for a terminal.
+
+use textwrap::{Options, WordSplitter};
+
+/// How many columns a printed line has at most.
+pub const WIDTH: usize = 100;
+
+/// `text` beside `label`, in lines of at most [`WIDTH`] columns, the further ones below the text. A
+/// word that is longer than a line is broken, never cut off.
+pub fn beside(label: &str, text: &str) -> String {
+    let room = label.len() <= WIDTH / 2;
+    let (first, indent) = if room { (label, label.len()) } else { ("  ", 6) };
+    let below = " ".repeat(indent);
+    let options = |first| {
+        // A name with hyphens is easier to copy in one piece.
+        Options::new(WIDTH)
+            .initial_indent(first)
+            .subsequent_indent(&below)
+            .word_splitter(WordSplitter::NoHyphenation)
+    };
+    let lines = if room {
+        textwrap::wrap(text, options(first))
+    } else {
+        let mut lines = textwrap::wrap(label.trim(), options(first));
+        lines.extend(textwrap::wrap(text, options(&below)));
+        lines
+    };
+    lines.iter().fold(String::new(), |all, line| all + line.trim_end() + "\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_wrapped_below_the_text() {
+        assert_eq!(beside("  app  off  ", "short"), "  app  off  short\n");
+        assert_eq!(beside("  app  on   ", ""), "  app  on\n");
+        let long = "a-name-with-hyphens ".repeat(10);
+        let lines = beside("  app  off  ", &long);
+        let lines: Vec<&str> = lines.lines().collect();
+        assert_eq!(lines[0], format!("  app  off  {}", long[..80].trim_end()));
+        assert_eq!(lines[1], format!("            {}", long[80..160].trim_end()));
+    }
+
+    #[test]
+    fn nothing_is_cut_off() {
+        let (name, text) = ("n".repeat(317), "t".repeat(150));
+        let lines = beside(&format!("  {name}  "), &text);
+        assert!(lines.lines().all(|line| line.len() <= WIDTH), "{lines}");
+        assert_eq!(lines.replace(['\n', ' '], ""), name + &text);
+    }
+}
