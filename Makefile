@@ -100,6 +100,7 @@ check: ## formatting, lints, licences and the quick unit tests (no root)
 	scripts/mutants.py --list > /dev/null
 	cargo deny --log-level error check bans licenses sources
 	scripts/workflows.sh
+	scripts/contract.py
 	cargo clippy -q --workspace --all-targets -- -D warnings
 	scripts/bpf-layout.sh
 	cargo test -q --workspace --lib --bins

@@ -14,8 +14,7 @@ use crate::{
     telemetry::{self, LogFormat},
 };
 
-/// Takes over a service mesh's traffic interception from iptables, with eBPF at the socket
-/// layer.
+/// Replaces a service mesh's iptables interception with eBPF programs at the socket layer.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub struct Cli {

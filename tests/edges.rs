@@ -34,6 +34,7 @@ fn original(seen: &Seen) -> Option<SocketAddr> {
     seen.original().map(canonical)
 }
 
+/// A3.
 #[test]
 fn a_reused_pod_ip_survives_the_late_delete_of_its_old_pod() {
     let mut node = Node::new("reuse");
@@ -83,6 +84,7 @@ fn beside_the_meshs_own_rules() {
     }
 }
 
+/// A8.
 #[test]
 fn a_connection_that_is_asked_about_late_or_that_idles_has_its_destination() {
     let node = Node::enrolled("late");
@@ -356,6 +358,7 @@ fn others_go_on_working(node: &mut Node, cgroup: &Path) {
     }
 }
 
+/// A9.
 #[test]
 fn other_programs_at_the_same_cgroup_go_on_working() {
     let mut node = Node::enrolled("others");
@@ -363,6 +366,7 @@ fn other_programs_at_the_same_cgroup_go_on_working() {
     others_go_on_working(&mut node, &cgroup);
 }
 
+/// A9.
 #[test]
 fn other_programs_at_a_child_cgroup_go_on_working() {
     let mut node = Node::enrolled("child");

@@ -55,6 +55,7 @@ impl<'a> Load<'a> {
 const OTHER: &str = "v0";
 
 /// To a build whose maps have another layout, and back, and forth again.
+/// A10.
 #[test]
 fn traffic_does_not_notice_other_maps() {
     let mut node = Node::new("layout");
@@ -134,6 +135,7 @@ fn hooks_that_this_build_does_not_have_are_taken_away() {
     assert_original(&node.a.ask(APP, APP, target).expect("captured"), target);
 }
 
+/// A10.
 #[test]
 fn traffic_does_not_notice_a_killed_or_restarted_agent() {
     let mut node = Node::new("killed");
@@ -214,6 +216,7 @@ fn a_manifest_that_turned_bad_while_the_agent_was_away_drops_no_pod() {
     node.agent.wait_gone(&node.a).expect("gone");
 }
 
+/// A5.
 #[test]
 fn a_terminating_pod_is_intercepted_until_its_namespace_is_gone() {
     let node = Node::enrolled("terminating");

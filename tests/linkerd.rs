@@ -61,7 +61,7 @@ fn an_outbound_listener_older_than_the_agent_is_reached() {
 }
 
 #[test]
-fn the_proxy_is_direct_and_so_is_its_own_pod() {
+fn l3_l4_the_proxy_is_direct_and_so_is_its_own_pod() {
     let node = Node::with_manifest("proxy", linkerd);
     let _sidecar = sidecar(&node);
     for target in addresses(&node.a, 8080) {
@@ -167,7 +167,7 @@ fn f66_what_is_no_port_is_skipped_and_the_pod_is_told() {
 
 /// L8 as Linkerd has it with IPv6 on: what linkerd-network-validator dials and listens on.
 #[test]
-fn mn16_the_validator_of_a_dual_stack_mesh_reaches_itself() {
+fn l8_the_validator_of_a_dual_stack_mesh_reaches_itself() {
     let node = Node::with_manifest("validator", linkerd);
     let listen = ["[::]:4140".parse().expect("an address")];
     let opts = ServeOpts { uid: 65534, gid: 65534, ..ServeOpts::on(listen) };

@@ -234,6 +234,7 @@ fn t13_hbone_is_exempt_inbound_only() {
     }
 }
 
+/// A7.
 #[test]
 fn a_proxy_that_does_not_listen_refuses_and_is_found_a_moment_later() {
     let node = Node::enrolled("refused");
@@ -245,6 +246,7 @@ fn a_proxy_that_does_not_listen_refuses_and_is_found_a_moment_later() {
     assert_outbound(&node.a, APP, APP, 80);
 }
 
+/// A6.
 #[test]
 fn annotations_decide_and_changes_take_effect_on_the_next_connection() {
     let mut node = Node::enrolled("annotations");

@@ -3,7 +3,7 @@
 mod common;
 
 use std::{
-    io::{BufRead, BufReader, ErrorKind},
+    io::{BufRead, BufReader, ErrorKind, Write},
     net::{SocketAddr, TcpStream},
     time::Duration,
 };
@@ -558,6 +558,7 @@ fn many_pods_at_once_never_see_each_others_destinations() {
     }
 }
 
+/// A8.
 #[test]
 fn a_reused_client_port_gives_the_right_destination_after_a_reset() {
     let node = Node::enrolled("reset");
@@ -576,6 +577,30 @@ fn a_reused_client_port_gives_the_right_destination_after_a_reset() {
         })
         .expect("runs");
     assert_eq!(sidecar.outbound.seen().len(), 49);
+}
+
+/// A4: both ways, and whoever made the connection.
+#[test]
+fn what_was_open_before_enrollment_goes_on() {
+    let mut node = Node::new("open");
+    let target = addr(ip(REMOTE4), 80);
+    node.lab.add_node_address(target.ip()).expect("an address");
+    let _remote = remote(&node, target);
+    let inbound = addr(node.a.ipv4(), 8080);
+    let _app = node.a.serve(inbound, APP, APP).expect("app");
+    let call = |target| greeting(socket(target, Protocol::TCP), target).expect("direct").0;
+    let out = node.a.run(APP, APP, || call(target)).expect("runs");
+    let into = node.lab.on_node(|| call(inbound)).expect("runs");
+    node.agent.add_pod(&node.a).expect("added");
+    node.agent.wait_enrolled(&node.a).expect("enrolled");
+    let _sidecar = Sidecar::start(&node.a);
+    for (mut stream, peer) in [(out, target), (into, inbound)] {
+        stream.write_all(b"still here\n").expect("sent");
+        let mut echo = String::new();
+        BufReader::new(&stream).read_line(&mut echo).expect("echoed");
+        assert_eq!((echo.as_str(), stream.peer_addr().ok()), ("still here\n", Some(peer)));
+    }
+    assert_original(&node.a.ask(APP, APP, target).expect("captured"), target);
 }
 
 #[test]

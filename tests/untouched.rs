@@ -122,16 +122,19 @@ fn assert_no_answer_changes(enroll: bool) {
     assert!(compared * 100 > before.len() * 99, "{compared} of {}", before.len());
 }
 
+/// A2.
 #[test]
 fn no_getsockopt_changes_outside_the_mesh() {
     assert_no_answer_changes(false);
 }
 
+/// A2.
 #[test]
 fn no_getsockopt_changes_in_a_mesh_pod() {
     assert_no_answer_changes(true);
 }
 
+/// A1.
 #[test]
 fn a_pod_in_no_mesh_is_untouched() {
     let mut node = Node::enrolled("nomesh");

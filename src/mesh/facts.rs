@@ -447,7 +447,7 @@ mod tests {
         };
         assert_eq!(of(json!({})), Err(FactsError::Ambient));
         assert_eq!(of(json!({DATAPLANE_MODE: "none"})), Ok(None));
-        assert_eq!(of(json!({DATAPLANE_MODE: "other"})), Err(FactsError::Ambient), "I21");
+        assert_eq!(of(json!({DATAPLANE_MODE: "other"})), Err(FactsError::Ambient), "other");
     }
 
     fn linkerd(patch: impl FnOnce(&mut Value)) -> Option<Parsed> {

@@ -108,7 +108,7 @@ pub const DELIBERATE: &[Deliberate] = &[
 /// Where Istio's native nftables rules decide otherwise than its iptables rules, which Sidestep
 /// follows.
 pub const NATIVE: &[Deliberate] = &[Deliberate {
-    rows: "istio/F.*.6",
+    rows: "istio/FAM.*.6",
     kinds: Kind::IPV6,
     fields: &[Field::Outcome],
     when: |iptables, nftables| {

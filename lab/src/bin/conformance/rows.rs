@@ -362,20 +362,20 @@ fn odd_destinations() -> Vec<Draft> {
 fn one_family() -> Vec<Draft> {
     let pod = |id, says| row(id, ALL, says).v4_only();
     vec![
-        pod("F.out", "told of IPv4 alone, the mesh captures it")
+        pod("FAM.out", "told of IPv4 alone, the mesh captures it")
             .app(Remote, 80)
             .outbound()
             .kinds(Kind::IPV4),
-        pod("F.out.6", "and leaves IPv6").app(Remote, 80).by("remote").kinds(Kind::IPV6),
-        pod("F.in", "both ways").peer_calls(Own, 8080).inbound().kinds(Kind::IPV4),
-        pod("F.in.6", "both ways").peer_calls(Own, 8080).by("app").kinds(Kind::IPV6),
-        pod("F.dns", "DNS as well")
+        pod("FAM.out.6", "and leaves IPv6").app(Remote, 80).by("remote").kinds(Kind::IPV6),
+        pod("FAM.in", "both ways").peer_calls(Own, 8080).inbound().kinds(Kind::IPV4),
+        pod("FAM.in.6", "both ways").peer_calls(Own, 8080).by("app").kinds(Kind::IPV6),
+        pod("FAM.dns", "DNS as well")
             .meshes(ENVOY)
             .dns()
             .asks(Remote, Manner::Unconnected)
             .dns_answers()
             .kinds(Kind::IPV4),
-        pod("F.dns.6", "DNS as well")
+        pod("FAM.dns.6", "DNS as well")
             .meshes(ENVOY)
             .dns()
             .asks(Remote, Manner::Unconnected)
