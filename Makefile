@@ -37,7 +37,7 @@ build: ## build the static release binary (default)
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 13
 
-deps: ## install what is missing to build, test and demo (root)
+deps: ## install missing packages and tools for build, tests and demo (root)
 	@scripts/deps.sh
 
 demo: ## run the demo in namespaces of its own (root); KEEP=1 leaves it running
@@ -51,7 +51,7 @@ conformance: deps ## compare with the meshes' own iptables rules, row by row (ro
 	cargo build -q --workspace
 	$(DEBUG)/conformance --json $(DEBUG)/../conformance.json $(ARGS)
 
-records: deps ## write what Istio's binary installs anew, for where none may be built: lab/records (root)
+records: deps ## rewrite lab/records, the rules that Istio's binary installs (root)
 	@e2e/cluster/parts.sh pilot-agent
 	cargo build -q -p sidestep-lab --bin conformance
 	$(DEBUG)/conformance --record
@@ -89,7 +89,7 @@ bench-control: build ## the scale of Kubernetes mode (root): docs/scale.md; QUIC
 bench-mesh: deps ## HTTP under a real Istio, by its own rules and by Sidestep (root): docs/performance.md; ARGS="--help"
 	@e2e/run.sh --bench $(ARGS)
 
-kernels: ## the binary and its tests in VMs under other kernels; KERNELS="6.1" runs one
+kernels: ## the binary and its tests in VMs with other kernels; KERNELS="6.1" runs one
 	@scripts/kernels.sh $(if $(UPDATE_BUDGET),--update-budget) $(KERNELS)
 
 check: ## formatting, lints, licences and the quick unit tests (no root)
@@ -119,7 +119,7 @@ clean-e2e: ## remove what a run of `make e2e` left, also one that was killed (ro
 	@e2e/cluster/cluster.sh clean
 
 # Without a sanitizer, which a stable compiler doesn't have: what is fuzzed is safe Rust.
-fuzz: ## fuzz the parsers of what people write; SECONDS=300 for longer
+fuzz: ## fuzz the parsers of annotations, lists and manifests; SECONDS=300 for longer
 	@scripts/deps.sh --fuzz
 	set -e; for target in $(FUZZ_TARGETS); do \
 		mkdir -p fuzz/corpus/$$target; \
@@ -128,13 +128,13 @@ fuzz: ## fuzz the parsers of what people write; SECONDS=300 for longer
 			-max_total_time=$$(($(SECONDS) / $(words $(FUZZ_TARGETS)))); \
 	done
 
-corpus: ## ask Istio's own code what it makes of tests/corpus' pods (root, Go 1.26); ISTIO=VERSION of istio.io/istio
+corpus: ## write Istio's own verdicts on the pods of tests/corpus (root, Go 1.26); ISTIO=VERSION of istio.io/istio
 	mkdir -p target
 	cd lab/istio-verdicts $(if $(ISTIO),&& go get istio.io/istio@$(ISTIO) && go mod tidy) && \
 		go run . < ../../tests/corpus/istio.pods.jsonl > ../../target/istio.verdicts.jsonl
 	mv target/istio.verdicts.jsonl tests/corpus/istio.verdicts.jsonl
 
-mutants: ## change each decision of the eBPF programs, and see a test notice (root); ONLY=dns.h
+mutants: ## change each decision of the eBPF programs, and expect a test to fail (root); ONLY=dns.h
 	@scripts/deps.sh
 	scripts/mutants.py $(if $(ONLY),'$(ONLY)')
 

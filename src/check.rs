@@ -11,7 +11,7 @@ use crate::{
     bpffs,
     node::{Cgroup, NetnsCookie},
     splice::{self, Hazard, Leg, LegState, Mode},
-    terminal::beside,
+    text::beside,
 };
 
 /// The answers.
@@ -157,7 +157,7 @@ fn btf() -> Result<String> {
 }
 
 impl Report {
-    /// For people, in lines of at most [`crate::terminal::WIDTH`] columns; `verbose`: with each of the
+    /// For people, in lines of at most [`crate::text::WIDTH`] columns; `verbose`: with each of the
     /// self-test's trials that this kernel fails.
     pub fn text(&self, verbose: bool) -> String {
         let mut text = format!("Kernel {}\n", self.kernel);
@@ -204,7 +204,7 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{splice::Hurts, terminal::WIDTH};
+    use crate::{splice::Hurts, text::WIDTH};
 
     fn report() -> Report {
         let item = |name: &str, ok, detail: String| Item { name: name.into(), ok, detail };

@@ -20,5 +20,5 @@ pub mod source;
 pub mod splice;
 pub mod status;
 pub mod telemetry;
-pub mod terminal;
+pub mod text;
 pub mod watches;

@@ -17,7 +17,7 @@ use crate::{
     cni::{Request, plugin},
     problem::Problem,
     splice::{Leg, LegState},
-    terminal::beside,
+    text::beside,
 };
 
 /// How long an agent may take to say what is wrong.
@@ -161,7 +161,7 @@ fn problems(socket: &Path) -> Option<Vec<ProblemStatus>> {
 }
 
 impl Status {
-    /// For people, in lines of at most [`crate::terminal::WIDTH`] columns.
+    /// For people, in lines of at most [`crate::text::WIDTH`] columns.
     pub fn text(&self) -> String {
         let mut text = String::new();
         for problem in self.problems.iter().flatten() {
@@ -224,7 +224,7 @@ impl Status {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{mesh::MESHES, terminal::WIDTH};
+    use crate::{mesh::MESHES, text::WIDTH};
 
     fn pod(name: String) -> PodStatus {
         PodStatus {

@@ -21,6 +21,7 @@ use crate::{
     node::NetnsCookie,
     reset::Reset,
     splice::LegState,
+    text,
 };
 
 /// A map's key or value.
@@ -271,14 +272,11 @@ impl From<&pod_record> for Record {
     }
 }
 
-/// The reason is cut where the record ends: it is for people.
+/// A reason that is longer than the record is cut, and says so: it is for people.
 pub(crate) fn leg_of(state: &LegState) -> leg {
     let mut why = [0; 2044];
-    let mut end = state.why.len().min(why.len());
-    while !state.why.is_char_boundary(end) {
-        end -= 1;
-    }
-    why[..end].copy_from_slice(&state.why.as_bytes()[..end]);
+    let text = text::cut(&state.why, why.len(), " ... (`sidestep check -v` has the rest)");
+    why[..text.len()].copy_from_slice(text.as_bytes());
     leg { on: u32::from(state.on), why }
 }
 

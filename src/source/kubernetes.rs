@@ -46,6 +46,7 @@ use crate::{
     cni::Sandbox,
     mesh::facts,
     problem::{Problem, Reason},
+    text,
 };
 
 /// How long a single question to the API server may take.
@@ -362,7 +363,7 @@ impl ApiServer {
         let patch = json!({"metadata": {"resourceVersion": version}, "spec": {"taints": taints}});
         let patched = nodes.patch(&self.node, &PatchParams::default(), &Patch::Merge(patch)).await;
         patched.map_err(|error| explained("patch", "nodes", &error))?;
-        info!(taint = STARTUP_TAINT, node = self.node, "taken off");
+        info!(taint = STARTUP_TAINT, node = self.node, "removed the startup taint");
         Ok(())
     }
 
@@ -637,15 +638,7 @@ fn verb_of(error: &kube::Error) -> &'static str {
 
 /// What an Event has room for; the log has it all.
 fn note_of(text: &str) -> String {
-    if text.len() <= NOTE {
-        return text.into();
-    }
-    let more = " ... (the rest is in the agent's log)";
-    let mut end = NOTE - more.len();
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    format!("{}{more}", &text[..end])
+    text::cut(text, NOTE, " ... (the rest is in the agent's log)")
 }
 
 /// Drops what [`facts::facts`] and the search for namespaces don't look at: a Pod object is some

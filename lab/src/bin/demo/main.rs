@@ -59,7 +59,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) if interrupted() => {
-            eprintln!("\ndemo: interrupted; all that it had made is gone");
+            eprintln!("\ndemo: interrupted; everything it had created was removed");
             ExitCode::from(130)
         }
         Err(err) => {
@@ -88,14 +88,14 @@ fn remove_leftovers() -> Result<()> {
             leftover.directories.len()
         );
         if leftover.alive {
-            println!("left alone, still running: {what}");
+            println!("still running, so not removed: {what}");
         } else {
             teardown::remove(leftover)?;
-            println!("removed what is left of {what}");
+            println!("removed the remains of {what}");
         }
     }
     if found.is_empty() {
-        println!("nothing is left of any demo or test");
+        println!("no demo or test has left anything behind");
     }
     Ok(())
 }
@@ -124,7 +124,7 @@ fn demo(args: &Args) -> Result<()> {
         );
     }
 
-    out.step("Sidestep starts, and takes both pods in")?;
+    out.step("Sidestep starts and enrolls both pods")?;
     let start = Instant::now();
     let mut agent = Agent::start(&sidestep, &lab)?;
     for side in [&a, &b] {
@@ -138,7 +138,7 @@ fn demo(args: &Args) -> Result<()> {
     out.row(
         "",
         "enrolled",
-        format!("both pods, {} ms after its start", start.elapsed().as_millis()),
+        format!("both pods, {} ms after the agent's start", start.elapsed().as_millis()),
     );
 
     out.step("A call from app-a to app-b over IPv4, hop by hop")?;
@@ -176,18 +176,21 @@ fn demo(args: &Args) -> Result<()> {
     drop(agent);
     drop(modes);
     drop(lab);
-    println!("\nAll of it is removed again. It took {} s.", began.elapsed().as_secs());
+    println!("\nEverything was removed again. The demo took {} s.", began.elapsed().as_secs());
     Ok(())
 }
 
 /// Says clearly what is missing, before anything is made. Gives the agent's binary.
 fn check_parts(args: &Args) -> Result<PathBuf> {
-    ensure!(geteuid().is_root(), "this needs root: it makes network namespaces and loads eBPF");
+    ensure!(
+        geteuid().is_root(),
+        "this needs root: it creates network namespaces and loads eBPF programs"
+    );
     ensure!((0.05..=60.0).contains(&args.seconds), "--seconds must be between 0.05 and 60");
     envoy::binary()?;
     for tool in ["ip", "nsenter", "setpriv", "iptables-save", "nft"] {
         let found = Command::new(tool).arg("--version").output();
-        ensure!(found.is_ok(), "there is no `{tool}` in PATH: run `make deps`");
+        ensure!(found.is_ok(), "`{tool}` is not in PATH: run `make deps`");
     }
     let sidestep = match &args.sidestep {
         Some(path) => path.clone(),
@@ -195,7 +198,7 @@ fn check_parts(args: &Args) -> Result<PathBuf> {
     };
     ensure!(
         sidestep.is_file(),
-        "there is no agent at {}: run `make`, or say where it is with --sidestep",
+        "there is no agent at {}: run `make`, or name its path with --sidestep",
         sidestep.display()
     );
     sidestep.canonicalize().with_context(|| format!("finding {}", sidestep.display()))
@@ -215,7 +218,7 @@ fn show_call(out: &Out, a: &Side, b: &Side, ip: IpAddr, six: &str) -> Result<()>
     let of_near = |line: &LogLine| Some(line.downstream_remote) == near.upstream_local;
     let far = b.envoy()?.wait_log("the call", of_near)?;
 
-    out.row("app-a  application", "dials", target);
+    out.row("app-a  application", "connects to", target);
     out.row("", "getsockname", call.local);
     out.row("", "getpeername", out.check(call.peer, target)?);
     for (name, line, listener) in
@@ -226,7 +229,7 @@ fn show_call(out: &Out, a: &Side, b: &Side, ip: IpAddr, six: &str) -> Result<()>
         out.row("", "original dest.", out.check(line.downstream_local, target)?);
         let from = line.upstream_local.context("Envoy made no connection")?;
         let to = line.upstream_host.context("Envoy made no connection")?;
-        out.row("", "passes it on", format!("{from} -> {}", out.check(to, target)?));
+        out.row("", "forwards", format!("{from} -> {}", out.check(to, target)?));
     }
     ensure!(far.upstream_local == Some(call.seen.peer), "another connection reached app-b");
     let peer = call.seen.peer;
@@ -241,7 +244,7 @@ fn keep(out: &Out, lab: &Lab, agent: &Agent, sides: [&Side; 2], sidestep: &Path)
     let (cgroup, netns) = (a.pod.cgroup().display(), a.pod.netns());
     let own = std::env::current_exe().context("finding this binary")?;
     println!(
-        "  a shell in app-a, as the application's user; it has to be in the pod's cgroup:\n    \
+        "  a shell in app-a as the application's user, in the pod's cgroup:\n    \
            sh -c 'echo $$ >{cgroup}/cgroup.procs; exec nsenter --net={} \\\n        \
            setpriv --reuid={APP} --regid={APP} --clear-groups sh'\n  \
          and in it:\n    \

@@ -1,4 +1,4 @@
-//! Text for a terminal.
+//! Text for people.
 
 use textwrap::{Options, WordSplitter};
 
@@ -28,6 +28,19 @@ pub fn beside(label: &str, text: &str) -> String {
     lines.iter().fold(String::new(), |all, line| all + line.trim_end() + "\n")
 }
 
+/// `text` in at most `most` bytes: what is longer is cut, and ends with `more`, which says where the
+/// rest is.
+pub fn cut(text: &str, most: usize, more: &str) -> String {
+    if text.len() <= most {
+        return text.to_owned();
+    }
+    let mut end = most - more.len();
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}{more}", &text[..end])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -41,6 +54,13 @@ mod tests {
         let lines: Vec<&str> = lines.lines().collect();
         assert_eq!(lines[0], format!("  app  off  {}", long[..80].trim_end()));
         assert_eq!(lines[1], format!("            {}", long[80..160].trim_end()));
+    }
+
+    #[test]
+    fn what_is_cut_says_so() {
+        assert_eq!(cut("short", 5, "..."), "short");
+        assert_eq!(cut("longer", 5, "..."), "lo...");
+        assert_eq!(cut("ééé", 5, "..."), "é...");
     }
 
     #[test]
