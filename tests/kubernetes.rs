@@ -448,7 +448,8 @@ fn f31_a_pod_that_asks_for_too_much_is_captured_whole_and_wedges_nothing() {
         let object = cluster.create(greedy(pod));
         succeeds(&cluster.plugin("ADD", pod, &object));
         assert_original(&pod.ask(APP, APP, target).expect("captured"), target);
-        let told = ["all its traffic is captured", "more than 4096 entries of the port_rules map"];
+        let told =
+            ["all its traffic is captured", "more than the 4096 entries of the port_rules map"];
         cluster
             .becomes("an Event", || cluster.has_event("Pod", pod.name(), "InvalidPolicy", &told));
     }
