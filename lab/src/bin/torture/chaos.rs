@@ -123,7 +123,7 @@ fn stops(agent: &Agent) -> Result<()> {
 }
 
 fn restart(agent: &mut Agent) -> Result<()> {
-    let begun = |agent: &Agent| agent.log().matches("BPF programs attached").count();
+    let begun = |agent: &Agent| agent.log().matches("in force").count();
     let before = begun(agent);
     agent.restart()?;
     wait_until("the new agent", Duration::from_secs(20), || begun(agent) > before)
