@@ -233,6 +233,34 @@ fn t11_tcp_goes_there_too_though_it_listens_on_localhost_alone() {
     assert_eq!(resolver.tcp.seen().len(), 6);
 }
 
+/// F55: Istio's is a socket of MPTCP, as Go makes them, which no map takes.
+#[test]
+fn f55_tcp_reaches_a_listener_of_mptcp() {
+    let node = with_dns("mptcp");
+    for server in servers(1) {
+        let is4 = canonical(server).is_ipv4();
+        let at = addr(ip(if is4 { "127.0.0.1" } else { "::1" }), 15053);
+        let listener = mptcp_listener(&node.a, at);
+        let call = || -> std::io::Result<(Socket, SocketAddr, SocketAddr)> {
+            let socket = Socket::new(Domain::for_address(server), Type::STREAM, None)?;
+            socket.connect_timeout(&server.into(), patience())?;
+            let named = |at: socket2::SockAddr| at.as_socket().expect("an IP address");
+            let (own, peer) = (named(socket.local_addr()?), named(socket.peer_addr()?));
+            Ok((socket, own, peer))
+        };
+        let (_socket, own, peer) = node
+            .a
+            .run(APP, APP, call)
+            .expect("runs")
+            .unwrap_or_else(|error| panic!("{server}: {error}"));
+        let (_, from) = listener.accept().expect("accepted");
+        let pod = if is4 { node.a.ipv4() } else { node.a.ipv6() };
+        assert_eq!(peer, server);
+        assert_eq!(own.ip().to_canonical(), pod);
+        assert_eq!(from.as_socket().map(|from| from.ip().to_canonical()), Some(pod));
+    }
+}
+
 #[test]
 fn a_resolver_older_than_the_agent_is_found() {
     let mut node = Node::new("older");

@@ -11,7 +11,7 @@ use libbpf_rs::MapCore;
 use nix::errno::Errno;
 use serde_json::Value;
 use sidestep_lab::{Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, Talk, wait_until};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
 /// Kuma's sidecar's user and group.
 const KUMA: u32 = 5678;
@@ -97,7 +97,8 @@ fn a_validator_of_mptcp_reaches_its_own_listeners() {
     let mut agent = Agent::start(binary(), &lab).expect("the agent");
     for before in [true, false] {
         let pod = lab.pod(&format!("mptcp-{before}"), PodNet::DUAL).expect("a pod");
-        let start = || [15001, 15006].map(|port| mptcp(&pod, port));
+        let at = |port| LOCALHOST.map(|at| mptcp_listener(&pod, addr(ip(at), port)));
+        let start = || [15001, 15006].map(at);
         let early = before.then(start);
         agent.add_pod(&pod).expect("a manifest");
         agent.wait_enrolled(&pod).expect("enrolled");
@@ -124,20 +125,6 @@ fn a_validator_of_mptcp_reaches_its_own_listeners() {
             assert_eq!(original, Some(addr(ip(to), 15002)));
         }
     }
-}
-
-/// The proxy's listeners on localhost alone, IPv4 and IPv6, of MPTCP.
-fn mptcp(pod: &Pod, port: u16) -> [Socket; 2] {
-    LOCALHOST.map(|at| {
-        let listen = || -> std::io::Result<Socket> {
-            let at = addr(ip(at), port);
-            let socket = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::MPTCP))?;
-            socket.bind(&at.into())?;
-            socket.listen(16)?;
-            Ok(socket)
-        };
-        pod.run(PROXY, PROXY, listen).expect("runs").expect("an MPTCP listener")
-    })
 }
 
 /// F1, the reverse: localhost is nobody's off the pod, and the pod's address is not where its own

@@ -24,6 +24,26 @@ static __always_inline struct addr via_for(struct bpf_sock_addr *ctx, const stru
 	return is4 ? addr4(bpf_htonl(VIA4_NET | which)) : via;
 }
 
+/*
+ * Binds a socket to the pod's address, as a connection that REDIRECT leads to localhost comes from
+ * it. Not one that is bound to a port already: that comes from localhost.
+ */
+static __always_inline void come_from_pod(struct bpf_sock_addr *ctx, int family,
+					  const struct pod *pod, bool is4)
+{
+	const struct addr *own = is4 ? &pod->ip4 : &pod->ip6;
+	struct sockaddr_in6 in6 = { .sin6_family = AF_INET6 };
+	struct sockaddr_in in = { .sin_family = AF_INET };
+
+	if (family == AF_INET) {
+		in.sin_addr.s_addr = own->w[3];
+		bpf_bind(ctx, (struct sockaddr *)&in, sizeof(in));
+	} else {
+		__builtin_memcpy(&in6.sin6_addr, own, sizeof(*own));
+		bpf_bind(ctx, (struct sockaddr *)&in6, sizeof(in6));
+	}
+}
+
 static __always_inline enum outcome connect_tcp(struct bpf_sock_addr *ctx, int family,
 						const struct pod *pod, struct outbound *c)
 {
@@ -66,10 +86,20 @@ static __always_inline enum outcome connect_tcp(struct bpf_sock_addr *ctx, int f
 				  : c->dst;
 		od->via_port = pod->in_port;
 		count(pod, CAPTURED_SELF);
+	} else if (verdict == GO_DNS) {
+		/*
+		 * That listener is at localhost, and in Istio one of MPTCP: the kernel itself finds
+		 * it there. A device other than lo leads to no localhost.
+		 */
+		od->via = c->ifindex ? via_for(ctx, pod, c) : localhost_for(&c->dst);
+		od->via_port = pod->dns_port;
+		if (!c->ifindex && !addr_is_loopback(&c->dst))
+			come_from_pod(ctx, family, pod, addr_is4(&c->dst));
+		count(pod, CAPTURED_DNS);
 	} else {
 		od->via = via_for(ctx, pod, c);
-		od->via_port = verdict == GO_DNS ? pod->dns_port : pod->out_port;
-		count(pod, verdict == GO_DNS ? CAPTURED_DNS : CAPTURED_OUTBOUND);
+		od->via_port = pod->out_port;
+		count(pod, CAPTURED_OUTBOUND);
 	}
 	sockaddr_set(ctx, family, &od->via, od->via_port);
 	return TAKEN;

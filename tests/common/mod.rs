@@ -20,6 +20,7 @@ use sidestep::bpf::LAYOUT;
 use sidestep_lab::{
     Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, slowdown, wait_for, wait_until,
 };
+use socket2::{Domain, Protocol, Socket, Type};
 
 /// An app's user.
 pub const APP: u32 = 1000;
@@ -195,6 +196,18 @@ impl Sidecar {
             inbound: pod.fake_proxy(15006).expect("inbound listener"),
         }
     }
+}
+
+/// A listener of the proxy's, of MPTCP.
+pub fn mptcp_listener(pod: &Pod, at: SocketAddr) -> Socket {
+    let listen = || -> std::io::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::MPTCP))?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&at.into())?;
+        socket.listen(16)?;
+        Ok(socket)
+    };
+    pod.run(PROXY, PROXY, listen).expect("runs").expect("an MPTCP listener")
 }
 
 pub fn addr(ip: impl Into<IpAddr>, port: u16) -> SocketAddr {

@@ -122,9 +122,13 @@ fn dns(cluster: &Cluster) -> Result<()> {
     let capture = "proxyMetadata:\n  ISTIO_META_DNS_CAPTURE: \"true\"\n";
     let captured = json!({"metadata": {"annotations": {"proxy.istio.io/config": capture}}});
     space.server("server", cluster.worker(0)?, json!({}))?;
-    space.client("captured", cluster.worker(1)?, captured)?;
+    space.client("captured", cluster.worker(1)?, captured.clone())?;
+    // The sidecar's listener for DNS over TCP is Go's, and so one of MPTCP.
+    let mut tcp = captured;
+    tcp["spec"]["dnsConfig"]["options"] = json!([{"name": "use-vc"}]);
+    space.client("captured-tcp", cluster.worker(1)?, tcp)?;
     space.client("other", cluster.worker(1)?, json!({}))?;
-    for name in ["server", "captured", "other"] {
+    for name in ["server", "captured", "captured-tcp", "other"] {
         space.wait_ready(name)?;
     }
     // In no DNS server.
@@ -144,7 +148,9 @@ fn dns(cluster: &Cluster) -> Result<()> {
     })])?;
     let url = format!("http://{host}/");
     let good = |answered: &Answered| matches!(answered, Answered::Yes(_));
-    space.get_until("captured", &url, "the sidecar to resolve the name", good)?;
+    for name in ["captured", "captured-tcp"] {
+        space.get_until(name, &url, "the sidecar to resolve the name", good)?;
+    }
     let answered = space.get("other", &url)?;
     let Answered::Not(reason) = &answered else { bail!("without capture: {answered:?}") };
     // What its DNS server knows, it knows with capture as well.
