@@ -24,6 +24,9 @@ TEST_KERNELS = 6.1
 # Which files of tests it runs there: the data path, and what is for there alone. `make kernels` runs all.
 VM_TESTS     = budget inbound outbound unload sockets splice_memory
 
+# How many packages are built before the first of tests/ can run, at most.
+PACKAGES     = 235
+
 # Of `make fuzz`, in all. Each target has its seeds in fuzz/seeds and what it found in fuzz/corpus.
 SECONDS      = 60
 FUZZ_TARGETS = lists annotations manifests
@@ -101,6 +104,10 @@ check: ## formatting, lints, licences and the quick unit tests (no root)
 	cargo deny --log-level error check bans licenses sources
 	scripts/workflows.sh
 	scripts/contract.py
+	@packages=$$(cargo tree -p sidestep -e normal,build,dev --prefix none --no-dedupe | sort -u | wc -l); \
+	[ "$$packages" -le $(PACKAGES) ] || { \
+		echo "check: an integration test needs $$packages packages, more than $(PACKAGES): move it to a package" \
+			"of its own, as e2e/tests" >&2; exit 1; }
 	cargo clippy -q --workspace --all-targets -- -D warnings
 	scripts/bpf-layout.sh
 	cargo test -q --workspace --lib --bins

@@ -36,8 +36,7 @@ END
 skipped() {
     sed -n "s/^@${1:-none} //p; /^@/!p" <<'END' | grep -E "^(${TESTS:-.*})[: ]" || [ $? = 1 ]
 envoy: Envoy and its libraries are ten times as large as everything else
-kubernetes: a Kubernetes API server is not in the machine: with etcd it is as large as Envoy
-node: the same
+
 bad_input a_missing_clang_is_explained_by_the_build: it is about the build, not about kernels
 edges beside_the_meshs_own_rules: iptables and the many modules that it takes are not in the machine
 resolvers: the programs that it runs are not in the machine

@@ -2,7 +2,6 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
-pub mod cluster;
 pub mod programs;
 pub mod splicing;
 
@@ -10,6 +9,7 @@ use std::{
     io::ErrorKind,
     net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
     path::{Path, PathBuf},
+    process::Command,
     sync::LazyLock,
     time::Duration,
 };
@@ -34,10 +34,19 @@ pub const REMOTE6: &str = "fd96::10";
 /// The binary under test: `$SIDESTEP_BIN`, or the one that cargo built with the tests.
 pub fn binary() -> &'static Path {
     static BINARY: LazyLock<PathBuf> = LazyLock::new(|| {
-        std::env::var_os("SIDESTEP_BIN")
-            .map_or_else(|| env!("CARGO_BIN_EXE_sidestep").into(), PathBuf::from)
+        let with_tests = option_env!("CARGO_BIN_EXE_sidestep").map(PathBuf::from);
+        std::env::var_os("SIDESTEP_BIN").map(PathBuf::from).or(with_tests).unwrap_or_else(built)
     });
     &BINARY
+}
+
+/// For tests of another package, with which cargo builds no binary of this one.
+fn built() -> PathBuf {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--quiet", "--package", "sidestep", "--bin", "sidestep"]);
+    assert!(cargo.status().expect("cargo").success(), "cargo built no binary");
+    let test = std::env::current_exe().expect("this test's binary");
+    test.ancestors().nth(2).expect("the directory of binaries").join("sidestep")
 }
 
 /// What may take a moment, on a machine that is busy as well.

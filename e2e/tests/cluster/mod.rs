@@ -1,5 +1,7 @@
 //! A node of a cluster: a real API server, an agent with its CNI plugin, two pods.
 
+#![allow(dead_code, reason = "each test file uses its part")]
+
 use std::{
     ffi::OsString,
     fs,
@@ -19,7 +21,7 @@ use serde_json::{Value, json};
 use sidestep_e2e::Envtest;
 use sidestep_lab::{Agent, Lab, Pod, PodNet, Process, slowdown, wait_until};
 
-use super::{APP, REMOTE4, addr, assert_original, binary, ip};
+use super::common::{APP, REMOTE4, addr, assert_original, binary, ip};
 
 pub const BRIDGE: &str =
     r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"},{"type":"portmap"}]}"#;

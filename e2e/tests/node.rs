@@ -1,11 +1,14 @@
 //! What a node does to an agent: sandboxes that are made again, static pods, an uninstall, a mesh
 //! that was not told, taints. Each test names its row of the faults that the field found.
 
+mod cluster;
+#[path = "../../tests/common/mod.rs"]
 mod common;
 
 use std::{fs, path::Path, sync::Arc};
 
-use common::{cluster::*, *};
+use cluster::*;
+use common::*;
 use k8s_openapi::api::{
     apps::v1::DaemonSet,
     core::v1::{Node as ApiNode, Pod as ApiPod},

@@ -1,6 +1,8 @@
 //! The agent against a real API server: pods are found, enrolled before they run, told what is
 //! wrong with them; the server may go away.
 
+mod cluster;
+#[path = "../../tests/common/mod.rs"]
 mod common;
 
 use std::{
@@ -16,7 +18,8 @@ use std::{
     time::Duration,
 };
 
-use common::{cluster::*, *};
+use cluster::*;
+use common::*;
 use k8s_openapi::api::core::v1::{Node as ApiNode, Pod as ApiPod};
 use serde_json::{Value, json};
 use sidestep_e2e::Envtest;
@@ -85,7 +88,7 @@ fn pods_that_ran_before_the_agent_are_found_by_their_processes() {
 /// Those that charts/sidestep names, one by one.
 #[test]
 fn the_charts_capabilities_are_enough() {
-    let chart = include_str!("../charts/sidestep/templates/daemonset.yaml");
+    let chart = include_str!("../../charts/sidestep/templates/daemonset.yaml");
     let added =
         chart.split("drop: [ALL]").nth(1).and_then(|text| text.split("volumeMounts:").next());
     let names = added.expect("a list").lines().filter_map(|line| line.trim().strip_prefix("- "));
