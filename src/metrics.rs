@@ -26,7 +26,11 @@ use prometheus_client::{
 
 use crate::{
     bpf::{self, Pins},
-    mesh::{self, desired::Desired, quota::Limits},
+    mesh::{
+        self,
+        desired::Desired,
+        quota::{Limits, QUOTAS},
+    },
     problem::{Problem, Reason},
     splice::Leg,
 };
@@ -54,16 +58,13 @@ pub struct Fill {
 impl Fill {
     /// Of every map that the agent fills.
     pub fn all(goal: &Desired, limits: &Limits) -> Vec<Self> {
-        [
-            ("pods", goal.pods.len(), limits.pods),
-            ("locals", goal.locals.len(), limits.locals),
-            ("port_rules", goal.port_rules.len(), limits.port_rules),
-            ("cidr_rules", goal.cidr_rules.len(), limits.cidr_rules),
-            ("uid_rules", goal.uid_rules.len(), limits.uid_rules),
-            ("excluded_ifs", goal.excluded_ifs.len(), limits.excluded_ifs),
-        ]
-        .map(|(map, entries, capacity)| Self { map, entries, capacity })
-        .into()
+        let pods = Self { map: "pods", entries: goal.pods.len(), capacity: limits.pods };
+        let shared = QUOTAS.iter().zip(goal.used).map(|(quota, entries)| Self {
+            map: quota.map,
+            entries,
+            capacity: (quota.limit)(limits),
+        });
+        [pods].into_iter().chain(shared).collect()
     }
 }
 

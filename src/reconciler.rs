@@ -20,7 +20,8 @@ use crate::{
     mesh::{
         self,
         annotations::FactsError,
-        desired::{self, Candidate, Desired, PodRow, Record, desired, device_addrs},
+        desired::{self, Candidate, Desired, Planner},
+        entries::{PodEntries, PodRow, Record},
         facts::{self, PodFacts},
         policy::Policy,
     },
@@ -62,8 +63,8 @@ const ROUND: Duration = Duration::from_secs(1);
 
 /// An enrolled pod, as the agent last left it.
 struct Enrolled {
-    netns: NetnsFacts,
-    row: PodRow,
+    netns: Arc<NetnsFacts>,
+    entries: Arc<PodEntries>,
     /// Devices with the filter for spliced connections, by index.
     filtered: Vec<u32>,
 }
@@ -74,7 +75,9 @@ impl Enrolled {
     fn spliced_devices(&self, legs: &BTreeMap<Leg, bool>) -> Vec<u32> {
         let leg = |device| if device == LO { Leg::App } else { Leg::Sidecar };
         let devices = self.netns.interfaces.values().copied();
-        devices.filter(|device| self.row.splice && legs.get(&leg(*device)) == Some(&true)).collect()
+        devices
+            .filter(|device| self.entries.row.splice && legs.get(&leg(*device)) == Some(&true))
+            .collect()
     }
 }
 
@@ -85,9 +88,9 @@ fn steered_ports(row: &PodRow) -> [Option<u16>; 3] {
 }
 
 /// What listeners may be bound to that connections are handed to.
-fn redirected_to(netns: &NetnsFacts) -> BTreeSet<IpAddr> {
+fn redirected_to(pod: &PodEntries) -> BTreeSet<IpAddr> {
     let fixed = node::ANY.into_iter().chain(node::LOCALHOST);
-    fixed.chain(device_addrs(netns).into_values()).collect()
+    fixed.chain(pod.device_addrs.values().copied()).collect()
 }
 
 /// Where pods come from, and what tells their network namespaces.
@@ -120,6 +123,8 @@ pub struct Reconciler {
     owners: BTreeMap<NetnsCookie, Record>,
     /// What the maps hold, once this agent has written them, and whose entries were kept beside.
     applied: Option<(Desired, BTreeSet<NetnsCookie>)>,
+    /// What the maps should hold, pod by pod, as it was last reckoned.
+    planner: Planner,
     /// By namespace cookie; holds only pods whose enrollment was completed by this agent.
     pods: BTreeMap<NetnsCookie, Enrolled>,
     /// When a pod's listeners may be looked for.
@@ -143,7 +148,7 @@ pub struct Reconciler {
     /// Since when an agent with other maps could be taken over from.
     taking_over: Option<Instant>,
     /// What the namespaces said when they were last visited, by the pod's uid.
-    visited: BTreeMap<String, NetnsFacts>,
+    visited: BTreeMap<String, Arc<NetnsFacts>>,
     /// What the pods' lo had when they were last visited or prepared.
     lo: BTreeMap<NetnsCookie, Lo>,
     /// Pods whose namespace was looked for in vain, by uid; at how many looks at everything.
@@ -188,6 +193,7 @@ impl Reconciler {
             host: node::host_cookies()?,
             owners,
             applied: None,
+            planner: Planner::default(),
             pods: BTreeMap::new(),
             searched: BTreeMap::new(),
             read: BTreeMap::new(),
@@ -284,7 +290,7 @@ impl Reconciler {
                 let devices = pod.netns.interfaces.values();
                 let devices = devices.filter(|device| pod.filtered.contains(device));
                 let devices: Vec<u32> = devices.copied().collect();
-                let dns = pod.row.dns_port != 0;
+                let dns = pod.entries.row.dns_port != 0;
                 let path = &pod.netns.path;
                 let mut filters = self.dataplane.repair_filters(*cookie, path, dns, &devices);
                 let noted = pod.netns.interfaces.values();
@@ -404,7 +410,7 @@ impl Reconciler {
 
     /// Says how things stand to whoever asks the metrics.
     fn report(&self) {
-        let meshes = self.pods.values().map(|pod| pod.row.mesh);
+        let meshes = self.pods.values().map(|pod| pod.entries.row.mesh);
         let fills = self.applied.as_ref().map(|(goal, _)| {
             let limits = self.dataplane.limits();
             Fill::all(goal, &limits)
@@ -565,7 +571,7 @@ impl Reconciler {
                 found.entry(mesh.index).or_default().push(pod);
             }
         }
-        let enrolled: BTreeSet<u16> = self.pods.values().map(|pod| pod.row.mesh).collect();
+        let enrolled: BTreeSet<u16> = self.pods.values().map(|pod| pod.entries.row.mesh).collect();
         found.retain(|mesh, _| !enrolled.contains(mesh));
         let report = |(mesh, pods): (u16, Vec<&SourcePod>)| {
             let (mesh, first) = (mesh::by_index(mesh)?, pods.iter().map(|pod| pod.name()).min()?);
@@ -631,7 +637,7 @@ impl Reconciler {
     fn search(
         &mut self,
         look: Look,
-        pods: &[(&SourcePod, PodFacts)],
+        pods: &[(&SourcePod, Arc<PodFacts>)],
         problems: &mut BTreeSet<Problem>,
     ) {
         let Source::Kubernetes(_, places) = &mut self.source else {
@@ -670,7 +676,7 @@ impl Reconciler {
         look: Look,
         found: &SourcePod,
         facts: &PodFacts,
-    ) -> Result<Option<NetnsFacts>> {
+    ) -> Result<Option<Arc<NetnsFacts>>> {
         let annotations = found.pod.metadata.annotations.as_ref();
         let (path, cookie, what) = match &self.source {
             Source::Manifests(_) => {
@@ -696,13 +702,17 @@ impl Reconciler {
             && let Some(visited) = self.visited.get(found.uid())
             && cookie == Some(visited.cookie)
         {
-            return Ok(Some(visited.clone()));
+            return Ok(Some(Arc::clone(visited)));
         }
         let visit = path.as_ref().map(|path| visit(path, cookie, facts));
         let visit = match visit {
             Some(Ok((netns, lo))) => {
+                let netns = match self.visited.get(found.uid()) {
+                    Some(visited) if **visited == netns => Arc::clone(visited),
+                    _ => Arc::new(netns),
+                };
                 if cookie.is_some() {
-                    self.visited.insert(found.uid().to_owned(), netns.clone());
+                    self.visited.insert(found.uid().to_owned(), Arc::clone(&netns));
                 }
                 self.lo.insert(netns.cookie, lo);
                 return Ok(Some(netns));
@@ -720,18 +730,20 @@ impl Reconciler {
             .filter(|(cookie, _)| self.dataplane.netns_lives(**cookie));
         if let Some((cookie, owner)) = owned {
             return Ok(Some(self.pods.get(cookie).map_or_else(
-                || NetnsFacts {
-                    path: path.unwrap_or_else(|| owner.netns.clone()),
-                    cookie: *cookie,
-                    addresses: Vec::new(),
-                    more_addresses: false,
-                    interfaces: BTreeMap::new(),
-                    routes: Vec::new(),
-                    route_localnet: false,
-                    own_nat: false,
-                    forwarded: 0,
+                || {
+                    Arc::new(NetnsFacts {
+                        path: path.unwrap_or_else(|| owner.netns.clone()),
+                        cookie: *cookie,
+                        addresses: Vec::new(),
+                        more_addresses: false,
+                        interfaces: BTreeMap::new(),
+                        routes: Vec::new(),
+                        route_localnet: false,
+                        own_nat: false,
+                        forwarded: 0,
+                    })
                 },
-                |pod| pod.netns.clone(),
+                |pod| Arc::clone(&pod.netns),
             )));
         }
         match visit {
@@ -863,13 +875,13 @@ impl Reconciler {
         problems: &mut BTreeSet<Problem>,
     ) -> Result<()> {
         let limits = self.dataplane.limits();
-        let mut goal = desired(&candidates, &self.host, &self.owners, &limits);
+        let mut goal = self.planner.desired(&candidates, &self.host, &self.owners, &limits);
         // A pod whose namespace can't be prepared is not enrolled: its connections would get
         // lost. What it had before stays.
         let unprepared = self.prepare(&goal, problems);
         if !unprepared.is_empty() {
             candidates.retain(|candidate| !unprepared.contains(&candidate.netns.cookie));
-            goal = desired(&candidates, &self.host, &self.owners, &limits);
+            goal = self.planner.desired(&candidates, &self.host, &self.owners, &limits);
         }
         for (pod, refusal) in &goal.refused {
             let record = of(&candidates, pod);
@@ -911,7 +923,7 @@ impl Reconciler {
         }
         let (mut goal, keep) = state;
         for (cookie, failure) in &failed {
-            let Some((_, record)) = goal.pods.get(cookie) else {
+            let Some(PodEntries { record, .. }) = goal.pods.get(cookie).map(|pod| &**pod) else {
                 problems.insert(Problem::node(format!("{:#}", failure.error)));
                 continue;
             };
@@ -932,8 +944,11 @@ impl Reconciler {
             info!(pod = %owner.pod, "no longer enrolled");
         }
         self.owners.retain(|cookie, _| keep.contains(cookie));
-        let enrolled = goal.pods.iter();
-        self.owners.extend(enrolled.map(|(cookie, (_, record))| (*cookie, record.clone())));
+        for (cookie, pod) in &goal.pods {
+            if self.owners.get(cookie) != Some(&pod.record) {
+                self.owners.insert(*cookie, pod.record.clone());
+            }
+        }
         let stays = |cookie: &NetnsCookie| goal.pods.contains_key(cookie) || keep.contains(cookie);
         self.pods.retain(|cookie, _| stays(cookie));
         self.lo.retain(|cookie, _| stays(cookie));
@@ -953,10 +968,12 @@ impl Reconciler {
         problems: &mut BTreeSet<Problem>,
     ) -> BTreeSet<NetnsCookie> {
         let mut failed = BTreeSet::new();
-        for (cookie, (row, record)) in &goal.pods {
+        for (cookie, pod) in &goal.pods {
+            let PodEntries { row, record, .. } = &**pod;
             let serves = self.lo.get(cookie).is_some_and(|lo| lo.serves(&row.needs_of_lo()));
             let known = self.pods.get(cookie);
-            let dns_is_new = row.dns_port != 0 && known.is_none_or(|pod| pod.row.dns_port == 0);
+            let dns_is_new =
+                row.dns_port != 0 && known.is_none_or(|pod| pod.entries.row.dns_port == 0);
             if serves && !dns_is_new {
                 continue;
             }
@@ -968,7 +985,8 @@ impl Reconciler {
                 if dns_is_new { self.dataplane.attach_dns(*cookie, &netns) } else { Ok(()) }
             });
             let given = |row: &PodRow| (row.ip4, row.ip6, row.capture_v6, row.dns_routes.clone());
-            let was_prepared = !serves && known.is_some_and(|pod| given(&pod.row) == given(row));
+            let was_prepared =
+                !serves && known.is_some_and(|pod| given(&pod.entries.row) == given(row));
             match done {
                 Ok(()) => {
                     self.lo.insert(*cookie, Lo::prepared(&row.needs_of_lo()));
@@ -998,24 +1016,25 @@ impl Reconciler {
     fn link(&mut self, goal: &Desired, candidates: &[Candidate], problems: &mut BTreeSet<Problem>) {
         for candidate in candidates {
             let cookie = candidate.netns.cookie;
-            let Some((row, record)) = goal.pods.get(&cookie) else {
+            let Some(entries) = goal.pods.get(&cookie) else {
                 continue;
             };
+            let PodEntries { row, record, .. } = &**entries;
             if record.pod != candidate.facts.name {
                 continue;
             }
             let known = self.pods.get(&cookie);
             let enrolled = Enrolled {
-                netns: candidate.netns.clone(),
-                row: row.clone(),
+                netns: Arc::clone(&candidate.netns),
+                entries: Arc::clone(entries),
                 filtered: known.map(|known| known.filtered.clone()).unwrap_or_default(),
             };
-            if known.is_some_and(|known| steered_ports(&known.row) == steered_ports(row)) {
+            if known.is_some_and(|known| steered_ports(&known.entries.row) == steered_ports(row)) {
                 self.pods.insert(cookie, enrolled);
                 continue;
             }
             let linked = Netns::open_as(&record.netns, cookie).and_then(|netns| {
-                let at = redirected_to(&candidate.netns);
+                let at = redirected_to(entries);
                 for port in steered_ports(row).into_iter().flatten() {
                     self.dataplane.find_listeners(cookie, &netns, port, &at)?;
                 }
@@ -1110,7 +1129,7 @@ impl Reconciler {
             }
             self.metrics.searched();
             let found = Netns::open_as(&pod.netns.path, *cookie).and_then(|ns| {
-                let at = redirected_to(&pod.netns);
+                let at = redirected_to(&pod.entries);
                 self.dataplane.find_listeners(*cookie, &ns, *port, &at)
             });
             if let Err(error) = found {
@@ -1141,7 +1160,7 @@ enum Synced {
 struct Read {
     pod: Arc<Pod>,
     /// None: there is nothing to do for it.
-    facts: Option<PodFacts>,
+    facts: Option<Arc<PodFacts>>,
     /// What is wrong with it.
     problems: BTreeSet<Problem>,
     /// Its changes.
@@ -1186,7 +1205,7 @@ pub enum AddError {
 fn facts_of(
     found: &SourcePod,
     problems: &mut BTreeSet<Problem>,
-) -> Result<Option<PodFacts>, FactsError> {
+) -> Result<Option<Arc<PodFacts>>, FactsError> {
     let Some(mut parsed) = facts::facts(&found.pod)? else {
         return Ok(None);
     };
@@ -1213,7 +1232,7 @@ fn facts_of(
             });
         }
     }
-    Ok(Some(parsed.facts))
+    Ok(Some(Arc::new(parsed.facts)))
 }
 
 /// What the namespace says about itself, if it is the expected one.

@@ -3,13 +3,28 @@
 mod common;
 
 use std::{
+    collections::BTreeSet,
     fs,
-    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use common::*;
+use nix::sys::resource::{UsageWho, getrusage};
+use sidestep::{
+    bpf::{self, Dataplane},
+    bpffs,
+    mesh::{
+        desired::{Candidate, Planner},
+        facts::facts,
+        policy::PortRange,
+    },
+    node::{NetnsCookie, NetnsFacts},
+};
 use sidestep_lab::{Agent, Lab, Pod, PodNet, wait_until};
 
 const KEY: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
@@ -159,4 +174,81 @@ fn f33_connections_that_are_refused_make_the_agent_look_ever_more_seldom() {
     // A proxy that starts is found all the same.
     let _sidecar = Sidecar::start(a);
     assert_original(&b.ask(PROXY, PROXY, target).expect("steered"), target);
+}
+
+/// As many pods as a large node has (docs/scale.md).
+const PODS: u64 = 250;
+/// As many syncs are measured.
+const SYNCS: u32 = 40;
+
+fn candidate(n: u64) -> Candidate {
+    let name = format!("shop/pod-{n}");
+    let pod = serde_json::json!({
+        "metadata": {
+            "name": format!("pod-{n}"), "namespace": "shop", "uid": format!("uid-{n}"),
+            "annotations": { "sidecar.istio.io/status": "{}" },
+        },
+        "spec": { "containers": [{ "name": "app" }, { "name": "istio-proxy" }] },
+        "status": { "podIPs": [{ "ip": format!("10.1.{}.{}", n / 250, n % 250 + 1) }] },
+    });
+    let pod = serde_json::from_value(pod).expect("a pod");
+    let facts = facts(&pod).expect("facts").expect("in the mesh").facts;
+    assert_eq!(facts.name, name);
+    let netns = NetnsFacts {
+        path: format!("/run/netns/{n}").into(),
+        cookie: NetnsCookie(1_000_000 + n),
+        addresses: facts.ips.iter().map(|ip| (*ip, 2)).collect(),
+        more_addresses: false,
+        interfaces: [("lo".to_owned(), 1), ("eth0".to_owned(), 2)].into(),
+        routes: Vec::new(),
+        route_localnet: false,
+        own_nat: false,
+        forwarded: 0,
+    };
+    Candidate { facts: Arc::new(facts), netns: Arc::new(netns) }
+}
+
+/// The time that this process has spent in user space.
+fn user_time() -> Duration {
+    let used = getrusage(UsageWho::RUSAGE_SELF).expect("usage").user_time();
+    Duration::new(used.tv_sec() as u64, used.tv_usec() as u32 * 1000)
+}
+
+/// One pod of many changes: the others cost next to nothing, in user space as in the kernel. What
+/// that took before and takes now is in docs/scale.md.
+#[test]
+fn pods_that_stay_as_they_are_cost_a_sync_nothing() {
+    let root = format!("/sys/fs/bpf/sidestep-cost-{}", std::process::id());
+    let pins = bpffs::pins(root.as_ref(), bpf::LAYOUT).expect("pins");
+    let mut dataplane = Dataplane::load(&pins, Duration::from_millis(100)).expect("loaded");
+    let mut candidates: Vec<Candidate> = (0..PODS).map(candidate).collect();
+    let (host, owners, keep) = Default::default();
+    let limits = dataplane.limits();
+    let mut planner = Planner::default();
+    let mut applied = None;
+    let mut sync = |candidates: &[Candidate]| {
+        let goal = planner.desired(candidates, &host, &owners, &limits);
+        let state = (goal, BTreeSet::clone(&keep));
+        let mut written = 0;
+        if applied.as_ref() != Some(&state) {
+            let done = dataplane.apply(&state.0, &state.1).expect("applied");
+            written = done.written;
+            applied = Some(state.clone());
+        }
+        written
+    };
+    let start = user_time();
+    assert!(sync(&candidates) > 5 * PODS as usize);
+    let first = user_time() - start;
+    let start = user_time();
+    for n in 0..SYNCS {
+        let policy = &mut Arc::make_mut(&mut candidates[100].facts).policy;
+        policy.exclude_outbound_ports = [PortRange::one(2000 + n as u16)].into();
+        let written = sync(&candidates);
+        assert!((1..=3).contains(&written), "{written}");
+    }
+    let each = (user_time() - start) / SYNCS;
+    bpf::unload(&pins).expect("unloaded");
+    println!("user space: all {PODS} pods {first:?}, one of them {each:?}");
+    assert!(each * 5 < first, "{each:?} for one pod, {first:?} for all {PODS}");
 }

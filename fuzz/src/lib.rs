@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use ipnet::{IpNet, Ipv6Net};
@@ -12,11 +13,11 @@ use sidestep::{
     mesh::{
         annotations::FactsError,
         desired::{Candidate, Desired, desired},
+        entries::{PodEntries, RuleSet},
         facts::{PodFacts, facts},
         istio, kuma, linkerd,
         policy::{PortRange, Ports, Protocol, Ranges, UidExclusion},
         quota::Limits,
-        rules::RuleSet,
     },
     node::{NetnsCookie, NetnsFacts},
 };
@@ -186,7 +187,7 @@ pub fn check_pods(pods: &[Pod]) {
             own_nat: false,
             forwarded: 0,
         };
-        candidates.push(Candidate { facts: parsed.facts, netns });
+        candidates.push(Candidate { facts: Arc::new(parsed.facts), netns: Arc::new(netns) });
     }
     for limits in [LIMITS, TIGHT] {
         let out = check_limits(&candidates, &limits);
@@ -230,11 +231,11 @@ fn check_limits(candidates: &[Candidate], limits: &Limits) -> Desired {
     assert_eq!(out.pods.len() + out.refused.len(), candidates.len(), "every pod has its answer");
     for (len, limit) in [
         (out.pods.len(), limits.pods),
-        (out.locals.len(), limits.locals),
-        (out.port_rules.len(), limits.port_rules),
-        (out.cidr_rules.len(), limits.cidr_rules),
-        (out.uid_rules.len(), limits.uid_rules),
-        (out.excluded_ifs.len(), limits.excluded_ifs),
+        (out.used[0], limits.locals),
+        (out.used[1], limits.port_rules),
+        (out.used[2], limits.cidr_rules),
+        (out.used[3], limits.uid_rules),
+        (out.used[4], limits.excluded_ifs),
     ] {
         assert!(len <= limit, "{len} entries in a map of {limit}");
     }
@@ -249,7 +250,7 @@ fn check_limits(candidates: &[Candidate], limits: &Limits) -> Desired {
 /// Everything that an enrolled pod's policy names is in the rules, and nothing else.
 fn check_complete(Candidate { facts, netns }: &Candidate, out: &Desired) {
     let cookie = netns.cookie;
-    let Some((row, _)) = out.pods.get(&cookie) else {
+    let Some(PodEntries { row, excluded_ifs, .. }) = out.pods.get(&cookie).map(|pod| &**pod) else {
         return;
     };
     let policy = &facts.policy;
@@ -258,7 +259,7 @@ fn check_complete(Candidate { facts, netns }: &Candidate, out: &Desired) {
     assert_eq!(ports(RuleSet::OutIncludePorts), merged(&policy.include_outbound_ports));
     let cidrs = |set| -> BTreeSet<(bool, Ipv6Net)> {
         let mine =
-            out.cidr_rules.iter().filter(|(rule, _)| (rule.cookie, rule.set) == (cookie, set));
+            out.cidr_rules().filter(|(rule, _)| (rule.cookie, rule.set) == (cookie, set));
         mine.map(|(rule, member)| {
             assert!(member, "{rule:?}");
             (rule.v6, rule.net)
@@ -291,9 +292,9 @@ fn check_complete(Candidate { facts, netns }: &Candidate, out: &Desired) {
     }
     let exempt =
         netns.interfaces.iter().filter(|(name, _)| policy.exclude_interfaces.contains(*name));
-    let exempt: BTreeSet<_> = exempt.map(|(_, index)| (cookie, *index)).collect();
+    let exempt: BTreeSet<_> = exempt.map(|(_, index)| *index).collect();
     assert_eq!(row.exclude_ifs, !exempt.is_empty());
-    assert!(exempt.is_subset(&out.excluded_ifs));
+    assert!(exempt.is_subset(excluded_ifs));
     check_users(facts, cookie, out);
 }
 
@@ -308,7 +309,7 @@ fn check_users(facts: &PodFacts, cookie: NetnsCookie, out: &Desired) {
                 let shift = 32 - u32::from(bits);
                 uid.checked_shr(shift) == rule.checked_shr(shift)
             };
-            let mine = out.uid_rules.iter().filter(|rule| rule.cookie == cookie);
+            let mine = out.uid_rules().filter(|rule| rule.cookie == cookie);
             let classes: Vec<u32> =
                 mine.filter(|rule| same(rule.uid, rule.bits)).map(|rule| rule.class).collect();
             assert!(classes.len() <= 1, "a trie finds one entry: {uid} is in {classes:?}");
@@ -334,7 +335,7 @@ fn check_users(facts: &PodFacts, cookie: NetnsCookie, out: &Desired) {
 /// Which ports a list of the maps covers.
 fn covered(out: &Desired, cookie: NetnsCookie, set: RuleSet) -> Vec<bool> {
     let mut all = vec![false; 1 << 16];
-    for rule in out.port_rules.iter().filter(|rule| (rule.cookie, rule.set) == (cookie, set)) {
+    for rule in out.port_rules().filter(|rule| (rule.cookie, rule.set) == (cookie, set)) {
         let first = usize::from(rule.port);
         let size = 1 << (16 - rule.bits);
         assert_eq!(first % size, 0, "{rule:?} is not aligned");

@@ -22,7 +22,7 @@ use super::{
     Dataplane, Pins, Repair, children, held::pin, kernel, maps, records, remove_link, wire,
 };
 use crate::{
-    mesh::desired::Record,
+    mesh::entries::Record,
     node::{LO, Netns, NetnsCookie},
 };
 
@@ -152,6 +152,8 @@ impl Dataplane {
         let record = Record { netns: netns.path().to_owned(), ..Record::default() };
         let (key, value) = maps::entry(&cookie, &wire::record_of(&record)?);
         self.skel.maps.filtered.update(&key, &value, MapFlags::ANY)?;
+        // A pod that does not come to be enrolled loses it again.
+        self.filtering.take();
         if !kernel().links_filters {
             let layout = self.pins.number();
             return netns.inside(|| put(filter, fd, layout, device))?;
@@ -256,16 +258,19 @@ impl Dataplane {
     }
 
     /// Takes filters off devices of pods that are not enrolled. A pod's open connections are spliced
-    /// until they end, also where it has left: their filter goes with its device.
-    pub(super) fn remove_filters(&self, enrolled: impl Fn(NetnsCookie) -> bool) -> Result<()> {
+    /// until they end, also where it has left: their filter goes with its device. Says whether no such
+    /// pod has any left.
+    pub(super) fn remove_filters(&self, enrolled: impl Fn(NetnsCookie) -> bool) -> Result<bool> {
         let filtered = &self.skel.maps.filtered;
+        let mut none_left = true;
         for (cookie, record) in records(filtered)? {
             if enrolled(cookie) {
                 continue;
             }
             match Netns::open_as(&record.netns, cookie) {
-                Ok(_) if kernel().links_filters => {}
+                Ok(_) if kernel().links_filters => none_left = false,
                 Ok(netns) => {
+                    none_left = false;
                     let devices = netns.facts()?.interfaces;
                     netns.inside(|| {
                         remove(Filter::Dns, LAYOUTS, LO);
@@ -290,11 +295,12 @@ impl Dataplane {
                     .map_err(Into::into)
                     .and_then(|link| device_of(&link.info()?))?
                     != 0;
+            none_left &= !stays;
             if !stays {
                 remove_link(&pin)?;
             }
         }
-        Ok(())
+        Ok(none_left)
     }
 
     /// A namespace whose devices have or had filters, also where its pod is not enrolled any more.

@@ -5,6 +5,7 @@
 
 #![allow(unsafe_code)]
 
+mod apply;
 mod cost;
 mod filters;
 mod held;
@@ -14,6 +15,7 @@ mod order;
 mod repair;
 mod selftest;
 mod splice;
+mod tables;
 mod wire;
 
 #[allow(clippy::all, clippy::unwrap_used, clippy::undocumented_unsafe_blocks, missing_docs)]
@@ -45,8 +47,8 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{
-    Iter, Link, MapCore, MapFlags, MapHandle, MapMut, PrintLevel, ProgramMut, ProgramType,
-    RingBuffer, RingBufferBuilder,
+    Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, ProgramMut, ProgramType, RingBuffer,
+    RingBufferBuilder,
     btf::{
         Btf,
         types::{Func, Struct},
@@ -61,6 +63,7 @@ use nix::{
 };
 use tokio::io::unix::AsyncFd;
 
+pub use apply::{Applied, Failure};
 pub use cost::ProgramCost;
 pub use order::{Ahead, ahead};
 pub use repair::Repair;
@@ -70,15 +73,11 @@ use self::{
     filters::Filter,
     held::{Links, replace_pin},
     hooks::{Attach, HOOKS, Hook},
-    maps::{Diff, Entries, Table},
+    tables::Held,
 };
 use crate::{
     bpffs,
-    mesh::{
-        self,
-        desired::{Desired, PodRow, Record},
-        quota::Limits,
-    },
+    mesh::{self, entries::Record, quota::Limits},
     node::{self, Cgroup, Netns, NetnsCookie},
     reset::Reset,
     splice::LegState,
@@ -119,14 +118,6 @@ const COUNTERS: [&str; 29] = [
     "splice_unread",
     "splice_no_peer",
 ];
-
-/// What an entry of `locals` is; `enum local` of bpf/lib/pod.h.
-const LOCAL_OWN: u8 = 1;
-/// See [`LOCAL_OWN`].
-const LOCAL_LANDING: u8 = 2;
-
-/// How soon the maps are read anew where something could not be written.
-const READ_AGAIN: Duration = Duration::from_secs(60);
 
 /// Slots for a pod's listeners; `LISTENER_SLOTS` of bpf/mesh/inbound.h.
 const LISTENER_SLOTS: u16 = 8;
@@ -297,14 +288,18 @@ pub struct Dataplane {
     links: Links,
     /// An agent with another layout decides still.
     to_take_over: bool,
-    /// What the maps hold, in the order of [`Dataplane::apply`], once that is known for sure.
-    known: Option<Vec<Entries>>,
+    /// What the maps of the mesh hold, once that is known for sure.
+    known: Option<Held>,
+    /// The pods that have a share of what counts their sockets, where no others have one.
+    sharing: Option<BTreeSet<NetnsCookie>>,
+    /// No pod but these has filters, or an entry that says so.
+    filtering: RefCell<Option<BTreeSet<NetnsCookie>>>,
     /// When another's programs were last put behind.
     went_first: Option<Instant>,
     /// When they were last read as a whole.
     read: Instant,
     /// Up to where they were looked at: which map, and its last key.
-    looked_at: (usize, Vec<u8>),
+    looked_at: (NetnsCookie, usize, Vec<u8>),
 }
 
 impl Dataplane {
@@ -343,8 +338,10 @@ impl Dataplane {
             links,
             to_take_over: false,
             known: None,
+            sharing: None,
+            filtering: RefCell::default(),
             read: Instant::now(),
-            looked_at: (0, Vec::new()),
+            looked_at: Default::default(),
             went_first: None,
         })
     }
@@ -532,142 +529,6 @@ impl Dataplane {
         records(&self.skel.maps.pod_records)
     }
 
-    /// Makes the maps hold what is desired, pod by pod: what is one pod's fault is no other's. Those
-    /// that leave come first, their rows before their rules; of the others, additions come before
-    /// the rows that need them, removals after. What belongs to the namespaces in `keep` is not
-    /// removed.
-    ///
-    /// # Errors
-    /// Where a map can't be read or written, named.
-    pub fn apply(&mut self, desired: &Desired, keep: &BTreeSet<NetnsCookie>) -> Result<Applied> {
-        let (mut pods, mut records) = (Entries::new(), Entries::new());
-        for (cookie, (row, record)) in &desired.pods {
-            pods.extend([maps::entry(cookie, &wire::pod_of(row))]);
-            records.extend([maps::entry(cookie, &wire::record_of(record)?)]);
-        }
-        let landings = desired.device_addrs.iter().map(|((cookie, ..), ip)| (*cookie, *ip));
-        let landings: BTreeSet<(NetnsCookie, IpAddr)> = landings.collect();
-        let locals = desired.locals.iter().map(|local @ (cookie, ip)| {
-            let kind = if landings.contains(local) { LOCAL_LANDING } else { LOCAL_OWN };
-            maps::entry(&wire::local_of(*cookie, *ip), &kind)
-        });
-        let devices = desired.device_addrs.iter().map(|((cookie, device, family), ip)| {
-            maps::entry(&wire::device_of(*cookie, *device, *family), &wire::addr::from(*ip))
-        });
-        let ports = desired.port_rules.iter().map(|r| maps::entry(&wire::port_key(r), &1u8));
-        let cidrs = desired
-            .cidr_rules
-            .iter()
-            .map(|(r, member)| maps::entry(&wire::cidr_key(r), &u8::from(*member)));
-        let ifs = desired.excluded_ifs.iter();
-        let ifs = ifs.map(|(cookie, ifindex)| maps::entry(&wire::if_of(*cookie, *ifindex), &1u8));
-
-        let uids = desired.uid_rules.iter().map(|r| maps::entry(&wire::uid_key(r), &r.class));
-
-        let contents: [Entries; TABLES] = [
-            locals.collect(),
-            devices.collect(),
-            ports.collect(),
-            cidrs.collect(),
-            uids.collect(),
-            ifs.collect(),
-            records,
-            pods,
-        ];
-        let mut holds = match self.known.take() {
-            Some(known) => known,
-            None => {
-                self.read = Instant::now();
-                let read = tables(&self.skel.maps).map(|(map, _)| maps::read(map));
-                read.into_iter().collect::<Result<_>>()?
-            }
-        };
-        let shared = || desired.pods.keys().chain(keep);
-        share_out(&self.skel.maps.handshakes, shared())?;
-        share_out(&self.skel.maps.spliced_of, shared())?;
-        let applied = self.change(contents, &mut holds, desired, keep);
-        // Others may have put there what takes the room.
-        let is_failed = applied.as_ref().map_or(true, |applied| !applied.failed.is_empty());
-        if !is_failed || self.read.elapsed() < READ_AGAIN {
-            self.known = Some(holds);
-        }
-        let applied = applied?;
-        if applied.written + applied.deleted > 0 {
-            // What became of a pod may hold for its open connections.
-            self.want_sweep(true)?;
-        }
-        Ok(applied)
-    }
-
-    /// See [`Dataplane::apply`]; `holds` is what the maps hold.
-    fn change(
-        &mut self,
-        contents: [Entries; TABLES],
-        holds: &mut [Entries],
-        desired: &Desired,
-        keep: &BTreeSet<NetnsCookie>,
-    ) -> Result<Applied> {
-        let mut changes: BTreeMap<NetnsCookie, [Diff; TABLES]> = BTreeMap::new();
-        let mut all = Vec::new();
-        let tables = tables(&self.skel.maps).into_iter().zip(holds);
-        for (n, (((map, cookie_at), holds), goal)) in tables.zip(contents).enumerate() {
-            let diff = maps::diff(holds, goal);
-            let of = |key: &[u8]| wire::from_bytes::<NetnsCookie>(&key[cookie_at..cookie_at + 8]);
-            for (key, value) in diff.upserts {
-                changes.entry(of(&key)?).or_default()[n].upserts.insert(key, value);
-            }
-            for key in diff.deletes {
-                let cookie = of(&key)?;
-                if !keep.contains(&cookie) {
-                    changes.entry(cookie).or_default()[n].deletes.push(key);
-                }
-            }
-            all.push(Table { map, holds });
-        }
-        let stays =
-            |cookie: NetnsCookie| desired.pods.contains_key(&cookie) || keep.contains(&cookie);
-        // An inbound program without its pod's row would pass everything: it goes first.
-        for cookie in self.links.steered() {
-            if !stays(cookie) {
-                remove_inbound(&mut self.links, &self.pins, cookie)?;
-            }
-        }
-        self.remove_filters(stays)?;
-        let mut applied = Applied::default();
-        // What is no pod's is all pods'.
-        let (leaving, staying): (Vec<_>, Vec<_>) = changes
-            .into_iter()
-            .partition(|(cookie, _)| *cookie != NetnsCookie::NONE && !stays(*cookie));
-        for (_, diffs) in &leaving {
-            delete(&mut all, diffs)?;
-        }
-        for (cookie, diffs) in &staying {
-            let change = upsert(&mut all, diffs).and_then(|()| delete(&mut all, diffs));
-            let Err(error) = change else {
-                continue;
-            };
-            let Some((row, record)) = desired.pods.get(cookie) else {
-                applied.failed.insert(*cookie, Failure { error, is_captured: false });
-                continue;
-            };
-            // There is room where the pod's former rules are gone. Meanwhile all is captured.
-            let is_captured = upsert(&mut all, &row_of(*cookie, &closed(row), record)?).is_ok();
-            let again = delete(&mut all, diffs)
-                .and_then(|()| upsert(&mut all, diffs))
-                .and_then(|()| upsert(&mut all, &row_of(*cookie, row, record)?));
-            if let Err(error) = again {
-                applied.failed.insert(*cookie, Failure { error, is_captured });
-            }
-        }
-        for (_, diffs) in leaving.iter().chain(&staying) {
-            for diff in diffs {
-                applied.written += diff.upserts.len();
-                applied.deleted += diff.deletes.len();
-            }
-        }
-        Ok(applied)
-    }
-
     /// Links this build's inbound program to a pod's namespace; one that is there already is
     /// switched over in one step.
     ///
@@ -761,76 +622,6 @@ impl Dataplane {
         })?;
         Events::new(builder.build()?, seen)
     }
-}
-
-/// What became of a goal.
-#[derive(Debug, Default)]
-pub struct Applied {
-    /// Entries that were written.
-    pub written: usize,
-    /// Entries that were deleted.
-    pub deleted: usize,
-    /// By cookie: pods whose entries could not be written.
-    pub failed: BTreeMap<NetnsCookie, Failure>,
-}
-
-/// Why a pod's entries could not be written.
-#[derive(Debug)]
-pub struct Failure {
-    /// The kernel's word.
-    pub error: anyhow::Error,
-    /// The pod has a row by which everything of it is captured.
-    pub is_captured: bool,
-}
-
-/// Writes to the maps in their order.
-fn upsert<M: MapCore>(tables: &mut [Table<'_, M>], diffs: &[Diff]) -> Result<()> {
-    tables.iter_mut().zip(diffs).try_for_each(|(table, diff)| table.upsert(diff))
-}
-
-/// Deletes from the maps, the other way round.
-fn delete<M: MapCore>(tables: &mut [Table<'_, M>], diffs: &[Diff]) -> Result<()> {
-    tables.iter_mut().zip(diffs).rev().try_for_each(|(table, diff)| table.delete(diff))
-}
-
-/// A row by which everything of a pod is captured, whatever its lists hold.
-fn closed(row: &PodRow) -> PodRow {
-    PodRow {
-        out_all: true,
-        in_all: true,
-        loopback_included: false,
-        exclude_ifs: false,
-        sets: BTreeSet::new(),
-        ..row.clone()
-    }
-}
-
-/// What writes a pod's row and record.
-fn row_of(cookie: NetnsCookie, row: &PodRow, record: &Record) -> Result<[Diff; TABLES]> {
-    let mut diffs: [Diff; TABLES] = Default::default();
-    let [.., of_records, of_pods] = &mut diffs;
-    of_records.upserts.extend([maps::entry(&cookie, &wire::record_of(record)?)]);
-    of_pods.upserts.extend([maps::entry(&cookie, &wire::pod_of(row))]);
-    Ok(diffs)
-}
-
-/// How many maps the agent alone writes.
-const TABLES: usize = 8;
-
-/// The maps that the agent alone writes, in the order of writing; deletes go the other way round.
-/// The number is where the cookie is in the map's keys. The last is the one that makes a pod's
-/// connections captured.
-fn tables<'a, 'map>(maps: &'a skel::SidestepMaps<'map>) -> [(&'a MapMut<'map>, usize); TABLES] {
-    [
-        (&maps.locals, 0),
-        (&maps.device_addrs, 0),
-        (&maps.port_rules, 8),
-        (&maps.cidr_rules, 8),
-        (&maps.uid_rules, 4),
-        (&maps.excluded_ifs, 0),
-        (&maps.pod_records, 0),
-        (&maps.pods, 0),
-    ]
 }
 
 /// What the programs had to say.
@@ -1190,23 +981,6 @@ fn remove_layout(pins: &Pins, keep: &[&str]) -> Result<usize> {
         }
     }
     Ok(removed)
-}
-
-/// Gives these pods a share of what such a map counts, and takes it from others, once nothing of theirs
-/// is in use: sockets of a pod that has left may have some still.
-fn share_out<'a>(map: &impl MapCore, pods: impl Iterator<Item = &'a NetnsCookie>) -> Result<()> {
-    let mut shares = maps::read(map)?;
-    let mut wanted: Entries = pods.map(|cookie| maps::entry(cookie, &0u32)).collect();
-    let mut unused = Vec::new();
-    for (cookie, used) in &shares {
-        if wanted.remove(cookie).is_none() && wire::from_bytes::<u32>(used)? == 0 {
-            unused.push(cookie.clone());
-        }
-    }
-    let diff = Diff { upserts: wanted, deletes: unused };
-    let mut table = Table { map, holds: &mut shares };
-    table.delete(&diff)?;
-    table.upsert(&diff)
 }
 
 /// Runs an iterator's program over all that it sees; what it wrote.

@@ -3,7 +3,6 @@
 
 use std::{
     fs::{self, Metadata},
-    ops::Bound,
     os::{
         fd::{AsFd, AsRawFd},
         unix::fs::MetadataExt,
@@ -20,7 +19,8 @@ use super::{
     Dataplane, Pins, cgroup_of, children,
     held::{pin, pinned, replace_pin},
     hooks::{Attach, HOOKS, Hook},
-    netns_of, steer, tables,
+    netns_of, steer,
+    tables::ALL,
 };
 use crate::{
     bpffs,
@@ -179,27 +179,28 @@ impl Dataplane {
         let Some(known) = &self.known else {
             return Vec::new();
         };
-        let all: Vec<_> = tables(&self.skel.maps).into_iter().zip(known).collect();
-        let mut repairs = Vec::new();
-        if let Some(((pods, _), goal)) = all.last() {
-            repairs.extend(repair_in(*pods, goal.iter()));
+        let maps = &self.skel.maps;
+        let [others @ .., pods] = &ALL;
+        let rows = known.pods.values().flat_map(|tables| &tables[others.len()]);
+        let mut repairs = Vec::from_iter(repair_in((pods.map)(maps), rows));
+        let all = known.pods.iter().flat_map(|(cookie, tables)| {
+            let tables = tables.iter().take(others.len()).enumerate();
+            tables.flat_map(move |(n, entries)| {
+                entries.iter().map(move |(key, value)| ((*cookie, n, key), value))
+            })
+        });
+        let (cookie, n, key) = &self.looked_at;
+        let last = (*cookie, *n, key);
+        // From where the last look ended, and then from the beginning: each entry once, at most.
+        let (before, behind): (Vec<_>, Vec<_>) = all.partition(|(place, _)| *place <= last);
+        let next: Vec<_> = behind.into_iter().chain(before).take(LOOKED_AT).collect();
+        let end = next.last().map(|((cookie, n, key), _)| (*cookie, *n, (*key).clone()));
+        for (n, table) in others.iter().enumerate() {
+            let of_table = next.iter().filter(|((_, at, _), _)| *at == n);
+            let entries = of_table.map(|((_, _, key), value)| (*key, *value));
+            repairs.extend(repair_in((table.map)(maps), entries));
         }
-        let (mut n, mut last) = std::mem::take(&mut self.looked_at);
-        let mut left = LOOKED_AT;
-        // Each map once, at most.
-        for _ in 1..all.len() {
-            let ((map, _), goal) = all[n];
-            let behind = (Bound::Excluded(last.clone()), Bound::Unbounded);
-            let next: Vec<_> = goal.range(behind).take(left).collect();
-            left -= next.len();
-            last = next.last().map(|(key, _)| (*key).clone()).unwrap_or_default();
-            repairs.extend(repair_in(map, next.into_iter()));
-            if left == 0 {
-                break;
-            }
-            (n, last) = ((n + 1) % (all.len() - 1), Vec::new());
-        }
-        self.looked_at = (n, last);
+        self.looked_at = end.unwrap_or_default();
         repairs
     }
 

@@ -14,9 +14,11 @@ pub(crate) use super::skel::types::{
 };
 use crate::{
     mesh::{
-        desired::{DeviceFamily, MAX_NETNS, MAX_POD, MAX_UID, PodRow, Record},
+        entries::{
+            CidrRule, DeviceFamily, MAX_NETNS, MAX_POD, MAX_UID, PodRow, PortRule, Record, RuleSet,
+            UidRule,
+        },
         policy::TcpDns,
-        rules::{CidrRule, PortRule, RuleSet, UidRule},
     },
     node::NetnsCookie,
     reset::Reset,

@@ -3,140 +3,63 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    path::PathBuf,
+    sync::Arc,
 };
 
 use super::{
+    entries::{
+        CidrRule, DeviceFamily, MAX_NETNS, MAX_POD, MAX_UID, PodEntries, PodRow, PortRule, Record,
+        RuleSet, UidRule,
+    },
     facts::PodFacts,
-    policy::{Ipv6, Policy, Ports, Ranges, TcpDns},
-    quota::{CIDR_RULES, EXCLUDED_IFS, LOCALS, Limits, PORT_RULES, Refusal, UID_RULES},
-    rules::{CidrRule, PortRule, RuleSet, Rules, UidRule},
+    policy::{Ipv6, Policy, Ports, Ranges},
+    quota::{CIDR_RULES, Limits, QUOTAS, Refusal},
+    rules::Rules,
 };
 use crate::node::{
     LO, NetnsCookie, NetnsFacts,
-    lo::{self, DnsRoute, PASSTHROUGH_V6},
+    lo::{DnsRoute, PASSTHROUGH_V6},
 };
 
 /// A pod with its namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
     /// What the Pod object says.
-    pub facts: PodFacts,
+    pub facts: Arc<PodFacts>,
     /// What the namespace says.
-    pub netns: NetnsFacts,
-}
-
-/// The row of the kernel's `pods` map; see `struct pod` of bpf/lib/pod.h.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PodRow {
-    /// The sidecar's user, which is exempt; none: no user is.
-    pub proxy_uid: Option<u32>,
-    /// The sidecar's group, where it is exempt as well.
-    pub proxy_gid: Option<u32>,
-    /// The pod's IPv4 address; none: it has none.
-    pub ip4: Option<Ipv4Addr>,
-    /// The pod's IPv6 address, a link-local one where it has no other; none: it has none.
-    pub ip6: Option<Ipv6Addr>,
-    /// IPv4 is captured: within the pod also where it has no such address.
-    pub capture_v4: bool,
-    /// IPv6 is captured.
-    pub capture_v6: bool,
-    /// The sidecar's calls to its own pod go to the inbound listener.
-    pub self_inbound: bool,
-    /// Every outbound connection is included.
-    pub out_all: bool,
-    /// Every inbound connection is included.
-    pub in_all: bool,
-    /// The include ranges name loopback: the app's calls over lo are not exempt.
-    pub loopback_included: bool,
-    /// Excluded outbound ports hold for UDP as well.
-    pub udp_excludes: bool,
-    /// Excluded destinations beat every other rule.
-    pub cidrs_first: bool,
-    /// Some of the pod's interfaces are exempt.
-    pub exclude_ifs: bool,
-    /// Its connections within the node may skip the TCP/IP stack.
-    pub splice: bool,
-    /// What is bound to 127.0.0.0/8 may call off the pod.
-    pub route_localnet: bool,
-    /// The pod's own rules translate what comes in.
-    pub own_nat: bool,
-    /// DNS over TCP, where DNS is captured.
-    pub tcp_dns: TcpDns,
-    /// The lists that have entries.
-    pub sets: BTreeSet<RuleSet>,
-    /// The sidecar's outbound listener.
-    pub out_port: u16,
-    /// The sidecar's inbound listener.
-    pub in_port: u16,
-    /// Port never redirected from the sidecar to its own pod; 0: none.
-    pub hbone_port: u16,
-    /// The sidecar's DNS listener; 0: DNS is not captured.
-    pub dns_port: u16,
-    /// Index into the counters.
-    pub mesh: u16,
-    /// The device that has its address, by index; 0: it is not known.
-    pub device: u32,
-    /// Where captured DNS goes, by each device.
-    pub dns_routes: Vec<DnsRoute>,
-}
-
-impl PodRow {
-    /// What it takes of the pod's lo.
-    pub fn needs_of_lo(&self) -> lo::Needs {
-        lo::Needs {
-            ip4: self.ip4,
-            ip6: self.ip6,
-            capture_v6: self.capture_v6,
-            dns_routes: self.dns_routes.clone(),
-        }
-    }
-}
-
-/// A kind of addresses of which a device has a first one; `enum device_family` of bpf/mesh/inbound.h.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum DeviceFamily {
-    /// IPv4.
-    V4,
-    /// IPv6, whatever its scope: the kernel lists what is global first.
-    V6,
-    /// IPv6, link-local.
-    V6Link,
-}
-
-/// What userspace remembers about an enrolled pod, beside its row.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Record {
-    /// `namespace/name`.
-    pub pod: String,
-    /// `metadata.uid`.
-    pub uid: String,
-    /// Path of the network namespace.
-    pub netns: PathBuf,
+    pub netns: Arc<NetnsFacts>,
 }
 
 /// Everything that the maps should hold.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Desired {
     /// By network namespace cookie.
-    pub pods: BTreeMap<NetnsCookie, (PodRow, Record)>,
-    /// The pods' own addresses; [`NetnsCookie::NONE`]: some pod of the node that may be spliced with.
-    pub locals: BTreeSet<(NetnsCookie, IpAddr)>,
-    /// Where iptables' REDIRECT would lead what comes in by a device: the first address that it
-    /// has, by the pod's cookie and the device's index.
-    pub device_addrs: BTreeMap<(NetnsCookie, u32, DeviceFamily), IpAddr>,
-    /// Port lists.
-    pub port_rules: BTreeSet<PortRule>,
-    /// Address lists, and whether a range is a member: the longest that matches decides.
-    pub cidr_rules: BTreeMap<CidrRule, bool>,
-    /// Exempt interfaces, by cookie and index.
-    pub excluded_ifs: BTreeSet<(NetnsCookie, u32)>,
-    /// Users with ports of their own.
-    pub uid_rules: BTreeSet<UidRule>,
+    pub pods: BTreeMap<NetnsCookie, Arc<PodEntries>>,
+    /// Addresses of pods of the node that may be spliced with.
+    pub spliced: BTreeSet<IpAddr>,
     /// Pods that are not enrolled, and why.
     pub refused: Vec<(String, Refusal)>,
     /// Pods whose policy there is no room for: everything of theirs is captured.
     pub closed: Vec<(String, Refusal)>,
+    /// How many entries the pods have of each map of [`QUOTAS`].
+    pub used: [usize; QUOTAS.len()],
+}
+
+impl Desired {
+    /// All pods' port lists.
+    pub fn port_rules(&self) -> impl Iterator<Item = &PortRule> {
+        self.pods.values().flat_map(|pod| &pod.port_rules)
+    }
+
+    /// All pods' address lists.
+    pub fn cidr_rules(&self) -> impl Iterator<Item = (&CidrRule, &bool)> {
+        self.pods.values().flat_map(|pod| &pod.cidr_rules)
+    }
+
+    /// All pods' users with ports of their own.
+    pub fn uid_rules(&self) -> impl Iterator<Item = &UidRule> {
+        self.pods.values().flat_map(|pod| &pod.uid_rules)
+    }
 }
 
 /// Why a policy is more than any pod may have, whatever there is room for.
@@ -145,61 +68,135 @@ pub fn excess(facts: &PodFacts) -> Option<Refusal> {
     rules.excess().err()
 }
 
-/// How long the texts of a [`Record`] may be; `struct pod_record` of bpf/lib/records.h.
-pub const MAX_POD: usize = 320;
-/// See [`MAX_POD`].
-pub const MAX_UID: usize = 64;
-/// See [`MAX_POD`].
-pub const MAX_NETNS: usize = 256;
+/// Makes [`Desired`] of pods, and remembers what it made of each: a pod that stays as it is costs
+/// next to nothing.
+#[derive(Debug, Default)]
+pub struct Planner(BTreeMap<NetnsCookie, Plan>);
 
-/// What the maps should hold for these pods.
-///
-/// `host` are the cookies of the namespaces that can't be a pod's; `owners` says which pod (as
-/// `namespace/name`) has a namespace now: of two pods that claim one, the owner keeps it, and
-/// where there is none, the first by name gets it.
+#[derive(Debug)]
+struct Plan {
+    of: Candidate,
+    /// The policy is the pod's own.
+    own_policy: bool,
+    entries: Arc<PodEntries>,
+}
+
+/// [`Planner::desired`] of a new planner.
 pub fn desired(
     candidates: &[Candidate],
     host: &BTreeSet<NetnsCookie>,
     owners: &BTreeMap<NetnsCookie, Record>,
     limits: &Limits,
 ) -> Desired {
-    let mut sorted: Vec<&Candidate> = candidates.iter().collect();
-    sorted.sort_by_cached_key(|c| {
-        let owns = owners.get(&c.netns.cookie).is_some_and(|owner| owner.pod == c.facts.name);
-        (!owns, c.facts.name.clone())
-    });
-    let mut out = Desired::default();
-    for candidate in sorted {
-        let name = &candidate.facts.name;
-        match enroll(&mut out, candidate, &candidate.facts.policy, host, limits) {
-            Ok(()) => {}
-            Err(refusal) if refusal.is_about_policy() => {
-                // Nothing of the pod's must get past its proxy for want of room.
-                match enroll(&mut out, candidate, &Policy::default(), host, limits) {
-                    Ok(()) => out.closed.push((name.clone(), refusal)),
-                    Err(refusal) => out.refused.push((name.clone(), refusal)),
-                }
-            }
-            Err(refusal) => out.refused.push((name.clone(), refusal)),
-        }
-    }
-    out
+    Planner::default().desired(candidates, host, owners, limits)
 }
 
-fn enroll(
-    out: &mut Desired,
+impl Planner {
+    /// What the maps should hold for these pods.
+    ///
+    /// `host` are the cookies of the namespaces that can't be a pod's; `owners` says which pod (as
+    /// `namespace/name`) has a namespace now: of two pods that claim one, the owner keeps it, and
+    /// where there is none, the first by name gets it.
+    pub fn desired(
+        &mut self,
+        candidates: &[Candidate],
+        host: &BTreeSet<NetnsCookie>,
+        owners: &BTreeMap<NetnsCookie, Record>,
+        limits: &Limits,
+    ) -> Desired {
+        let mut sorted: Vec<&Candidate> = candidates.iter().collect();
+        sorted.sort_by_cached_key(|c| {
+            let owns = owners.get(&c.netns.cookie).is_some_and(|owner| owner.pod == c.facts.name);
+            (!owns, c.facts.name.as_str())
+        });
+        let mut out = Desired::default();
+        for candidate in sorted {
+            let name = &candidate.facts.name;
+            match self.enroll(&mut out, candidate, true, host, limits) {
+                Ok(()) => {}
+                Err(refusal) if refusal.is_about_policy() => {
+                    // Nothing of the pod's must get past its proxy for want of room.
+                    match self.enroll(&mut out, candidate, false, host, limits) {
+                        Ok(()) => out.closed.push((name.clone(), refusal)),
+                        Err(refusal) => out.refused.push((name.clone(), refusal)),
+                    }
+                }
+                Err(refusal) => out.refused.push((name.clone(), refusal)),
+            }
+        }
+        self.0.retain(|cookie, _| out.pods.contains_key(cookie));
+        out
+    }
+
+    fn enroll(
+        &mut self,
+        out: &mut Desired,
+        candidate: &Candidate,
+        own_policy: bool,
+        host: &BTreeSet<NetnsCookie>,
+        limits: &Limits,
+    ) -> Result<(), Refusal> {
+        let netns = &candidate.netns;
+        let cookie = netns.cookie;
+        if host.contains(&cookie) {
+            return Err(Refusal::HostNetns(netns.path.clone()));
+        }
+        if let Some(owner) = out.pods.get(&cookie) {
+            let owner = owner.record.pod.clone();
+            return Err(Refusal::Claimed { netns: netns.path.clone(), owner });
+        }
+        let entries = self.entries(candidate, own_policy, limits)?;
+        if out.pods.len() >= limits.pods {
+            return Err(Refusal::Full { map: "pods", limit: limits.pods, share: 1 });
+        }
+        let others = limits.pods - out.pods.len() - 1;
+        let wanted = QUOTAS.map(|quota| (quota.entries)(&entries));
+        for ((quota, wanted), used) in QUOTAS.iter().zip(wanted).zip(out.used) {
+            quota.take(wanted, used, (quota.limit)(limits), others)?;
+        }
+        for (used, wanted) in out.used.iter_mut().zip(wanted) {
+            *used += wanted;
+        }
+        out.spliced.extend(&entries.spliced);
+        out.pods.insert(cookie, entries);
+        Ok(())
+    }
+
+    /// What the maps should hold for a pod; as it was where the pod is as it was.
+    fn entries(
+        &mut self,
+        candidate: &Candidate,
+        own_policy: bool,
+        limits: &Limits,
+    ) -> Result<Arc<PodEntries>, Refusal> {
+        let cookie = candidate.netns.cookie;
+        let last = self.0.get(&cookie);
+        if let Some(last) = last
+            && last.own_policy == own_policy
+            && last.of == *candidate
+        {
+            return Ok(Arc::clone(&last.entries));
+        }
+        let all = Policy::default();
+        let policy = if own_policy { &candidate.facts.policy } else { &all };
+        let entries = Arc::new(entries_of(candidate, policy, limits)?);
+        // A pod may change in what no map holds.
+        let entries = match last {
+            Some(last) if last.entries == entries => Arc::clone(&last.entries),
+            _ => entries,
+        };
+        let plan = Plan { of: candidate.clone(), own_policy, entries: Arc::clone(&entries) };
+        self.0.insert(cookie, plan);
+        Ok(entries)
+    }
+}
+
+fn entries_of(
     Candidate { facts, netns }: &Candidate,
     policy: &Policy,
-    host: &BTreeSet<NetnsCookie>,
     limits: &Limits,
-) -> Result<(), Refusal> {
+) -> Result<PodEntries, Refusal> {
     let cookie = netns.cookie;
-    if host.contains(&cookie) {
-        return Err(Refusal::HostNetns(netns.path.clone()));
-    }
-    if let Some((_, owner)) = out.pods.get(&cookie) {
-        return Err(Refusal::Claimed { netns: netns.path.clone(), owner: owner.pod.clone() });
-    }
     let path = netns.path.to_string_lossy();
     for (what, text, limit) in [
         ("pod name", facts.name.as_str(), MAX_POD),
@@ -234,13 +231,11 @@ fn enroll(
             Ipv6::Never => false,
         };
 
-    let mut locals: BTreeSet<(NetnsCookie, IpAddr)> = ips.iter().map(|ip| (cookie, *ip)).collect();
+    let mut locals: BTreeSet<IpAddr> = ips.iter().copied().collect();
     if capture_v6 {
-        locals.insert((cookie, PASSTHROUGH_V6.into()));
+        locals.insert(PASSTHROUGH_V6.into());
     }
-    if facts.splice {
-        locals.extend(ips.iter().filter(routable).map(|ip| (NetnsCookie::NONE, *ip)));
-    }
+    let spliced = ips.iter().filter(routable).filter(|_| facts.splice).copied().collect();
 
     let mut rules = Rules::of_policy(cookie, policy, facts.mesh);
     if let Some(key) = facts.mesh.exclude_interfaces
@@ -251,18 +246,14 @@ fn enroll(
         return Err(Refusal::Interfaces { key, names });
     }
     // An interface that is not there yet is exempt once it is: namespaces are looked at again.
-    let excluded_ifs: BTreeSet<(NetnsCookie, u32)> = policy
+    let excluded_ifs: BTreeSet<u32> = policy
         .exclude_interfaces
         .iter()
-        .filter_map(|name| Some((cookie, *netns.interfaces.get(name)?)))
+        .filter_map(|name| netns.interfaces.get(name).copied())
         .collect();
     if !excluded_ifs.is_empty() {
         for (net, ifindex) in netns.routes.iter().take(CIDR_RULES.most + 1) {
-            rules.range(
-                RuleSet::OutExcludeRoutes,
-                *net,
-                excluded_ifs.contains(&(cookie, *ifindex)),
-            );
+            rules.range(RuleSet::OutExcludeRoutes, *net, excluded_ifs.contains(ifindex));
         }
     }
     let (out_all, loopback_included) = match &policy.include_outbound_ranges {
@@ -270,21 +261,7 @@ fn enroll(
         Ranges::Only(ranges) => (false, ranges.iter().any(|range| range.addr().is_loopback())),
     };
     let in_all = matches!(policy.include_inbound_ports, Ports::All);
-
-    if out.pods.len() >= limits.pods {
-        return Err(Refusal::Full { map: "pods", limit: limits.pods, share: 1 });
-    }
     rules.excess()?;
-    let others = limits.pods - out.pods.len() - 1;
-    for (quota, wanted, used, limit) in [
-        (LOCALS, locals.len(), out.locals.len(), limits.locals),
-        (PORT_RULES, rules.ports.len(), out.port_rules.len(), limits.port_rules),
-        (CIDR_RULES, rules.cidrs.len(), out.cidr_rules.len(), limits.cidr_rules),
-        (UID_RULES, rules.uids.len(), out.uid_rules.len(), limits.uid_rules),
-        (EXCLUDED_IFS, excluded_ifs.len(), out.excluded_ifs.len(), limits.excluded_ifs),
-    ] {
-        quota.take(wanted, used, limit, others)?;
-    }
     let row = PodRow {
         proxy_uid: facts.proxy_uid,
         proxy_gid: facts.proxy_gid,
@@ -317,15 +294,17 @@ fn enroll(
     };
     let record =
         Record { pod: facts.name.clone(), uid: facts.uid.clone(), netns: netns.path.clone() };
-    out.pods.insert(cookie, (row, record));
-    out.locals.extend(locals);
-    let firsts = device_addrs(netns).into_iter();
-    out.device_addrs.extend(firsts.map(|((device, family), ip)| ((cookie, device, family), ip)));
-    out.port_rules.extend(rules.ports);
-    out.cidr_rules.extend(rules.cidrs);
-    out.uid_rules.extend(rules.uids);
-    out.excluded_ifs.extend(excluded_ifs);
-    Ok(())
+    Ok(PodEntries {
+        row,
+        record,
+        locals,
+        spliced,
+        device_addrs: device_addrs(netns),
+        port_rules: rules.ports,
+        cidr_rules: rules.cidrs,
+        uid_rules: rules.uids,
+        excluded_ifs,
+    })
 }
 
 /// The pod's own addresses, that which stands for it first: those that its namespace has, in the
@@ -417,7 +396,8 @@ mod tests {
     use crate::{
         mesh::{
             ISTIO, MESHES,
-            policy::{PortRange, Protocol, UidExclusion},
+            policy::{PortRange, Protocol, TcpDns, UidExclusion},
+            quota::PORT_RULES,
             rules::{aligned, without},
         },
         node::ADDRESSES,
@@ -447,7 +427,7 @@ mod tests {
     fn candidate(name: &str, cookie: u64, ip: &str) -> Candidate {
         let ip: IpAddr = ip.parse().expect("an address");
         Candidate {
-            facts: PodFacts {
+            facts: Arc::new(PodFacts {
                 name: name.into(),
                 uid: format!("uid-{name}"),
                 mesh: &ISTIO,
@@ -461,8 +441,8 @@ mod tests {
                 tcp_dns: TcpDns::Captured,
                 policy: Policy::default(),
                 splice: true,
-            },
-            netns: NetnsFacts {
+            }),
+            netns: Arc::new(NetnsFacts {
                 path: format!("/run/netns/{name}").into(),
                 cookie: NetnsCookie(cookie),
                 addresses: vec![(ip, 2)],
@@ -475,7 +455,7 @@ mod tests {
                 route_localnet: false,
                 own_nat: false,
                 forwarded: 0,
-            },
+            }),
         }
     }
 
@@ -486,15 +466,15 @@ mod tests {
     #[test]
     fn an_istio_pod_with_no_annotations() {
         let out = plain(&[candidate("ns/a", 7, "10.0.0.7")]);
-        let (row, record) = &out.pods[&NetnsCookie(7)];
+        let PodEntries { row, record, .. } = &*out.pods[&NetnsCookie(7)];
         assert_eq!((row.out_port, row.in_port, row.hbone_port), (15001, 15006, 15008));
         assert!(row.out_all && row.in_all && row.self_inbound);
         assert_eq!((row.proxy_uid, row.proxy_gid), (Some(1337), Some(1337)));
         assert_eq!((row.ip4, row.ip6), (Some([10, 0, 0, 7].into()), None));
         assert_eq!(record.pod, "ns/a");
-        let exempt: Vec<u16> = out.port_rules.iter().map(|rule| rule.port).collect();
+        let exempt: Vec<u16> = out.port_rules().map(|rule| rule.port).collect();
         assert_eq!(exempt, [15008, 15020, 15021, 15090]);
-        assert!(out.port_rules.iter().all(|rule| rule.set == RuleSet::InExcludePorts));
+        assert!(out.port_rules().all(|rule| rule.set == RuleSet::InExcludePorts));
         assert_eq!(row.sets, BTreeSet::from([RuleSet::InExcludePorts]));
     }
 
@@ -502,19 +482,19 @@ mod tests {
     fn ipv6_is_captured_where_istio_would() {
         let mut dual = candidate("ns/a", 7, "10.0.0.7");
         let v6: IpAddr = "fd00::7".parse().expect("an address");
-        dual.netns.addresses.push((v6, 2));
+        Arc::make_mut(&mut dual.netns).addresses.push((v6, 2));
         let captured =
-            |pod: &Candidate| plain(std::slice::from_ref(pod)).pods[&NetnsCookie(7)].0.capture_v6;
+            |pod: &Candidate| plain(std::slice::from_ref(pod)).pods[&NetnsCookie(7)].row.capture_v6;
         assert!(!captured(&dual), "second address, not dual stack");
         // F65: the kernel lists IPv4 first, whatever the API server does.
-        dual.facts.ips.insert(0, v6);
+        Arc::make_mut(&mut dual.facts).ips.insert(0, v6);
         assert!(!captured(&dual), "first in podIPs");
-        dual.facts.ipv6 = Ipv6::Always;
+        Arc::make_mut(&mut dual.facts).ipv6 = Ipv6::Always;
         assert!(captured(&dual));
-        assert!(plain(&[dual]).locals.contains(&(NetnsCookie(7), PASSTHROUGH_V6.into())));
+        assert!(plain(&[dual]).pods[&NetnsCookie(7)].locals.contains(&PASSTHROUGH_V6.into()));
         assert!(captured(&candidate("ns/b", 7, "fd00::8")), "the only one");
         let mut unknown = candidate("ns/b", 7, "fd00::8");
-        unknown.netns.addresses.clear();
+        Arc::make_mut(&mut unknown.netns).addresses.clear();
         assert!(captured(&unknown), "by podIPs where the namespace is not known");
     }
 
@@ -523,28 +503,28 @@ mod tests {
         let ip = |text: &str| -> IpAddr { text.parse().expect("an address") };
         // F10: an IPv6 pod of EKS has an IPv4 address that the API server does not know.
         let mut eks = candidate("ns/a", 7, "fd00::7");
-        eks.netns.addresses.insert(0, (ip("169.254.172.3"), 3));
-        let row = plain(&[eks]).pods[&NetnsCookie(7)].0.clone();
+        Arc::make_mut(&mut eks.netns).addresses.insert(0, (ip("169.254.172.3"), 3));
+        let row = plain(&[eks]).pods[&NetnsCookie(7)].row.clone();
         assert!(row.capture_v4 && row.capture_v6, "link-local IPv4 is not looked at by Istio");
         assert_eq!(row.ip4, Some([169, 254, 172, 3].into()));
         // F2: Kuma captures IPv6 where there is any, and validates it.
         let mut kuma = candidate("ns/b", 8, "10.0.0.8");
-        kuma.facts.ipv6 = Ipv6::Always;
+        Arc::make_mut(&mut kuma.facts).ipv6 = Ipv6::Always;
         assert!(
-            !plain(std::slice::from_ref(&kuma)).pods[&NetnsCookie(8)].0.capture_v6,
+            !plain(std::slice::from_ref(&kuma)).pods[&NetnsCookie(8)].row.capture_v6,
             "there is none"
         );
-        kuma.netns.addresses.push((ip("fe80::8"), 2));
+        Arc::make_mut(&mut kuma.netns).addresses.push((ip("fe80::8"), 2));
         let out = plain(std::slice::from_ref(&kuma));
-        assert!(out.pods[&NetnsCookie(8)].0.capture_v6);
-        assert!(out.locals.contains(&(NetnsCookie(8), PASSTHROUGH_V6.into())));
-        kuma.netns.addresses.push((ip("fd00::8"), 3));
+        assert!(out.pods[&NetnsCookie(8)].row.capture_v6);
+        assert!(out.pods[&NetnsCookie(8)].locals.contains(&PASSTHROUGH_V6.into()));
+        Arc::make_mut(&mut kuma.netns).addresses.push((ip("fd00::8"), 3));
         assert_eq!(
-            plain(&[kuma]).pods[&NetnsCookie(8)].0.ip6.map(IpAddr::from),
+            plain(&[kuma]).pods[&NetnsCookie(8)].row.ip6.map(IpAddr::from),
             Some(ip("fd00::8"))
         );
         // And IPv4 always, within a pod that has no such address.
-        let v6 = plain(&[candidate("ns/c", 9, "fd00::9")]).pods[&NetnsCookie(9)].0.clone();
+        let v6 = plain(&[candidate("ns/c", 9, "fd00::9")]).pods[&NetnsCookie(9)].row.clone();
         assert!(v6.capture_v4 && v6.ip4.is_none());
     }
 
@@ -552,10 +532,11 @@ mod tests {
     fn a_status_from_before_the_sandbox_is_not_believed() {
         // F5: the address of the sandbox before, which may be another pod's by now.
         let mut pod = candidate("ns/a", 7, "10.0.0.7");
-        pod.facts.ips = vec!["10.0.0.6".parse().expect("an address")];
+        Arc::make_mut(&mut pod.facts).ips = vec!["10.0.0.6".parse().expect("an address")];
         let out = plain(&[pod]);
-        assert_eq!(out.pods[&NetnsCookie(7)].0.ip4, Some([10, 0, 0, 7].into()));
-        assert!(out.locals.iter().all(|(_, ip)| ip.to_string() == "10.0.0.7"), "{:?}", out.locals);
+        assert_eq!(out.pods[&NetnsCookie(7)].row.ip4, Some([10, 0, 0, 7].into()));
+        let locals = &out.pods[&NetnsCookie(7)].locals;
+        assert!(locals.iter().all(|ip| ip.to_string() == "10.0.0.7"), "{locals:?}");
     }
 
     #[test]
@@ -564,12 +545,10 @@ mod tests {
         let all =
             [("10.0.0.9", 2), ("10.1.0.7", 3), ("fd00::7", 2), ("fe80::7", 2), ("fe80::8", 3)];
         let all = all.map(|(ip, device)| (ip.parse().expect("an address"), device));
-        pod.netns.addresses.extend(all);
-        let found = plain(&[pod]).device_addrs;
-        let found: Vec<_> = found
-            .iter()
-            .map(|((_, device, family), ip)| (*device, *family, ip.to_string()))
-            .collect();
+        Arc::make_mut(&mut pod.netns).addresses.extend(all);
+        let found = plain(&[pod]).pods[&NetnsCookie(7)].device_addrs.clone();
+        let found: Vec<_> =
+            found.iter().map(|((device, family), ip)| (*device, *family, ip.to_string())).collect();
         use DeviceFamily::{V4, V6, V6Link};
         let right = [
             (2, V4, "10.0.0.7"),
@@ -586,19 +565,19 @@ mod tests {
     fn a_pod_with_many_devices_has_no_more_than_its_share_of_addresses_for_listeners() {
         let mut pod = candidate("ns/a", 7, "10.0.0.7");
         let more = (3..20).map(|device| (IpAddr::from([10, 1, 0, device as u8]), device));
-        pod.netns.addresses.extend(more);
-        let found = plain(&[pod]).device_addrs;
-        let devices: Vec<u32> = found.keys().map(|(_, device, _)| *device).collect();
+        Arc::make_mut(&mut pod.netns).addresses.extend(more);
+        let found = plain(&[pod]).pods[&NetnsCookie(7)].device_addrs.clone();
+        let devices: Vec<u32> = found.keys().map(|(device, _)| *device).collect();
         assert_eq!(devices, [2, 3, 4, 5, 6, 7], "the first of them");
     }
 
     #[test]
     fn addresses_come_from_the_namespace_where_the_pod_names_none() {
         let mut pod = candidate("ns/a", 7, "10.0.0.7");
-        pod.facts.ips.clear();
-        assert_eq!(plain(&[pod.clone()]).pods[&NetnsCookie(7)].0.ip4, Some([10, 0, 0, 7].into()));
+        Arc::make_mut(&mut pod.facts).ips.clear();
+        assert_eq!(plain(&[pod.clone()]).pods[&NetnsCookie(7)].row.ip4, Some([10, 0, 0, 7].into()));
         let link_local: IpAddr = "fe80::7".parse().expect("an address");
-        pod.netns.addresses = vec![(link_local, 2)];
+        Arc::make_mut(&mut pod.netns).addresses = vec![(link_local, 2)];
         assert!(matches!(plain(&[pod]).refused[..], [(_, Refusal::NoAddress(_))]));
     }
 
@@ -613,11 +592,11 @@ mod tests {
     #[test]
     fn of_two_pods_in_one_namespace_the_owner_keeps_it() {
         let pods = [candidate("ns/a", 7, "10.0.0.7"), candidate("ns/b", 7, "10.0.0.7")];
-        assert_eq!(plain(&pods).pods[&NetnsCookie(7)].1.pod, "ns/a");
+        assert_eq!(plain(&pods).pods[&NetnsCookie(7)].record.pod, "ns/a");
         let owner = Record { pod: "ns/b".into(), ..Record::default() };
         let owners = BTreeMap::from([(NetnsCookie(7), owner)]);
         let out = desired(&pods, &BTreeSet::new(), &owners, &LIMITS);
-        assert_eq!(out.pods[&NetnsCookie(7)].1.pod, "ns/b");
+        assert_eq!(out.pods[&NetnsCookie(7)].record.pod, "ns/b");
         assert!(
             matches!(&out.refused[..], [(a, Refusal::Claimed { owner, .. })] if a == "ns/a" && owner == "ns/b")
         );
@@ -629,7 +608,7 @@ mod tests {
             candidate(&"n".repeat(MAX_POD + 1), 7, "10.0.0.7"),
             candidate(&"n".repeat(200), 8, "10.0.0.8"),
         ];
-        pods.iter_mut().for_each(|pod| pod.facts.uid.truncate(MAX_UID));
+        pods.iter_mut().for_each(|pod| Arc::make_mut(&mut pod.facts).uid.truncate(MAX_UID));
         let out = plain(&pods);
         assert!(matches!(&out.refused[..], [(_, Refusal::TooLong { limit: MAX_POD, .. })]));
         assert!(out.pods.contains_key(&NetnsCookie(8)), "the other pod goes on");
@@ -647,7 +626,7 @@ mod tests {
     #[test]
     fn exempt_interfaces_take_a_kernel_that_tells_them() {
         let mut pod = candidate("ns/a", 7, "10.0.0.7");
-        pod.facts.policy.exclude_interfaces = ["net1".to_owned()].into();
+        Arc::make_mut(&mut pod.facts).policy.exclude_interfaces = ["net1".to_owned()].into();
         let limits = Limits { tells_interface: false, ..LIMITS };
         let other = candidate("ns/b", 8, "10.0.0.8");
         let out = desired(&[pod, other], &BTreeSet::new(), &BTreeMap::new(), &limits);
@@ -660,24 +639,24 @@ mod tests {
     #[test]
     fn an_exempt_interface_takes_its_routes_along() {
         let mut pod = candidate("ns/a", 7, "10.0.0.7");
-        pod.facts.policy.exclude_interfaces = ["net1".to_owned(), "later0".to_owned()].into();
+        Arc::make_mut(&mut pod.facts).policy.exclude_interfaces =
+            ["net1".to_owned(), "later0".to_owned()].into();
         let out = plain(&[pod]);
-        assert_eq!(out.excluded_ifs, [(NetnsCookie(7), 3)].into());
-        assert!(out.pods[&NetnsCookie(7)].0.exclude_ifs);
-        let members: Vec<_> =
-            out.cidr_rules.iter().map(|(r, m)| (r.net.prefix_len(), *m)).collect();
+        assert_eq!(out.pods[&NetnsCookie(7)].excluded_ifs, [3].into());
+        assert!(out.pods[&NetnsCookie(7)].row.exclude_ifs);
+        let members: Vec<_> = out.cidr_rules().map(|(r, m)| (r.net.prefix_len(), *m)).collect();
         assert_eq!(members, [(96, false), (112, true)], "the longest match decides");
     }
 
     #[test]
     fn included_inbound_ports_leave_the_exempt_one_out() {
         let mut pod = candidate("ns/a", 7, "10.0.0.7");
-        pod.facts.policy.include_inbound_ports =
+        Arc::make_mut(&mut pod.facts).policy.include_inbound_ports =
             Ports::Only([PortRange { first: 15007, last: 15009 }].into());
         let out = plain(&[pod]);
-        let ports: Vec<_> = out.port_rules.iter().map(|rule| (rule.port, rule.set)).collect();
+        let ports: Vec<_> = out.port_rules().map(|rule| (rule.port, rule.set)).collect();
         assert_eq!(ports, [(15007, RuleSet::InIncludePorts), (15009, RuleSet::InIncludePorts)]);
-        assert!(!out.pods[&NetnsCookie(7)].0.in_all);
+        assert!(!out.pods[&NetnsCookie(7)].row.in_all);
     }
 
     proptest! {
@@ -764,12 +743,12 @@ mod tests {
             ),
         ] {
             let mut pod = candidate("shop/a", 1, "10.0.0.1");
-            pod.facts.policy = policy;
+            Arc::make_mut(&mut pod.facts).policy = policy;
             let excess = excess(&pod.facts).expect("too much");
             assert!(matches!(excess, Refusal::TooMany { map: of, .. } if of == map), "{excess}");
             let out = desired(&[pod], &BTreeSet::new(), &BTreeMap::new(), &NODE);
             assert!(
-                out.pods[&NetnsCookie(1)].0.out_all && out.pods[&NetnsCookie(1)].0.in_all,
+                out.pods[&NetnsCookie(1)].row.out_all && out.pods[&NetnsCookie(1)].row.in_all,
                 "all its traffic is captured"
             );
             assert_eq!((out.closed.len(), out.refused.len()), (1, 0));
@@ -784,7 +763,7 @@ mod tests {
         let pod = |n: u64, count: u16| {
             let ip = Ipv4Addr::from(0x0a00_0000 + n as u32).to_string();
             let mut pod = candidate(&format!("shop/p{n:04}"), n, &ip);
-            pod.facts.policy.exclude_outbound_ports = ports(count);
+            Arc::make_mut(&mut pod.facts).policy.exclude_outbound_ports = ports(count);
             pod
         };
         let greedy = (1..=30).map(|n| pod(n, 4000));
@@ -797,7 +776,7 @@ mod tests {
             assert!(name.as_str() <= "shop/p0030", "{name}: {refusal}");
             assert!(matches!(refusal, Refusal::Full { map: "port_rules", .. }), "{refusal}");
         }
-        assert!(out.port_rules.len() <= NODE.port_rules);
+        assert!(out.port_rules().count() <= NODE.port_rules);
     }
 
     /// F31: what every pod needs, whatever its policy, is less than its share.
@@ -807,14 +786,8 @@ mod tests {
             let rules = Rules::of_policy(NetnsCookie(1), &Policy::default(), mesh);
             assert!(rules.ports.len() + 8 < PORT_RULES.share, "{}", mesh.name);
         }
-        for (quota, limit) in [
-            (PORT_RULES, NODE.port_rules),
-            (CIDR_RULES, NODE.cidr_rules),
-            (UID_RULES, NODE.uid_rules),
-            (EXCLUDED_IFS, NODE.excluded_ifs),
-            (LOCALS, NODE.locals),
-        ] {
-            assert!(quota.share * NODE.pods <= limit / 2, "{quota:?}");
+        for quota in QUOTAS {
+            assert!(quota.share * NODE.pods <= (quota.limit)(&NODE) / 2, "{}", quota.map);
         }
     }
 
@@ -822,7 +795,7 @@ mod tests {
     fn f31_addresses_beyond_the_quota_do_not_count_and_no_family_is_lost() {
         let v4 = (0..1000u32).map(|n| IpAddr::from(Ipv4Addr::from(0x0a00_0001 + n)));
         let addresses = v4.chain(["fd00::1".parse().expect("an address")]).map(|ip| (ip, 2));
-        let mut netns = candidate("shop/a", 1, "10.0.0.1").netns;
+        let mut netns = NetnsFacts::clone(&candidate("shop/a", 1, "10.0.0.1").netns);
         netns.addresses = addresses.collect();
         let bound = netns.bound();
         assert!(bound.more_addresses);

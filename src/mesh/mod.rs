@@ -12,6 +12,7 @@ use self::{
 
 pub mod annotations;
 pub mod desired;
+pub mod entries;
 pub mod facts;
 pub mod istio;
 pub mod kuma;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::entries::PodEntries;
 use crate::node::ADDRESSES;
 
 /// Why a pod with valid facts can't be enrolled.
@@ -85,20 +86,57 @@ pub struct Limits {
 
 /// What a pod may take of a map that all pods share.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Quota {
+pub struct Quota {
     /// The map.
     pub map: &'static str,
     /// No pod has more.
     pub most: usize,
     /// As much is there for every pod that may come, whatever others have.
     pub share: usize,
+    /// How many entries a pod takes.
+    pub entries: fn(&PodEntries) -> usize,
+    /// How many the map has room for.
+    pub limit: fn(&Limits) -> usize,
 }
 
-pub(super) const PORT_RULES: Quota = Quota { map: "port_rules", most: 4096, share: 32 };
-pub(super) const CIDR_RULES: Quota = Quota { map: "cidr_rules", most: 4096, share: 32 };
-pub(super) const UID_RULES: Quota = Quota { map: "uid_rules", most: 1024, share: 8 };
-pub(super) const EXCLUDED_IFS: Quota = Quota { map: "excluded_ifs", most: 64, share: 2 };
-pub(super) const LOCALS: Quota = Quota { map: "locals", most: 4 * ADDRESSES, share: 8 };
+/// The maps that all pods share, a row each.
+pub const QUOTAS: [Quota; 5] = [LOCALS, PORT_RULES, CIDR_RULES, UID_RULES, EXCLUDED_IFS];
+
+const LOCALS: Quota = Quota {
+    map: "locals",
+    most: 4 * ADDRESSES,
+    share: 8,
+    entries: |pod| pod.locals.len() + pod.spliced.len(),
+    limit: |limits| limits.locals,
+};
+pub(super) const PORT_RULES: Quota = Quota {
+    map: "port_rules",
+    most: 4096,
+    share: 32,
+    entries: |pod| pod.port_rules.len(),
+    limit: |limits| limits.port_rules,
+};
+pub(super) const CIDR_RULES: Quota = Quota {
+    map: "cidr_rules",
+    most: 4096,
+    share: 32,
+    entries: |pod| pod.cidr_rules.len(),
+    limit: |limits| limits.cidr_rules,
+};
+pub(super) const UID_RULES: Quota = Quota {
+    map: "uid_rules",
+    most: 1024,
+    share: 8,
+    entries: |pod| pod.uid_rules.len(),
+    limit: |limits| limits.uid_rules,
+};
+const EXCLUDED_IFS: Quota = Quota {
+    map: "excluded_ifs",
+    most: 64,
+    share: 2,
+    entries: |pod| pod.excluded_ifs.len(),
+    limit: |limits| limits.excluded_ifs,
+};
 
 impl Quota {
     /// Whether `wanted` more entries go into a map of `limit`, of which `used` are taken and which
@@ -110,7 +148,7 @@ impl Quota {
         limit: usize,
         others: usize,
     ) -> Result<(), Refusal> {
-        let Self { map, most, share } = self;
+        let Self { map, most, share, .. } = self;
         if wanted > most {
             return Err(Refusal::TooMany { map, most });
         }

@@ -6,74 +6,11 @@ use ipnet::{IpNet, Ipv6Net};
 
 use super::{
     Mesh,
+    entries::{CidrRule, PortRule, RuleSet, UidRule},
     policy::{Policy, PortRange, Ports, Protocol, Ranges, UidExclusion},
     quota::{CIDR_RULES, PORT_RULES, Quota, Refusal, UID_RULES},
 };
 use crate::node::NetnsCookie;
-
-/// Which list a rule belongs to; `enum rule_set` of bpf/mesh/rules.h.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum RuleSet {
-    /// Destination ports never captured outbound.
-    OutExcludePorts,
-    /// Destination ports captured outbound.
-    OutIncludePorts,
-    /// Ports of the pod never captured inbound.
-    InExcludePorts,
-    /// Ports of the pod captured inbound.
-    InIncludePorts,
-    /// Destinations never captured outbound.
-    OutExcludeCidrs,
-    /// Destinations captured outbound.
-    OutIncludeCidrs,
-    /// Sources never captured inbound.
-    InExcludeCidrs,
-    /// TCP ports never captured outbound for this class of users.
-    OutExcludeTcpUids(u32),
-    /// UDP ports never captured outbound for this class of users.
-    OutExcludeUdpUids(u32),
-    /// Every route of the pod; a member leads to an interface that is exempt.
-    OutExcludeRoutes,
-}
-
-/// An aligned power-of-two range of ports: all that share the first `bits` bits with `port`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct PortRule {
-    /// The pod.
-    pub cookie: NetnsCookie,
-    /// The list.
-    pub set: RuleSet,
-    /// First port of the range.
-    pub port: u16,
-    /// 16 for one port, 0 for all.
-    pub bits: u8,
-}
-
-/// An aligned power-of-two range of users: all that share the first `bits` bits with `uid`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct UidRule {
-    /// The pod.
-    pub cookie: NetnsCookie,
-    /// First user of the range.
-    pub uid: u32,
-    /// 32 for one user, 0 for all.
-    pub bits: u8,
-    /// Which class these users are in, from 1.
-    pub class: u32,
-}
-
-/// An address range, IPv4 in v4-mapped form.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct CidrRule {
-    /// The pod.
-    pub cookie: NetnsCookie,
-    /// The list.
-    pub set: RuleSet,
-    /// The range; its host bits are zero.
-    pub net: Ipv6Net,
-    /// It is one of IPv6 itself.
-    pub v6: bool,
-}
 
 /// How many exclusions for users are looked at: they are compared with each other.
 const EXCLUSIONS: usize = 256;

@@ -1,0 +1,253 @@
+//! Makes the maps hold what is desired: what differs is written, pod by pod, and a pod that stays as
+//! it is costs nothing.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use libbpf_rs::MapCore;
+
+use super::{
+    Dataplane,
+    maps::{self, Diff, Entries},
+    remove_inbound,
+    skel::SidestepMaps,
+    tables::{self, ALL, Held, TABLES},
+    wire,
+};
+use crate::{
+    mesh::{
+        desired::Desired,
+        entries::{PodEntries, PodRow},
+    },
+    node::NetnsCookie,
+};
+
+/// How soon the maps are read anew where something could not be written.
+const READ_AGAIN: Duration = Duration::from_secs(60);
+
+/// What became of a goal.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// Entries that were written.
+    pub written: usize,
+    /// Entries that were deleted.
+    pub deleted: usize,
+    /// By cookie: pods whose entries could not be written.
+    pub failed: BTreeMap<NetnsCookie, Failure>,
+}
+
+/// Why a pod's entries could not be written.
+#[derive(Debug)]
+pub struct Failure {
+    /// The kernel's word.
+    pub error: anyhow::Error,
+    /// The pod has a row by which everything of it is captured.
+    pub is_captured: bool,
+}
+
+impl Dataplane {
+    /// Makes the maps hold what is desired, pod by pod: what is one pod's fault is no other's. Those
+    /// that leave come first, their rows before their rules; of the others, additions come before
+    /// the rows that need them, removals after. What belongs to the namespaces in `keep` is not
+    /// removed.
+    ///
+    /// # Errors
+    /// Where a map can't be read or written, named.
+    pub fn apply(&mut self, desired: &Desired, keep: &BTreeSet<NetnsCookie>) -> Result<Applied> {
+        let mut held = match self.known.take() {
+            Some(held) => held,
+            None => {
+                self.read = Instant::now();
+                Held::read(&self.skel.maps)?
+            }
+        };
+        let pods: BTreeSet<NetnsCookie> = desired.pods.keys().chain(keep).copied().collect();
+        self.share_out(&pods)?;
+        let applied = self.change(&mut held, desired, pods);
+        // Others may have put there what takes the room.
+        let is_failed = applied.as_ref().map_or(true, |applied| !applied.failed.is_empty());
+        if !is_failed || self.read.elapsed() < READ_AGAIN {
+            self.known = Some(held);
+        }
+        let applied = applied?;
+        if applied.written + applied.deleted > 0 {
+            // What became of a pod may hold for its open connections.
+            self.want_sweep(true)?;
+        }
+        Ok(applied)
+    }
+
+    /// See [`Dataplane::apply`]; `pods` are those that are there afterwards.
+    fn change(
+        &mut self,
+        held: &mut Held,
+        desired: &Desired,
+        pods: BTreeSet<NetnsCookie>,
+    ) -> Result<Applied> {
+        // An inbound program without its pod's row would pass everything: it goes first.
+        for cookie in self.links.steered() {
+            if !pods.contains(&cookie) {
+                remove_inbound(&mut self.links, &self.pins, cookie)?;
+            }
+        }
+        if self.filtering.borrow().as_ref() != Some(&pods) {
+            let none_left = self.remove_filters(|cookie| pods.contains(&cookie))?;
+            self.filtering.replace(none_left.then(|| pods.clone()));
+        }
+        let loaded = &self.skel.maps;
+        let mut applied = Applied::default();
+        let is_leaving =
+            |cookie: &&NetnsCookie| **cookie != NetnsCookie::NONE && !pods.contains(cookie);
+        let leaving: Vec<NetnsCookie> = held.pods.keys().filter(is_leaving).copied().collect();
+        for cookie in leaving {
+            held.written.remove(&cookie);
+            if let Some(holds) = held.pods.get_mut(&cookie) {
+                let diffs = differences(holds, Default::default());
+                delete(loaded, holds, &diffs)?;
+                applied.count(&diffs);
+            }
+            held.pods.remove(&cookie);
+        }
+        if held.spliced.as_ref() != Some(&desired.spliced) {
+            held.spliced = None;
+            let holds = held.pods.entry(NetnsCookie::NONE).or_default();
+            let diffs = differences(holds, tables::shared(&desired.spliced));
+            let change = upsert(loaded, holds, &diffs).and_then(|()| delete(loaded, holds, &diffs));
+            match change {
+                Ok(()) => held.spliced = Some(desired.spliced.clone()),
+                Err(error) => {
+                    let failure = Failure { error, is_captured: false };
+                    applied.failed.insert(NetnsCookie::NONE, failure);
+                }
+            }
+            applied.count(&diffs);
+        }
+        for (cookie, pod) in &desired.pods {
+            if held.written.get(cookie) == Some(pod) {
+                continue;
+            }
+            held.written.remove(cookie);
+            let holds = held.pods.entry(*cookie).or_default();
+            let diffs = differences(holds, tables::of_pod(*cookie, pod)?);
+            applied.count(&diffs);
+            let change = upsert(loaded, holds, &diffs).and_then(|()| delete(loaded, holds, &diffs));
+            if change.is_ok() {
+                held.written.insert(*cookie, Arc::clone(pod));
+                continue;
+            }
+            // There is room where the pod's former rules are gone. Meanwhile all is captured.
+            let is_captured = upsert(loaded, holds, &row_of(*cookie, &closed(pod))?).is_ok();
+            let again = delete(loaded, holds, &diffs)
+                .and_then(|()| upsert(loaded, holds, &diffs))
+                .and_then(|()| upsert(loaded, holds, &row_of(*cookie, pod)?));
+            match again {
+                Ok(()) => {
+                    held.written.insert(*cookie, Arc::clone(pod));
+                }
+                Err(error) => {
+                    applied.failed.insert(*cookie, Failure { error, is_captured });
+                }
+            }
+        }
+        Ok(applied)
+    }
+
+    /// Gives these pods a share of what counts a pod's sockets, and takes it from others, once nothing
+    /// of theirs is in use: sockets of a pod that has left may have some still.
+    fn share_out(&mut self, pods: &BTreeSet<NetnsCookie>) -> Result<()> {
+        if self.sharing.as_ref() == Some(pods) {
+            return Ok(());
+        }
+        self.sharing = None;
+        let mut are_all_gone = true;
+        for map in [&self.skel.maps.handshakes, &self.skel.maps.spliced_of] {
+            are_all_gone &= share_out(map, pods)?;
+        }
+        self.sharing = are_all_gone.then(|| pods.clone());
+        Ok(())
+    }
+}
+
+/// Says whether no other pods have a share any more.
+fn share_out(map: &impl MapCore, pods: &BTreeSet<NetnsCookie>) -> Result<bool> {
+    let mut shares = maps::read(map)?;
+    let mut wanted: Entries = pods.iter().map(|cookie| maps::entry(cookie, &0u32)).collect();
+    let mut unused = Vec::new();
+    for (cookie, used) in &shares {
+        if wanted.remove(cookie).is_none() && wire::from_bytes::<u32>(used)? == 0 {
+            unused.push(cookie.clone());
+        }
+    }
+    let diff = Diff { upserts: wanted, deletes: unused };
+    let mut table = maps::Table { map, holds: &mut shares };
+    table.delete(&diff)?;
+    table.upsert(&diff)?;
+    Ok(shares.len() == pods.len())
+}
+
+impl Applied {
+    fn count(&mut self, diffs: &[Diff; TABLES]) {
+        for diff in diffs {
+            self.written += diff.upserts.len();
+            self.deleted += diff.deletes.len();
+        }
+    }
+}
+
+fn differences(holds: &[Entries; TABLES], goal: [Entries; TABLES]) -> [Diff; TABLES] {
+    let mut diffs: [Diff; TABLES] = Default::default();
+    for ((diff, holds), goal) in diffs.iter_mut().zip(holds).zip(goal) {
+        *diff = maps::diff(holds, goal);
+    }
+    diffs
+}
+
+/// Writes to the maps in their order.
+fn upsert(
+    loaded: &SidestepMaps<'_>,
+    holds: &mut [Entries; TABLES],
+    diffs: &[Diff; TABLES],
+) -> Result<()> {
+    let mut all = ALL.iter().zip(holds).zip(diffs);
+    all.try_for_each(|((table, holds), diff)| {
+        maps::Table { map: (table.map)(loaded), holds }.upsert(diff)
+    })
+}
+
+/// Deletes from the maps, the other way round.
+fn delete(
+    loaded: &SidestepMaps<'_>,
+    holds: &mut [Entries; TABLES],
+    diffs: &[Diff; TABLES],
+) -> Result<()> {
+    let mut all = ALL.iter().zip(holds).zip(diffs).rev();
+    all.try_for_each(|((table, holds), diff)| {
+        maps::Table { map: (table.map)(loaded), holds }.delete(diff)
+    })
+}
+
+/// A pod of which everything is captured, whatever its lists hold.
+fn closed(pod: &PodEntries) -> PodEntries {
+    let row = PodRow {
+        out_all: true,
+        in_all: true,
+        loopback_included: false,
+        exclude_ifs: false,
+        sets: BTreeSet::new(),
+        ..pod.row.clone()
+    };
+    PodEntries { row, ..pod.clone() }
+}
+
+/// What writes a pod's record and row, which are last.
+fn row_of(cookie: NetnsCookie, pod: &PodEntries) -> Result<[Diff; TABLES]> {
+    let mut diffs: [Diff; TABLES] = Default::default();
+    for (table, diff) in ALL.iter().zip(&mut diffs).skip(TABLES - 2) {
+        diff.upserts = (table.rows)(cookie, pod)?;
+    }
+    Ok(diffs)
+}

@@ -1,0 +1,152 @@
+//! The maps that the agent alone writes, a row each: a map's contents are rows of it for each pod.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem::offset_of,
+    net::IpAddr,
+    sync::Arc,
+};
+
+use anyhow::Result;
+use libbpf_rs::MapMut;
+
+use super::{
+    maps::{self, Entries},
+    skel::SidestepMaps,
+    wire::{self, addr, cidr_rule_key, device_key, if_key, local_key, port_rule_key, uid_rule_key},
+};
+use crate::{mesh::entries::PodEntries, node::NetnsCookie};
+
+/// A map, and what a pod has in it.
+pub(super) struct Table {
+    /// Finds it among the loaded ones.
+    pub map: for<'a, 'map> fn(&'a SidestepMaps<'map>) -> &'a MapMut<'map>,
+    /// Where the cookie is in its keys.
+    pub cookie_at: usize,
+    /// What it should hold for a pod.
+    pub rows: fn(NetnsCookie, &PodEntries) -> Result<Entries>,
+}
+
+/// How many there are.
+pub(super) const TABLES: usize = 8;
+
+/// In the order of writing; deletes go the other way round. The last is the one that makes a pod's
+/// connections captured.
+pub(super) const ALL: [Table; TABLES] = [
+    Table { map: |maps| &maps.locals, cookie_at: offset_of!(local_key, netns), rows: locals },
+    Table {
+        map: |maps| &maps.device_addrs,
+        cookie_at: offset_of!(device_key, netns),
+        rows: |cookie, pod| {
+            let first = pod.device_addrs.iter().map(|((device, family), ip)| {
+                maps::entry(&wire::device_of(cookie, *device, *family), &addr::from(*ip))
+            });
+            Ok(first.collect())
+        },
+    },
+    Table {
+        map: |maps| &maps.port_rules,
+        cookie_at: offset_of!(port_rule_key, netns),
+        rows: |_, pod| {
+            let rules = pod.port_rules.iter();
+            Ok(rules.map(|rule| maps::entry(&wire::port_key(rule), &1u8)).collect())
+        },
+    },
+    Table {
+        map: |maps| &maps.cidr_rules,
+        cookie_at: offset_of!(cidr_rule_key, netns),
+        rows: |_, pod| {
+            let rules = pod
+                .cidr_rules
+                .iter()
+                .map(|(rule, is_member)| maps::entry(&wire::cidr_key(rule), &u8::from(*is_member)));
+            Ok(rules.collect())
+        },
+    },
+    Table {
+        map: |maps| &maps.uid_rules,
+        cookie_at: offset_of!(uid_rule_key, netns),
+        rows: |_, pod| {
+            let rules = pod.uid_rules.iter();
+            Ok(rules.map(|rule| maps::entry(&wire::uid_key(rule), &rule.class)).collect())
+        },
+    },
+    Table {
+        map: |maps| &maps.excluded_ifs,
+        cookie_at: offset_of!(if_key, netns),
+        rows: |cookie, pod| {
+            let devices = pod.excluded_ifs.iter();
+            Ok(devices.map(|device| maps::entry(&wire::if_of(cookie, *device), &1u8)).collect())
+        },
+    },
+    Table {
+        map: |maps| &maps.pod_records,
+        cookie_at: 0,
+        rows: |cookie, pod| {
+            Ok([maps::entry(&cookie, &wire::record_of(&pod.record)?)].into_iter().collect())
+        },
+    },
+    Table {
+        map: |maps| &maps.pods,
+        cookie_at: 0,
+        rows: |cookie, pod| {
+            Ok([maps::entry(&cookie, &wire::pod_of(&pod.row))].into_iter().collect())
+        },
+    },
+];
+
+/// What an entry of `locals` is; `enum local` of bpf/lib/owner.h.
+const LOCAL_OWN: u8 = 1;
+/// See [`LOCAL_OWN`].
+const LOCAL_LANDING: u8 = 2;
+
+fn locals(cookie: NetnsCookie, pod: &PodEntries) -> Result<Entries> {
+    let landings: BTreeSet<&IpAddr> = pod.device_addrs.values().collect();
+    let locals = pod.locals.iter().map(|ip| {
+        let kind = if landings.contains(ip) { LOCAL_LANDING } else { LOCAL_OWN };
+        maps::entry(&wire::local_of(cookie, *ip), &kind)
+    });
+    Ok(locals.collect())
+}
+
+/// What the maps should hold for no pod and all: the addresses that may be spliced with.
+pub(super) fn shared(spliced: &BTreeSet<IpAddr>) -> [Entries; TABLES] {
+    let key = |ip: &IpAddr| maps::entry(&wire::local_of(NetnsCookie::NONE, *ip), &LOCAL_OWN);
+    let mut all: [Entries; TABLES] = Default::default();
+    all[0] = spliced.iter().map(key).collect();
+    all
+}
+
+/// What the maps should hold for a pod.
+pub(super) fn of_pod(cookie: NetnsCookie, pod: &PodEntries) -> Result<[Entries; TABLES]> {
+    let mut all: [Entries; TABLES] = Default::default();
+    for (table, entries) in ALL.iter().zip(&mut all) {
+        *entries = (table.rows)(cookie, pod)?;
+    }
+    Ok(all)
+}
+
+/// What the maps hold.
+#[derive(Default)]
+pub(super) struct Held {
+    /// By pod; of [`NetnsCookie::NONE`] what is all pods'.
+    pub pods: BTreeMap<NetnsCookie, [Entries; TABLES]>,
+    /// Pods of which they hold exactly this.
+    pub written: BTreeMap<NetnsCookie, Arc<PodEntries>>,
+    /// They hold exactly these as what is all pods'.
+    pub spliced: Option<BTreeSet<IpAddr>>,
+}
+
+impl Held {
+    /// Asks the kernel.
+    pub fn read(loaded: &SidestepMaps<'_>) -> Result<Self> {
+        let mut held = Self::default();
+        for (n, table) in ALL.iter().enumerate() {
+            for (key, value) in maps::read((table.map)(loaded))? {
+                let cookie = wire::from_bytes(&key[table.cookie_at..table.cookie_at + 8])?;
+                held.pods.entry(cookie).or_default()[n].insert(key, value);
+            }
+        }
+        Ok(held)
+    }
+}
