@@ -375,4 +375,15 @@ mod tests {
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
     }
+
+    #[test]
+    fn no_line_of_help_is_too_long() {
+        let mut command = Cli::command();
+        command.build();
+        let helps = command.get_subcommands_mut().map(|one| one.render_long_help().to_string());
+        let lines: Vec<String> =
+            helps.flat_map(|help| help.lines().map(str::to_owned).collect::<Vec<_>>()).collect();
+        let long: Vec<_> = lines.iter().filter(|line| line.len() > crate::text::WIDTH).collect();
+        assert!(lines.len() > 100 && long.is_empty(), "{long:#?}");
+    }
 }

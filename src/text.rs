@@ -8,7 +8,7 @@ pub const WIDTH: usize = 100;
 /// `text` beside `label`, in lines of at most [`WIDTH`] columns, the further ones below the text. A
 /// word that is longer than a line is broken, never cut off.
 pub fn beside(label: &str, text: &str) -> String {
-    let room = label.len() <= WIDTH / 2;
+    let room = label.len() <= if text.is_empty() { WIDTH } else { WIDTH / 2 };
     let (first, indent) = if room { (label, label.len()) } else { ("  ", 6) };
     let below = " ".repeat(indent);
     let options = |first| {
@@ -49,6 +49,9 @@ mod tests {
     fn lines_are_wrapped_below_the_text() {
         assert_eq!(beside("  app  off  ", "short"), "  app  off  short\n");
         assert_eq!(beside("  app  on   ", ""), "  app  on\n");
+        let name = "n".repeat(60);
+        assert_eq!(beside(&name, ""), format!("{name}\n"));
+        assert_eq!(beside(&name, "text"), format!("  {name}\n      text\n"));
         let long = "a-name-with-hyphens ".repeat(10);
         let lines = beside("  app  off  ", &long);
         let lines: Vec<&str> = lines.lines().collect();
