@@ -5,8 +5,9 @@ use std::{env, ffi::OsString, path::PathBuf, process::Command};
 use anyhow::{Context, Result, bail};
 use libbpf_cargo::SkeletonBuilder;
 
-/// The object of the node's programs and the one that is loaded for each pod.
-const OBJECTS: [&str; 2] = ["sidestep", "inbound"];
+/// The object of the node's programs, the one that is loaded for each pod, and the one that is asked
+/// what the policy says.
+const OBJECTS: [&str; 3] = ["sidestep", "inbound", "policy"];
 
 fn main() -> Result<()> {
     let out = PathBuf::from(env::var_os("OUT_DIR").context("OUT_DIR is not set")?);

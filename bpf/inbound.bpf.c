@@ -8,10 +8,11 @@
  * parse the whole kernel's types for each pod: most of what enrolling one took.
  */
 #define BPF_NO_PRESERVE_ACCESS_INDEX
-#include "lib/counter.h"
-#include "lib/event.h"
-#include "mesh/handover.h"
 #include "mesh/inbound.h"
+#include "lib/event.h"
+#include "mesh/counter.h"
+#include "mesh/handover.h"
+#include "mesh/inbound_policy.h"
 
 /* The cookie of the network namespace that this instance is linked to. */
 const volatile __u64 netns_cookie;
@@ -51,11 +52,15 @@ static __always_inline bool steer_to(struct bpf_sk_lookup *ctx, const struct add
 
 static __always_inline void ask_for_listeners(__u16 port)
 {
-	struct event event = {
-		.netns = netns_cookie,
-		.kind = EVENT_NO_LISTENER,
-		.port = port,
-	};
+	struct listener_event event = {
+      .head =
+          {
+              .netns = netns_cookie,
+              .kind = EVENT_NO_LISTENER,
+              .reason = REASON_NO_LISTENER,
+          },
+      .port = port,
+  };
 
 	/* The agent is being told already: a flood of refused connections adds nothing. */
 	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > 1024)
@@ -147,7 +152,8 @@ int steer(struct bpf_sk_lookup *ctx)
 		if (tells_interface)
 			ifindex = ctx->ingress_ifindex;
 		port = dialled_port(ctx, pod, &src);
-		if (!inbound_steered(pod, netns_cookie, &src, &dst, port, ifindex)) {
+		if (inbound_decision(pod, netns_cookie, &src, &dst, port, ifindex).verdict ==
+		    GO_DIRECT) {
 			count(pod, PASSED_INBOUND);
 			return SK_PASS;
 		}

@@ -18,6 +18,51 @@
 #include "splice/rst.h"
 #include "splice/sweep.h"
 
+/*
+ * What the agent has as well: a unit test compares them. The types are here because the skeleton
+ * knows only those of variables.
+ */
+const volatile struct shared {
+	struct listener_event listener_event;
+	struct unread_event unread_event;
+	struct swept swept;
+	enum mesh_counter mesh_counters; /* how many there are */
+	enum splice_counter splice_counters;
+	enum local local_landing;
+	__u32 max_meshes;
+	__u32 listener_slots;
+	__u32 landings;
+	__u32 uid_class_shift;
+	__u32 cidr_v6;
+	__u32 via4_net;
+	__u32 via4_mask;
+	__u32 via6_hi;
+	__u32 via6_lo;
+	__u32 dns4_net;
+	__u32 dns4_mask;
+	__u32 dns6_subnet;
+	__u32 splice_large;
+	__u32 splice_limit;
+} shared = {
+	.mesh_counters = MESH_COUNTERS,
+	.splice_counters = SPLICE_COUNTERS,
+	.local_landing = LOCAL_LANDING,
+	.max_meshes = MAX_MESHES,
+	.listener_slots = LISTENER_SLOTS,
+	.landings = LANDINGS,
+	.uid_class_shift = UID_CLASS_SHIFT,
+	.cidr_v6 = CIDR_V6,
+	.via4_net = VIA4_NET,
+	.via4_mask = VIA4_MASK,
+	.via6_hi = VIA6_HI,
+	.via6_lo = VIA6_LO,
+	.dns4_net = DNS4_NET,
+	.dns4_mask = DNS4_MASK,
+	.dns6_subnet = DNS6_SUBNET,
+	.splice_large = SPLICE_LARGE,
+	.splice_limit = SPLICE_LIMIT,
+};
+
 /* What a hook of a cgroup answers. */
 #define REFUSE 0
 #define PROCEED 1

@@ -104,7 +104,7 @@ def compile_objects():
     clang = os.environ.get("CLANG") or next(
         name for name in ["clang", *(f"clang-{n}" for n in range(14, 25))] if shutil.which(name))
     OBJECTS.mkdir(exist_ok=True)
-    for name in ["sidestep", "inbound"]:
+    for name in ["sidestep", "inbound", "policy"]:
         status, output = run(
             [clang, "-target", "bpf", "-g", "-O2", "-mcpu=v3", "-c", f"bpf/{name}.bpf.c",
              "-I", "bpf", "-I", f"vmlinux/{arch}", "-I", str(include), "-o", str(OBJECTS / f"{name}.o"),

@@ -337,7 +337,7 @@ fn a_pod_with_too_many_handshakes_under_way_fails_alone() {
 fn set_handshakes(node: &Node, pod: &sidestep_lab::Pod, count: usize) {
     let cookie = node.cookie(pod).to_ne_bytes();
     let count = u32::try_from(count).expect("a small number").to_ne_bytes();
-    node.map("handshakes").update(&cookie, &count, MapFlags::ANY).expect("written");
+    node.map("handover_shares").update(&cookie, &count, MapFlags::ANY).expect("written");
 }
 
 /// Has the kernel keep track of the pod's connections, as many a rule of its own would.

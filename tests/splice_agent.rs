@@ -582,7 +582,7 @@ fn a_socket_in_another_sockmap_stays_with_tcp() {
 fn a_pod_with_too_many_spliced_sockets_takes_no_room_of_others() {
     let splicing = Splicing::start("share", "sidecar");
     let maps = splicing.agent.bpffs().join(LAYOUT).join("maps");
-    let used = MapHandle::from_pinned_path(maps.join("spliced_of")).expect("a pinned map");
+    let used = MapHandle::from_pinned_path(maps.join("splice_shares")).expect("a pinned map");
     let pods = splicing.status()["pods"].as_array().cloned().expect("pods");
     let a = pods.iter().find(|pod| pod["pod"] == "lab/a").expect("pod a");
     let a: u64 = a["netns_cookie"].as_str().and_then(|c| c.parse().ok()).expect("a cookie");

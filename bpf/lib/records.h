@@ -28,4 +28,4 @@ struct {
 	__uint(max_entries, MAX_PODS * 2);
 	__type(key, __u64);
 	__type(value, struct pod_record);
-} filtered SEC(".maps");
+} tc_namespaces SEC(".maps");

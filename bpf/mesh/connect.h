@@ -2,6 +2,7 @@
 /* connect() of a pod's process. */
 #pragma once
 
+#include "mesh/counter.h"
 #include "mesh/dns.h"
 #include "mesh/source_route.h"
 

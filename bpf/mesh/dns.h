@@ -12,9 +12,9 @@
  */
 #pragma once
 
-#include "lib/counter.h"
 #include "lib/hook.h"
 #include "lib/owner.h"
+#include "mesh/counter.h"
 #include "mesh/origdst.h"
 #include "mesh/outbound.h"
 

@@ -2,6 +2,7 @@
 /* DNS over UDP, its packets on the way out of lo: dns.h says why they are translated. */
 #pragma once
 
+#include "mesh/counter.h"
 #include "mesh/dns.h"
 
 #define TC_NAT 3 /* ours: to be given its new addresses */

@@ -37,7 +37,7 @@ _Static_assert(sizeof(struct conn) == 48, "conn");
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MAX_PODS * HANDSHAKES);
+	__uint(max_entries, MAX_PODS *HANDSHAKES);
 	__type(key, struct conn);
 	__type(value, struct origdst);
 } handovers SEC(".maps");

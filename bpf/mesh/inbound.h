@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What a mesh's rules decide about what comes to a pod, and what leads it to the proxy's listeners.
- */
+/* What leads connections to a pod on to its proxy's listeners. */
 #pragma once
 
-#include "mesh/rules.h"
+#include "lib/event.h"
+#include "lib/pod.h"
 
 #define LISTENER_SLOTS 8 /* listeners remembered for each pod, address and port */
 #define LANDINGS 10 /* such addresses: any and localhost, of two families, and six of devices */
@@ -25,7 +25,7 @@ _Static_assert(sizeof(struct listener_key) == 32, "listener_key");
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
-	__uint(max_entries, MAX_PODS * STEERED_PORTS * LANDINGS * LISTENER_SLOTS);
+	__uint(max_entries, MAX_PODS *STEERED_PORTS *LANDINGS *LISTENER_SLOTS);
 	__type(key, struct listener_key);
 	__type(value, __u64);
 } listeners SEC(".maps");
@@ -77,21 +77,10 @@ struct {
 	__type(value, __u16);
 } dialled SEC(".maps");
 
-/*
- * Does a new connection from src to the pod's own dst:dport go to the inbound listener? Port 0:
- * what was dialled is not known.
- */
-static __always_inline bool inbound_steered(const struct pod *pod, __u64 netns,
-					    const struct addr *src, const struct addr *dst,
-					    __u16 dport, __u32 ifindex)
-{
-	if (!pod_captures(pod, dst) || if_excluded(pod, netns, ifindex))
-		return false;
-	if (cidr_in(pod, netns, IN_EXCLUDE_CIDRS, src))
-		return false;
-	if (!dport)
-		return true;
-	if (pod->flags & POD_IN_ALL)
-		return !port_in(pod, netns, IN_EXCLUDE_PORTS, dport);
-	return port_in(pod, netns, IN_INCLUDE_PORTS, dport);
-}
+/* No listener where a connection was to be handed to. */
+struct listener_event {
+	struct event head;
+	__u16 port;
+	__u16 pad[3];
+};
+_Static_assert(sizeof(struct listener_event) == 24, "listener_event");

@@ -5,10 +5,10 @@
  */
 #pragma once
 
-#include "lib/counter.h"
 #include "lib/hook.h"
 #include "lib/share.h"
 #include "lib/sock.h"
+#include "mesh/counter.h"
 #include "mesh/handover.h"
 
 /* What a captured socket was meant for. connect and sockops write; the socket hooks read. */
@@ -29,7 +29,7 @@ struct {
 	__uint(max_entries, MAX_PODS * 2);
 	__type(key, __u64);
 	__type(value, __u32);
-} handshakes SEC(".maps");
+} handover_shares SEC(".maps");
 
 /*
  * The storage of a socket; of an MPTCP subflow, that of the connection it belongs to, which is
@@ -78,7 +78,7 @@ static __always_inline struct conn sockops_conn(struct bpf_sock_ops *ctx, bool c
 /* Has the pod as many connections that wait for its proxy as it may have? */
 static __always_inline bool is_busy(__u64 netns)
 {
-	const __u32 *under_way = bpf_map_lookup_elem(&handshakes, &netns);
+	const __u32 *under_way = bpf_map_lookup_elem(&handover_shares, &netns);
 
 	return !under_way || *under_way >= HANDSHAKES;
 }
@@ -86,10 +86,10 @@ static __always_inline bool is_busy(__u64 netns)
 /* Puts an entry into the pod's share of `handovers`. False: there is no room. */
 static __always_inline bool handover_put(const struct conn *c, const struct origdst *od)
 {
-	if (share_take(&handshakes, c->netns, HANDSHAKES)) {
+	if (share_take(&handover_shares, c->netns, HANDSHAKES)) {
 		if (!bpf_map_update_elem(&handovers, c, od, BPF_NOEXIST))
 			return true;
-		share_give(&handshakes, c->netns);
+		share_give(&handover_shares, c->netns);
 	}
 	/* One that an earlier connection of these addresses and ports left, if anything. */
 	return !bpf_map_update_elem(&handovers, c, od, BPF_EXIST);
@@ -99,7 +99,7 @@ static __always_inline bool handover_put(const struct conn *c, const struct orig
 static __always_inline void handover_drop(const struct conn *c)
 {
 	if (!bpf_map_delete_elem(&handovers, c))
-		share_give(&handshakes, c->netns);
+		share_give(&handover_shares, c->netns);
 }
 
 /* The client's SYN is about to leave, its source port is chosen. */

@@ -5,6 +5,7 @@
  */
 #pragma once
 
+#include "lib/reason.h"
 #include "mesh/rules.h"
 
 /* Users of a pod with ports of their own that are excluded. Value: their class, from 1. */
@@ -46,20 +47,13 @@ static __always_inline __u32 uid_class(const struct pod *pod, __u64 netns, __u32
 
 #define DNS_PORT 53
 
-enum verdict {
-	GO_DIRECT,
-	GO_OUTBOUND, /* to the proxy's outbound listener */
-	GO_INBOUND, /* to the proxy's inbound listener */
-	GO_DNS, /* to the proxy's DNS listener */
-	GO_NOWHERE, /* refused: off the pod, which has no address of that family */
-};
-
 /* A connection that is being made, or a datagram that is sent, before any rewrite. */
 struct outbound {
 	__u64 netns;
 	struct addr src; /* what the socket is bound to; any: not bound */
 	struct addr dst;
 	__u16 dport;
+	__u16 pad; /* the verifier wants all of it written */
 	struct owner owner;
 	__u32 ifindex; /* the device that the socket is bound to; 0: none */
 };
@@ -70,12 +64,13 @@ static __always_inline bool is_dns(const struct pod *pod, const struct outbound 
 }
 
 /* May the proxy's connection over lo go to its own inbound listener? (T5, T6, T10) */
-static __always_inline enum verdict self_verdict(const struct pod *pod, const struct outbound *c)
+static __always_inline struct decision self_decision(const struct pod *pod,
+						     const struct outbound *c)
 {
 	if (!(pod->flags & POD_SELF_INBOUND) || addr_is_localhost(&c->dst) ||
 	    c->dport == pod->hbone_port)
-		return GO_DIRECT;
-	return GO_INBOUND;
+		return decide(GO_DIRECT, REASON_PROXY_TO_POD);
+	return decide(GO_INBOUND, REASON_PROXY_TO_POD);
 }
 
 /* Does it stay within the pod, on lo? */
@@ -117,72 +112,115 @@ static __always_inline bool leaves_exempt(const struct pod *pod, const struct ou
 }
 
 /* What is excluded first: interfaces, ports of users, Kuma's destinations, ports. */
-static __always_inline bool excluded_first(const struct pod *pod, const struct outbound *c,
-					   bool within, bool udp)
+static __always_inline enum reason excluded_first(const struct pod *pod, const struct outbound *c,
+						  bool within, bool udp)
 {
 	enum rule_set of_users = udp ? OUT_EXCLUDE_UDP_UIDS : OUT_EXCLUDE_TCP_UIDS;
 	__u32 class = uid_class(pod, c->netns, c->owner.uid);
 
 	if (leaves_exempt(pod, c, within))
-		return true;
+		return REASON_EXCLUDED_INTERFACE;
 	if (class && port_in_class(pod, c->netns, of_users, class, c->dport))
-		return true;
+		return REASON_EXCLUDED_USER_PORT;
 	if (pod->flags & POD_CIDRS_FIRST && cidr_in(pod, c->netns, OUT_EXCLUDE_CIDRS, &c->dst))
-		return true;
-	return (!udp || pod->flags & POD_UDP_EXCLUDES) &&
-	       port_in(pod, c->netns, OUT_EXCLUDE_PORTS, c->dport);
+		return REASON_EXCLUDED_RANGE;
+	if ((!udp || pod->flags & POD_UDP_EXCLUDES) &&
+	    port_in(pod, c->netns, OUT_EXCLUDE_PORTS, c->dport))
+		return REASON_EXCLUDED_PORT;
+	return REASON_NONE;
 }
 
-static __always_inline enum verdict tcp_verdict(const struct pod *pod, const struct outbound *c)
+/* What includes a destination; REASON_NONE: nothing. */
+static __always_inline enum reason included(const struct pod *pod, const struct outbound *c)
+{
+	if (pod->flags & POD_OUT_ALL)
+		return REASON_ALL_INCLUDED;
+	if (port_in(pod, c->netns, OUT_INCLUDE_PORTS, c->dport))
+		return REASON_INCLUDED_PORT;
+	if (cidr_in(pod, c->netns, OUT_INCLUDE_CIDRS, &c->dst))
+		return REASON_INCLUDED_RANGE;
+	return REASON_NONE;
+}
+
+static __always_inline struct decision tcp_decision(const struct pod *pod, const struct outbound *c)
 {
 	bool proxy = is_proxy_user(pod, c->owner.uid), dns = is_dns(pod, c), within;
+	enum reason why;
 
-	if (!pod_captures(pod, &c->dst) || addr_is_multicast(&c->dst))
-		return GO_DIRECT;
+	if (!pod_captures(pod, &c->dst))
+		return decide(GO_DIRECT, REASON_OTHER_FAMILY);
+	if (addr_is_multicast(&c->dst))
+		return decide(GO_DIRECT, REASON_MULTICAST);
 	if (dns && pod->flags & (POD_TCP_DNS_DIRECT | POD_TCP_DNS_ANY)) {
 		if (pod->flags & POD_TCP_DNS_DIRECT && !proxy)
-			return GO_DIRECT;
+			return decide(GO_DIRECT, REASON_DNS_OVER_TCP);
 		dns = false;
 	}
 	within = within_pod(c);
-	if (excluded_first(pod, c, within, false))
-		return GO_DIRECT;
+	why = excluded_first(pod, c, within, false);
+	if (why)
+		return decide(GO_DIRECT, why);
 	if (within) {
 		if (addr_is_passthrough(&c->src))
-			return GO_DIRECT;
+			return decide(GO_DIRECT, REASON_FROM_PASSTHROUGH);
 		if (proxy)
-			return dns ? GO_DIRECT : self_verdict(pod, c);
+			return dns ? decide(GO_DIRECT, REASON_FROM_PROXY) : self_decision(pod, c);
 		/* The app's own business, but for DNS, which may have a server on localhost. */
 		if (!dns && !(pod->flags & POD_LOOPBACK_INCLUDED))
-			return GO_DIRECT;
+			return decide(GO_DIRECT, REASON_WITHIN_POD);
 		if (is_proxy_group(pod, &c->owner))
-			return self_verdict(pod, c);
+			return self_decision(pod, c);
 	}
 	if (is_martian(pod, c, within))
-		return GO_DIRECT;
+		return decide(GO_DIRECT, REASON_FROM_LOOPBACK);
 	if (is_proxy(pod, &c->owner))
-		return GO_DIRECT;
-	if (dns)
-		return leads_nowhere(pod, c, within) ? GO_NOWHERE : GO_DNS;
-	if (addr_is_localhost(&c->dst) || cidr_in(pod, c->netns, OUT_EXCLUDE_CIDRS, &c->dst))
-		return GO_DIRECT;
-	if (pod->flags & POD_OUT_ALL || port_in(pod, c->netns, OUT_INCLUDE_PORTS, c->dport) ||
-	    cidr_in(pod, c->netns, OUT_INCLUDE_CIDRS, &c->dst))
-		return leads_nowhere(pod, c, within) ? GO_NOWHERE : GO_OUTBOUND;
-	return GO_DIRECT;
+		return decide(GO_DIRECT, REASON_FROM_PROXY);
+	if (!dns) {
+		if (addr_is_localhost(&c->dst))
+			return decide(GO_DIRECT, REASON_TO_LOCALHOST);
+		if (cidr_in(pod, c->netns, OUT_EXCLUDE_CIDRS, &c->dst))
+			return decide(GO_DIRECT, REASON_EXCLUDED_RANGE);
+	}
+	why = dns ? REASON_DNS : included(pod, c);
+	if (!why)
+		return decide(GO_DIRECT, REASON_NOT_INCLUDED);
+	if (leads_nowhere(pod, c, within))
+		return decide(GO_NOWHERE, REASON_NO_ADDRESS);
+	return decide(dns ? GO_DNS : GO_OUTBOUND, why);
 }
 
-static __always_inline enum verdict udp_verdict(const struct pod *pod, const struct outbound *c)
+static __always_inline struct decision udp_decision(const struct pod *pod, const struct outbound *c)
 {
+	enum reason why;
 	bool within;
 
-	if (!is_dns(pod, c) || !pod_captures(pod, &c->dst))
-		return GO_DIRECT;
+	if (!is_dns(pod, c))
+		return decide(GO_DIRECT, REASON_NOT_DNS);
+	if (!pod_captures(pod, &c->dst))
+		return decide(GO_DIRECT, REASON_OTHER_FAMILY);
 	within = within_pod(c);
-	if (excluded_first(pod, c, within, true) || leads_nowhere(pod, c, within) ||
-	    is_martian(pod, c, within))
-		return GO_DIRECT;
+	why = excluded_first(pod, c, within, true);
+	if (why)
+		return decide(GO_DIRECT, why);
+	if (leads_nowhere(pod, c, within))
+		return decide(GO_DIRECT, REASON_NO_ADDRESS);
+	if (is_martian(pod, c, within))
+		return decide(GO_DIRECT, REASON_FROM_LOOPBACK);
 	if (is_proxy(pod, &c->owner))
-		return GO_DIRECT;
-	return GO_DNS;
+		return decide(GO_DIRECT, REASON_FROM_PROXY);
+	return decide(GO_DNS, REASON_DNS);
+}
+
+/*
+ * The decisions as functions of their own: the verifier goes through each once, and not again on
+ * every path to it.
+ */
+__noinline int tcp_verdict(const struct pod *pod, const struct outbound *c)
+{
+	return pod && c ? tcp_decision(pod, c).verdict : GO_NOWHERE;
+}
+
+__noinline int udp_verdict(const struct pod *pod, const struct outbound *c)
+{
+	return pod && c ? udp_decision(pod, c).verdict : GO_NOWHERE;
 }

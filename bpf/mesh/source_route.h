@@ -6,9 +6,9 @@
  */
 #pragma once
 
-#include "lib/counter.h"
 #include "lib/hook.h"
 #include "lib/owner.h"
+#include "mesh/counter.h"
 
 /* Does the socket have one already? */
 static __always_inline bool is_source_routed(struct bpf_sock *ctx)

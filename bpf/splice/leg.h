@@ -7,7 +7,7 @@
 
 static __always_inline bool leg_on(__u32 which)
 {
-	struct leg *leg = bpf_map_lookup_elem(&legs, &which);
+	struct leg *leg = bpf_map_lookup_elem(&splice_legs, &which);
 
 	return leg && leg->on;
 }

@@ -2,8 +2,8 @@
 /* Each message of a spliced socket: the other end's queue, or TCP. */
 #pragma once
 
-#include "lib/counter.h"
 #include "lib/event.h"
+#include "splice/counter.h"
 #include "splice/key.h"
 #include "splice/memory.h"
 #include "splice/socket.h"
@@ -33,9 +33,9 @@ static __always_inline bool splice_open(const struct tcp_sock *from, const struc
 	       splice_safe(to) && splice_room(from_sk, to_sk);
 }
 
-/* TCP or queue? A counter says why TCP; COUNTERS: the queue. */
-static __always_inline enum counter splice_verdict(struct splice *s, __u32 size,
-						   const struct tcp_sock *from)
+/* TCP or queue? A counter says why TCP; SPLICE_COUNTERS: the queue. */
+static __always_inline enum splice_counter splice_verdict(struct splice *s, __u32 size,
+							  const struct tcp_sock *from)
 {
 	const struct tcp_sock *to = kernel_ptr(s->peer, struct tcp_sock);
 	bool empty;
@@ -53,7 +53,7 @@ static __always_inline enum counter splice_verdict(struct splice *s, __u32 size,
 		return SPLICE_REFRESH;
 	if (s->burst + SPLICE_MESSAGE + size > SPLICE_LIMIT)
 		return SPLICE_SPILLED;
-	return COUNTERS;
+	return SPLICE_COUNTERS;
 }
 
 /*
@@ -83,7 +83,7 @@ static __always_inline void splice_bulk(struct splice *s, __u32 size)
 /* One decision for each message of a spliced socket. */
 static __always_inline void splice_redirect(struct sk_msg_md *msg)
 {
-	enum counter why = SPLICE_NO_PEER;
+	enum splice_counter why = SPLICE_NO_PEER;
 	struct bpf_sock *sk = msg->sk;
 	struct tcp_sock *from;
 	struct splice_key key;
@@ -101,29 +101,29 @@ static __always_inline void splice_redirect(struct sk_msg_md *msg)
 		goto tcp;
 	first = !s->peer;
 	if (first) {
-		if (bpf_msg_redirect_hash(msg, &spliced, &key, BPF_F_INGRESS) != SK_PASS)
+		if (bpf_msg_redirect_hash(msg, &splice_sockets, &key, BPF_F_INGRESS) != SK_PASS)
 			goto tcp;
 		s->peer = redirect_target(msg);
 	}
 	why = splice_verdict(s, msg->size, from);
-	if (why == COUNTERS &&
-	    (first || bpf_msg_redirect_hash(msg, &spliced, &key, BPF_F_INGRESS) == SK_PASS)) {
+	if (why == SPLICE_COUNTERS && (first || bpf_msg_redirect_hash(msg, &splice_sockets, &key,
+								      BPF_F_INGRESS) == SK_PASS)) {
 		s->redirecting = 1;
 		s->burst += SPLICE_MESSAGE + msg->size;
 		s->bulk -= s->bulk < msg->size ? s->bulk : msg->size;
-		count_n(s->mesh, SPLICE_MESSAGES, 1);
-		count_n(s->mesh, SPLICE_BYTES, msg->size);
+		splice_count(s->mesh, SPLICE_MESSAGES, 1);
+		splice_count(s->mesh, SPLICE_BYTES, msg->size);
 		return;
 	}
 	if (first) {
 		/* A redirection can't be taken back, only turned to this end's own TCP. */
 		key = s->key;
-		bpf_msg_redirect_hash(msg, &spliced, &key, 0);
+		bpf_msg_redirect_hash(msg, &splice_sockets, &key, 0);
 	}
 tcp:
 	s->redirecting = 0;
 	s->by_tcp = bpf_ktime_get_ns();
 	if (!s->off)
 		splice_bulk(s, msg->size);
-	count_n(s->mesh, why == COUNTERS ? SPLICE_NO_PEER : why, 1);
+	splice_count(s->mesh, why == SPLICE_COUNTERS ? SPLICE_NO_PEER : why, 1);
 }

@@ -22,9 +22,8 @@
 static __always_inline void ask_for_reset(struct bpf_sock *ctx, const struct splice *s)
 {
 	const struct tcp_sock *tp = kernel_ptr(number_of(ctx), struct tcp_sock);
-	struct event event = {
-		.netns = bpf_get_netns_cookie(ctx),
-		.kind = EVENT_UNREAD,
+	struct unread_event event = {
+		.head = { .netns = bpf_get_netns_cookie(ctx), .kind = EVENT_UNREAD },
 		.end = s->key,
 	};
 

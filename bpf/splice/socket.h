@@ -50,5 +50,5 @@ static __always_inline void splice_uncount(struct splice *s)
 	__u64 netns = __sync_lock_test_and_set(&s->share, 0);
 
 	if (netns)
-		share_give(&spliced_of, netns);
+		share_give(&splice_shares, netns);
 }

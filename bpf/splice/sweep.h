@@ -2,9 +2,9 @@
 /* The agent's look at all marked sockets: what comes into the map, leaves it, or waits for ever. */
 #pragma once
 
-#include "lib/counter.h"
 #include "lib/event.h"
 #include "lib/owner.h"
+#include "splice/counter.h"
 #include "splice/key.h"
 #include "splice/leg.h"
 #include "splice/memory.h"
@@ -27,10 +27,6 @@ __u32 splices_left = 0;
 __u32 splices_leaving = 0;
 __u32 splices_unread = 0;
 
-/* Unused: the skeleton knows only the types of variables. */
-const volatile struct swept swept_layout;
-const volatile struct event event_layout;
-
 /*
  * Out of the map again: the kernel's way to TCP is slower for sockets in it. With a socket goes its
  * queue, so a connection leaves in steps, a sweep each at the least: both ends send by TCP; no
@@ -46,7 +42,7 @@ static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ct
 	if (!psock) {
 		s->state = SPLICE_OUT;
 		splice_uncount(s);
-		count_n(s->mesh, SPLICE_LEFT, 1);
+		splice_count(s->mesh, SPLICE_LEFT, 1);
 		return;
 	}
 	splices_leaving++;
@@ -93,20 +89,21 @@ static __always_inline bool splice_leaves(const struct tcp_sock *tp, struct spli
 	struct splice_key key = s->key;
 	__u8 one = 1;
 
-	if (bpf_map_lookup_elem(&leaving, &key)) {
-		bpf_map_delete_elem(&leaving, &key);
+	if (bpf_map_lookup_elem(&splice_leaving, &key)) {
+		bpf_map_delete_elem(&splice_leaving, &key);
 		return true;
 	}
 	if (s->bulk < SPLICE_BULKY && splice_safe(tp) && !tcp_is_short(&tp->inet_conn.icsk_inet.sk))
 		return false;
 	key = other_end(&key);
-	return !bpf_map_update_elem(&leaving, &key, &one, BPF_ANY);
+	return !bpf_map_update_elem(&splice_leaving, &key, &one, BPF_ANY);
 }
 
-static __always_inline void splice_refuse(struct splice *s, const struct pod *pod, enum counter why)
+static __always_inline void splice_refuse(struct splice *s, const struct pod *pod,
+					  enum splice_counter why)
 {
 	s->state = SPLICE_OUT;
-	count(pod, why);
+	splice_count(pod->mesh, why, 1);
 }
 
 /* Puts what is eligible into the map, once it has settled, and takes pods' changes over. */
@@ -171,13 +168,13 @@ static __always_inline void splice_sweep(struct bpf_iter__bpf_sk_storage_map *ct
 		splice_refuse(s, pod, SPLICE_NOT_PROXY);
 		return;
 	}
-	if (!share_take(&spliced_of, netns, SPLICED)) {
+	if (!share_take(&splice_shares, netns, SPLICED)) {
 		splice_refuse(s, pod, SPLICE_MAP_FULL);
 		return;
 	}
 	s->share = netns;
 	key = s->key;
-	err = bpf_map_update_elem(&spliced, &key, sk, BPF_NOEXIST);
+	err = bpf_map_update_elem(&splice_sockets, &key, sk, BPF_NOEXIST);
 	if (err) {
 		splice_uncount(s);
 		splice_refuse(s, pod, err == -EBUSY ? SPLICE_IN_OTHER_MAP : SPLICE_MAP_FULL);
@@ -185,5 +182,5 @@ static __always_inline void splice_sweep(struct bpf_iter__bpf_sk_storage_map *ct
 	}
 	s->by_tcp = bpf_ktime_get_ns();
 	s->state = SPLICE_IN;
-	count(pod, SPLICE_SOCKETS);
+	splice_count(pod->mesh, SPLICE_SOCKETS, 1);
 }

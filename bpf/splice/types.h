@@ -46,7 +46,23 @@ struct {
 	__uint(max_entries, LEGS);
 	__type(key, __u32);
 	__type(value, struct leg);
-} legs SEC(".maps");
+} splice_legs SEC(".maps");
+
+/*
+ * One end of a connection, as it sees it. The initial sequence numbers make it the connection's
+ * own: two pods with the same addresses and ports, or an old connection and its successor, never
+ * meet. The other end's has them the other way round.
+ */
+struct splice_key {
+	struct addr local;
+	struct addr remote;
+	__u16 lport;
+	__u16 rport;
+	__u32 first_sent; /* sequence number of the first byte that this end sent */
+	__u32 first_received;
+	__u32 pad;
+};
+_Static_assert(sizeof(struct splice_key) == 48, "splice_key");
 
 enum splice_state {
 	SPLICE_CANDIDATE = 1, /* the agent's next sweep looks at it */
@@ -74,7 +90,10 @@ struct splice {
 };
 _Static_assert(sizeof(struct splice) == 112, "splice");
 
-/* Sockets whose other end is on this node. sockops makes them; sweep_splices and redirect use. */
+/*
+ * Sockets whose other end is on this node. sockops makes them; sweep_splices and redirect use.
+ * Agents with maps of another layout look for it by this name.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -91,12 +110,12 @@ struct {
 	__uint(max_entries, 65536);
 	__type(key, struct splice_key);
 	__type(value, __u64);
-} spliced SEC(".maps");
+} splice_sockets SEC(".maps");
 
 /*
- * How many of `spliced` are a pod's, so that one does not take the room of all others; there is no
- * room for every pod's share, and a connection that finds none goes by TCP. As `handshakes`:
- * sweep_splices and sock_release count.
+ * How many of `splice_sockets` are a pod's, so that one does not take the room of all others; there
+ * is no room for every pod's share, and a connection that finds none goes by TCP. As
+ * `handover_shares`: sweep_splices and sock_release count.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -104,7 +123,16 @@ struct {
 	__uint(max_entries, MAX_PODS * 2);
 	__type(key, __u64);
 	__type(value, __u32);
-} spliced_of SEC(".maps");
+} splice_shares SEC(".maps");
+
+/* A spliced socket was closed with unread bytes, after its FIN. */
+struct unread_event {
+	struct event head;
+	struct splice_key end; /* the closed one */
+	__u32 sent; /* the next sequence numbers of both directions */
+	__u32 received;
+};
+_Static_assert(sizeof(struct unread_event) == 72, "unread_event");
 
 /* What a sweep tells the agent of a socket. */
 struct swept {
@@ -122,7 +150,7 @@ struct {
 	__uint(max_entries, 16384);
 	__type(key, struct splice_key);
 	__type(value, __u8);
-} leaving SEC(".maps");
+} splice_leaving SEC(".maps");
 
 /* Some connection wants to be looked at. */
 __u32 splices_wanted = 0;

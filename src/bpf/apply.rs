@@ -164,7 +164,7 @@ impl Dataplane {
         }
         self.sharing = None;
         let mut are_all_gone = true;
-        for map in [&self.skel.maps.handshakes, &self.skel.maps.spliced_of] {
+        for map in [&self.skel.maps.handover_shares, &self.skel.maps.splice_shares] {
             are_all_gone &= share_out(map, pods)?;
         }
         self.sharing = are_all_gone.then(|| pods.clone());

@@ -26,6 +26,10 @@ use crate::{
     node::{LO, Netns, NetnsCookie},
 };
 
+/// The map of the namespaces whose devices have filters, as builds before layout v5 call it. Each
+/// layout has it by this name as well.
+pub(super) const FORMER_MAP: &str = "filtered";
+
 /// Layouts that have filters of their own in qdiscs, by number.
 const LAYOUTS: Range<u32> = 0..16;
 
@@ -151,7 +155,7 @@ impl Dataplane {
         let fd = program.as_fd();
         let record = Record { netns: netns.path().to_owned(), ..Record::default() };
         let (key, value) = maps::entry(&cookie, &wire::record_of(&record)?);
-        self.skel.maps.filtered.update(&key, &value, MapFlags::ANY)?;
+        self.skel.maps.tc_namespaces.update(&key, &value, MapFlags::ANY)?;
         // A pod that does not come to be enrolled loses it again.
         self.filtering.take();
         if !kernel().links_filters {
@@ -261,7 +265,7 @@ impl Dataplane {
     /// until they end, also where it has left: their filter goes with its device. Says whether no such
     /// pod has any left.
     pub(super) fn remove_filters(&self, enrolled: impl Fn(NetnsCookie) -> bool) -> Result<bool> {
-        let filtered = &self.skel.maps.filtered;
+        let filtered = &self.skel.maps.tc_namespaces;
         let mut none_left = true;
         for (cookie, record) in records(filtered)? {
             if enrolled(cookie) {
@@ -308,7 +312,7 @@ impl Dataplane {
     /// # Errors
     /// Where it is not known, or gone.
     pub fn filtered(&self, cookie: NetnsCookie) -> Result<Netns> {
-        let value = self.skel.maps.filtered.lookup(&cookie.0.to_ne_bytes(), MapFlags::ANY)?;
+        let value = self.skel.maps.tc_namespaces.lookup(&cookie.0.to_ne_bytes(), MapFlags::ANY)?;
         let value = value.with_context(|| {
             format!(
                 "the path of network namespace {cookie} is \
@@ -366,7 +370,8 @@ pub(super) fn empty_qdiscs(pins: &Pins) {
     if kernel().links_filters {
         return;
     }
-    let Ok(filtered) = MapHandle::from_pinned_path(pins.map("filtered")) else {
+    // Of any layout.
+    let Ok(filtered) = MapHandle::from_pinned_path(pins.map(FORMER_MAP)) else {
         return;
     };
     let layouts = pins.number()..pins.number() + 1;

@@ -12,6 +12,7 @@ mod held;
 mod hooks;
 mod maps;
 mod order;
+mod policy;
 mod repair;
 mod selftest;
 mod splice;
@@ -26,6 +27,10 @@ mod skel {
 mod skel_inbound {
     include!(concat!(env!("OUT_DIR"), "/inbound.skel.rs"));
 }
+#[allow(clippy::all, clippy::unwrap_used, clippy::undocumented_unsafe_blocks, missing_docs)]
+mod skel_policy {
+    include!(concat!(env!("OUT_DIR"), "/policy.skel.rs"));
+}
 
 use std::{
     cell::RefCell,
@@ -33,7 +38,7 @@ use std::{
     fmt,
     fs::{self, File},
     io::Read,
-    mem::MaybeUninit,
+    mem::{MaybeUninit, size_of},
     net::IpAddr,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -47,11 +52,11 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use libbpf_rs::{
-    Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, ProgramMut, ProgramType, RingBuffer,
-    RingBufferBuilder,
+    AsRawLibbpf, Iter, Link, MapCore, MapFlags, MapHandle, PrintLevel, ProgramMut, ProgramType,
+    RingBuffer, RingBufferBuilder,
     btf::{
         Btf,
-        types::{Func, Struct},
+        types::{Enum, Func, Struct},
     },
     libbpf_sys,
     query::LinkTypeInfo,
@@ -66,6 +71,7 @@ use tokio::io::unix::AsyncFd;
 pub use apply::{Applied, Failure};
 pub use cost::ProgramCost;
 pub use order::{Ahead, ahead};
+pub use policy::{Call, Decision, Policy, Question};
 pub use repair::Repair;
 pub use selftest::self_test;
 
@@ -84,10 +90,15 @@ use crate::{
 };
 
 /// Moves when the layout of a pinned map moves: a `v` and a number.
-pub const LAYOUT: &str = "v4";
+pub const LAYOUT: &str = "v5";
 
-/// The names of the kernel's counters, in the order of `enum counter`.
-const COUNTERS: [&str; 29] = [
+/// What builds before layout v5 call these maps: by that name they look for them when they are rolled
+/// back to.
+const FORMER_NAMES: [(&str, &str); 2] =
+    [("tc_namespaces", filters::FORMER_MAP), ("splice_sockets", splice::FORMER_MAP)];
+
+/// The names of the mesh's counters, in the order of `enum mesh_counter`.
+const MESH_COUNTERS: [&str; 16] = [
     "captured_outbound",
     "captured_self",
     "captured_dns",
@@ -104,6 +115,10 @@ const COUNTERS: [&str; 29] = [
     "origdst_answered",
     "dns_refused",
     "dns_forged",
+];
+
+/// The names of splicing's, in the order of `enum splice_counter`.
+const SPLICE_COUNTERS: [&str; 13] = [
     "splice_sockets",
     "splice_not_safe",
     "splice_not_proxy",
@@ -329,6 +344,11 @@ impl Dataplane {
             }
             refusal()
         })?;
+        for (name, former) in FORMER_NAMES {
+            let map = skel.object().maps().find(|map| map.name() == name);
+            let map = map.with_context(|| format!("the object has no map {name}"))?;
+            replace_pin(map.as_fd(), &pins.map(former))?;
+        }
         let links = Links::adopt(pins)?;
         Ok(Self {
             skel,
@@ -615,8 +635,8 @@ impl Dataplane {
         let mut builder = RingBufferBuilder::new();
         let sink = Rc::clone(&seen);
         builder.add(&self.skel.maps.events, move |bytes| {
-            if let Ok(event) = wire::from_bytes::<wire::event>(bytes) {
-                sink.borrow_mut().add(event);
+            if let Err(error) = sink.borrow_mut().add(bytes) {
+                tracing::debug!("an event that this build does not read: {error:#}");
             }
             0
         })?;
@@ -636,18 +656,24 @@ pub struct Seen {
 }
 
 impl Seen {
-    fn add(&mut self, event: wire::event) {
-        match event.kind {
+    /// An event: its header says what follows.
+    fn add(&mut self, bytes: &[u8]) -> Result<()> {
+        let header = bytes.get(..size_of::<wire::event>()).unwrap_or(bytes);
+        let head: wire::event = wire::from_bytes(header)?;
+        match head.kind {
             wire::event_kind::EVENT_NO_LISTENER => {
-                self.missed.insert((NetnsCookie(event.netns), event.port as u16));
+                let event: wire::listener_event = wire::from_bytes(bytes)?;
+                self.missed.insert((NetnsCookie(head.netns), event.port));
             }
             wire::event_kind::EVENT_BULK => self.bulk = true,
             wire::event_kind::EVENT_UNREAD => {
-                self.unread.entry(NetnsCookie(event.netns)).or_default().push(event.into());
+                let event: wire::unread_event = wire::from_bytes(bytes)?;
+                self.unread.entry(NetnsCookie(head.netns)).or_default().push(event.into());
             }
             // Another build's program.
             _ => {}
         }
+        Ok(())
     }
 }
 
@@ -737,6 +763,29 @@ fn open_node_in(
     let constants = open.maps.rodata_data.as_mut().context("the object has no rodata")?;
     constants.sets_error = u8::from(kernel().sets_error);
     Ok(open)
+}
+
+/// The names of an enum's values in an object, in small letters and without their prefix; in order,
+/// as they count from 0.
+///
+/// # Errors
+/// Where the object has no such enum.
+fn names_of(
+    object: &impl AsRawLibbpf<LibbpfType = libbpf_sys::bpf_object>,
+    of: &str,
+    prefix: &str,
+) -> Result<Vec<String>> {
+    // SAFETY: the object lives at least as long as the borrow that its types are read with.
+    let types = Btf::from_bpf_object(unsafe { object.as_libbpf_object().as_ref() })?;
+    let found = types.as_ref().and_then(|types| types.type_by_name::<Enum<'_>>(of));
+    let found = found.with_context(|| format!("the object has no enum {of}"))?;
+    found
+        .iter()
+        .map(|value| {
+            let name = value.name.and_then(|name| name.to_str()).context("a value has no name")?;
+            Ok(name.strip_prefix(prefix).unwrap_or(name).to_lowercase())
+        })
+        .collect()
 }
 
 /// What the kernel says about programs that it took.
@@ -897,19 +946,22 @@ pub fn hook_states(pins: &Pins) -> Vec<HookState> {
 /// # Errors
 /// Where the pinned map can't be read.
 pub fn counters(pins: &Pins) -> Result<BTreeMap<&'static str, BTreeMap<&'static str, u64>>> {
-    let map = MapHandle::from_pinned_path(pins.map("counters")).context("no counters map")?;
-    let mut all = BTreeMap::new();
-    for mesh in mesh::MESHES {
-        let mut of_mesh = BTreeMap::new();
-        for (n, name) in COUNTERS.iter().enumerate() {
-            let index = u32::from(mesh.index) * COUNTERS.len() as u32 + n as u32;
-            let values = map
-                .lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)?
-                .with_context(|| format!("no counter {name}"))?;
-            let sum = values.iter().map(|v| wire::from_bytes::<u64>(v)).sum::<Result<u64>>()?;
-            of_mesh.insert(*name, sum);
+    let mut all: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
+    for (map, names) in
+        [("mesh_counters", &MESH_COUNTERS[..]), ("splice_counters", &SPLICE_COUNTERS[..])]
+    {
+        let at = MapHandle::from_pinned_path(pins.map(map)).with_context(|| format!("no {map}"))?;
+        for mesh in mesh::MESHES {
+            let of_mesh = all.entry(mesh.name).or_default();
+            for (n, name) in names.iter().enumerate() {
+                let index = u32::from(mesh.index) * names.len() as u32 + n as u32;
+                let values = at
+                    .lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)?
+                    .with_context(|| format!("no counter {name}"))?;
+                let sum = values.iter().map(|v| wire::from_bytes::<u64>(v)).sum::<Result<u64>>()?;
+                of_mesh.insert(*name, sum);
+            }
         }
-        all.insert(mesh.name, of_mesh);
     }
     Ok(all)
 }
@@ -1072,6 +1124,10 @@ fn netns_of(link: &Link) -> Result<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        mesh::desired,
+        node::{ANY, LOCALHOST, lo},
+    };
 
     #[test]
     fn a_refusal_names_the_program_and_the_verifiers_last_word() {
@@ -1108,8 +1164,65 @@ mod tests {
         for map in open.open_object().maps() {
             assert!(map.name().len() <= 15, "{:?} is cut at 15 bytes", map.name());
         }
-        let counters = open.maps.counters.max_entries() as usize;
-        assert_eq!(counters % COUNTERS.len(), 0, "a counter without a name, or the reverse");
-        assert!(counters / COUNTERS.len() >= mesh::MESHES.len());
+    }
+
+    #[test]
+    fn a_pods_object_carries_the_maps_that_it_uses() {
+        let mut storage = MaybeUninit::uninit();
+        let open = skel_inbound::InboundSkelBuilder::default().open(&mut storage).expect("opens");
+        let maps = open.open_object().maps().map(|map| map.name().to_string_lossy().into_owned());
+        let maps: BTreeSet<String> = maps.filter(|name| !name.contains('.')).collect();
+        let used = [
+            "cidr_rules",
+            "device_addrs",
+            "dialled",
+            "events",
+            "excluded_ifs",
+            "handovers",
+            "listeners",
+            "locals",
+            "mesh_counters",
+            "pods",
+            "port_rules",
+        ];
+        assert_eq!(maps, used.map(str::to_owned).into());
+    }
+
+    #[test]
+    fn constants_and_names_are_the_programs_own() {
+        let mut storage = MaybeUninit::uninit();
+        let open = skel::SidestepSkelBuilder::default().open(&mut storage).expect("opens");
+        let shared = &open.maps.rodata_data.as_ref().expect("rodata").shared;
+        let counters = |name, how_many: u32| {
+            let names = names_of(open.open_object(), name, "").expect("an enum");
+            assert_eq!(names.len(), how_many as usize + 1, "and one that counts them");
+            names.into_iter().take(how_many as usize).collect::<Vec<_>>()
+        };
+        assert_eq!(counters("mesh_counter", shared.mesh_counters.0), MESH_COUNTERS);
+        assert_eq!(counters("splice_counter", shared.splice_counters.0), SPLICE_COUNTERS);
+        assert!(shared.max_meshes as usize >= mesh::MESHES.len());
+        assert_eq!(
+            [tables::LOCAL_OWN, tables::LOCAL_LANDING].map(u32::from),
+            [1, shared.local_landing.0]
+        );
+        assert_eq!(shared.listener_slots, u32::from(LISTENER_SLOTS));
+        let landings = desired::MAX_LANDINGS + ANY.len() + LOCALHOST.len();
+        assert_eq!(shared.landings as usize, landings);
+        assert_eq!(shared.uid_class_shift, wire::UID_CLASS_SHIFT);
+        assert_eq!(shared.cidr_v6, wire::CIDR_V6);
+        let mask = |bits: u8| u32::MAX << (32 - bits);
+        let v4 = [
+            (lo::VIA4, shared.via4_net, shared.via4_mask),
+            (lo::DNS4, shared.dns4_net, shared.dns4_mask),
+        ];
+        for ((ip, bits), net, netmask) in v4 {
+            assert_eq!((u32::from(ip), mask(bits)), (net, netmask));
+        }
+        let via6 = u128::from(shared.via6_hi) << 96 | u128::from(shared.via6_lo) << 64;
+        assert_eq!((u128::from(lo::VIA6.0), lo::VIA6.1), (via6, 64));
+        let dns6 = via6 | u128::from(shared.dns6_subnet) << 32;
+        assert_eq!((u128::from(lo::DNS6.0), lo::DNS6.1), (dns6, 96));
+        assert_eq!(shared.splice_large as usize, selftest::LARGE);
+        assert_eq!(shared.splice_limit as usize, selftest::LIMIT);
     }
 }

@@ -151,7 +151,7 @@ impl Dataplane {
     /// Looks at the program of spliced sockets, which is attached to their map. Kernels that do not
     /// tell (before Linux 5.18) are not asked.
     fn repair_redirect(&self) -> Option<Repair> {
-        let map = self.skel.maps.spliced.as_fd().as_raw_fd();
+        let map = self.skel.maps.splice_sockets.as_fd().as_raw_fd();
         let (mut id, mut count, mut flags) = (0u32, 1u32, 0u32);
         // SAFETY: the map is open, and there is room for one number, as `count` says.
         let rc = unsafe {
@@ -168,7 +168,7 @@ impl Dataplane {
         if rc != 0 || own.is_ok_and(|own| count == 1 && own == id) {
             return None;
         }
-        let text = "program redirect was detached from map spliced";
+        let text = "program redirect was detached from map splice_sockets";
         Some(Repair::new("hook", text, self.attach_redirect()))
     }
 

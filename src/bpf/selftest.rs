@@ -27,7 +27,7 @@ use nix::{
     unistd::pipe,
 };
 
-use super::{COUNTERS, skel, splice as splicing, wire};
+use super::{skel, splice as splicing, wire};
 use crate::{
     node,
     splice::{Hazard, Hurts},
@@ -36,9 +36,9 @@ use crate::{
 /// How long a byte, an end or a wake-up may take; loopback needs microseconds.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// `SPLICE_LARGE` of bpf/splice/redirect.h: messages above it go by TCP.
-const LARGE: usize = 32 * 1024;
+pub(super) const LARGE: usize = 32 * 1024;
 /// `SPLICE_LIMIT` of bpf/splice/redirect.h: what is unread above it goes by TCP.
-const LIMIT: usize = 64 * 1024;
+pub(super) const LIMIT: usize = 64 * 1024;
 /// More than any default of TCP's buffers lets a writer get ahead of its reader.
 const FAR_AHEAD: usize = 64 << 20;
 
@@ -99,7 +99,7 @@ impl<'a> Bench<'a> {
             program.set_autoload(program.name() == "redirect");
         }
         let skel = open.load().context("the kernel rejected program redirect")?;
-        skel.progs.redirect.attach_sockmap(skel.maps.spliced.as_fd().as_raw_fd())?;
+        skel.progs.redirect.attach_sockmap(skel.maps.splice_sockets.as_fd().as_raw_fd())?;
         Ok(Self { skel, pairs: Cell::new(0) })
     }
 
@@ -130,16 +130,15 @@ impl<'a> Bench<'a> {
             let (fd, maps) = (socket.as_raw_fd(), &self.skel.maps);
             maps.splices.update(&fd.to_ne_bytes(), wire::as_bytes(&splice), MapFlags::ANY)?;
             let fd = u64::try_from(fd)?.to_ne_bytes();
-            maps.spliced.update(wire::as_bytes(&key), &fd, MapFlags::NO_EXIST)?;
+            maps.splice_sockets.update(wire::as_bytes(&key), &fd, MapFlags::NO_EXIST)?;
         }
         Ok((client, server))
     }
 
     /// Bytes that skipped TCP so far.
     fn redirected(&self) -> Result<u64> {
-        let index = COUNTERS.iter().position(|name| *name == "splice_bytes");
-        let index = index.context("no counter")? as u32;
-        let values = self.skel.maps.counters.lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)?;
+        let index = wire::splice_counter::SPLICE_BYTES.0.to_ne_bytes();
+        let values = self.skel.maps.splice_counters.lookup_percpu(&index, MapFlags::ANY)?;
         let values = values.context("no counter")?;
         values.iter().map(|value| wire::from_bytes::<u64>(value)).sum()
     }

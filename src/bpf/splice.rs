@@ -23,7 +23,9 @@ use crate::{
 };
 
 /// Where spliced bytes are: a socket's queue goes with the map that it is in.
-pub(super) const MAPS: [&str; 2] = ["spliced", "splices"];
+pub(super) const MAPS: [&str; 3] = ["splice_sockets", FORMER_MAP, "splices"];
+/// `splice_sockets`, as builds before layout v5 call it.
+pub(super) const FORMER_MAP: &str = "spliced";
 /// How long `unload` waits for redirected data to be read.
 const DRAIN: Duration = Duration::from_secs(10);
 /// How often it looks.
@@ -81,7 +83,7 @@ impl Dataplane {
     /// Makes the map's sockets subject to this build's program; those that an earlier agent put
     /// there keep its program until they close.
     pub(super) fn attach_redirect(&self) -> Result<()> {
-        let map = self.skel.maps.spliced.as_fd().as_raw_fd();
+        let map = self.skel.maps.splice_sockets.as_fd().as_raw_fd();
         self.skel.progs.redirect.attach_sockmap(map).context("cannot attach redirect")
     }
 
@@ -93,7 +95,7 @@ impl Dataplane {
         for (index, state) in states.iter().enumerate() {
             let leg = wire::leg_of(state);
             let key = (index as u32).to_ne_bytes();
-            self.skel.maps.legs.update(&key, as_bytes(&leg), MapFlags::ANY)?;
+            self.skel.maps.splice_legs.update(&key, as_bytes(&leg), MapFlags::ANY)?;
         }
         self.want_sweep(true)
     }
@@ -144,7 +146,7 @@ impl Dataplane {
 
     fn sweep_once(&mut self, splices: BorrowedFd<'_>) -> Result<Swept> {
         let swept = run_sweep(&mut self.skel, splices, false)?;
-        let spliced = &self.skel.maps.spliced;
+        let spliced = &self.skel.maps.splice_sockets;
         for end in &swept.leave {
             let other = other_end(end)?;
             // Without the other end, nothing comes to this one: only a sweep puts it there.
@@ -225,11 +227,11 @@ pub(super) fn state(pins: &Pins) -> Result<(Vec<LegState>, usize)> {
         MapHandle::from_pinned_path(path)
             .with_context(|| format!("cannot open map {}", path.display()))
     };
-    let legs = open(&pins.map("legs"))?;
+    let legs = open(&pins.map("splice_legs"))?;
     let mut states = Vec::new();
     for key in legs.keys() {
         let value = legs.lookup(&key, MapFlags::ANY)?.context("no such leg")?;
         states.push(LegState::from(&from_bytes::<wire::leg>(&value)?));
     }
-    Ok((states, open(&pins.map("spliced"))?.keys().count()))
+    Ok((states, open(&pins.map("splice_sockets"))?.keys().count()))
 }

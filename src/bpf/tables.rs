@@ -19,6 +19,8 @@ use crate::{mesh::entries::PodEntries, node::NetnsCookie};
 
 /// A map, and what a pod has in it.
 pub(super) struct Table {
+    /// Its name.
+    pub name: &'static str,
     /// Finds it among the loaded ones.
     pub map: for<'a, 'map> fn(&'a SidestepMaps<'map>) -> &'a MapMut<'map>,
     /// Where the cookie is in its keys.
@@ -33,8 +35,14 @@ pub(super) const TABLES: usize = 8;
 /// In the order of writing; deletes go the other way round. The last is the one that makes a pod's
 /// connections captured.
 pub(super) const ALL: [Table; TABLES] = [
-    Table { map: |maps| &maps.locals, cookie_at: offset_of!(local_key, netns), rows: locals },
     Table {
+        name: "locals",
+        map: |maps| &maps.locals,
+        cookie_at: offset_of!(local_key, netns),
+        rows: locals,
+    },
+    Table {
+        name: "device_addrs",
         map: |maps| &maps.device_addrs,
         cookie_at: offset_of!(device_key, netns),
         rows: |cookie, pod| {
@@ -45,6 +53,7 @@ pub(super) const ALL: [Table; TABLES] = [
         },
     },
     Table {
+        name: "port_rules",
         map: |maps| &maps.port_rules,
         cookie_at: offset_of!(port_rule_key, netns),
         rows: |_, pod| {
@@ -53,6 +62,7 @@ pub(super) const ALL: [Table; TABLES] = [
         },
     },
     Table {
+        name: "cidr_rules",
         map: |maps| &maps.cidr_rules,
         cookie_at: offset_of!(cidr_rule_key, netns),
         rows: |_, pod| {
@@ -64,6 +74,7 @@ pub(super) const ALL: [Table; TABLES] = [
         },
     },
     Table {
+        name: "uid_rules",
         map: |maps| &maps.uid_rules,
         cookie_at: offset_of!(uid_rule_key, netns),
         rows: |_, pod| {
@@ -72,6 +83,7 @@ pub(super) const ALL: [Table; TABLES] = [
         },
     },
     Table {
+        name: "excluded_ifs",
         map: |maps| &maps.excluded_ifs,
         cookie_at: offset_of!(if_key, netns),
         rows: |cookie, pod| {
@@ -80,6 +92,7 @@ pub(super) const ALL: [Table; TABLES] = [
         },
     },
     Table {
+        name: "pod_records",
         map: |maps| &maps.pod_records,
         cookie_at: 0,
         rows: |cookie, pod| {
@@ -87,6 +100,7 @@ pub(super) const ALL: [Table; TABLES] = [
         },
     },
     Table {
+        name: "pods",
         map: |maps| &maps.pods,
         cookie_at: 0,
         rows: |cookie, pod| {
@@ -95,10 +109,10 @@ pub(super) const ALL: [Table; TABLES] = [
     },
 ];
 
-/// What an entry of `locals` is; `enum local` of bpf/lib/owner.h.
-const LOCAL_OWN: u8 = 1;
+/// What an entry of `locals` is; `enum local` of bpf/lib/pod.h.
+pub(super) const LOCAL_OWN: u8 = 1;
 /// See [`LOCAL_OWN`].
-const LOCAL_LANDING: u8 = 2;
+pub(super) const LOCAL_LANDING: u8 = 2;
 
 fn locals(cookie: NetnsCookie, pod: &PodEntries) -> Result<Entries> {
     let landings: BTreeSet<&IpAddr> = pod.device_addrs.values().collect();

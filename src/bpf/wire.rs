@@ -8,10 +8,11 @@ use std::{
 use anyhow::{Result, ensure};
 
 pub(crate) use super::skel::types::{
-    addr, cidr_rule_key, device_family, device_key, event, event_kind, if_key, leg, listener_key,
-    local_key, pod, pod_flag, pod_record, port_rule_key, rule_set, splice, splice_key, splice_leg,
-    splice_state, swept, uid_rule_key,
+    addr, cidr_rule_key, device_family, device_key, event, event_kind, if_key, leg, listener_event,
+    listener_key, local_key, pod, pod_flag, pod_record, port_rule_key, rule_set, splice,
+    splice_counter, splice_key, splice_leg, splice_state, swept, uid_rule_key, unread_event,
 };
+pub(crate) use super::skel_policy::types::{direction, owner, question};
 use crate::{
     mesh::{
         entries::{
@@ -64,6 +65,12 @@ unsafe impl Wire for pod_record {}
 // SAFETY: as for `pod`.
 unsafe impl Wire for event {}
 // SAFETY: as for `pod`.
+unsafe impl Wire for listener_event {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for unread_event {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for question {}
+// SAFETY: as for `pod`.
 unsafe impl Wire for leg {}
 // SAFETY: as for `pod`.
 unsafe impl Wire for splice_key {}
@@ -113,9 +120,8 @@ impl From<addr> for IpAddr {
     }
 }
 
-/// Of an `EVENT_UNREAD`.
-impl From<event> for Reset {
-    fn from(event: event) -> Self {
+impl From<unread_event> for Reset {
+    fn from(event: unread_event) -> Self {
         let end = &event.end;
         Self {
             from: SocketAddr::new(end.local.into(), end.lport),
@@ -145,9 +151,12 @@ fn set_of(set: RuleSet) -> rule_set {
     }
 }
 
-/// A list of one class of users; `UID_CLASS_SHIFT` of bpf/mesh/rules.h.
+/// Where the class of users is in a list's number; `UID_CLASS_SHIFT` of bpf/mesh/rules.h.
+pub(super) const UID_CLASS_SHIFT: u32 = 8;
+
+/// A list of one class of users.
 fn of_class(set: rule_set, class: u32) -> rule_set {
-    rule_set(set.0 | class << 8)
+    rule_set(set.0 | class << UID_CLASS_SHIFT)
 }
 
 /// Bits in front of the port or the address in a rule's key: the set and the cookie.
@@ -173,7 +182,7 @@ pub(crate) fn cidr_key(rule: &CidrRule) -> cidr_rule_key {
 }
 
 /// Keeps the families apart; `CIDR_V6` of bpf/mesh/rules.h.
-const CIDR_V6: u32 = 1 << 8;
+pub(super) const CIDR_V6: u32 = 1 << 8;
 
 pub(crate) fn if_of(cookie: NetnsCookie, ifindex: u32) -> if_key {
     if_key { netns: cookie.0, ifindex, pad: 0 }

@@ -325,7 +325,7 @@ fn addresses(facts: &PodFacts, netns: &NetnsFacts) -> Vec<IpAddr> {
 
 /// How many addresses of devices listeners are remembered at; `LANDINGS` of bpf/mesh/inbound.h has these,
 /// any and localhost, so that one pod with many devices leaves room for the others.
-const MAX_LANDINGS: usize = 6;
+pub(crate) const MAX_LANDINGS: usize = 6;
 
 /// The first address of each kind that each device has, in the order of the kernel's list: of more
 /// than [`MAX_LANDINGS`] addresses, those that come first.

@@ -19,13 +19,15 @@ use rtnetlink::{
 use super::netns::{LO, Netns, netlink};
 
 /// Where captured IPv4 connections go; `VIA4_NET` of bpf/lib/capture.h.
-const VIA4: (Ipv4Addr, u8) = (Ipv4Addr::new(127, 128, 0, 0), 16);
+pub(crate) const VIA4: (Ipv4Addr, u8) = (Ipv4Addr::new(127, 128, 0, 0), 16);
 /// Where captured IPv6 connections go; `VIA6_HI` and `VIA6_LO` of bpf/lib/capture.h.
-const VIA6: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfd53, 0x6964, 0x6573, 0x7465, 0, 0, 0, 0), 64);
+pub(crate) const VIA6: (Ipv6Addr, u8) =
+    (Ipv6Addr::new(0xfd53, 0x6964, 0x6573, 0x7465, 0, 0, 0, 0), 64);
 /// Where captured DNS goes; `DNS4_NET` of bpf/mesh/dns.h.
-const DNS4: (Ipv4Addr, u8) = (Ipv4Addr::new(127, 129, 0, 0), 16);
+pub(crate) const DNS4: (Ipv4Addr, u8) = (Ipv4Addr::new(127, 129, 0, 0), 16);
 /// The same for IPv6; `DNS6_SUBNET` of bpf/mesh/dns.h.
-const DNS6: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfd53, 0x6964, 0x6573, 0x7465, 0, 1, 0, 0), 96);
+pub(crate) const DNS6: (Ipv6Addr, u8) =
+    (Ipv6Addr::new(0xfd53, 0x6964, 0x6573, 0x7465, 0, 1, 0, 0), 96);
 
 /// The passthrough source that Istio's init puts on the pod's lo for IPv6.
 pub const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
