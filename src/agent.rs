@@ -22,11 +22,11 @@ use crate::{
         conflist::{self, Installer},
         server::Asked,
     },
+    controller::{AddError, Look, Reconciler, Source},
     http,
     metrics::Metrics,
     node::{Cgroup, Places},
     problem::Problem,
-    reconciler::{AddError, Look, Reconciler, Source},
     source::{
         kubernetes::{self, ApiServer, Kubernetes, OnUninstall, Removed},
         manifests::Manifests,

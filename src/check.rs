@@ -7,8 +7,7 @@ use nix::{sys::utsname::uname, unistd::geteuid};
 use serde::Serialize;
 
 use crate::{
-    bpf::{self, Pins, ProgramCost},
-    bpffs,
+    bpf::{self, Pins, ProgramCost, bpffs},
     node::{Cgroup, NetnsCookie},
     splice::{self, Hazard, Leg, LegState, Mode},
     text::beside,

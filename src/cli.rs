@@ -7,7 +7,8 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
     agent::{self, Cluster, SourceConfig},
-    bpf, bpffs, check,
+    bpf::{self, bpffs},
+    check,
     cni::{self, OnAgentAway, conflist},
     source::kubernetes::{self, OnUninstall},
     splice, status,

@@ -3,19 +3,19 @@
 
 pub mod agent;
 pub mod bpf;
-pub mod bpffs;
 pub mod check;
 pub mod cli;
 pub mod cni;
+pub mod controller;
 pub mod files;
 pub mod http;
+#[cfg(test)]
+mod imports;
 pub mod mesh;
 pub mod metrics;
 pub mod node;
 pub mod pace;
 pub mod problem;
-pub mod reconciler;
-pub mod reset;
 pub mod source;
 pub mod splice;
 pub mod status;

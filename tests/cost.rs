@@ -16,8 +16,7 @@ use std::{
 use common::*;
 use nix::sys::resource::{UsageWho, getrusage};
 use sidestep::{
-    bpf::{self, Dataplane},
-    bpffs,
+    bpf::{self, Dataplane, bpffs},
     mesh::{
         desired::{Candidate, Planner},
         facts::facts,

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 mod apply;
+pub mod bpffs;
 mod cost;
 mod filters;
 mod held;
@@ -82,11 +83,9 @@ use self::{
     tables::Held,
 };
 use crate::{
-    bpffs,
     mesh::{self, entries::Record, quota::Limits},
     node::{self, Cgroup, Netns, NetnsCookie},
-    reset::Reset,
-    splice::LegState,
+    splice::{LegState, Reset},
 };
 
 /// Moves when the layout of a pinned map moves: a `v` and a number.

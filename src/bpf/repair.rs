@@ -16,16 +16,13 @@ use libbpf_rs::{
 };
 
 use super::{
-    Dataplane, Pins, cgroup_of, children,
+    Dataplane, Pins, bpffs, cgroup_of, children,
     held::{pin, pinned, replace_pin},
     hooks::{Attach, HOOKS, Hook},
     netns_of, steer,
     tables::ALL,
 };
-use crate::{
-    bpffs,
-    node::{Cgroup, Netns, NetnsCookie},
-};
+use crate::node::{Cgroup, Netns, NetnsCookie};
 
 /// As many entries of maps are looked at each time.
 const LOOKED_AT: usize = 1024;

@@ -22,8 +22,7 @@ use crate::{
         policy::TcpDns,
     },
     node::NetnsCookie,
-    reset::Reset,
-    splice::LegState,
+    splice::{LegState, Reset},
     text,
 };
 

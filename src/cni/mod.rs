@@ -10,7 +10,7 @@ use std::{collections::BTreeSet, path::PathBuf};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::problem::Problem;
+use crate::{node::Sandbox, problem::Problem};
 
 /// The plugin's name in CNI configurations, and its file's in the directory of plugins.
 pub const PLUGIN: &str = "sidestep-cni";
@@ -67,21 +67,6 @@ fn refuse() -> OnAgentAway {
 
 fn timeout_seconds() -> u64 {
     30
-}
-
-/// A pod's sandbox, as the container runtime made it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Sandbox {
-    /// Its id.
-    pub container: String,
-    /// Its network namespace.
-    pub netns: PathBuf,
-    /// The pod's namespace.
-    pub namespace: String,
-    /// The pod's name.
-    pub pod: String,
-    /// The pod's uid, where the runtime tells it.
-    pub uid: Option<String>,
 }
 
 /// What the plugin asks the agent: one line of JSON, answered by one.

@@ -16,7 +16,8 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{OnAgentAway, Reply, Request, Sandbox, Settings, VERSIONS};
+use super::{OnAgentAway, Reply, Request, Settings, VERSIONS};
+use crate::node::Sandbox;
 
 /// Between two attempts to reach the agent.
 const PAUSE: Duration = Duration::from_millis(200);

@@ -7,9 +7,11 @@ pub mod lo;
 mod netfilter;
 mod netns;
 pub mod pod_netns;
+mod sandbox;
 
 pub use cgroup::Cgroup;
 pub use facts::{ADDRESSES, NetnsFacts};
 pub use lo::Lo;
 pub use netns::{ANY, LO, LOCALHOST, Netns, NetnsCookie, host_cookies, in_new};
 pub use pod_netns::{Place, Places};
+pub use sandbox::Sandbox;

@@ -43,8 +43,8 @@ use tracing::{info, warn};
 
 use super::{Snapshot, SourcePod};
 use crate::{
-    cni::Sandbox,
     mesh::facts,
+    node::Sandbox,
     problem::{Problem, Reason},
     text,
 };

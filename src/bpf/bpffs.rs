@@ -12,7 +12,7 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
-use crate::bpf::Pins;
+use super::Pins;
 
 /// Where pins go unless a flag says otherwise.
 pub const DEFAULT_ROOT: &str = "/sys/fs/bpf/sidestep";

@@ -1,0 +1,351 @@
+//! A pod's desired state into its namespace and the maps: lo, filters, the inbound program.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use tracing::{debug, info, warn};
+
+use super::{Reconciler, problem};
+use crate::{
+    bpf::Repair,
+    mesh::{
+        desired::{Candidate, Desired},
+        entries::{PodEntries, PodRow, Record},
+    },
+    node::{self, LO, Lo, Netns, NetnsCookie, NetnsFacts},
+    pace::Backoff,
+    problem::{Problem, Reason},
+    source::{Snapshot, SourcePod},
+    splice::Leg,
+};
+
+/// A pod whose proxy does not listen is looked at this often at most, and ever more seldom,
+const SEARCH: Duration = Duration::from_millis(100);
+/// to this.
+const SEARCH_AGAIN: Duration = Duration::from_secs(3);
+
+/// An enrolled pod, as the agent last left it.
+pub(super) struct Enrolled {
+    pub netns: Arc<NetnsFacts>,
+    pub entries: Arc<PodEntries>,
+    /// Devices with the filter for spliced connections, by index.
+    pub filtered: Vec<u32>,
+}
+
+impl Enrolled {
+    /// The devices that spliced connections have on these legs: apps and their sidecars talk over
+    /// lo, sidecars with each other over the others.
+    fn spliced_devices(&self, legs: &BTreeMap<Leg, bool>) -> Vec<u32> {
+        let leg = |device| if device == LO { Leg::App } else { Leg::Sidecar };
+        let devices = self.netns.interfaces.values().copied();
+        devices
+            .filter(|device| self.entries.row.splice && legs.get(&leg(*device)) == Some(&true))
+            .collect()
+    }
+}
+
+/// The listeners that connections are handed to: inbound, outbound, DNS.
+fn steered_ports(row: &PodRow) -> [Option<u16>; 3] {
+    let dns = Some(row.dns_port).filter(|port| *port != 0);
+    [Some(row.in_port), Some(row.out_port), dns]
+}
+
+/// What listeners may be bound to that connections are handed to.
+fn redirected_to(pod: &PodEntries) -> BTreeSet<IpAddr> {
+    let fixed = node::ANY.into_iter().chain(node::LOCALHOST);
+    fixed.chain(pod.device_addrs.values().copied()).collect()
+}
+
+/// The record of the candidate with this name.
+fn of(candidates: &[Candidate], name: &str) -> Record {
+    let found = candidates.iter().find(|candidate| candidate.facts.name == name);
+    let uid = found.map(|candidate| candidate.facts.uid.clone()).unwrap_or_default();
+    Record { pod: name.to_owned(), uid, netns: PathBuf::new() }
+}
+
+impl Reconciler {
+    pub(super) fn enroll(
+        &mut self,
+        mut candidates: Vec<Candidate>,
+        snapshot: &Snapshot,
+        problems: &mut BTreeSet<Problem>,
+    ) -> Result<()> {
+        let limits = self.dataplane.limits();
+        let mut goal = self.planner.desired(&candidates, &self.host, &self.owners, &limits);
+        // A pod whose namespace can't be prepared is not enrolled: its connections would get
+        // lost. What it had before stays.
+        let unprepared = self.prepare(&goal, problems);
+        if !unprepared.is_empty() {
+            candidates.retain(|candidate| !unprepared.contains(&candidate.netns.cookie));
+            goal = self.planner.desired(&candidates, &self.host, &self.owners, &limits);
+        }
+        for (pod, refusal) in &goal.refused {
+            let record = of(&candidates, pod);
+            problems.insert(problem(Reason::Refused, &record, &refusal.to_string()));
+        }
+        for (pod, refusal) in &goal.closed {
+            let text = format!("all its traffic is captured until there is room: {refusal}");
+            problems.insert(problem(Reason::Refused, &of(&candidates, pod), &text));
+        }
+        // A pod that an earlier agent enrolled, and that may be in what can't be read now.
+        // Or one that runs on though its object is gone, or that nothing is known of for now.
+        let refused: BTreeSet<&str> = goal.refused.iter().map(|(pod, _)| pod.as_str()).collect();
+        let present: BTreeSet<&str> = snapshot.pods.iter().map(SourcePod::uid).collect();
+        let keep: BTreeSet<NetnsCookie> = self
+            .owners
+            .iter()
+            .filter(|(cookie, owner)| {
+                let unread = snapshot.incomplete && !self.pods.contains_key(cookie);
+                unread
+                    || refused.contains(owner.pod.as_str())
+                    || (snapshot.missing_may_run && !present.contains(owner.uid.as_str()))
+            })
+            .map(|(cookie, _)| *cookie)
+            .filter(|cookie| !goal.pods.contains_key(cookie) && self.lives(*cookie))
+            .collect();
+        self.note_dialled(&candidates, problems);
+        let state = (goal, keep);
+        let mut failed = BTreeMap::new();
+        if self.applied.as_ref() != Some(&state) {
+            // Whatever fails half-way is compared with the maps themselves next time.
+            self.applied = None;
+            let applied = self.dataplane.apply(&state.0, &state.1)?;
+            self.metrics.wrote(applied.written + applied.deleted);
+            debug!(applied.written, applied.deleted, "maps");
+            if applied.failed.is_empty() {
+                self.applied = Some(state.clone());
+            }
+            failed = applied.failed;
+        }
+        let (mut goal, keep) = state;
+        for (cookie, failure) in &failed {
+            let Some(PodEntries { record, .. }) = goal.pods.get(cookie).map(|pod| &**pod) else {
+                problems.insert(Problem::node(format!("{:#}", failure.error)));
+                continue;
+            };
+            let (meanwhile, error) = if failure.is_captured {
+                ("all its traffic is captured until then", &failure.error)
+            } else {
+                ("it is not enrolled", &failure.error)
+            };
+            let text = format!("{meanwhile}: {error:#}");
+            problems.insert(problem(Reason::Refused, record, &text));
+        }
+        goal.pods.retain(|cookie, _| failed.get(cookie).is_none_or(|failure| failure.is_captured));
+        self.link(&goal, &candidates, problems);
+        for (cookie, owner) in &self.owners {
+            if goal.pods.contains_key(cookie) || keep.contains(cookie) {
+                continue;
+            }
+            info!(pod = %owner.pod, "no longer enrolled");
+        }
+        self.owners.retain(|cookie, _| keep.contains(cookie));
+        for (cookie, pod) in &goal.pods {
+            if self.owners.get(cookie) != Some(&pod.record) {
+                self.owners.insert(*cookie, pod.record.clone());
+            }
+        }
+        let stays = |cookie: &NetnsCookie| goal.pods.contains_key(cookie) || keep.contains(cookie);
+        self.pods.retain(|cookie, _| stays(cookie));
+        self.lo.retain(|cookie, _| stays(cookie));
+        self.searched.retain(|(cookie, _), _| stays(cookie));
+        self.forwarded.retain(|cookie, _| stays(cookie));
+        self.noted.retain(|cookie, _| stays(cookie));
+        self.filter(problems);
+        Ok(())
+    }
+
+    /// Prepares the namespaces of pods that are new or whose addresses changed, and of those that
+    /// have lost what they were given; the cookies of those that can't be enrolled because that
+    /// failed.
+    pub(super) fn prepare(
+        &mut self,
+        goal: &Desired,
+        problems: &mut BTreeSet<Problem>,
+    ) -> BTreeSet<NetnsCookie> {
+        let mut failed = BTreeSet::new();
+        for (cookie, pod) in &goal.pods {
+            let PodEntries { row, record, .. } = &**pod;
+            let serves = self.lo.get(cookie).is_some_and(|lo| lo.serves(&row.needs_of_lo()));
+            let known = self.pods.get(cookie);
+            let dns_is_new =
+                row.dns_port != 0 && known.is_none_or(|pod| pod.entries.row.dns_port == 0);
+            if serves && !dns_is_new {
+                continue;
+            }
+            let done = Netns::open_as(&record.netns, *cookie).and_then(|netns| {
+                if !serves {
+                    netns.prepare(&row.needs_of_lo())?;
+                }
+                // Before any question is captured, which gets nowhere without.
+                if dns_is_new { self.dataplane.attach_dns(*cookie, &netns) } else { Ok(()) }
+            });
+            let given = |row: &PodRow| (row.ip4, row.ip6, row.capture_v6, row.dns_routes.clone());
+            let was_prepared =
+                !serves && known.is_some_and(|pod| given(&pod.entries.row) == given(row));
+            match done {
+                Ok(()) => {
+                    self.lo.insert(*cookie, Lo::prepared(&row.needs_of_lo()));
+                    if was_prepared {
+                        let text = "routes or addresses were removed from lo";
+                        let repair = Repair { what: "lo", text: text.into(), done: Ok(()) };
+                        let told = self.repaired(&repair, Reason::NetworkNamespace, Some(record));
+                        self.repaired.insert(told.clone());
+                        problems.insert(told);
+                    }
+                }
+                Err(_) if self.dataplane.netns_lives(*cookie) && !record.netns.exists() => {}
+                Err(error) => {
+                    let text = format!("{error:#}");
+                    problems.insert(problem(Reason::NetworkNamespace, record, &text));
+                    // What is enrolled already stays so: it must not get past its proxy.
+                    if !self.dataplane.netns_lives(*cookie) {
+                        failed.insert(*cookie);
+                    }
+                }
+            }
+        }
+        failed
+    }
+
+    /// Links the inbound program of this build to every pod that this agent has not done yet.
+    pub(super) fn link(
+        &mut self,
+        goal: &Desired,
+        candidates: &[Candidate],
+        problems: &mut BTreeSet<Problem>,
+    ) {
+        for candidate in candidates {
+            let cookie = candidate.netns.cookie;
+            let Some(entries) = goal.pods.get(&cookie) else {
+                continue;
+            };
+            let PodEntries { row, record, .. } = &**entries;
+            if record.pod != candidate.facts.name {
+                continue;
+            }
+            let known = self.pods.get(&cookie);
+            let enrolled = Enrolled {
+                netns: Arc::clone(&candidate.netns),
+                entries: Arc::clone(entries),
+                filtered: known.map(|known| known.filtered.clone()).unwrap_or_default(),
+            };
+            if known.is_some_and(|known| steered_ports(&known.entries.row) == steered_ports(row)) {
+                self.pods.insert(cookie, enrolled);
+                continue;
+            }
+            let linked = Netns::open_as(&record.netns, cookie).and_then(|netns| {
+                let at = redirected_to(entries);
+                for port in steered_ports(row).into_iter().flatten() {
+                    self.dataplane.find_listeners(cookie, &netns, port, &at)?;
+                }
+                if row.dns_port == 0 {
+                    self.dataplane.detach_dns(cookie, &netns)?;
+                }
+                self.dataplane.attach_inbound(cookie, &netns)
+            });
+            match linked {
+                Ok(()) => {
+                    info!(pod = %record.pod, mesh = candidate.facts.mesh.name, netns = %record.netns.display(), "enrolled");
+                    self.pods.insert(cookie, enrolled);
+                }
+                Err(_) if self.dataplane.netns_lives(cookie) && !record.netns.exists() => {}
+                Err(error) => {
+                    let text = format!("INBOUND IS NOT INTERCEPTED: {error:#}");
+                    problems.insert(problem(Reason::InboundNotIntercepted, record, &text));
+                }
+            }
+        }
+    }
+
+    /// Puts the filter in force that spliced connections need when they end, on devices that do
+    /// not have it yet. It stays for as long as the pod: some may be spliced still.
+    pub(super) fn filter(&mut self, problems: &mut BTreeSet<Problem>) {
+        for (cookie, pod) in &mut self.pods {
+            let devices = pod.spliced_devices(&self.legs);
+            let fresh: Vec<u32> =
+                devices.into_iter().filter(|device| !pod.filtered.contains(device)).collect();
+            if fresh.is_empty() {
+                continue;
+            }
+            let done = Netns::open_as(&pod.netns.path, *cookie)
+                .and_then(|netns| self.dataplane.attach_reset(*cookie, &netns, &fresh));
+            match done {
+                Ok(()) => pod.filtered.extend(fresh),
+                Err(_) if !pod.netns.path.exists() => {}
+                Err(error) => {
+                    if let Some(record) = self.owners.get(cookie) {
+                        let text = format!("{error:#}");
+                        problems.insert(problem(Reason::NetworkNamespace, record, &text));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether dialled ports are noted on this device.
+    pub(super) fn notes(&self, cookie: NetnsCookie, device: u32) -> bool {
+        self.noted.get(&cookie).is_some_and(|devices| devices.contains(&device))
+    }
+
+    /// Has the ports noted that connections into pods with NAT rules of their own are dialled to,
+    /// before those decide. It goes on for as long as the pod: the rules may come back.
+    pub(super) fn note_dialled(
+        &mut self,
+        candidates: &[Candidate],
+        problems: &mut BTreeSet<Problem>,
+    ) {
+        for Candidate { facts, netns } in candidates.iter().filter(|one| one.netns.own_nat) {
+            let noted = self.noted.entry(netns.cookie).or_default();
+            let devices = netns.interfaces.values().copied();
+            let fresh: Vec<u32> =
+                devices.filter(|device| *device != LO && !noted.contains(device)).collect();
+            if fresh.is_empty() {
+                continue;
+            }
+            let done = Netns::open_as(&netns.path, netns.cookie)
+                .and_then(|open| self.dataplane.attach_dialled(netns.cookie, &open, &fresh));
+            match done {
+                Ok(()) => noted.extend(fresh),
+                Err(_) if !netns.path.exists() => {}
+                Err(error) => {
+                    let record = of(candidates, &facts.name);
+                    let text = format!(
+                        "it has NAT rules of its own, and Sidestep cannot see which port a \
+                         connection was dialled to, so all its inbound ports are captured: \
+                         {error:#}"
+                    );
+                    problems.insert(problem(Reason::NetworkNamespace, &record, &text));
+                }
+            }
+        }
+    }
+
+    /// Looks for listeners that were missed when a connection came.
+    pub fn find_listeners(&mut self, missed: &BTreeSet<(NetnsCookie, u16)>) {
+        let now = Instant::now();
+        for missing @ (cookie, port) in missed {
+            let Some(pod) = self.pods.get(cookie) else {
+                continue;
+            };
+            let fresh = Backoff::new(SEARCH, SEARCH_AGAIN);
+            if !self.searched.entry(*missing).or_insert(fresh).pass(now) {
+                continue;
+            }
+            self.metrics.searched();
+            let found = Netns::open_as(&pod.netns.path, *cookie).and_then(|ns| {
+                let at = redirected_to(&pod.entries);
+                self.dataplane.find_listeners(*cookie, &ns, *port, &at)
+            });
+            if let Err(error) = found {
+                warn!(netns = %pod.netns.path.display(), "cannot look for the proxy's listeners: {error:#}");
+            }
+        }
+    }
+}

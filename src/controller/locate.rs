@@ -1,0 +1,265 @@
+//! Which network namespace a pod has, and what that says about itself.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::core::v1::Pod;
+
+use super::{Look, Reconciler, Source};
+use crate::{
+    mesh::facts::PodFacts,
+    node::{Lo, Netns, NetnsCookie, NetnsFacts},
+    problem::{Problem, Reason},
+    source::{SourcePod, manifests::NETNS_ANNOTATION},
+};
+
+/// A pod that starts or ends may have no process for a moment, or its object may lag behind: that
+/// none is found is said at this look at everything.
+const MISSES: u32 = 2;
+
+/// The search for namespaces that the container runtime told nothing about, by their pods' uids.
+#[derive(Debug, Default)]
+pub(super) struct Search {
+    /// Looked for in vain; at how many looks at everything.
+    missing: BTreeMap<String, u32>,
+    /// Their processes do not show it, and why.
+    disputed: BTreeMap<String, String>,
+}
+
+impl Search {
+    /// Which of those that are unknown are to be looked for: once when a pod is new, then whenever
+    /// everything is looked at.
+    fn wanted(&self, unknown: &BTreeSet<String>, again: bool) -> BTreeSet<String> {
+        let wanted = unknown.iter().filter(|uid| again || !self.missing.contains_key(*uid));
+        wanted.cloned().collect()
+    }
+
+    /// They were looked for.
+    fn done(
+        &mut self,
+        unknown: &BTreeSet<String>,
+        wanted: &BTreeSet<String>,
+        again: bool,
+        disputed: BTreeMap<String, String>,
+        is_found: impl Fn(&str) -> bool,
+    ) {
+        self.disputed.extend(disputed);
+        self.disputed.retain(|uid, _| unknown.contains(uid) && !is_found(uid));
+        self.missing.retain(|uid, _| unknown.contains(uid) && !is_found(uid));
+        for uid in wanted.iter().filter(|uid| !is_found(uid)) {
+            *self.missing.entry(uid.clone()).or_default() += u32::from(again);
+        }
+    }
+
+    /// Whether a pod was looked for often enough to say that it has no process here.
+    fn is_lost(&self, uid: &str) -> bool {
+        self.missing.get(uid) >= Some(&MISSES) && !self.disputed.contains_key(uid)
+    }
+
+    /// Forgets other pods.
+    pub fn retain(&mut self, uids: &BTreeSet<String>) {
+        self.missing.retain(|uid, _| uids.contains(uid));
+    }
+}
+
+impl Reconciler {
+    /// Looks for the namespaces of pods that the container runtime told nothing about, by their
+    /// processes: once when a pod is new, then whenever everything is looked at.
+    pub(super) fn search(
+        &mut self,
+        look: Look,
+        pods: &[(&SourcePod, Arc<PodFacts>)],
+        problems: &mut BTreeSet<Problem>,
+    ) {
+        let Source::Kubernetes(_, places) = &mut self.source else {
+            return;
+        };
+        let unknown = pods.iter().filter(|(found, _)| places.get(found.uid()).is_none());
+        let unknown: BTreeSet<String> = unknown.map(|(found, _)| found.uid().to_owned()).collect();
+        let again = look == Look::Everything;
+        let wanted = self.search.wanted(&unknown, again);
+        let disputed = match places.search(&wanted, &self.host) {
+            Ok(disputed) => disputed,
+            Err(error) => {
+                problems.insert(Problem::node(format!("{error:#}")));
+                BTreeMap::new()
+            }
+        };
+        self.search.done(&unknown, &wanted, again, disputed, |uid| places.get(uid).is_some());
+        for (found, _) in pods {
+            if let Some(why) = self.search.disputed.get(found.uid()) {
+                problems.insert(found.problem(Reason::NetworkNamespace, why));
+            }
+        }
+    }
+
+    /// A pod's namespace. None: there is none yet, or no more. A path that is gone says nothing
+    /// about the namespace: a terminating pod is intercepted for as long as that lives.
+    pub(super) fn netns(
+        &mut self,
+        look: Look,
+        found: &SourcePod,
+        facts: &PodFacts,
+    ) -> Result<Option<Arc<NetnsFacts>>> {
+        let annotations = found.pod.metadata.annotations.as_ref();
+        let (path, cookie, what) = match &self.source {
+            Source::Manifests(_) => {
+                let path = annotations.and_then(|all| all.get(NETNS_ANNOTATION));
+                let path = path.with_context(|| {
+                    format!(
+                        "annotation {NETNS_ANNOTATION} is missing: it names the network namespace"
+                    )
+                })?;
+                (
+                    Some(PathBuf::from(path)),
+                    None,
+                    format!("annotation {NETNS_ANNOTATION}: {path:?}"),
+                )
+            }
+            Source::Kubernetes(_, places) => {
+                let place = places.get(found.uid());
+                let what = "its network namespace".to_owned();
+                (place.map(|place| place.path.clone()), place.map(|place| place.cookie), what)
+            }
+        };
+        if look != Look::Everything
+            && let Some(visited) = self.visited.get(found.uid())
+            && cookie == Some(visited.cookie)
+        {
+            return Ok(Some(Arc::clone(visited)));
+        }
+        let visit = path.as_ref().map(|path| visit(path, cookie, facts));
+        let visit = match visit {
+            Some(Ok((netns, lo))) => {
+                let netns = match self.visited.get(found.uid()) {
+                    Some(visited) if **visited == netns => Arc::clone(visited),
+                    _ => Arc::new(netns),
+                };
+                if cookie.is_some() {
+                    self.visited.insert(found.uid().to_owned(), Arc::clone(&netns));
+                }
+                self.lo.insert(netns.cookie, lo);
+                return Ok(Some(netns));
+            }
+            Some(Err(error)) => Some(error),
+            None => None,
+        };
+        if let (Source::Kubernetes(_, places), true) = (&mut self.source, path.is_some()) {
+            places.lost(found.uid());
+        }
+        let owned = self
+            .owners
+            .iter()
+            .find(|(_, owner)| owner.pod == facts.name && owner.uid == facts.uid)
+            .filter(|(cookie, _)| self.dataplane.netns_lives(**cookie));
+        if let Some((cookie, owner)) = owned {
+            return Ok(Some(self.pods.get(cookie).map_or_else(
+                || {
+                    Arc::new(NetnsFacts {
+                        path: path.unwrap_or_else(|| owner.netns.clone()),
+                        cookie: *cookie,
+                        addresses: Vec::new(),
+                        more_addresses: false,
+                        interfaces: BTreeMap::new(),
+                        routes: Vec::new(),
+                        route_localnet: false,
+                        own_nat: false,
+                        forwarded: 0,
+                    })
+                },
+                |pod| Arc::clone(&pod.netns),
+            )));
+        }
+        match visit {
+            // Its processes are gone, or it has another namespace by now: it is looked for again.
+            Some(error) if cookie.is_some() && is_gone(&error) => Ok(None),
+            Some(error) => Err(error.context(what)),
+            None if is_running(&found.pod) && self.search.is_lost(found.uid()) => {
+                Err(anyhow::anyhow!(
+                    "none of its processes can be found on this node, so its network namespace is \
+                     unknown (is --proc the node's own procfs, and is --node-name this node?)"
+                ))
+            }
+            None => Ok(None),
+        }
+    }
+}
+
+/// What the namespace says about itself, if it is the expected one.
+fn visit(path: &Path, cookie: Option<NetnsCookie>, facts: &PodFacts) -> Result<(NetnsFacts, Lo)> {
+    let with_routes = !facts.policy.exclude_interfaces.is_empty();
+    let (found, lo) = Netns::open(path)?.look(with_routes, facts.dns_port.is_some())?;
+    if cookie.is_some_and(|cookie| cookie != found.cookie) {
+        let moved = io::Error::from(io::ErrorKind::NotFound);
+        return Err(moved)
+            .with_context(|| format!("{} is now another network namespace", path.display()));
+    }
+    Ok((found, lo))
+}
+
+/// Whether there is nothing any more where a namespace was.
+fn is_gone(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().map(io::Error::kind) == Some(io::ErrorKind::NotFound)
+}
+
+/// Whether the pod's object says that its containers run and shall go on: one that is being
+/// deleted has none soon, and its object may stay for a while.
+fn is_running(pod: &Pod) -> bool {
+    let deleted = pod.metadata.deletion_timestamp.is_some();
+    !deleted && pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn uids(all: &[&str]) -> BTreeSet<String> {
+        all.iter().map(|uid| (*uid).to_owned()).collect()
+    }
+
+    #[test]
+    fn a_new_pod_is_looked_for_at_once_and_then_with_everything() {
+        let mut search = Search::default();
+        let both = uids(&["a", "b"]);
+        assert_eq!(search.wanted(&both, false), both);
+        search.done(&both, &both, false, BTreeMap::new(), |uid| uid == "b");
+        let a = uids(&["a"]);
+        assert_eq!(search.wanted(&a, false), uids(&[]), "not with each change");
+        assert_eq!(search.wanted(&a, true), a);
+        for is_lost in [false, true] {
+            search.done(&a, &a, true, BTreeMap::new(), |_| false);
+            assert_eq!(search.is_lost("a"), is_lost, "it may have just started");
+        }
+        search.done(&a, &a, true, BTreeMap::new(), |uid| uid == "a");
+        assert!(!search.is_lost("a") && !search.is_lost("b"));
+        assert_eq!(search.wanted(&a, false), a, "its namespace was replaced: it is as new");
+    }
+
+    #[test]
+    fn what_is_in_dispute_is_not_missing() {
+        let mut search = Search::default();
+        let a = uids(&["a"]);
+        for _ in 0..MISSES {
+            let disputed = BTreeMap::from([("a".to_owned(), "two namespaces".to_owned())]);
+            search.done(&a, &a, true, disputed, |_| false);
+        }
+        assert!(!search.is_lost("a") && search.disputed.contains_key("a"));
+        search.done(&a, &a, true, BTreeMap::new(), |_| true);
+        assert!(search.disputed.is_empty(), "it is settled");
+    }
+
+    #[test]
+    fn a_pod_that_ends_need_not_have_processes() {
+        let pod = |value| serde_json::from_value(value).expect("a pod");
+        let running = serde_json::json!({"status": {"phase": "Running"}});
+        let mut deleted = running.clone();
+        deleted["metadata"] = serde_json::json!({"deletionTimestamp": "2026-01-01T00:00:00Z"});
+        assert!(is_running(&pod(running)) && !is_running(&pod(deleted)));
+        assert!(!is_running(&pod(serde_json::json!({"status": {"phase": "Succeeded"}}))));
+    }
+}

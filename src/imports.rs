@@ -1,0 +1,136 @@
+//! The rules of the house that its own text can hold: who knows whom, and where `unsafe` may be.
+//! ARCHITECTURE.md has the picture.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// The one room that talks to libbpf, and that has `unsafe`.
+const DATAPLANE: &str = "bpf";
+/// Rooms of one concern each, which know neither each other nor the data plane.
+const DOMAINS: [&str; 3] = ["mesh", "service", "splice"];
+
+/// A source file: its room, which is the module below the crate's root that it belongs to, and its
+/// text, without comments and unit tests.
+struct Source {
+    path: PathBuf,
+    room: String,
+    text: String,
+}
+
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    let mut dirs = vec![root.clone()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(&dir).expect("listed") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                dirs.push(path);
+                continue;
+            }
+            let below = path.strip_prefix(&root).expect("below src").to_owned();
+            let first = below.components().next().expect("a name").as_os_str();
+            let room = Path::new(first).file_stem().expect("a name").to_string_lossy().into_owned();
+            let text = fs::read_to_string(&path).expect("read");
+            let text = text.split("#[cfg(test)]").next().unwrap_or_default();
+            let code = text.lines().map(|line| line.split("//").next().unwrap_or_default());
+            let text = code.collect::<Vec<_>>().join("\n");
+            // These two hold the house together, and this one is about it.
+            if !["main", "lib", "imports"].contains(&room.as_str()) {
+                found.push(Source { path, room, text });
+            }
+        }
+    }
+    found
+}
+
+/// The rooms that a file names by `crate::`, alone or in braces.
+fn imports(text: &str) -> BTreeSet<String> {
+    let name = |text: &str| -> String {
+        text.trim_start().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
+    };
+    let mut found = BTreeSet::new();
+    for rest in text.split("crate::").skip(1) {
+        let Some(list) = rest.strip_prefix('{') else {
+            found.insert(name(rest));
+            continue;
+        };
+        let (mut depth, mut start) = (1, 0);
+        for (at, c) in list.char_indices() {
+            match c {
+                '{' => depth += 1,
+                '}' => depth -= 1,
+                _ => {}
+            }
+            if depth == 0 || (depth == 1 && c == ',') {
+                found.insert(name(&list[start..at]));
+                start = at + 1;
+            }
+            if depth == 0 {
+                break;
+            }
+        }
+    }
+    found.remove("");
+    found
+}
+
+/// Which rooms each room knows.
+fn rooms() -> BTreeMap<String, BTreeSet<String>> {
+    let mut rooms: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for Source { room, text, .. } in sources() {
+        let knows = rooms.entry(room.clone()).or_default();
+        knows.extend(imports(&text).into_iter().filter(|other| *other != room));
+    }
+    rooms
+}
+
+#[test]
+fn names_are_found_alone_and_in_braces() {
+    let text = "use crate::{\n  a::{self, b::{C, D}}, e,\n  f::g,\n};\nuse crate::h;\nlet x = crate::i::j();";
+    let all = ["a", "e", "f", "h", "i"].map(str::to_owned);
+    assert_eq!(imports(text), BTreeSet::from(all));
+}
+
+#[test]
+fn domains_know_neither_each_other_nor_the_data_plane() {
+    let rooms = rooms();
+    for domain in DOMAINS {
+        let Some(knows) = rooms.get(domain) else {
+            continue;
+        };
+        for other in DOMAINS.into_iter().chain([DATAPLANE]).filter(|other| *other != domain) {
+            assert!(!knows.contains(other), "src/{domain} imports {other}");
+        }
+    }
+    assert!(rooms["mesh"].iter().all(|room| room == "node"), "{:?}", rooms["mesh"]);
+    let node = &rooms["node"];
+    assert!(!node.contains("mesh") && !node.contains(DATAPLANE), "{node:?}");
+}
+
+#[test]
+fn no_room_knows_itself_by_way_of_others() {
+    let rooms = rooms();
+    // Takes away whoever knows nobody that is left, until nobody is: what stays is in a circle.
+    let mut left = rooms.clone();
+    while let Some(ground) = {
+        let knows_none = |knows: &BTreeSet<String>| !knows.iter().any(|one| left.contains_key(one));
+        left.iter().find(|(_, knows)| knows_none(knows)).map(|(room, _)| room.clone())
+    } {
+        left.remove(&ground);
+    }
+    assert!(left.is_empty(), "in circles, or above one: {left:?}");
+}
+
+#[test]
+fn unsafe_and_libbpf_are_the_data_planes() {
+    for Source { path, room, text } in sources() {
+        let is_dataplane = room == DATAPLANE;
+        assert!(is_dataplane || !text.contains("unsafe {"), "{}", path.display());
+        let names = ["libbpf_rs", "libbpf_sys"];
+        assert!(is_dataplane || !names.iter().any(|n| text.contains(n)), "{}", path.display());
+    }
+}
