@@ -258,8 +258,7 @@ fn check_complete(Candidate { facts, netns }: &Candidate, out: &Desired) {
     assert_eq!(ports(RuleSet::OutExcludePorts), merged(&policy.exclude_outbound_ports));
     assert_eq!(ports(RuleSet::OutIncludePorts), merged(&policy.include_outbound_ports));
     let cidrs = |set| -> BTreeSet<(bool, Ipv6Net)> {
-        let mine =
-            out.cidr_rules().filter(|(rule, _)| (rule.cookie, rule.set) == (cookie, set));
+        let mine = out.cidr_rules().filter(|(rule, _)| (rule.cookie, rule.set) == (cookie, set));
         mine.map(|(rule, member)| {
             assert!(member, "{rule:?}");
             (rule.v6, rule.net)
