@@ -18,7 +18,7 @@ pub const SCENARIOS: &[MeshRow] = &[(
 
 const DOC: &str = "docs/install.md";
 /// The lines before the commands.
-const TO_SIDESTEP: &str = "An Istio that runs, from its own iptables rules to Sidestep:";
+const TO_SIDESTEP: &str = "To move a running Istio from its own iptables rules to Sidestep:";
 const TO_IPTABLES: &str = "And back:";
 
 fn switch(cluster: &Cluster) -> Result<()> {
