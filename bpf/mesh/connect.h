@@ -16,7 +16,7 @@ static __always_inline struct addr via_for(struct bpf_sock_addr *ctx, const stru
 	__u32 which = (__u32)bpf_get_socket_cookie(ctx) & bits;
 	struct addr via = { { bpf_htonl(VIA6_HI), bpf_htonl(VIA6_LO), 0, bpf_htonl(which) } };
 
-	/* A server on localhost that is captured (DNS): the source stays localhost as well. */
+	/* What is captured on its way to localhost: the source stays localhost as well. */
 	if (addr_is_loopback(&c->dst))
 		return localhost_for(&c->dst);
 	/* Bound to a device, the kernel finds only that device's own addresses. */

@@ -1,16 +1,16 @@
 //! What the policy says about a connection, asked of the policy itself: bpf/policy.bpf.c runs the
-//! headers that decide for the hooks, on the same maps.
+//! headers that decide for the hooks, on maps of its own.
 
-use std::{mem::MaybeUninit, net::IpAddr, os::fd::AsFd};
+use std::{mem::MaybeUninit, net::IpAddr};
 
 use anyhow::{Context, Result};
 use libbpf_rs::{
-    MapCore, MapFlags, MapHandle, ProgramInput,
+    MapCore, MapFlags, ProgramInput,
     skel::{OpenSkel, Skel, SkelBuilder},
 };
 
 use super::{
-    Pins, names_of, skel_policy, tables,
+    names_of, skel_policy, tables,
     wire::{addr, as_bytes, direction, from_bytes, owner, question},
 };
 use crate::{mesh::desired::Desired, node::NetnsCookie};
@@ -77,11 +77,13 @@ impl Policy {
     /// # Errors
     /// Where the kernel refuses.
     pub fn of(desired: &Desired) -> Result<Self> {
-        let policy = Self::load(|_| None)?;
+        // A skeleton borrows its object, which lasts as long as the process.
+        let storage = Box::leak(Box::new(MaybeUninit::uninit()));
+        let open = skel_policy::PolicySkelBuilder::default().open(storage)?;
+        let skel = open.load().context("the kernel refused the policy's program")?;
         for (cookie, pod) in &desired.pods {
             for table in &tables::ALL {
-                let object = policy.skel.object();
-                let Some(map) = object.maps().find(|map| map.name() == table.name) else {
+                let Some(map) = skel.object().maps().find(|map| map.name() == table.name) else {
                     continue;
                 };
                 for (key, value) in (table.rows)(*cookie, pod)? {
@@ -89,32 +91,6 @@ impl Policy {
                 }
             }
         }
-        Ok(policy)
-    }
-
-    /// With the maps that are in force.
-    ///
-    /// # Errors
-    /// Where there are none, or the kernel refuses.
-    pub fn pinned(pins: &Pins) -> Result<Self> {
-        Self::load(|name| Some(MapHandle::from_pinned_path(pins.map(name))))
-    }
-
-    fn load(map: impl Fn(&str) -> Option<libbpf_rs::Result<MapHandle>>) -> Result<Self> {
-        // A skeleton borrows its object, which lasts as long as the process.
-        let storage = Box::leak(Box::new(MaybeUninit::uninit()));
-        let mut open = skel_policy::PolicySkelBuilder::default().open(storage)?;
-        for mut own in open.open_object_mut().maps_mut() {
-            let name = own.name().to_string_lossy().into_owned();
-            if name.contains('.') {
-                continue;
-            }
-            if let Some(shared) = map(&name) {
-                let shared = shared.with_context(|| format!("cannot open map {name}"))?;
-                own.reuse_fd(shared.as_fd()).with_context(|| format!("cannot share map {name}"))?;
-            }
-        }
-        let skel = open.load().context("the kernel refused the policy's program")?;
         let verdicts = names_of(skel.object(), "verdict", "GO_")?;
         let reasons = names_of(skel.object(), "reason", "REASON_")?;
         Ok(Self { skel, verdicts, reasons })
