@@ -197,8 +197,7 @@ async fn intercept(
     let metrics = Arc::new(Metrics::new(pins, cgroup.id()));
     let mut reconciler = Reconciler::new(source, dataplane, cgroup, Arc::clone(&metrics))?;
     let adopted = reconciler.adopted();
-    let cgroup = reconciler.cgroup();
-    info!(%cgroup, %pins, adopted, "BPF programs attached; interception is in force");
+    info!(%pins, adopted, "BPF programs attached; interception is in force");
 
     if let Some(address) = config.http {
         let address = http::serve(address, Arc::clone(&metrics)).await?;

@@ -168,11 +168,6 @@ impl Reconciler {
         self.owners.len()
     }
 
-    /// What the hooks are attached to.
-    pub fn cgroup(&self) -> &Cgroup {
-        &self.cgroup
-    }
-
     /// The source.
     pub fn source(&mut self) -> &mut Source {
         &mut self.source
