@@ -15,7 +15,6 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    bpf::{self, Dataplane, Pins},
     check,
     cni::{
         self, Reply, Request,
@@ -23,6 +22,7 @@ use crate::{
         server::Asked,
     },
     controller::{AddError, Look, Reconciler, Source},
+    dataplane::{self, Dataplane, Pins},
     http,
     metrics::Metrics,
     node::{Cgroup, Places},
@@ -325,7 +325,7 @@ async fn intercept(
             info!("{why}: removing all BPF programs, maps and pins");
         }
     }
-    info!("unloaded: {}", bpf::unload(pins)?);
+    info!("unloaded: {}", dataplane::unload(pins)?);
     Ok(())
 }
 
@@ -351,7 +351,7 @@ fn keeps_pods(source: &SourceConfig) -> bool {
 async fn leave(reconciler: &mut Reconciler, pins: &Pins) {
     reconciler.splice(splice::Mode::Off, &Ok(Vec::new()));
     let start = Instant::now();
-    let is_splicing = || bpf::spliced(pins).is_ok_and(|(_, sockets)| sockets > 0);
+    let is_splicing = || dataplane::spliced(pins).is_ok_and(|(_, sockets)| sockets > 0);
     while is_splicing() && start.elapsed() < LEAVE {
         sleep_until(reconciler.sweep_splices().into()).await;
     }
@@ -368,7 +368,7 @@ fn try_splices(mode: splice::Mode) -> oneshot::Receiver<splice::Found> {
         // Nothing is to be known where nothing is asked for.
         let found = match mode {
             splice::Mode::Off => Ok(Vec::new()),
-            _ => bpf::self_test().map_err(|error| format!("{error:#}")),
+            _ => dataplane::self_test().map_err(|error| format!("{error:#}")),
         };
         let _ = tell.send(found);
     });

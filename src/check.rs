@@ -7,7 +7,7 @@ use nix::{sys::utsname::uname, unistd::geteuid};
 use serde::Serialize;
 
 use crate::{
-    bpf::{self, Pins, ProgramCost, bpffs},
+    dataplane::{self, Pins, ProgramCost, bpffs},
     node::{Cgroup, NetnsCookie},
     splice::{self, Hazard, Leg, LegState, Mode},
     text::beside,
@@ -57,32 +57,33 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
     add("privileges", privileges());
     add("kernel types (BTF)", btf());
     add("cgroup v2", Cgroup::open(cgroup).map(|found| found.to_string()));
-    add("bpffs", bpffs::pins(bpffs, bpf::LAYOUT).map(|_| bpffs.display().to_string()));
-    for (name, there) in bpf::probe() {
+    add("bpffs", bpffs::pins(bpffs, dataplane::LAYOUT).map(|_| bpffs.display().to_string()));
+    for (name, there) in dataplane::probe() {
         let missing = || Err(anyhow::anyhow!("the kernel lacks it or does not permit it"));
         add(&name, if there { Ok(String::new()) } else { missing() });
     }
     let (mut programs, mut can_be_first) = (Vec::new(), false);
     add(
         "programs load",
-        bpf::try_load().map(|loaded| {
+        dataplane::try_load().map(|loaded| {
             (programs, can_be_first) = (loaded.costs, loaded.can_be_first);
             String::new()
         }),
     );
     if !programs.is_empty()
-        && let (Ok(pins), Ok(cgroup)) = (bpffs::pins(bpffs, bpf::LAYOUT), Cgroup::open(cgroup))
+        && let (Ok(pins), Ok(cgroup)) =
+            (bpffs::pins(bpffs, dataplane::LAYOUT), Cgroup::open(cgroup))
     {
         add("before other programs", order(&pins, &cgroup, can_be_first));
     }
     if !programs.is_empty() {
-        add("filters on devices", bpf::try_filters().map(|()| String::new()));
+        add("filters on devices", dataplane::try_filters().map(|()| String::new()));
     }
     add("network namespace identity", NetnsCookie::current().map(|_| String::new()));
     let kernel = uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
     let (mut splice, mut hazards) = (BTreeMap::new(), Vec::new());
     if !programs.is_empty() {
-        let found = bpf::self_test().map_err(|error| format!("{error:#}"));
+        let found = dataplane::self_test().map_err(|error| format!("{error:#}"));
         let names = Leg::ALL.iter().map(|leg| leg.name());
         splice = names.zip(splice::decide(Mode::Auto, &found)).collect();
         hazards = found.unwrap_or_default();
@@ -96,7 +97,8 @@ fn order(pins: &Pins, cgroup: &Cgroup, can_be_first: bool) -> Result<String> {
     if can_be_first && !pins.exist() {
         return Ok("this kernel lets Sidestep's programs run first".into());
     }
-    let ahead: Vec<String> = bpf::ahead(pins, cgroup)?.iter().map(ToString::to_string).collect();
+    let ahead: Vec<String> =
+        dataplane::ahead(pins, cgroup)?.iter().map(ToString::to_string).collect();
     if ahead.is_empty() {
         return Ok("no other program runs before Sidestep's".into());
     }

@@ -7,9 +7,9 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
     agent::{self, Cluster, SourceConfig},
-    bpf::{self, bpffs},
     check,
     cni::{self, OnAgentAway, conflist},
+    dataplane::{self, bpffs},
     source::kubernetes::{self, OnUninstall},
     splice, status,
     telemetry::{self, LogFormat},
@@ -51,12 +51,12 @@ struct Paths {
     #[arg(long, value_name = "DIR", default_value = bpffs::DEFAULT_ROOT, env = "SIDESTEP_BPFFS")]
     bpffs: PathBuf,
     /// Name of the map layout: for tests of upgrades to a build with another layout.
-    #[arg(long, hide = true, default_value = bpf::LAYOUT, value_parser = layout)]
+    #[arg(long, hide = true, default_value = dataplane::LAYOUT, value_parser = layout)]
     layout: String,
 }
 
 impl Paths {
-    fn pins(&self) -> Result<bpf::Pins> {
+    fn pins(&self) -> Result<dataplane::Pins> {
         bpffs::pins(&self.bpffs, &self.layout)
     }
 }
@@ -342,7 +342,7 @@ impl Cli {
                     println!("Nothing to unload: {root} does not exist.");
                     return Ok(ExitCode::SUCCESS);
                 }
-                let unloaded = bpf::unload(&pins)?;
+                let unloaded = dataplane::unload(&pins)?;
                 println!("Unloaded from {root}: {unloaded}.");
                 Ok(ExitCode::SUCCESS)
             }

@@ -109,7 +109,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::bpf::{LAYOUT, Pins};
+    use crate::dataplane::{LAYOUT, Pins};
 
     /// F32: connections that ask for nothing, or never end what they ask, keep nobody else out.
     #[tokio::test]

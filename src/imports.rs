@@ -8,7 +8,7 @@ use std::{
 };
 
 /// The one room that talks to libbpf, and that has `unsafe`.
-const DATAPLANE: &str = "bpf";
+const DATAPLANE: &str = "dataplane";
 /// Rooms of one concern each, which know neither each other nor the data plane.
 const DOMAINS: [&str; 3] = ["mesh", "service", "splice"];
 
@@ -47,13 +47,13 @@ fn sources() -> Vec<Source> {
     found
 }
 
-/// The rooms that a file names by `crate::`, alone or in braces.
-fn imports(text: &str) -> BTreeSet<String> {
+/// The modules that a file names behind `prefix`, alone or in braces.
+fn imports(text: &str, prefix: &str) -> BTreeSet<String> {
     let name = |text: &str| -> String {
         text.trim_start().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
     };
     let mut found = BTreeSet::new();
-    for rest in text.split("crate::").skip(1) {
+    for rest in text.split(prefix).skip(1) {
         let Some(list) = rest.strip_prefix('{') else {
             found.insert(name(rest));
             continue;
@@ -78,12 +78,14 @@ fn imports(text: &str) -> BTreeSet<String> {
     found
 }
 
-/// Which rooms each room knows.
-fn rooms() -> BTreeMap<String, BTreeSet<String>> {
-    let mut rooms: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+/// Which modules each module knows.
+type Knows = BTreeMap<String, BTreeSet<String>>;
+
+fn rooms() -> Knows {
+    let mut rooms = Knows::new();
     for Source { room, text, .. } in sources() {
         let knows = rooms.entry(room.clone()).or_default();
-        knows.extend(imports(&text).into_iter().filter(|other| *other != room));
+        knows.extend(imports(&text, "crate::").into_iter().filter(|other| *other != room));
     }
     rooms
 }
@@ -92,7 +94,7 @@ fn rooms() -> BTreeMap<String, BTreeSet<String>> {
 fn names_are_found_alone_and_in_braces() {
     let text = "use crate::{\n  a::{self, b::{C, D}}, e,\n  f::g,\n};\nuse crate::h;\nlet x = crate::i::j();";
     let all = ["a", "e", "f", "h", "i"].map(str::to_owned);
-    assert_eq!(imports(text), BTreeSet::from(all));
+    assert_eq!(imports(text, "crate::"), BTreeSet::from(all));
 }
 
 #[test]
@@ -111,17 +113,43 @@ fn domains_know_neither_each_other_nor_the_data_plane() {
     assert!(!node.contains("mesh") && !node.contains(DATAPLANE), "{node:?}");
 }
 
-#[test]
-fn no_room_knows_itself_by_way_of_others() {
-    let rooms = rooms();
+/// The modules that know themselves by way of others, or that know such.
+fn in_circles(modules: &Knows) -> Knows {
     // Takes away whoever knows nobody that is left, until nobody is: what stays is in a circle.
-    let mut left = rooms.clone();
+    let mut left = modules.clone();
     while let Some(ground) = {
         let knows_none = |knows: &BTreeSet<String>| !knows.iter().any(|one| left.contains_key(one));
-        left.iter().find(|(_, knows)| knows_none(knows)).map(|(room, _)| room.clone())
+        left.iter().find(|(_, knows)| knows_none(knows)).map(|(name, _)| name.clone())
     } {
         left.remove(&ground);
     }
+    left
+}
+
+#[test]
+fn no_room_knows_itself_by_way_of_others() {
+    let left = in_circles(&rooms());
+    assert!(left.is_empty(), "in circles, or above one: {left:?}");
+}
+
+#[test]
+fn the_data_planes_files_are_in_layers() {
+    let of_dataplane = sources().into_iter().filter(|source| source.room == DATAPLANE);
+    let files: Knows = of_dataplane
+        .filter_map(|Source { path, text, .. }| {
+            let name = path.file_stem()?.to_string_lossy().into_owned();
+            (name != "mod").then(|| (name, imports(&text, "super::")))
+        })
+        .collect();
+    for (file, knows) in &files {
+        // What `mod.rs` hands out is for other rooms.
+        let strangers: Vec<_> = knows.iter().filter(|one| !files.contains_key(*one)).collect();
+        assert!(
+            strangers.is_empty(),
+            "{file} imports {strangers:?}, which are not files beside it"
+        );
+    }
+    let left = in_circles(&files);
     assert!(left.is_empty(), "in circles, or above one: {left:?}");
 }
 

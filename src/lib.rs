@@ -2,11 +2,11 @@
 //! layer. One way for data: facts -> desired -> diff -> maps. ARCHITECTURE.md is the map of it.
 
 pub mod agent;
-pub mod bpf;
 pub mod check;
 pub mod cli;
 pub mod cni;
 pub mod controller;
+pub mod dataplane;
 pub mod files;
 pub mod http;
 #[cfg(test)]

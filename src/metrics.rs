@@ -25,7 +25,7 @@ use prometheus_client::{
 };
 
 use crate::{
-    bpf::{self, Pins},
+    dataplane::{self, Pins},
     mesh::{
         self,
         desired::Desired,
@@ -260,7 +260,7 @@ impl Metrics {
         if let Some(broken) = &*self.broken.lock().unwrap_or_else(PoisonError::into_inner) {
             bail!("{broken}");
         }
-        for hook in bpf::hook_states(&self.pins) {
+        for hook in dataplane::hook_states(&self.pins) {
             if !hook.attached || hook.cgroup_id != self.cgroup {
                 bail!("hook {} is not attached", hook.name);
             }
@@ -300,7 +300,7 @@ struct Kernel {
 
 impl Collector for Kernel {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let counters = bpf::counters(&self.pins).unwrap_or_default();
+        let counters = dataplane::counters(&self.pins).unwrap_or_default();
         let help = "Connections and DNS queries of enrolled pods, by what became of them";
         let help_total = ConstCounter::new(0u64).metric_type();
         let mut family = encoder.encode_descriptor("events", help, None, help_total)?;
@@ -313,12 +313,12 @@ impl Collector for Kernel {
         let kind = ConstGauge::new(0i64).metric_type();
         let help = "Whether a hook is attached to the node's cgroup";
         let mut family = encoder.encode_descriptor("hook_attached", help, None, kind)?;
-        for hook in bpf::hook_states(&self.pins) {
+        for hook in dataplane::hook_states(&self.pins) {
             let attached = hook.attached && hook.cgroup_id == self.cgroup;
             let labels = [("hook", hook.name)];
             ConstGauge::new(i64::from(attached)).encode(family.encode_family(&labels)?)?;
         }
-        let (legs, sockets) = bpf::spliced(&self.pins).unwrap_or_default();
+        let (legs, sockets) = dataplane::spliced(&self.pins).unwrap_or_default();
         let help = "Whether splicing is on for a leg";
         let mut family = encoder.encode_descriptor("splice_leg", help, None, kind)?;
         for (leg, state) in Leg::ALL.iter().zip(&legs) {
@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn nothing_is_ready_that_is_not_attached() {
-        let metrics = Metrics::new(&Pins::new(Path::new("/nonexistent"), bpf::LAYOUT), 1);
+        let metrics = Metrics::new(&Pins::new(Path::new("/nonexistent"), dataplane::LAYOUT), 1);
         let error = metrics.ready().expect_err("nothing is attached").to_string();
         assert!(error.contains("sock_ops"), "{error}");
         metrics.health().expect("it has just started");
@@ -347,7 +347,7 @@ mod tests {
 
     #[test]
     fn the_text_has_what_was_set() {
-        let metrics = Metrics::new(&Pins::new(Path::new("/nonexistent"), bpf::LAYOUT), 1);
+        let metrics = Metrics::new(&Pins::new(Path::new("/nonexistent"), dataplane::LAYOUT), 1);
         let problem = Problem::node("x");
         let fill = Fill { map: "pods", entries: 2, capacity: 4 };
         let api = BTreeMap::from([("pods", 3)]);

@@ -13,8 +13,8 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::{
-    bpf::{self, Pins},
     cni::{Request, plugin},
+    dataplane::{self, Pins},
     problem::Problem,
     splice::{Leg, LegState},
     text::beside,
@@ -119,7 +119,7 @@ pub fn status(pins: &Pins, socket: &Path) -> Result<Status> {
             problems,
         });
     }
-    let mut pods: Vec<PodStatus> = bpf::enrolled(pins)?
+    let mut pods: Vec<PodStatus> = dataplane::enrolled(pins)?
         .into_iter()
         .map(|pod| PodStatus {
             pod: pod.record.pod,
@@ -134,7 +134,7 @@ pub fn status(pins: &Pins, socket: &Path) -> Result<Status> {
         })
         .collect();
     pods.sort_by(|a, b| a.pod.cmp(&b.pod));
-    let hooks = bpf::hook_states(pins)
+    let hooks = dataplane::hook_states(pins)
         .into_iter()
         .map(|hook| HookStatus {
             name: hook.name,
@@ -142,10 +142,10 @@ pub fn status(pins: &Pins, socket: &Path) -> Result<Status> {
             cgroup_id: hook.cgroup_id,
         })
         .collect();
-    let (legs, sockets) = bpf::spliced(pins)?;
+    let (legs, sockets) = dataplane::spliced(pins)?;
     let legs = Leg::ALL.iter().map(|leg| leg.name()).zip(legs).collect();
     let splice = SpliceStatus { legs, sockets };
-    let counters = bpf::counters(pins)?;
+    let counters = dataplane::counters(pins)?;
     Ok(Status { version: 1, installed: true, pods, splice, hooks, counters, problems })
 }
 

@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
-use crate::bpf;
+use crate::dataplane;
 
 /// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -39,5 +39,5 @@ pub fn init(format: LogFormat) {
     if let Some(error) = error {
         warn!("RUST_LOG: {wanted:?}: {error}; the level is info");
     }
-    bpf::log_libbpf();
+    dataplane::log_libbpf();
 }

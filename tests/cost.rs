@@ -16,7 +16,7 @@ use std::{
 use common::*;
 use nix::sys::resource::{UsageWho, getrusage};
 use sidestep::{
-    bpf::{self, Dataplane, bpffs},
+    dataplane::{self, Dataplane, bpffs},
     mesh::{
         desired::{Candidate, Planner},
         facts::facts,
@@ -218,7 +218,7 @@ fn user_time() -> Duration {
 #[test]
 fn pods_that_stay_as_they_are_cost_a_sync_nothing() {
     let root = format!("/sys/fs/bpf/sidestep-cost-{}", std::process::id());
-    let pins = bpffs::pins(root.as_ref(), bpf::LAYOUT).expect("pins");
+    let pins = bpffs::pins(root.as_ref(), dataplane::LAYOUT).expect("pins");
     let mut dataplane = Dataplane::load(&pins, Duration::from_millis(100)).expect("loaded");
     let mut candidates: Vec<Candidate> = (0..PODS).map(candidate).collect();
     let (host, owners, keep) = Default::default();
@@ -247,7 +247,7 @@ fn pods_that_stay_as_they_are_cost_a_sync_nothing() {
         assert!((1..=3).contains(&written), "{written}");
     }
     let each = (user_time() - start) / SYNCS;
-    bpf::unload(&pins).expect("unloaded");
+    dataplane::unload(&pins).expect("unloaded");
     println!("user space: all {PODS} pods {first:?}, one of them {each:?}");
     assert!(each * 5 < first, "{each:?} for one pod, {first:?} for all {PODS}");
 }

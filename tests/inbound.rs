@@ -6,7 +6,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use common::*;
 use libbpf_rs::MapCore;
-use sidestep::bpf::LAYOUT;
+use sidestep::dataplane::LAYOUT;
 use sidestep_lab::{Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, Talk, wait_until};
 
 /// Asks from a pod that is in no mesh, and from the node itself (a kubelet's probe).

@@ -11,7 +11,7 @@ use std::{
 };
 
 use common::*;
-use sidestep::bpf::LAYOUT;
+use sidestep::dataplane::LAYOUT;
 use sidestep_lab::{Agent, Pod, PodNet, slowdown, wait_until};
 
 /// Connections, one after another, that must all be intercepted.

@@ -9,7 +9,7 @@ use std::{
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 use sidestep::{
-    bpf::{Call, Policy, Question},
+    dataplane::{Call, Policy, Question},
     mesh::{
         desired::{Candidate, Desired, desired},
         facts::facts,

@@ -16,7 +16,7 @@ use std::{
 use common::*;
 use libbpf_rs::{Link, MapCore, MapHandle, Program, libbpf_sys};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use sidestep::bpf::LAYOUT;
+use sidestep::dataplane::LAYOUT;
 use sidestep_lab::{Agent, Lab, Pod, PodNet, wait_until};
 
 const FLAGS: [&str; 4] = ["--http", "127.0.0.1:0", "--splice", "off"];

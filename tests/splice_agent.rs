@@ -20,7 +20,7 @@ use common::{
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::{poll::PollFlags, sys::epoll::EpollFlags};
 use serde_json::Value;
-use sidestep::bpf::LAYOUT;
+use sidestep::dataplane::LAYOUT;
 use sidestep_lab::{
     Pod,
     calls::{self, ReadCall},

@@ -16,7 +16,7 @@ use k8s_openapi::api::{
 use libbpf_rs::Link;
 use nix::{sys::stat::Mode, unistd::mkfifo};
 use serde_json::{Value, json};
-use sidestep::bpf::LAYOUT;
+use sidestep::dataplane::LAYOUT;
 use sidestep_e2e::Envtest;
 use sidestep_lab::{Pod, PodNet, wait_until};
 

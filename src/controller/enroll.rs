@@ -13,7 +13,7 @@ use tracing::{debug, info, warn};
 
 use super::{Reconciler, problem};
 use crate::{
-    bpf::Repair,
+    dataplane::Repair,
     mesh::{
         desired::{Candidate, Desired},
         entries::{PodEntries, PodRow, Record},

@@ -19,7 +19,7 @@ use tracing::{error, info};
 pub use self::admission::{AddError, Announced};
 use self::{enroll::Enrolled, locate::Search, splicer::Sweeps};
 use crate::{
-    bpf::{Ahead, Dataplane, Repair},
+    dataplane::{Ahead, Dataplane, Repair},
     mesh::{
         self,
         annotations::FactsError,

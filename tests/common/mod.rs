@@ -16,7 +16,7 @@ use std::{
 
 use libbpf_rs::MapHandle;
 use serde_json::{Value, json};
-use sidestep::bpf::LAYOUT;
+use sidestep::dataplane::LAYOUT;
 use sidestep_lab::{
     Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, slowdown, wait_for, wait_until,
 };

@@ -7,15 +7,15 @@ use std::{
     ffi::CStr,
     fmt, io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
-    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
-use libbpf_rs::{AsRawLibbpf, Link, Program, ProgramMut, libbpf_sys, skel::Skel};
+use anyhow::{Result, ensure};
+use libbpf_rs::{AsRawLibbpf, Link, Program, ProgramMut, libbpf_sys};
 
 use super::{
-    Dataplane, Pins, cost,
+    cost,
     hooks::{HOOKS, Hook},
+    pins::Pins,
 };
 use crate::node::Cgroup;
 
@@ -25,8 +25,6 @@ const FIRST: [u32; 2] =
     [libbpf_sys::BPF_F_PREORDER | libbpf_sys::BPF_F_BEFORE, libbpf_sys::BPF_F_PREORDER];
 /// No kernel lets so many programs be attached to a cgroup and those above it.
 const MANY: usize = 1024;
-/// How often the first place is taken back: whoever wants it too is told of, and not fought with.
-const AGAIN: Duration = Duration::from_secs(60);
 
 /// Another's program that comes before Sidestep's.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -135,7 +133,7 @@ pub fn ahead(pins: &Pins, cgroup: &Cgroup) -> Result<Vec<Ahead>> {
 }
 
 /// The same, where these programs of Sidestep's are known beside those of the pinned links.
-fn ahead_of(
+pub(super) fn ahead_of(
     pins: &Pins,
     cgroup: &Cgroup,
     loaded: impl Fn(&str) -> Option<u32>,
@@ -161,41 +159,4 @@ fn ahead_of(
 /// Whether this kernel lets a program come first, by one of the loaded ones.
 pub(super) fn can_be_first(program: &Program<'_>) -> bool {
     first(program.as_fd(), libbpf_sys::BPF_CGROUP_INET4_CONNECT) != 0
-}
-
-impl Dataplane {
-    /// Sees to it that Sidestep's programs have the first word on the cgroup, and says whose come
-    /// before them all the same.
-    ///
-    /// # Errors
-    /// Where the kernel does not tell, or refuses to attach.
-    pub fn keep_first(&mut self, cgroup: &Cgroup) -> Result<Vec<Ahead>> {
-        // Who decides for now is an agent with another layout.
-        if self.to_take_over {
-            return Ok(Vec::new());
-        }
-        let found = self.ahead(cgroup)?;
-        let recently = self.went_first.is_some_and(|then| then.elapsed() < AGAIN);
-        if found.is_empty() || recently || !can_be_first(&self.skel.progs.connect4) {
-            return Ok(found);
-        }
-        self.went_first = Some(Instant::now());
-        for hook in HOOKS.iter().filter(|hook| found.iter().any(|one| one.hook == hook.program)) {
-            self.attach_anew(hook, cgroup).with_context(|| {
-                format!("cannot attach {} ahead of other programs to {cgroup}", hook.program)
-            })?;
-        }
-        for one in &found {
-            tracing::info!("{one} ran before Sidestep's program: Sidestep's runs first again");
-        }
-        self.ahead(cgroup)
-    }
-
-    fn ahead(&self, cgroup: &Cgroup) -> Result<Vec<Ahead>> {
-        let object = self.skel.object();
-        ahead_of(&self.pins, cgroup, |name| {
-            let program = object.progs().find(|program| program.name() == name)?;
-            Program::id_from_fd(program.as_fd()).ok()
-        })
-    }
 }

@@ -11,9 +11,9 @@ use anyhow::Result;
 use libbpf_rs::MapMut;
 
 use super::{
-    maps::{self, Entries},
-    skel::SidestepMaps,
-    wire::{self, addr, cidr_rule_key, device_key, if_key, local_key, port_rule_key, uid_rule_key},
+    abi::{self, addr, cidr_rule_key, device_key, if_key, local_key, port_rule_key, uid_rule_key},
+    skel::sidestep::SidestepMaps,
+    table::{self, Entries},
 };
 use crate::{mesh::entries::PodEntries, node::NetnsCookie};
 
@@ -47,7 +47,7 @@ pub(super) const ALL: [Table; TABLES] = [
         cookie_at: offset_of!(device_key, netns),
         rows: |cookie, pod| {
             let first = pod.device_addrs.iter().map(|((device, family), ip)| {
-                maps::entry(&wire::device_of(cookie, *device, *family), &addr::from(*ip))
+                table::entry(&abi::device_of(cookie, *device, *family), &addr::from(*ip))
             });
             Ok(first.collect())
         },
@@ -58,7 +58,7 @@ pub(super) const ALL: [Table; TABLES] = [
         cookie_at: offset_of!(port_rule_key, netns),
         rows: |_, pod| {
             let rules = pod.port_rules.iter();
-            Ok(rules.map(|rule| maps::entry(&wire::port_key(rule), &1u8)).collect())
+            Ok(rules.map(|rule| table::entry(&abi::port_key(rule), &1u8)).collect())
         },
     },
     Table {
@@ -69,7 +69,7 @@ pub(super) const ALL: [Table; TABLES] = [
             let rules = pod
                 .cidr_rules
                 .iter()
-                .map(|(rule, is_member)| maps::entry(&wire::cidr_key(rule), &u8::from(*is_member)));
+                .map(|(rule, is_member)| table::entry(&abi::cidr_key(rule), &u8::from(*is_member)));
             Ok(rules.collect())
         },
     },
@@ -79,7 +79,7 @@ pub(super) const ALL: [Table; TABLES] = [
         cookie_at: offset_of!(uid_rule_key, netns),
         rows: |_, pod| {
             let rules = pod.uid_rules.iter();
-            Ok(rules.map(|rule| maps::entry(&wire::uid_key(rule), &rule.class)).collect())
+            Ok(rules.map(|rule| table::entry(&abi::uid_key(rule), &rule.class)).collect())
         },
     },
     Table {
@@ -88,7 +88,7 @@ pub(super) const ALL: [Table; TABLES] = [
         cookie_at: offset_of!(if_key, netns),
         rows: |cookie, pod| {
             let devices = pod.excluded_ifs.iter();
-            Ok(devices.map(|device| maps::entry(&wire::if_of(cookie, *device), &1u8)).collect())
+            Ok(devices.map(|device| table::entry(&abi::if_of(cookie, *device), &1u8)).collect())
         },
     },
     Table {
@@ -96,7 +96,7 @@ pub(super) const ALL: [Table; TABLES] = [
         map: |maps| &maps.pod_records,
         cookie_at: 0,
         rows: |cookie, pod| {
-            Ok([maps::entry(&cookie, &wire::record_of(&pod.record)?)].into_iter().collect())
+            Ok([table::entry(&cookie, &abi::record_of(&pod.record)?)].into_iter().collect())
         },
     },
     Table {
@@ -104,7 +104,7 @@ pub(super) const ALL: [Table; TABLES] = [
         map: |maps| &maps.pods,
         cookie_at: 0,
         rows: |cookie, pod| {
-            Ok([maps::entry(&cookie, &wire::pod_of(&pod.row))].into_iter().collect())
+            Ok([table::entry(&cookie, &abi::pod_of(&pod.row))].into_iter().collect())
         },
     },
 ];
@@ -118,14 +118,14 @@ fn locals(cookie: NetnsCookie, pod: &PodEntries) -> Result<Entries> {
     let landings: BTreeSet<&IpAddr> = pod.device_addrs.values().collect();
     let locals = pod.locals.iter().map(|ip| {
         let kind = if landings.contains(ip) { LOCAL_LANDING } else { LOCAL_OWN };
-        maps::entry(&wire::local_of(cookie, *ip), &kind)
+        table::entry(&abi::local_of(cookie, *ip), &kind)
     });
     Ok(locals.collect())
 }
 
 /// What the maps should hold for no pod and all: the addresses that may be spliced with.
 pub(super) fn shared(spliced: &BTreeSet<IpAddr>) -> [Entries; TABLES] {
-    let key = |ip: &IpAddr| maps::entry(&wire::local_of(NetnsCookie::NONE, *ip), &LOCAL_OWN);
+    let key = |ip: &IpAddr| table::entry(&abi::local_of(NetnsCookie::NONE, *ip), &LOCAL_OWN);
     let mut all: [Entries; TABLES] = Default::default();
     all[0] = spliced.iter().map(key).collect();
     all
@@ -156,8 +156,8 @@ impl Held {
     pub fn read(loaded: &SidestepMaps<'_>) -> Result<Self> {
         let mut held = Self::default();
         for (n, table) in ALL.iter().enumerate() {
-            for (key, value) in maps::read((table.map)(loaded))? {
-                let cookie = wire::from_bytes(&key[table.cookie_at..table.cookie_at + 8])?;
+            for (key, value) in table::read((table.map)(loaded))? {
+                let cookie = abi::from_bytes(&key[table.cookie_at..table.cookie_at + 8])?;
                 held.pods.entry(cookie).or_default()[n].insert(key, value);
             }
         }

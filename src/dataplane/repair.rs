@@ -16,33 +16,17 @@ use libbpf_rs::{
 };
 
 use super::{
-    Dataplane, Pins, bpffs, cgroup_of, children,
-    held::{pin, pinned, replace_pin},
+    bpffs,
     hooks::{Attach, HOOKS, Hook},
-    netns_of, steer,
+    links::{cgroup_of, netns_of, pin, pinned, replace_pin},
+    pins::{Pins, children, steer},
+    state::{Dataplane, Repair},
     tables::ALL,
 };
 use crate::node::{Cgroup, Netns, NetnsCookie};
 
 /// As many entries of maps are looked at each time.
 const LOOKED_AT: usize = 1024;
-
-/// Something that was not in force any more.
-#[derive(Debug)]
-pub struct Repair {
-    /// Of which kind: the label of the metric.
-    pub what: &'static str,
-    /// What was missing or changed.
-    pub text: String,
-    /// Whether it is in force again.
-    pub done: Result<()>,
-}
-
-impl Repair {
-    pub(super) fn new(what: &'static str, text: impl Into<String>, done: Result<()>) -> Self {
-        Self { what, text: text.into(), done }
-    }
-}
 
 impl Dataplane {
     /// Looks at what is the node's: the pins and their file system, the hooks, and the entries of

@@ -12,7 +12,7 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
-use super::Pins;
+use super::pins::Pins;
 
 /// Where pins go unless a flag says otherwise.
 pub const DEFAULT_ROOT: &str = "/sys/fs/bpf/sidestep";

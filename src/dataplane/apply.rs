@@ -11,12 +11,12 @@ use anyhow::Result;
 use libbpf_rs::MapCore;
 
 use super::{
-    Dataplane,
-    maps::{self, Diff, Entries},
-    remove_inbound,
-    skel::SidestepMaps,
+    abi,
+    inbound::remove_inbound,
+    skel::sidestep::SidestepMaps,
+    state::Dataplane,
+    table::{self, Diff, Entries},
     tables::{self, ALL, Held, TABLES},
-    wire,
 };
 use crate::{
     mesh::{
@@ -174,16 +174,16 @@ impl Dataplane {
 
 /// Says whether no other pods have a share any more.
 fn share_out(map: &impl MapCore, pods: &BTreeSet<NetnsCookie>) -> Result<bool> {
-    let mut shares = maps::read(map)?;
-    let mut wanted: Entries = pods.iter().map(|cookie| maps::entry(cookie, &0u32)).collect();
+    let mut shares = table::read(map)?;
+    let mut wanted: Entries = pods.iter().map(|cookie| table::entry(cookie, &0u32)).collect();
     let mut unused = Vec::new();
     for (cookie, used) in &shares {
-        if wanted.remove(cookie).is_none() && wire::from_bytes::<u32>(used)? == 0 {
+        if wanted.remove(cookie).is_none() && abi::from_bytes::<u32>(used)? == 0 {
             unused.push(cookie.clone());
         }
     }
     let diff = Diff { upserts: wanted, deletes: unused };
-    let mut table = maps::Table { map, holds: &mut shares };
+    let mut table = table::Table { map, holds: &mut shares };
     table.delete(&diff)?;
     table.upsert(&diff)?;
     Ok(shares.len() == pods.len())
@@ -201,7 +201,7 @@ impl Applied {
 fn differences(holds: &[Entries; TABLES], goal: [Entries; TABLES]) -> [Diff; TABLES] {
     let mut diffs: [Diff; TABLES] = Default::default();
     for ((diff, holds), goal) in diffs.iter_mut().zip(holds).zip(goal) {
-        *diff = maps::diff(holds, goal);
+        *diff = table::diff(holds, goal);
     }
     diffs
 }
@@ -214,7 +214,7 @@ fn upsert(
 ) -> Result<()> {
     let mut all = ALL.iter().zip(holds).zip(diffs);
     all.try_for_each(|((table, holds), diff)| {
-        maps::Table { map: (table.map)(loaded), holds }.upsert(diff)
+        table::Table { map: (table.map)(loaded), holds }.upsert(diff)
     })
 }
 
@@ -226,7 +226,7 @@ fn delete(
 ) -> Result<()> {
     let mut all = ALL.iter().zip(holds).zip(diffs).rev();
     all.try_for_each(|((table, holds), diff)| {
-        maps::Table { map: (table.map)(loaded), holds }.delete(diff)
+        table::Table { map: (table.map)(loaded), holds }.delete(diff)
     })
 }
 

@@ -14,8 +14,11 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, skel::OpenSkel};
 
 use super::{
-    Dataplane, Pins, children, open_node, run, skel,
-    wire::{self, as_bytes, from_bytes},
+    abi::{self, as_bytes, from_bytes},
+    iter::run,
+    pins::{FORMER_SPLICE_SOCKETS, Pins, children},
+    skel::{open_node, sidestep::SidestepSkel},
+    state::Dataplane,
 };
 use crate::{
     node::{Netns, NetnsCookie},
@@ -23,9 +26,7 @@ use crate::{
 };
 
 /// Where spliced bytes are: a socket's queue goes with the map that it is in.
-pub(super) const MAPS: [&str; 3] = ["splice_sockets", FORMER_MAP, "splices"];
-/// `splice_sockets`, as builds before layout v5 call it.
-pub(super) const FORMER_MAP: &str = "spliced";
+pub(super) const MAPS: [&str; 3] = ["splice_sockets", FORMER_SPLICE_SOCKETS, "splices"];
 /// How long `unload` waits for redirected data to be read.
 const DRAIN: Duration = Duration::from_secs(10);
 /// How often it looks.
@@ -57,17 +58,10 @@ pub struct Unfinished {
     pub stuck: BTreeSet<NetnsCookie>,
 }
 
-/// Sets how long a spliced connection's messages may do without TCP.
-pub(super) fn set_refresh(open: &mut skel::OpenSidestepSkel<'_>, every: Duration) -> Result<()> {
-    let constants = open.maps.rodata_data.as_mut().context("the object has no rodata")?;
-    constants.splice_refresh = u64::try_from(every.as_nanos()).unwrap_or(u64::MAX);
-    Ok(())
-}
-
 /// The key of a connection's other end.
 fn other_end(end: &[u8]) -> Result<Vec<u8>> {
-    let key: wire::splice_key = from_bytes(end)?;
-    let other = wire::splice_key {
+    let key: abi::splice_key = from_bytes(end)?;
+    let other = abi::splice_key {
         local: key.remote,
         remote: key.local,
         lport: key.rport,
@@ -93,7 +87,7 @@ impl Dataplane {
     /// Where the map can't be written.
     pub fn set_legs(&mut self, states: &[LegState]) -> Result<()> {
         for (index, state) in states.iter().enumerate() {
-            let leg = wire::leg_of(state);
+            let leg = abi::leg_of(state);
             let key = (index as u32).to_ne_bytes();
             self.skel.maps.splice_legs.update(&key, as_bytes(&leg), MapFlags::ANY)?;
         }
@@ -161,7 +155,7 @@ impl Dataplane {
 
 /// Runs the sweep over a map of any layout.
 fn run_sweep(
-    skel: &mut skel::SidestepSkel<'static>,
+    skel: &mut SidestepSkel<'static>,
     splices: BorrowedFd<'_>,
     off: bool,
 ) -> Result<Swept> {
@@ -172,8 +166,8 @@ fn run_sweep(
     variables.splices_unread = 0;
     let link = skel.progs.sweep_splices.attach_iter(splices)?;
     let (mut leave, mut stuck) = (BTreeSet::new(), BTreeSet::new());
-    for swept in run(&link)?.chunks_exact(size_of::<wire::swept>()) {
-        let swept: wire::swept = from_bytes(swept)?;
+    for swept in run(&link)?.chunks_exact(size_of::<abi::swept>()) {
+        let swept: abi::swept = from_bytes(swept)?;
         if swept.stuck == 0 {
             leave.insert(as_bytes(&swept.leaves).to_vec());
         } else {
@@ -231,7 +225,7 @@ pub(super) fn state(pins: &Pins) -> Result<(Vec<LegState>, usize)> {
     let mut states = Vec::new();
     for key in legs.keys() {
         let value = legs.lookup(&key, MapFlags::ANY)?.context("no such leg")?;
-        states.push(LegState::from(&from_bytes::<wire::leg>(&value)?));
+        states.push(LegState::from(&from_bytes::<abi::leg>(&value)?));
     }
     Ok((states, open(&pins.map("splice_sockets"))?.keys().count()))
 }

@@ -27,7 +27,13 @@ use nix::{
     unistd::pipe,
 };
 
-use super::{skel, splice as splicing, wire};
+use super::{
+    abi,
+    skel::{
+        set_refresh,
+        sidestep::{SidestepSkel, SidestepSkelBuilder},
+    },
+};
 use crate::{
     node,
     splice::{Hazard, Hurts},
@@ -86,15 +92,15 @@ pub fn self_test() -> Result<Vec<Hazard>> {
 
 /// The program and maps of the trials' own.
 struct Bench<'a> {
-    skel: skel::SidestepSkel<'a>,
+    skel: SidestepSkel<'a>,
     pairs: Cell<u32>,
 }
 
 impl<'a> Bench<'a> {
     fn new(storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>) -> Result<Self> {
-        let mut open = skel::SidestepSkelBuilder::default().open(storage)?;
+        let mut open = SidestepSkelBuilder::default().open(storage)?;
         // The trials say themselves what goes by TCP.
-        splicing::set_refresh(&mut open, Duration::MAX)?;
+        set_refresh(&mut open, Duration::MAX)?;
         for mut program in open.open_object_mut().progs_mut() {
             program.set_autoload(program.name() == "redirect");
         }
@@ -114,33 +120,33 @@ impl<'a> Bench<'a> {
             socket.set_nonblocking(true)?;
             socket.set_nodelay(true)?;
             // No real ones, but each the other's other end, and nobody else's.
-            let key = wire::splice_key {
+            let key = abi::splice_key {
                 lport: end,
                 rport: 3 - end,
                 first_sent: number,
                 first_received: number,
-                ..wire::splice_key::default()
+                ..abi::splice_key::default()
             };
-            let splice = wire::splice {
-                state: wire::splice_state::SPLICE_IN,
-                leg: wire::splice_leg::LEG_SIDECAR,
+            let splice = abi::splice {
+                state: abi::splice_state::SPLICE_IN,
+                leg: abi::splice_leg::LEG_SIDECAR,
                 key,
-                ..wire::splice::default()
+                ..abi::splice::default()
             };
             let (fd, maps) = (socket.as_raw_fd(), &self.skel.maps);
-            maps.splices.update(&fd.to_ne_bytes(), wire::as_bytes(&splice), MapFlags::ANY)?;
+            maps.splices.update(&fd.to_ne_bytes(), abi::as_bytes(&splice), MapFlags::ANY)?;
             let fd = u64::try_from(fd)?.to_ne_bytes();
-            maps.splice_sockets.update(wire::as_bytes(&key), &fd, MapFlags::NO_EXIST)?;
+            maps.splice_sockets.update(abi::as_bytes(&key), &fd, MapFlags::NO_EXIST)?;
         }
         Ok((client, server))
     }
 
     /// Bytes that skipped TCP so far.
     fn redirected(&self) -> Result<u64> {
-        let index = wire::splice_counter::SPLICE_BYTES.0.to_ne_bytes();
+        let index = abi::splice_counter::SPLICE_BYTES.0.to_ne_bytes();
         let values = self.skel.maps.splice_counters.lookup_percpu(&index, MapFlags::ANY)?;
         let values = values.context("no counter")?;
-        values.iter().map(|value| wire::from_bytes::<u64>(value)).sum()
+        values.iter().map(|value| abi::from_bytes::<u64>(value)).sum()
     }
 }
 

@@ -12,10 +12,10 @@ use std::{
     path::Path,
 };
 
-use anyhow::{Context, Result, ensure};
-use libbpf_rs::{Link, Program, libbpf_sys};
+use anyhow::{Context, Result, bail, ensure};
+use libbpf_rs::{Link, Program, libbpf_sys, query::LinkTypeInfo};
 
-use super::{Pins, children, steered_by};
+use super::pins::{Pins, children, steered_by};
 use crate::node::NetnsCookie;
 
 /// A link, and the program that it had when the agent last attached or adopted it.
@@ -106,4 +106,32 @@ pub(super) fn pinned(at: &Path) -> Result<OwnedFd> {
     ensure!(fd >= 0, "cannot open {}: {error}", at.display());
     // SAFETY: the kernel has just made it, for nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+pub(super) fn remove_link(pin: &Path) -> Result<()> {
+    let link = Link::open(pin).with_context(|| format!("cannot open {}", pin.display()))?;
+    // Detached at once, whoever else still holds it; fails where its target is gone already.
+    let _ = link.detach();
+    fs::remove_file(pin).with_context(|| format!("cannot remove {}", pin.display()))
+}
+
+/// The id of the cgroup that a link is attached to; 0: that cgroup is gone.
+pub(super) fn cgroup_of(link: &Link) -> Result<u64> {
+    match link.info()?.info {
+        LinkTypeInfo::Cgroup(info) => Ok(info.cgroup_id),
+        other => bail!("the pin is a link of another type: {other:?}"),
+    }
+}
+
+/// The inode of the network namespace that a link is attached to; 0: it is gone.
+pub(super) fn netns_of(link: &Link) -> Result<u32> {
+    match link.info()?.info {
+        LinkTypeInfo::NetNs(info) => Ok(info.ino),
+        other => bail!("the pin is a link of another type: {other:?}"),
+    }
+}
+
+pub(super) fn steer_lives(pins: &Pins, cookie: NetnsCookie) -> bool {
+    let link = Link::open(pins.steer(cookie)).map_err(anyhow::Error::from);
+    link.and_then(|link| netns_of(&link)).is_ok_and(|ino| ino != 0)
 }

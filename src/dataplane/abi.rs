@@ -7,12 +7,12 @@ use std::{
 
 use anyhow::{Result, ensure};
 
-pub(crate) use super::skel::types::{
+pub(crate) use super::skel::policy::types::{direction, owner, question};
+pub(crate) use super::skel::sidestep::types::{
     addr, cidr_rule_key, device_family, device_key, event, event_kind, if_key, leg, listener_event,
     listener_key, local_key, pod, pod_flag, pod_record, port_rule_key, rule_set, splice,
     splice_counter, splice_key, splice_leg, splice_state, swept, uid_rule_key, unread_event,
 };
-pub(crate) use super::skel_policy::types::{direction, owner, question};
 use crate::{
     mesh::{
         entries::{

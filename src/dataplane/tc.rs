@@ -19,16 +19,18 @@ use libbpf_rs::{
 };
 
 use super::{
-    Dataplane, Pins, Repair, children, held::pin, kernel, maps, records, remove_link, wire,
+    abi,
+    features::kernel,
+    links::{pin, remove_link},
+    pins::{FORMER_TC_NAMESPACES, Pins, children},
+    records::records,
+    state::{Dataplane, Repair},
+    table,
 };
 use crate::{
     mesh::entries::Record,
     node::{LO, Netns, NetnsCookie},
 };
-
-/// The map of the namespaces whose devices have filters, as builds before layout v5 call it. Each
-/// layout has it by this name as well.
-pub(super) const FORMER_MAP: &str = "filtered";
 
 /// Layouts that have filters of their own in qdiscs, by number.
 const LAYOUTS: Range<u32> = 0..16;
@@ -154,7 +156,7 @@ impl Dataplane {
     ) -> Result<()> {
         let fd = program.as_fd();
         let record = Record { netns: netns.path().to_owned(), ..Record::default() };
-        let (key, value) = maps::entry(&cookie, &wire::record_of(&record)?);
+        let (key, value) = table::entry(&cookie, &abi::record_of(&record)?);
         self.skel.maps.tc_namespaces.update(&key, &value, MapFlags::ANY)?;
         // A pod that does not come to be enrolled loses it again.
         self.filtering.take();
@@ -319,7 +321,7 @@ impl Dataplane {
                                                    unknown"
             )
         })?;
-        let record = Record::from(&wire::from_bytes::<wire::pod_record>(&value)?);
+        let record = Record::from(&abi::from_bytes::<abi::pod_record>(&value)?);
         Netns::open_as(&record.netns, cookie)
     }
 }
@@ -371,7 +373,7 @@ pub(super) fn empty_qdiscs(pins: &Pins) {
         return;
     }
     // Of any layout.
-    let Ok(filtered) = MapHandle::from_pinned_path(pins.map(FORMER_MAP)) else {
+    let Ok(filtered) = MapHandle::from_pinned_path(pins.map(FORMER_TC_NAMESPACES)) else {
         return;
     };
     let layouts = pins.number()..pins.number() + 1;

@@ -196,3 +196,33 @@ pub(crate) const MAP_TYPES: &[(MapType, &str)] = &[
     (MapType::PercpuArray, "percpu_array"),
     (MapType::RingBuf, "ringbuf"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, mem::MaybeUninit};
+
+    use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+
+    use super::{
+        super::skel::{inbound::InboundSkelBuilder, sidestep::SidestepSkelBuilder},
+        *,
+    };
+
+    #[test]
+    fn every_program_has_its_row_and_every_row_its_program() {
+        let mut storage = MaybeUninit::uninit();
+        let node = SidestepSkelBuilder::default().open(&mut storage).expect("opens");
+        let mut storage = MaybeUninit::uninit();
+        let pod = InboundSkelBuilder::default().open(&mut storage).expect("opens");
+        let programs = |object: &libbpf_rs::OpenObject| -> BTreeSet<String> {
+            object.progs().map(|p| p.name().to_string_lossy().into_owned()).collect()
+        };
+        let rows = |netns: bool| -> BTreeSet<String> {
+            let of_pod = |attach| matches!(attach, Attach::Netns | Attach::DevicesIn);
+            let hooks = HOOKS.iter().filter(|hook| of_pod(hook.attach) == netns);
+            hooks.map(|hook| hook.program.to_owned()).collect()
+        };
+        assert_eq!(programs(node.open_object()), rows(false));
+        assert_eq!(programs(pod.open_object()), rows(true));
+    }
+}

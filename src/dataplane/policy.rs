@@ -10,8 +10,12 @@ use libbpf_rs::{
 };
 
 use super::{
-    names_of, skel_policy, tables,
-    wire::{addr, as_bytes, direction, from_bytes, owner, question},
+    abi::{addr, as_bytes, direction, from_bytes, owner, question},
+    skel::{
+        names_of,
+        policy::{PolicySkel, PolicySkelBuilder, types},
+    },
+    tables,
 };
 use crate::{mesh::desired::Desired, node::NetnsCookie};
 
@@ -61,14 +65,14 @@ pub struct Decision {
 
 /// The policy, and the maps that it decides by.
 pub struct Policy {
-    skel: skel_policy::PolicySkel<'static>,
+    skel: PolicySkel<'static>,
     verdicts: Vec<String>,
     reasons: Vec<String>,
 }
 
 /// An address in this object's type.
-fn wire_of(ip: IpAddr) -> skel_policy::types::addr {
-    skel_policy::types::addr { w: addr::from(ip).w }
+fn wire_of(ip: IpAddr) -> types::addr {
+    types::addr { w: addr::from(ip).w }
 }
 
 impl Policy {
@@ -79,7 +83,7 @@ impl Policy {
     pub fn of(desired: &Desired) -> Result<Self> {
         // A skeleton borrows its object, which lasts as long as the process.
         let storage = Box::leak(Box::new(MaybeUninit::uninit()));
-        let open = skel_policy::PolicySkelBuilder::default().open(storage)?;
+        let open = PolicySkelBuilder::default().open(storage)?;
         let skel = open.load().context("the kernel refused the policy's program")?;
         for (cookie, pod) in &desired.pods {
             for table in &tables::ALL {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use libbpf_rs::{ErrorKind, MapCore, MapFlags};
 
-use super::wire::{Wire, as_bytes, from_bytes};
+use super::abi::{Wire, as_bytes, from_bytes};
 
 /// A map's contents, or what they should be, as the kernel's bytes.
 pub(crate) type Entries = BTreeMap<Vec<u8>, Vec<u8>>;

@@ -1,0 +1,86 @@
+//! What this kernel can do: what the programs need, and what not every kernel has.
+
+use std::sync::OnceLock;
+
+use libbpf_rs::{
+    ProgramType,
+    btf::{
+        Btf,
+        types::{Func, Struct},
+    },
+    libbpf_sys,
+};
+
+use super::hooks::{Attach, HOOKS, MAP_TYPES};
+
+/// What not every kernel can do, by its own types.
+pub(super) struct Kernel {
+    /// A program is told from which interface a new connection comes (Linux 5.17).
+    pub tells_interface: bool,
+    /// iter/tcp holds no spin lock while a program looks at a socket. The function that is asked for
+    /// came with that, in Linux 6.5; kernels with the correction alone are taken for older.
+    pub iterates_unlocked: bool,
+    /// Filters can be links to devices (tcx, Linux 6.6).
+    pub links_filters: bool,
+    /// A program may say with which error connect() fails (Linux 6.1).
+    pub sets_error: bool,
+}
+
+pub(super) fn kernel() -> &'static Kernel {
+    static KERNEL: OnceLock<Kernel> = OnceLock::new();
+    KERNEL.get_or_init(|| {
+        let types = Btf::from_vmlinux().ok();
+        let types = types.as_ref();
+        let context = types.and_then(|types| types.type_by_name::<Struct<'_>>("bpf_sk_lookup"));
+        let tcx = types.and_then(|types| types.type_by_name::<Struct<'_>>("tcx_link"));
+        let destroy = types.and_then(|types| types.type_by_name::<Func<'_>>("bpf_sock_destroy"));
+        Kernel {
+            tells_interface: context.is_some_and(|context| {
+                context.iter().any(|field| field.name == Some("ingress_ifindex".as_ref()))
+            }),
+            iterates_unlocked: destroy.is_some(),
+            links_filters: tcx.is_some(),
+            sets_error: ProgramType::CgroupSockAddr
+                .is_helper_supported(libbpf_sys::BPF_FUNC_set_retval)
+                .unwrap_or(false),
+        }
+    })
+}
+
+/// Asks the kernel for each program type, map type and helper that the programs need:
+/// `(what, whether it is there)`.
+pub fn probe() -> Vec<(String, bool)> {
+    let mut found = Vec::new();
+    let mut kinds: Vec<String> = Vec::new();
+    // The library's probe for tracing programs needs a right that iterators don't: loading tells.
+    for hook in HOOKS.iter().filter(|hook| hook.attach != Attach::Iterator) {
+        let kind = format!("{:?}", hook.kind);
+        if !kinds.contains(&kind) {
+            found.push((format!("program type {kind}"), hook.kind.is_supported().unwrap_or(false)));
+            kinds.push(kind);
+        }
+    }
+    for (kind, name) in MAP_TYPES {
+        found.push((format!("map type {name}"), kind.is_supported().unwrap_or(false)));
+    }
+    for hook in HOOKS {
+        for (id, name) in hook.helpers {
+            let what = format!("helper {name} in {:?} programs", hook.kind);
+            if !found.iter().any(|(known, _)| *known == what) {
+                found.push((what, hook.kind.is_helper_supported(*id).unwrap_or(false)));
+            }
+        }
+    }
+    found
+}
+
+/// What may have made the kernel refuse the programs.
+pub(super) fn refusal() -> String {
+    let lacks: Vec<String> =
+        probe().into_iter().filter(|(_, there)| !there).map(|(what, _)| what).collect();
+    let refused = "the kernel rejected the BPF programs or maps";
+    match lacks[..] {
+        [] => format!("{refused} (`sidestep check` may say more)"),
+        _ => format!("{refused}: it lacks {} (see `sidestep check`)", lacks.join(", ")),
+    }
+}

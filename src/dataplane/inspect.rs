@@ -1,0 +1,180 @@
+//! What the pins alone tell, without an agent: `status` and the metrics read it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use anyhow::{Context, Result};
+use libbpf_rs::{Link, MapCore, MapFlags, MapHandle};
+
+use super::{
+    abi,
+    hooks::{Attach, HOOKS},
+    inbound::listeners,
+    links::{cgroup_of, steer_lives},
+    pins::Pins,
+    records::records,
+    splice, table,
+};
+use crate::{
+    mesh::{self, entries::Record},
+    node::{self, NetnsCookie},
+    splice::LegState,
+};
+
+/// The names of the mesh's counters, in the order of `enum mesh_counter`.
+pub(super) const MESH_COUNTERS: [&str; 16] = [
+    "captured_outbound",
+    "captured_self",
+    "captured_dns",
+    "direct",
+    "steered_inbound",
+    "passed_inbound",
+    "refused_no_listener",
+    "refused_no_state",
+    "refused_no_address",
+    "refused_busy",
+    "refused_source_route",
+    "handover_full",
+    "handover_missed",
+    "origdst_answered",
+    "dns_refused",
+    "dns_forged",
+];
+
+/// The names of splicing's, in the order of `enum splice_counter`.
+pub(super) const SPLICE_COUNTERS: [&str; 13] = [
+    "splice_sockets",
+    "splice_not_safe",
+    "splice_not_proxy",
+    "splice_left",
+    "splice_map_full",
+    "splice_in_other_map",
+    "splice_messages",
+    "splice_bytes",
+    "splice_spilled",
+    "splice_bulk",
+    "splice_refresh",
+    "splice_unread",
+    "splice_no_peer",
+];
+
+/// What the kernel's maps say about an enrolled pod.
+#[derive(Debug, Clone)]
+pub struct Enrolled {
+    /// Network namespace cookie.
+    pub cookie: NetnsCookie,
+    /// Name, uid and namespace path.
+    pub record: Record,
+    /// Name of the mesh.
+    pub mesh: &'static str,
+    /// The addresses whose families are captured.
+    pub captured: Vec<IpAddr>,
+    /// Whether the inbound program is linked to a namespace that still exists.
+    pub inbound: bool,
+    /// Inbound listeners that are known.
+    pub listeners: usize,
+    /// Where DNS goes; none: it is not captured.
+    pub dns_port: Option<u16>,
+}
+
+/// A hook of the node and whether it is in force.
+#[derive(Debug, Clone)]
+pub struct HookState {
+    /// Name of the program.
+    pub name: &'static str,
+    /// Attached to a cgroup that still exists.
+    pub attached: bool,
+    /// That cgroup's id (its inode number), 0 where not attached.
+    pub cgroup_id: u64,
+}
+
+/// The enrolled pods, from the pins alone: no agent is needed.
+///
+/// # Errors
+/// Where a pinned map can't be read.
+pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
+    let open = |name: &str| {
+        MapHandle::from_pinned_path(pins.map(name))
+            .with_context(|| format!("cannot open map {}", pins.map(name).display()))
+    };
+    let (pods, listening) = (open("pods")?, open("listeners")?);
+    let mut landings: BTreeMap<NetnsCookie, BTreeSet<IpAddr>> = BTreeMap::new();
+    for (key, ip) in table::read_as::<abi::device_key, abi::addr>(&open("device_addrs")?)? {
+        landings.entry(NetnsCookie(key.netns)).or_default().insert(ip.into());
+    }
+    let records = records(&open("pod_records")?)?;
+    let rows = table::read_as::<NetnsCookie, abi::pod>(&pods)?;
+    Ok(rows
+        .into_iter()
+        .map(|(cookie, row)| Enrolled {
+            cookie,
+            record: records.get(&cookie).cloned().unwrap_or_default(),
+            mesh: mesh::by_index(row.mesh).map_or("unknown", |mesh| mesh.name),
+            captured: [
+                (row.ip4, abi::pod_flag::POD_CAPTURE_V4),
+                (row.ip6, abi::pod_flag::POD_CAPTURE_V6),
+            ]
+            .into_iter()
+            .filter(|(address, family)| address.w != [0; 4] && row.flags.0 & family.0 != 0)
+            .map(|(address, _)| IpAddr::from(address))
+            .collect(),
+            inbound: steer_lives(pins, cookie),
+            listeners: landings
+                .remove(&cookie)
+                .unwrap_or_default()
+                .into_iter()
+                .chain(node::ANY)
+                .map(|at| listeners(&listening, cookie, at, row.in_port))
+                .sum(),
+            dns_port: (row.dns_port != 0).then_some(row.dns_port),
+        })
+        .collect())
+}
+
+/// Which legs are spliced and why not, and how many sockets are, from the pins alone.
+///
+/// # Errors
+/// Where a pinned map can't be read.
+pub fn spliced(pins: &Pins) -> Result<(Vec<LegState>, usize)> {
+    splice::state(pins)
+}
+
+/// The node's hooks, from the pins alone.
+pub fn hook_states(pins: &Pins) -> Vec<HookState> {
+    HOOKS
+        .iter()
+        .filter(|hook| hook.attach == Attach::Cgroup)
+        .map(|hook| {
+            let link = Link::open(pins.link(hook.program)).map_err(anyhow::Error::from);
+            let cgroup_id = link.and_then(|link| cgroup_of(&link)).unwrap_or(0);
+            HookState { name: hook.program, attached: cgroup_id != 0, cgroup_id }
+        })
+        .collect()
+}
+
+/// The kernel's counters, by mesh and name, summed over the processors.
+///
+/// # Errors
+/// Where the pinned map can't be read.
+pub fn counters(pins: &Pins) -> Result<BTreeMap<&'static str, BTreeMap<&'static str, u64>>> {
+    let mut all: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
+    for (map, names) in
+        [("mesh_counters", &MESH_COUNTERS[..]), ("splice_counters", &SPLICE_COUNTERS[..])]
+    {
+        let at = MapHandle::from_pinned_path(pins.map(map)).with_context(|| format!("no {map}"))?;
+        for mesh in mesh::MESHES {
+            let of_mesh = all.entry(mesh.name).or_default();
+            for (n, name) in names.iter().enumerate() {
+                let index = u32::from(mesh.index) * names.len() as u32 + n as u32;
+                let values = at
+                    .lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)?
+                    .with_context(|| format!("no counter {name}"))?;
+                let sum = values.iter().map(|v| abi::from_bytes::<u64>(v)).sum::<Result<u64>>()?;
+                of_mesh.insert(*name, sum);
+            }
+        }
+    }
+    Ok(all)
+}

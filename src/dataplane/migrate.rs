@@ -1,0 +1,116 @@
+//! Taking over from an agent whose maps have another layout.
+
+use std::{fs, os::fd::AsFd};
+
+use anyhow::{Context, Result};
+use libbpf_rs::{MapCore, MapHandle};
+
+use super::{
+    hooks::HOOKS,
+    iter::run,
+    links::{remove_link, steer_lives},
+    pins::{Pins, steered},
+    state::Dataplane,
+    unload::remove_layout,
+};
+use crate::node::{Cgroup, NetnsCookie};
+
+impl Dataplane {
+    /// Whether an agent with another layout of the maps decides still.
+    pub fn is_taking_over(&self) -> bool {
+        self.to_take_over
+    }
+
+    /// How many pods that an agent with another layout enrolled, and that live, are not enrolled
+    /// in this one's maps.
+    ///
+    /// # Errors
+    /// Where the pins can't be read.
+    pub fn not_taken_over(&self) -> Result<usize> {
+        let mut missing = 0;
+        for other in self.pins.others()? {
+            let cookies = steered(&other)?;
+            let lives =
+                |cookie: &NetnsCookie| steer_lives(&other, *cookie) && !self.netns_lives(*cookie);
+            missing += cookies.into_iter().filter(lives).count();
+        }
+        Ok(missing)
+    }
+
+    /// Takes over from an agent whose maps have another layout, once this one's are filled: what
+    /// decides is switched over in one step. What answers about connections that were decided
+    /// before stays beside, until [`Dataplane::retire`].
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn take_over(&mut self, cgroup: &Cgroup) -> Result<()> {
+        if !self.to_take_over {
+            return Ok(());
+        }
+        let others = self.pins.others()?;
+        for hook in HOOKS.iter().filter(|hook| hook.decides) {
+            let own = self.pins.link(hook.program);
+            let theirs = others.iter().map(|other| other.link(hook.program));
+            for theirs in theirs.filter(|pin| pin.exists()).collect::<Vec<_>>() {
+                if own.exists() {
+                    remove_link(&theirs)?;
+                } else {
+                    fs::rename(&theirs, &own)
+                        .with_context(|| format!("cannot take over {}", theirs.display()))?;
+                }
+            }
+            self.attach_hook(hook, cgroup)
+                .with_context(|| format!("cannot take over {} on {cgroup}", hook.program))?;
+        }
+        for other in &others {
+            for cookie in steered(other)? {
+                remove_link(&other.steer(cookie))?;
+            }
+        }
+        self.to_take_over = false;
+        Ok(())
+    }
+
+    /// Takes away what agents with other layouts left and no socket needs any more. Says whether
+    /// some is left.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn retire(&mut self) -> Result<bool> {
+        if self.to_take_over {
+            return Ok(true);
+        }
+        let mut left = false;
+        for other in self.pins.others()? {
+            if self.is_needed(&other)? {
+                left = true;
+            } else {
+                remove_layout(&other, &[])?;
+            }
+        }
+        Ok(left)
+    }
+
+    /// Whether a socket has state of that layout, or is about to.
+    fn is_needed(&mut self, other: &Pins) -> Result<bool> {
+        let Ok(handovers) = MapHandle::from_pinned_path(other.map("handovers")) else {
+            return Ok(false);
+        };
+        if handovers.keys().next().is_some() {
+            return Ok(true);
+        }
+        for name in ["origdsts", "dns_asked", "splices"] {
+            let Ok(map) = MapHandle::from_pinned_path(other.map(name)) else {
+                continue;
+            };
+            self.skel.maps.bss_data.as_mut().context("the object has no variables")?.storages = 0;
+            let link = self.skel.progs.count_storages.attach_iter(map.as_fd())?;
+            run(&link)?;
+            let found = self.skel.maps.bss_data.as_ref().map_or(0, |variables| variables.storages);
+            if found > 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}

@@ -1,0 +1,110 @@
+//! The only module that talks to libbpf, and the only one with `unsafe`.
+//!
+//! Everything that matters is pinned: maps and links outlive the agent, and the next one adopts
+//! them. The files are in layers, the lowest first; `src/imports.rs` holds that none knows itself by
+//! way of others.
+
+#![allow(unsafe_code)]
+
+// What the kernel has, and what the objects are.
+mod cost;
+mod features;
+mod hooks;
+mod iter;
+mod skel;
+// Values in maps, and what is pinned.
+mod abi;
+pub mod bpffs;
+mod links;
+mod order;
+mod pins;
+mod policy;
+mod records;
+mod table;
+mod tables;
+// What the parts share.
+mod state;
+// The parts.
+mod events;
+mod inbound;
+mod inspect;
+mod probe;
+mod splice;
+mod splice_selftest;
+mod tc;
+// What puts them together.
+mod apply;
+mod attach;
+mod migrate;
+mod repair;
+mod unload;
+
+pub use apply::{Applied, Failure};
+pub use cost::ProgramCost;
+pub use events::{Events, Seen};
+pub use features::probe;
+pub use inspect::{Enrolled, HookState, counters, enrolled, hook_states, spliced};
+pub use order::{Ahead, ahead};
+pub use pins::{LAYOUT, Pins};
+pub use policy::{Call, Decision, Policy, Question};
+pub use probe::{Loaded, log_libbpf, try_filters, try_load};
+pub use splice_selftest::self_test;
+pub use state::{Dataplane, Repair};
+pub use unload::{Unloaded, unload};
+
+#[cfg(test)]
+mod tests {
+    use std::mem::MaybeUninit;
+
+    use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+
+    use super::{
+        abi,
+        inbound::LISTENER_SLOTS,
+        inspect::{MESH_COUNTERS, SPLICE_COUNTERS},
+        skel::{names_of, sidestep::SidestepSkelBuilder},
+        splice_selftest, tables,
+    };
+    use crate::{
+        mesh::{self, desired},
+        node::{ANY, LOCALHOST, lo},
+    };
+
+    #[test]
+    fn constants_and_names_are_the_programs_own() {
+        let mut storage = MaybeUninit::uninit();
+        let open = SidestepSkelBuilder::default().open(&mut storage).expect("opens");
+        let shared = &open.maps.rodata_data.as_ref().expect("rodata").shared;
+        let counters = |name, how_many: u32| {
+            let names = names_of(open.open_object(), name, "").expect("an enum");
+            assert_eq!(names.len(), how_many as usize + 1, "and one that counts them");
+            names.into_iter().take(how_many as usize).collect::<Vec<_>>()
+        };
+        assert_eq!(counters("mesh_counter", shared.mesh_counters.0), MESH_COUNTERS);
+        assert_eq!(counters("splice_counter", shared.splice_counters.0), SPLICE_COUNTERS);
+        assert!(shared.max_meshes as usize >= mesh::MESHES.len());
+        assert_eq!(
+            [tables::LOCAL_OWN, tables::LOCAL_LANDING].map(u32::from),
+            [1, shared.local_landing.0]
+        );
+        assert_eq!(shared.listener_slots, u32::from(LISTENER_SLOTS));
+        let landings = desired::MAX_LANDINGS + ANY.len() + LOCALHOST.len();
+        assert_eq!(shared.landings as usize, landings);
+        assert_eq!(shared.uid_class_shift, abi::UID_CLASS_SHIFT);
+        assert_eq!(shared.cidr_v6, abi::CIDR_V6);
+        let mask = |bits: u8| u32::MAX << (32 - bits);
+        let v4 = [
+            (lo::VIA4, shared.via4_net, shared.via4_mask),
+            (lo::DNS4, shared.dns4_net, shared.dns4_mask),
+        ];
+        for ((ip, bits), net, netmask) in v4 {
+            assert_eq!((u32::from(ip), mask(bits)), (net, netmask));
+        }
+        let via6 = u128::from(shared.via6_hi) << 96 | u128::from(shared.via6_lo) << 64;
+        assert_eq!((u128::from(lo::VIA6.0), lo::VIA6.1), (via6, 64));
+        let dns6 = via6 | u128::from(shared.dns6_subnet) << 32;
+        assert_eq!((u128::from(lo::DNS6.0), lo::DNS6.1), (dns6, 96));
+        assert_eq!(shared.splice_large as usize, splice_selftest::LARGE);
+        assert_eq!(shared.splice_limit as usize, splice_selftest::LIMIT);
+    }
+}

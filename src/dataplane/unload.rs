@@ -1,0 +1,80 @@
+//! Taking everything away.
+
+use std::{fmt, fs};
+
+use anyhow::{Context, Result};
+
+use super::{
+    links::remove_link,
+    pins::{Pins, children},
+    splice, tc,
+};
+
+/// What `unload` did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unloaded {
+    /// Pins that were removed.
+    pub removed: usize,
+    /// Spliced sockets with bytes that are not read yet and would be lost with the maps: these
+    /// stay, with no program, until the next `unload`.
+    pub unread: u32,
+}
+
+impl fmt::Display for Unloaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} pins removed", self.removed)?;
+        match self.unread {
+            0 => Ok(()),
+            n => write!(
+                f,
+                "; {n} sockets hold spliced data that their processes have not read: the maps with \
+                 this data were kept, run `sidestep unload` again later"
+            ),
+        }
+    }
+}
+
+/// Takes every link, program and map of any layout away.
+///
+/// # Errors
+/// Where a pin can't be removed.
+pub fn unload(pins: &Pins) -> Result<Unloaded> {
+    let unread = splice::drain(pins)?;
+    let mut removed = 0;
+    let keep: &[&str] = if unread > 0 { &splice::MAPS } else { &[] };
+    for layout in pins.layouts()? {
+        removed += remove_layout(&layout, keep)?;
+    }
+    if pins.root.exists() && unread == 0 {
+        fs::remove_dir(&pins.root)
+            .with_context(|| format!("cannot remove {}", pins.root.display()))?;
+    }
+    Ok(Unloaded { removed, unread })
+}
+
+/// Takes a layout's filters, links and maps away, but for the maps in `keep`. Says how many pins
+/// there were.
+pub(super) fn remove_layout(pins: &Pins, keep: &[&str]) -> Result<usize> {
+    let mut removed = 0;
+    let mut kept = false;
+    tc::empty_qdiscs(pins);
+    // Links before maps: a program without its map's contents would decide wrongly.
+    for link in children(&pins.links())? {
+        remove_link(&link)?;
+        removed += 1;
+    }
+    for map in children(&pins.maps())? {
+        if map.file_name().is_some_and(|name| keep.iter().any(|kept| name == *kept)) {
+            kept = true;
+            continue;
+        }
+        fs::remove_file(&map).with_context(|| format!("cannot remove {}", map.display()))?;
+        removed += 1;
+    }
+    for dir in [pins.links(), pins.maps(), pins.layout()] {
+        if dir.exists() && !kept {
+            fs::remove_dir(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+        }
+    }
+    Ok(removed)
+}
