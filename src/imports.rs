@@ -109,6 +109,7 @@ fn domains_know_neither_each_other_nor_the_data_plane() {
         }
     }
     assert!(rooms["mesh"].iter().all(|room| room == "node"), "{:?}", rooms["mesh"]);
+    assert!(rooms["service"].iter().all(|room| room == "problem"), "{:?}", rooms["service"]);
     let node = &rooms["node"];
     assert!(!node.contains("mesh") && !node.contains(DATAPLANE), "{node:?}");
 }

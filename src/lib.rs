@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod node;
 pub mod pace;
 pub mod problem;
+pub mod service;
 pub mod source;
 pub mod splice;
 pub mod status;

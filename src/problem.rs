@@ -29,13 +29,15 @@ pub enum Reason {
     StaysIntercepted,
     /// Somebody took away or changed what the agent had put in force, and it was put back.
     Repaired,
+    /// A Service or an EndpointSlice, or a part of it, cannot be used: it is left to kube-proxy.
+    InvalidService,
     /// A manifest, the API server, the CNI configuration or the kernel's maps.
     Node,
 }
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::InvalidPolicy,
         Self::Unsupported,
         Self::InvalidPod,
@@ -47,6 +49,7 @@ impl Reason {
         Self::NotFirst,
         Self::StaysIntercepted,
         Self::Repaired,
+        Self::InvalidService,
         Self::Node,
     ];
 
@@ -64,6 +67,7 @@ impl Reason {
             Self::NotFirst => "NotFirst",
             Self::StaysIntercepted => "StaysIntercepted",
             Self::Repaired => "Repaired",
+            Self::InvalidService => "InvalidService",
             Self::Node => "Node",
         }
     }

@@ -1,0 +1,121 @@
+//! Services, pure: from their objects to the lists of backends that the hooks choose from.
+//!
+//! [`object`] is what the API server and manifests say, [`facts`] what of it matters here,
+//! [`endpoints`] which endpoints are eligible, and [`catalog`] all Services of the cluster.
+
+pub mod catalog;
+pub mod endpoints;
+pub mod facts;
+pub mod object;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+pub use catalog::{Catalog, Options};
+
+/// What Services are translated for; SCTP is kube-proxy's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Protocol {
+    /// TCP, MPTCP included.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        })
+    }
+}
+
+/// A family of addresses. A Service's two are apart: an IPv6 address has IPv6 endpoints only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// That of an address.
+    pub fn of(ip: IpAddr) -> Self {
+        if ip.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
+    }
+}
+
+/// What processes dial.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Frontend {
+    /// A ClusterIP, or a load balancer's or external IP of a Service.
+    pub ip: IpAddr,
+    /// The Service's port.
+    pub port: u16,
+    /// Its protocol.
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", SocketAddr::new(self.ip, self.port), self.protocol)
+    }
+}
+
+/// Which list of backends: that of one port of a Service, in one family, under one policy.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ListKey {
+    /// `namespace/name`.
+    pub service: Arc<str>,
+    /// The port's name; a Service's only port may have none, which is "".
+    pub port: Arc<str>,
+    /// The port's protocol.
+    pub protocol: Protocol,
+    /// That of frontends and backends.
+    pub family: Family,
+    /// Only this node's endpoints (`internalTrafficPolicy: Local`).
+    pub is_local: bool,
+}
+
+impl fmt::Display for ListKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { service, port, protocol, family, is_local } = self;
+        let local = if *is_local { ", this node's endpoints" } else { "" };
+        write!(f, "{service} port {port:?}/{protocol}, {family}{local}")
+    }
+}
+
+/// A list of backends, and what leads there. Its slices are sorted, and have everything once: small
+/// sets, of which a cluster has tens of thousands.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct List {
+    /// What is dialled. Never empty, and in no other list.
+    pub frontends: Box<[Frontend]>,
+    /// The endpoints that are eligible now. None: connections are refused.
+    pub backends: Box<[SocketAddr]>,
+    /// All of the port's endpoints that serve, whether eligible here or not, ready or not. A
+    /// connected UDP socket whose backend is not among them is stale, unless there is none at all:
+    /// kube-proxy's rule for conntrack entries, `pkg/proxy/conntrack/cleanup.go`.
+    pub serving: Box<[SocketAddr]>,
+    /// `sessionAffinity: ClientIP`: for so many seconds.
+    pub affinity: Option<u32>,
+}
