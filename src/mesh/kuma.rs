@@ -8,8 +8,11 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Container, Pod};
-use serde::Deserialize;
-use serde_json::Value;
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeOwned, Error},
+};
+use serde_json::{Map, Value};
 
 use super::{
     Mesh, Settings,
@@ -152,21 +155,28 @@ fn policy(pod: &Pod) -> Result<Policy, FactsError> {
 }
 
 /// The annotation [`CONFIG`]; fields that are not named here change nothing in what is captured.
+/// All names are in [`FIELDS`] as well.
 #[derive(Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 struct Config {
-    #[serde(rename = "kumaDPUser")]
+    #[serde(rename = "kumaDPUser", deserialize_with = "text")]
     kuma_dp_user: Option<String>,
+    #[serde(deserialize_with = "text")]
     ip_family_mode: Option<String>,
+    #[serde(deserialize_with = "object")]
     redirect: Option<Redirect>,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Redirect {
+    #[serde(deserialize_with = "object")]
     inbound: Option<Flow>,
+    #[serde(deserialize_with = "object")]
     outbound: Option<Flow>,
+    #[serde(deserialize_with = "object")]
     dns: Option<Dns>,
+    #[serde(deserialize_with = "object")]
     vnet: Option<Vnet>,
 }
 
@@ -177,9 +187,9 @@ struct Flow {
     port: Option<Value>,
     include_ports: Option<Value>,
     exclude_ports: Option<Value>,
-    #[serde(rename = "excludePortsForIPs")]
+    #[serde(rename = "excludePortsForIPs", deserialize_with = "texts")]
     exclude_ports_for_ips: Option<Vec<String>>,
-    #[serde(rename = "excludePortsForUIDs")]
+    #[serde(rename = "excludePortsForUIDs", deserialize_with = "texts")]
     exclude_ports_for_uids: Option<Vec<String>>,
     insert_redirect_instead_of_append: Option<bool>,
 }
@@ -195,18 +205,111 @@ struct Dns {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Vnet {
+    #[serde(deserialize_with = "texts")]
     networks: Option<Vec<String>>,
+}
+
+/// An object, for which no list is taken, as serde's structs alone would.
+fn object<'de, D: Deserializer<'de>, T: DeserializeOwned>(value: D) -> Result<Option<T>, D::Error> {
+    let Some(fields) = Option::<Map<String, Value>>::deserialize(value)? else {
+        return Ok(None);
+    };
+    serde_path_to_error::deserialize(Value::Object(fields)).map(Some).map_err(D::Error::custom)
+}
+
+/// A text, for which a number or a switch without quotes is taken too.
+fn text<'de, D: Deserializer<'de>>(value: D) -> Result<Option<String>, D::Error> {
+    Option::<Value>::deserialize(value)?.map(scalar).transpose()
+}
+
+fn texts<'de, D: Deserializer<'de>>(list: D) -> Result<Option<Vec<String>>, D::Error> {
+    let list = Option::<Vec<Value>>::deserialize(list)?;
+    list.map(|list| list.into_iter().map(scalar).collect()).transpose()
+}
+
+fn scalar<E: Error>(value: Value) -> Result<String, E> {
+    match value {
+        Value::Null => Ok(String::new()),
+        Value::Array(_) | Value::Object(_) => Err(E::custom("expected a text")),
+        value => Ok(scalar_text(&value)),
+    }
+}
+
+/// The configuration's fields.
+const FIELDS: [&str; 16] = [
+    "captureAll",
+    "dns",
+    "enabled",
+    "excludePorts",
+    "excludePortsForIPs",
+    "excludePortsForUIDs",
+    "inbound",
+    "includePorts",
+    "insertRedirectInsteadOfAppend",
+    "ipFamilyMode",
+    "kumaDPUser",
+    "networks",
+    "outbound",
+    "port",
+    "redirect",
+    "vnet",
+];
+
+/// Reads the configuration as Kuma does, by sigs.k8s.io/yaml: YAML becomes JSON, whose keys are
+/// sorted, and `encoding/json` finds a field by its name in any letter case.
+fn parse_config(text: &str) -> Result<Config, String> {
+    let mut options = serde_saphyr::options! { legacy_octal_numbers: true };
+    options.duplicate_keys = serde_saphyr::DuplicateKeyPolicy::LastWins;
+    let value = serde_saphyr::from_str_with_options::<Value>(text, options).map_err(|error| {
+        // The first line names the place; the others quote the text.
+        error.to_string().lines().next().unwrap_or_default().to_owned()
+    })?;
+    let config: Result<Option<Config>, serde_json::Error> = object(with_field_names(value));
+    config.map(Option::unwrap_or_default).map_err(|error| error.to_string())
+}
+
+/// The same with every key spelled as the field that it is. Of several that are one field the last
+/// in the order of their bytes wins; objects become one.
+fn with_field_names(value: Value) -> Value {
+    let Value::Object(fields) = value else { return value };
+    let mut fields: Vec<_> = fields.into_iter().collect();
+    fields.sort_by(|(one, _), (other, _)| one.cmp(other));
+    let mut named = Value::Null;
+    for (key, value) in fields {
+        let field = FIELDS.into_iter().find(|field| folded(field).eq(folded(&key)));
+        let field = field.map_or(key, str::to_owned);
+        overlay(
+            &mut named,
+            Value::Object([(field, with_field_names(value))].into_iter().collect()),
+        );
+    }
+    named
+}
+
+fn overlay(onto: &mut Value, value: Value) {
+    match (onto, value) {
+        // A list is emptied, and all else left as it is.
+        (onto @ Value::Array(_), Value::Null) => *onto = Value::Null,
+        (_, Value::Null) => {}
+        (Value::Object(onto), Value::Object(fields)) => {
+            for (key, value) in fields {
+                overlay(onto.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (onto, value) => *onto = value,
+    }
+}
+
+/// As Go's Unicode case folding has it for the letters of [`FIELDS`].
+fn folded(text: &str) -> impl Iterator<Item = char> {
+    text.chars().map(|c| if c == 'ſ' { 's' } else { c }).flat_map(char::to_lowercase)
 }
 
 /// By the configuration alone.
 fn configured(text: &str, read: &mut Reader) -> Result<Settings, FactsError> {
-    let config = serde_saphyr::from_str::<Option<Config>>(text).map_err(|error| {
-        // The first line names the place; the others quote the text.
-        let why = error.to_string();
-        invalid(CONFIG, text, why.lines().next().unwrap_or_default())
-    });
+    let config = parse_config(text).map_err(|why| invalid(CONFIG, text, &why));
     let unreadable = config.is_err();
-    let config = read.or(config, None)?.unwrap_or_default();
+    let config = read.or(config, Config::default())?;
     let redirect = config.redirect.unwrap_or_default();
     if let Some(networks) = redirect.vnet.and_then(|vnet| vnet.networks)
         && !networks.is_empty()
