@@ -4,8 +4,8 @@
 use std::net::SocketAddr;
 
 /// What an EndpointSlice says of an endpoint. The order is that of who counts where several say
-/// something of one address: the last. One that doesn't terminate comes before one that does, whose
-/// address was given out again; kube-proxy prefers this node's among the rest, as here.
+/// something of one address: the greatest. One that stays counts before one that terminates, whose
+/// address was given out again; among the rest this node's, as in kube-proxy.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Endpoint {
     /// It stays, as far as is known.
