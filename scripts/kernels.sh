@@ -233,7 +233,8 @@ tally() { sed -n "s/^test result:.* \([0-9]*\) $2.*/\1/p" "$OUT/$1.log" | awk '{
 
 mkdir -p "$OUT"
 make_base
-failed=0
+# What was wrong, a line for each kernel.
+failures=()
 rows=()
 # Whose verifiers have told; the running kernel's tells root only.
 counted=()
@@ -250,8 +251,9 @@ while read -r name suite expect; do
     verdict=ok
     if [ ${#wrong[@]} -gt 0 ]; then
         verdict=FAILED
-        failed=1
-        say "$name: $(printf '%s; ' "${wrong[@]}")the end of $OUT/$name.log:"
+        mapfile -t -O ${#wrong[@]} wrong < <(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$OUT/$name.log")
+        failures+=("$name: $(printf '%s; ' "${wrong[@]}")see $OUT/$name.log")
+        say "$name failed; the end of $OUT/$name.log:"
         tail -n 60 "$OUT/$name.log" >&2 || tail -n 20 "$OUT/$name.console" >&2
     fi
     if [ "$expect" = refuse ]; then
@@ -291,7 +293,7 @@ if [ ${#counted[@]} -gt 0 ]; then
         }' bpf/budget.txt -
 fi
 
-if [ -n "$update" ] && [ "$failed" = 0 ]; then
+if [ -n "$update" ] && [ ${#failures[@]} = 0 ]; then
     {
         sed -n '/^#/p' bpf/budget.txt
         counts | awk '$3 > most[$1] { most[$1] = $3 } END { for (p in most) print p, most[p] }' | sort
@@ -299,4 +301,12 @@ if [ -n "$update" ] && [ "$failed" = 0 ]; then
     cp "$OUT/budget.txt" bpf/budget.txt
     say "wrote bpf/budget.txt"
 fi
-exit "$failed"
+
+# Last, because a log is often kept from its end alone.
+if [ ${#failures[@]} -gt 0 ]; then
+    {
+        echo
+        printf 'kernels: %s\n' "${failures[@]}"
+    } >&2
+    exit 1
+fi

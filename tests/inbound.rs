@@ -2,7 +2,12 @@
 
 mod common;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{SocketAddr, TcpListener},
+    os::fd::OwnedFd,
+    process::{Child, Command},
+    time::Duration,
+};
 
 use common::*;
 use libbpf_rs::MapCore;
@@ -141,6 +146,33 @@ fn each_of_a_group_older_than_the_agent_is_found() {
         assert_steered(&node, addr(node.a.ipv4(), 8080));
     }
     assert_steered(&node, addr(node.a.ipv6(), 8080));
+}
+
+#[test]
+fn a_listener_that_many_processes_have_open_is_one_listener() {
+    // As many as one address has slots. Where the agent looks through the files of all processes
+    // (before Linux 6.4), it comes to the socket once for each.
+    const PROCESSES: usize = 8;
+    let mut node = Node::new("shared");
+    let shared = node
+        .a
+        .run(PROXY, PROXY, || TcpListener::bind("0.0.0.0:15006"))
+        .expect("enters the pod")
+        .expect("a listener");
+    let mut processes: Vec<Child> = (0..PROCESSES)
+        .map(|_| {
+            let listener = OwnedFd::from(shared.try_clone().expect("a file"));
+            Command::new("sleep").arg("1000").stdin(listener).spawn().expect("sleep")
+        })
+        .collect();
+    let _other = listener(&node, "[::]:15006", true, true);
+    node.agent.add_pod(&node.a).expect("manifest a");
+    node.agent.wait_enrolled(&node.a).expect("a is enrolled");
+    let known = node.agent.status().expect("status")["pods"][0]["listeners"].clone();
+    for process in &mut processes {
+        process.kill().and_then(|()| process.wait()).expect("is killed");
+    }
+    assert_eq!(known, 2, "{}", node.agent.log_tail());
 }
 
 #[test]

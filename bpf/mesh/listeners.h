@@ -49,6 +49,22 @@ __u16 wanted_port = 0;
 __u32 wanted_count = 0;
 struct addr wanted_at[WANTED] = {};
 
+/*
+ * What this search has added, so that nothing is added twice: several processes can have the same
+ * socket open, as workers have that were forked after listen(), and a few of them would fill the
+ * slots of the other listeners.
+ */
+__u32 found_count = 0;
+__u64 found[WANTED * LISTENER_SLOTS] = {};
+
+static __always_inline bool is_found(const struct sock_common *sk)
+{
+	for (__u32 n = 0; n < WANTED * LISTENER_SLOTS; n++)
+		if (n < found_count && found[n] == (__u64)sk)
+			return true;
+	return false;
+}
+
 static __always_inline bool is_wanted(const struct addr *a)
 {
 	for (__u32 n = 0; n < WANTED; n++)
@@ -70,13 +86,16 @@ static __always_inline void listener_found(struct sock_common *sk)
 	} else {
 		key.at = addr4(sk->skc_rcv_saddr);
 	}
-	if (!is_wanted(&key.at))
+	if (!is_wanted(&key.at) || is_found(sk))
 		return;
 	key.port = sk->skc_num;
 	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
 		key.slot = slot;
-		if (!bpf_map_update_elem(&listeners, &key, sk, BPF_NOEXIST))
-			return;
+		if (bpf_map_update_elem(&listeners, &key, sk, BPF_NOEXIST))
+			continue;
+		if (found_count < WANTED * LISTENER_SLOTS)
+			found[found_count++] = (__u64)sk;
+		return;
 	}
 }
 

@@ -95,6 +95,7 @@ impl Dataplane {
                 self.skel.maps.bss_data.as_mut().context("the object has no variables")?;
             variables.wanted_at[..wanted.len()].copy_from_slice(wanted);
             variables.wanted_count = wanted.len() as u32;
+            variables.found_count = 0;
             if kernel().iterates_unlocked {
                 let link = self.skel.progs.find_listeners.attach()?;
                 netns.inside(|| run(&link).map(drop))??;
