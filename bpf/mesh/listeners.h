@@ -57,12 +57,15 @@ struct addr wanted_at[WANTED] = {};
 __u32 found_count = 0;
 __u64 found[WANTED * LISTENER_SLOTS] = {};
 
-static __always_inline bool is_found(const struct sock_common *sk)
+__u64 looked_at = 0; /* the socket in question */
+
+/* Global, so that the verifier goes through it once and not once for each way to here. */
+__noinline int is_found(void)
 {
 	for (__u32 n = 0; n < WANTED * LISTENER_SLOTS; n++)
-		if (n < found_count && found[n] == (__u64)sk)
-			return true;
-	return false;
+		if (found[n] == looked_at)
+			return 1;
+	return 0;
 }
 
 static __always_inline bool is_wanted(const struct addr *a)
@@ -86,7 +89,8 @@ static __always_inline void listener_found(struct sock_common *sk)
 	} else {
 		key.at = addr4(sk->skc_rcv_saddr);
 	}
-	if (!is_wanted(&key.at) || is_found(sk))
+	looked_at = (__u64)sk;
+	if (!is_wanted(&key.at) || is_found())
 		return;
 	key.port = sk->skc_num;
 	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
@@ -94,7 +98,7 @@ static __always_inline void listener_found(struct sock_common *sk)
 		if (bpf_map_update_elem(&listeners, &key, sk, BPF_NOEXIST))
 			continue;
 		if (found_count < WANTED * LISTENER_SLOTS)
-			found[found_count++] = (__u64)sk;
+			found[found_count++] = looked_at;
 		return;
 	}
 }

@@ -96,6 +96,7 @@ impl Dataplane {
             variables.wanted_at[..wanted.len()].copy_from_slice(wanted);
             variables.wanted_count = wanted.len() as u32;
             variables.found_count = 0;
+            variables.found.fill(0);
             if kernel().iterates_unlocked {
                 let link = self.skel.progs.find_listeners.attach()?;
                 netns.inside(|| run(&link).map(drop))??;
