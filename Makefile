@@ -56,7 +56,7 @@ conformance: deps ## compare with the meshes' own iptables rules, row by row (ro
 
 records: deps ## rewrite lab/records, the rules that Istio's binary installs (root)
 	@e2e/cluster/parts.sh pilot-agent
-	cargo build -q -p sidestep-lab --bin conformance
+	cargo build -q -p sidestep-conformance
 	$(DEBUG)/conformance --record
 
 test: ## deps, check, then all tests, including those against the real kernel (root)
