@@ -13,6 +13,7 @@
 #include "mesh/listeners.h"
 #include "mesh/origdst.h"
 #include "mesh/source_route.h"
+#include "service/translate.h"
 #include "splice/mark.h"
 #include "splice/redirect.h"
 #include "splice/rst.h"
@@ -27,6 +28,7 @@ const volatile struct shared {
 	struct unread_event unread_event;
 	struct swept swept;
 	enum mesh_counter mesh_counters; /* how many there are */
+	enum service_counter service_counters;
 	enum splice_counter splice_counters;
 	enum local local_landing;
 	__u32 max_meshes;
@@ -45,6 +47,7 @@ const volatile struct shared {
 	__u32 splice_limit;
 } shared = {
 	.mesh_counters = MESH_COUNTERS,
+	.service_counters = SERVICE_COUNTERS,
 	.splice_counters = SPLICE_COUNTERS,
 	.local_landing = LOCAL_LANDING,
 	.max_meshes = MAX_MESHES,
@@ -79,52 +82,64 @@ static __always_inline int verdict_of(enum outcome outcome)
 SEC("cgroup/connect4")
 int connect4(struct bpf_sock_addr *ctx)
 {
-	return verdict_of(mesh_connect(ctx, AF_INET));
+	enum outcome outcome = mesh_connect(ctx, AF_INET);
+
+	return verdict_of(outcome == NOT_MINE ? service_connect(ctx, AF_INET) : outcome);
 }
 
 SEC("cgroup/connect6")
 int connect6(struct bpf_sock_addr *ctx)
 {
-	return verdict_of(mesh_connect(ctx, AF_INET6));
+	enum outcome outcome = mesh_connect(ctx, AF_INET6);
+
+	return verdict_of(outcome == NOT_MINE ? service_connect(ctx, AF_INET6) : outcome);
 }
 
 SEC("cgroup/sendmsg4")
 int sendmsg4(struct bpf_sock_addr *ctx)
 {
-	return verdict_of(mesh_sendmsg(ctx, AF_INET));
+	enum outcome outcome = mesh_sendmsg(ctx, AF_INET);
+
+	return verdict_of(outcome == NOT_MINE ? service_sendmsg(ctx, AF_INET) : outcome);
 }
 
 SEC("cgroup/sendmsg6")
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
-	return verdict_of(mesh_sendmsg(ctx, AF_INET6));
+	enum outcome outcome = mesh_sendmsg(ctx, AF_INET6);
+
+	return verdict_of(outcome == NOT_MINE ? service_sendmsg(ctx, AF_INET6) : outcome);
 }
 
 SEC("cgroup/recvmsg4")
 int recvmsg4(struct bpf_sock_addr *ctx)
 {
-	mesh_recvmsg(ctx, AF_INET);
+	if (mesh_recvmsg(ctx, AF_INET) == NOT_MINE)
+		service_recvmsg4(ctx);
 	return PROCEED;
 }
 
 SEC("cgroup/recvmsg6")
 int recvmsg6(struct bpf_sock_addr *ctx)
 {
-	mesh_recvmsg(ctx, AF_INET6);
+	if (mesh_recvmsg(ctx, AF_INET6) == NOT_MINE)
+		service_recvmsg6(ctx);
 	return PROCEED;
 }
 
 SEC("cgroup/getpeername4")
 int getpeername4(struct bpf_sock_addr *ctx)
 {
-	mesh_getpeername(ctx, AF_INET);
+	if (mesh_getpeername(ctx, AF_INET) == NOT_MINE)
+		service_getpeername4(ctx);
 	return PROCEED;
 }
 
 SEC("cgroup/getpeername6")
 int getpeername6(struct bpf_sock_addr *ctx)
 {
-	mesh_getpeername(ctx, AF_INET6);
+	if (mesh_getpeername(ctx, AF_INET6) == NOT_MINE)
+		service_getpeername6(ctx);
 	return PROCEED;
 }
 
@@ -278,6 +293,15 @@ int wake_writers(struct bpf_iter__tcp *ctx)
 
 	if (sk)
 		splice_wake(sk);
+	return 0;
+}
+
+/* The agent calls this from its own process, see is_agent(). */
+SEC("syscall")
+int note_agent(const void *ctx)
+{
+	(void)ctx;
+	agent_is_current();
 	return 0;
 }
 

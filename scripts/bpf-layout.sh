@@ -21,8 +21,8 @@ for header in bpf/*/*.h; do
 		-I "vmlinux/$arch" -I "${include[0]}" -include "$header" -x c /dev/null ||
 		fail "$header does not compile alone"
 done
-for domain in mesh splice; do
-	for other in mesh splice; do
+for domain in mesh service splice; do
+	for other in mesh service splice; do
 		[ "$domain" = "$other" ] && continue
 		grep -Hn "#include \"$other/" bpf/"$domain"/* && fail "$domain includes $other"
 	done

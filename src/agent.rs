@@ -27,6 +27,7 @@ use crate::{
     metrics::Metrics,
     node::{Cgroup, Places},
     problem::Problem,
+    service,
     source::{
         kubernetes::{self, ApiServer, Kubernetes, OnUninstall, Removed},
         manifests::Manifests,
@@ -48,6 +49,8 @@ pub struct Config {
     pub splice: splice::Mode,
     /// How long a spliced connection's messages may do without TCP.
     pub splice_refresh: Duration,
+    /// Services' addresses are translated; none: they are not.
+    pub services: Option<service::Options>,
     /// Where health and metrics are served; none: nowhere.
     pub http: Option<SocketAddr>,
 }
@@ -130,7 +133,7 @@ async fn serve(config: &Config) -> Result<()> {
     let mut watches = Watches::new(changed.clone());
     let source = match &config.source {
         SourceConfig::Manifests(dir) => {
-            let mut manifests = Manifests::new(dir);
+            let mut manifests = Manifests::new(dir).with_services(config.services.is_some());
             manifests.read()?;
             watches.add(dir);
             Source::Manifests(manifests)
@@ -191,11 +194,12 @@ async fn intercept(
     let pins = &config.pins;
     let (asked, mut requests) = mpsc::channel(REQUESTS);
     let mut installer = None;
-    let mut dataplane = Dataplane::load(pins, config.splice_refresh)?;
+    let mut dataplane = Dataplane::load(pins, config.splice_refresh, config.services.is_some())?;
     dataplane.attach(&cgroup)?;
     let events = dataplane.events()?;
     let metrics = Arc::new(Metrics::new(pins, cgroup.id()));
-    let mut reconciler = Reconciler::new(source, dataplane, cgroup, Arc::clone(&metrics))?;
+    let reconciler = Reconciler::new(source, dataplane, cgroup, Arc::clone(&metrics))?;
+    let mut reconciler = reconciler.with_services(config.services);
     let adopted = reconciler.adopted();
     info!(%pins, adopted, "BPF programs attached; interception is in force");
 
@@ -420,7 +424,7 @@ fn answer(
             (Request::Check(sandbox), Some(pod)) => reconciler.check(&pod, &sandbox),
             (Request::Add(_) | Request::Check(_), None) => Ok(()),
             (Request::Problems, _) => {
-                let problems = Some(reconciler.problems().clone());
+                let problems = Some(reconciler.problems());
                 let _ = answer.send(Reply { problems, ..Reply::default() });
                 continue;
             }

@@ -10,6 +10,7 @@ use crate::{
     check,
     cni::{self, OnAgentAway, conflist},
     dataplane::{self, bpffs},
+    service,
     source::kubernetes::{self, OnUninstall},
     splice, status,
     telemetry::{self, LogFormat},
@@ -110,6 +111,14 @@ struct Run {
         env = "SIDESTEP_SPLICE_REFRESH"
     )]
     splice_refresh: u32,
+    /// Translate the virtual IPs of Services to endpoints in connect() and sendmsg(), for pods and for
+    /// the node's own processes. kube-proxy's rules stay and serve what is not translated.
+    #[arg(long, env = "SIDESTEP_SERVICES")]
+    services: bool,
+    /// Translate spec.externalIPs too, whatever addresses these are: whoever may write Services can
+    /// take over any address that way (CVE-2020-8554). Without it, only those that are this node's own.
+    #[arg(long, requires = "services", env = "SIDESTEP_SERVICES_EXTERNAL_IPS")]
+    services_external_ips: bool,
     /// Serve /healthz, /readyz and /metrics on this address, such as 127.0.0.1:9465.
     #[arg(long, value_name = "ADDRESS:PORT", env = "SIDESTEP_HTTP")]
     http: Option<SocketAddr>,
@@ -284,6 +293,9 @@ struct StatusArgs {
     socket: SocketArgs,
     #[command(flatten)]
     output: OutputArgs,
+    /// List the addresses of Services that are translated, and their endpoints.
+    #[arg(long)]
+    services: bool,
 }
 
 #[derive(Debug, Args)]
@@ -308,6 +320,9 @@ impl Cli {
                     pins: args.paths.pins()?,
                     http: args.http,
                     splice: args.splice,
+                    services: args
+                        .services
+                        .then_some(service::Options { external_ips: args.services_external_ips }),
                     splice_refresh: Duration::from_secs(args.splice_refresh.into()),
                     source: args.source(),
                 })?;
@@ -321,7 +336,8 @@ impl Cli {
             }
             Command::Status(args) => {
                 telemetry::init(LogFormat::Human);
-                let status = status::status(&args.paths.pins()?, &args.socket.cni_socket)?;
+                let pins = args.paths.pins()?;
+                let status = status::status(&pins, &args.socket.cni_socket, args.services)?;
                 print(&args.output, &status, status::Status::text)?;
                 Ok(ExitCode::SUCCESS)
             }

@@ -310,6 +310,12 @@ impl Collector for Kernel {
                 ConstCounter::new(*count).encode(family.encode_family(&labels)?)?;
             }
         }
+        let help = "Calls to addresses of Services, by what became of them";
+        let mut family = encoder.encode_descriptor("service_events", help, None, help_total)?;
+        for (event, count) in &dataplane::service_counters(&self.pins).unwrap_or_default() {
+            let event = event.strip_prefix("service_").unwrap_or(event);
+            ConstCounter::new(*count).encode(family.encode_family(&[("event", event)])?)?;
+        }
         let kind = ConstGauge::new(0i64).metric_type();
         let help = "Whether a hook is attached to the node's cgroup";
         let mut family = encoder.encode_descriptor("hook_attached", help, None, kind)?;

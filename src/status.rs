@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -43,8 +43,24 @@ pub struct Status {
     pub hooks: Vec<HookStatus>,
     /// Counters since the maps were made: mesh -> name -> value.
     pub counters: BTreeMap<&'static str, BTreeMap<&'static str, u64>>,
+    /// The same of Services: name -> value.
+    pub service_counters: BTreeMap<&'static str, u64>,
+    /// Services as the kernel has them, with `--services` alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub services: Option<Vec<ServiceStatus>>,
     /// What is wrong, says the agent; null: none answers.
     pub problems: Option<Vec<ProblemStatus>>,
+}
+
+/// An address that leads to endpoints.
+#[derive(Debug, Serialize)]
+pub struct ServiceStatus {
+    /// What is dialled: `IP:port`.
+    pub address: SocketAddr,
+    /// TCP or UDP.
+    pub protocol: String,
+    /// Its endpoints; none: connections are refused.
+    pub backends: BTreeSet<SocketAddr>,
 }
 
 /// An enrolled pod.
@@ -102,11 +118,11 @@ pub struct HookStatus {
 }
 
 /// Reads the state of the data plane below these pins, and asks the agent at `socket`, where there
-/// is one, what is wrong.
+/// is one, what is wrong. `with_services` lists Services.
 ///
 /// # Errors
 /// Where a pinned map can't be read.
-pub fn status(pins: &Pins, socket: &Path) -> Result<Status> {
+pub fn status(pins: &Pins, socket: &Path, with_services: bool) -> Result<Status> {
     let problems = problems(socket);
     if !pins.exist() {
         return Ok(Status {
@@ -116,6 +132,8 @@ pub fn status(pins: &Pins, socket: &Path) -> Result<Status> {
             splice: SpliceStatus::default(),
             hooks: Vec::new(),
             counters: BTreeMap::new(),
+            service_counters: BTreeMap::new(),
+            services: with_services.then(Vec::new),
             problems,
         });
     }
@@ -146,7 +164,29 @@ pub fn status(pins: &Pins, socket: &Path) -> Result<Status> {
     let legs = Leg::ALL.iter().map(|leg| leg.name()).zip(legs).collect();
     let splice = SpliceStatus { legs, sockets };
     let counters = dataplane::counters(pins)?;
-    Ok(Status { version: 1, installed: true, pods, splice, hooks, counters, problems })
+    let service_counters = dataplane::service_counters(pins)?;
+    let services = with_services.then(|| services(pins)).transpose()?;
+    Ok(Status {
+        version: 1,
+        installed: true,
+        pods,
+        splice,
+        hooks,
+        counters,
+        service_counters,
+        services,
+        problems,
+    })
+}
+
+/// Services as the kernel has them.
+fn services(pins: &Pins) -> Result<Vec<ServiceStatus>> {
+    let all = dataplane::services(pins)?.into_iter().map(|(frontend, backends)| ServiceStatus {
+        address: SocketAddr::new(frontend.ip, frontend.port),
+        protocol: frontend.protocol.to_string(),
+        backends,
+    });
+    Ok(all.collect())
 }
 
 /// What an agent says that listens there.
@@ -196,7 +236,28 @@ impl Status {
             text +=
                 &beside(&format!("  {name:8} {:4} ", if leg.on { "on" } else { "off" }), &leg.why);
         }
-        text + &self.counters_text()
+        text += &self.counters_text();
+        if self.service_counters.values().any(|count| *count > 0) {
+            text += "Services\n";
+            for (name, count) in &self.service_counters {
+                let _ = writeln!(text, "{:COUNTER$}{count:>14}", format!("  {name}"));
+            }
+        }
+        if let Some(services) = &self.services {
+            text += &format!("Addresses of Services: {}\n", services.len());
+            for service in services {
+                let label = format!("  {} {}  ", service.address, service.protocol);
+                let backends: Vec<String> =
+                    service.backends.iter().map(SocketAddr::to_string).collect();
+                let backends = if backends.is_empty() {
+                    "no endpoints: connections are refused".into()
+                } else {
+                    backends.join(", ")
+                };
+                text += &beside(&label, &backends);
+            }
+        }
+        text
     }
 
     /// A column for each mesh.
@@ -261,6 +322,12 @@ mod tests {
             },
             hooks: vec![HookStatus { name: "find_listeners", attached: false, cgroup_id: 0 }],
             counters: MESHES.iter().map(|mesh| (mesh.name, counters())).collect(),
+            service_counters: BTreeMap::from([("service_missed", u64::MAX)]),
+            services: Some(vec![ServiceStatus {
+                address: "[fd00:1111:2222:3333:4444:5555:6666:7777]:65535".parse().expect("it"),
+                protocol: "UDP".into(),
+                backends: (0..9).map(|n| SocketAddr::new([10, 244, 100, n].into(), 8080)).collect(),
+            }]),
             problems: Some(vec![ProblemStatus {
                 reason: "InboundNotIntercepted",
                 pod: Some(longest.clone()),

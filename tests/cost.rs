@@ -219,7 +219,7 @@ fn user_time() -> Duration {
 fn pods_that_stay_as_they_are_cost_a_sync_nothing() {
     let root = format!("/sys/fs/bpf/sidestep-cost-{}", std::process::id());
     let pins = bpffs::pins(root.as_ref(), dataplane::LAYOUT).expect("pins");
-    let mut dataplane = Dataplane::load(&pins, Duration::from_millis(100)).expect("loaded");
+    let mut dataplane = Dataplane::load(&pins, Duration::from_millis(100), false).expect("loaded");
     let mut candidates: Vec<Candidate> = (0..PODS).map(candidate).collect();
     let (host, owners, keep) = Default::default();
     let limits = dataplane.limits();

@@ -30,6 +30,35 @@ static __always_inline void sockaddr_set(struct bpf_sock_addr *ctx, int family,
 	ctx->user_port = bpf_htons(port);
 }
 
+/*
+ * What a map keeps with a socket; of an MPTCP subflow, with the connection it belongs to, which is
+ * the socket that the application holds.
+ */
+static __always_inline void *socket_storage(void *map, struct bpf_sock *sk, __u64 flags)
+{
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock)) {
+		struct mptcp_sock *msk = bpf_skc_to_mptcp_sock(sk);
+
+		if (msk)
+			return bpf_sk_storage_get(map, msk, NULL, flags);
+	}
+	return bpf_sk_storage_get(map, sk, NULL, flags);
+}
+
+/* Takes it away. */
+static __always_inline void socket_forget(void *map, struct bpf_sock *sk)
+{
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock)) {
+		struct mptcp_sock *msk = bpf_skc_to_mptcp_sock(sk);
+
+		if (msk) {
+			bpf_sk_storage_delete(map, msk);
+			return;
+		}
+	}
+	bpf_sk_storage_delete(map, sk);
+}
+
 /* The address of a sock_ops callback's socket. */
 static __always_inline struct addr sockops_local(struct bpf_sock_ops *ctx)
 {

@@ -69,7 +69,7 @@ static __always_inline enum outcome connect_tcp(struct bpf_sock_addr *ctx, int f
 		count(pod, REFUSED_BUSY);
 		return refuse(EAGAIN);
 	}
-	od = origdst_of(ctx->sk, BPF_SK_STORAGE_GET_F_CREATE);
+	od = socket_storage(&origdsts, ctx->sk, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!od) {
 		count(pod, REFUSED_NO_STATE);
 		return refuse(ECONNREFUSED);

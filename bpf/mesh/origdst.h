@@ -31,21 +31,6 @@ struct {
 	__type(value, __u32);
 } handover_shares SEC(".maps");
 
-/*
- * The storage of a socket; of an MPTCP subflow, that of the connection it belongs to, which is
- * the socket that the application holds.
- */
-static __always_inline struct origdst *origdst_of(struct bpf_sock *sk, __u64 flags)
-{
-	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock)) {
-		struct mptcp_sock *msk = bpf_skc_to_mptcp_sock(sk);
-
-		if (msk)
-			return bpf_sk_storage_get(&origdsts, msk, NULL, flags);
-	}
-	return bpf_sk_storage_get(&origdsts, sk, NULL, flags);
-}
-
 /* Which end of a captured connection a socket is. */
 static __always_inline enum role captured_role(struct bpf_sock *sk)
 {
@@ -111,7 +96,7 @@ static __always_inline void origdst_offer(struct bpf_sock_ops *ctx)
 
 	if (!sk)
 		return;
-	od = origdst_of(sk, 0);
+	od = socket_storage(&origdsts, sk, 0);
 	if (!od || od->role != ROLE_CLIENT)
 		return;
 	c = sockops_conn(ctx, true);
@@ -158,7 +143,7 @@ static __always_inline void origdst_take(struct bpf_sock_ops *ctx)
 			count(pod, HANDOVER_MISSED);
 		return;
 	}
-	od = origdst_of(sk, BPF_SK_STORAGE_GET_F_CREATE);
+	od = socket_storage(&origdsts, sk, BPF_SK_STORAGE_GET_F_CREATE);
 	if (od) {
 		*od = *offer;
 		od->role = ROLE_PROXY;

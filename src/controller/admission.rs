@@ -17,6 +17,8 @@ use crate::{
 pub struct Announced {
     uid: String,
     cookie: NetnsCookie,
+    /// Of none: it may run whatever becomes of it.
+    is_in_mesh: bool,
 }
 
 /// Why a sandbox may not start yet.
@@ -50,7 +52,8 @@ impl Reconciler {
         }
         let pod = kubernetes.inherit(pod);
         // What is wrong with the pod itself, the sync says.
-        if !facts::is_in_mesh(&pod) {
+        let is_in_mesh = facts::is_in_mesh(&pod);
+        if !is_in_mesh && (self.services.is_none() || !facts::is_no_meshs(&pod)) {
             return Ok(None);
         }
         let uid = facts::pod_uid(&pod).to_owned();
@@ -58,14 +61,18 @@ impl Reconciler {
         let container = Some(sandbox.container.clone());
         places.remember(&uid, Place { path: sandbox.netns.clone(), cookie, container });
         kubernetes.expect(pod);
-        Ok(Some(Announced { uid, cookie }))
+        Ok(Some(Announced { uid, cookie, is_in_mesh }))
     }
 
     /// Whether an announced pod is enrolled, after a sync.
     ///
     /// # Errors
     /// Where it is in a mesh and can't be enrolled: it must not run then.
-    pub fn admitted(&self, Announced { uid, cookie }: &Announced) -> Result<(), AddError> {
+    pub fn admitted(&self, announced: &Announced) -> Result<(), AddError> {
+        let Announced { uid, cookie, is_in_mesh } = announced;
+        if !is_in_mesh {
+            return Ok(());
+        }
         if self.dataplane.is_taking_over() {
             return Err(AddError::NotYet);
         }

@@ -73,14 +73,14 @@ impl Reconciler {
     pub(super) fn search(
         &mut self,
         look: Look,
-        pods: &[(&SourcePod, Arc<PodFacts>)],
+        pods: &[&SourcePod],
         problems: &mut BTreeSet<Problem>,
     ) {
         let Source::Kubernetes(_, places) = &mut self.source else {
             return;
         };
-        let unknown = pods.iter().filter(|(found, _)| places.get(found.uid()).is_none());
-        let unknown: BTreeSet<String> = unknown.map(|(found, _)| found.uid().to_owned()).collect();
+        let unknown = pods.iter().filter(|found| places.get(found.uid()).is_none());
+        let unknown: BTreeSet<String> = unknown.map(|found| found.uid().to_owned()).collect();
         let again = look == Look::Everything;
         let wanted = self.search.wanted(&unknown, again);
         let disputed = match places.search(&wanted, &self.host) {
@@ -91,7 +91,7 @@ impl Reconciler {
             }
         };
         self.search.done(&unknown, &wanted, again, disputed, |uid| places.get(uid).is_some());
-        for (found, _) in pods {
+        for found in pods {
             if let Some(why) = self.search.disputed.get(found.uid()) {
                 problems.insert(found.problem(Reason::NetworkNamespace, why));
             }

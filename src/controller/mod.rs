@@ -3,6 +3,7 @@
 mod admission;
 mod enroll;
 mod locate;
+mod services;
 mod splicer;
 
 use std::{
@@ -17,7 +18,7 @@ use k8s_openapi::api::core::v1::Pod;
 use tracing::{error, info};
 
 pub use self::admission::{AddError, Announced};
-use self::{enroll::Enrolled, locate::Search, splicer::Sweeps};
+use self::{enroll::Enrolled, locate::Search, services::Services, splicer::Sweeps};
 use crate::{
     dataplane::{Ahead, Dataplane, Repair},
     mesh::{
@@ -113,6 +114,8 @@ pub struct Reconciler {
     repaired: BTreeSet<Problem>,
     /// What was wrong at the last sync: said once, not every time.
     problems: BTreeSet<Problem>,
+    /// Services; none: they are not translated.
+    services: Option<Services>,
 }
 
 impl Reconciler {
@@ -160,6 +163,7 @@ impl Reconciler {
             ahead: BTreeSet::new(),
             repaired: BTreeSet::new(),
             problems: BTreeSet::new(),
+            services: None,
         })
     }
 
@@ -189,6 +193,7 @@ impl Reconciler {
         }
         problems.extend(self.repaired.iter().cloned());
         let synced = self.try_sync(look, &mut problems);
+        self.sync_services(look);
         self.took = start.elapsed();
         match synced {
             Ok(Synced::Unchanged) => return,
@@ -199,17 +204,22 @@ impl Reconciler {
                 problems.insert(Problem::node(format!("{error:#}")));
             }
         }
-        for problem in problems.difference(&self.problems) {
+        self.say(&self.problems, &problems);
+        self.problems = problems;
+        self.report();
+    }
+
+    /// Says what is wrong now and was not, and the other way round.
+    fn say(&self, before: &BTreeSet<Problem>, now: &BTreeSet<Problem>) {
+        for problem in now.difference(before) {
             error!("{problem}");
             if let Source::Kubernetes(kubernetes, _) = &self.source {
                 kubernetes.event(problem);
             }
         }
-        for problem in self.problems.difference(&problems) {
+        for problem in before.difference(now) {
             info!("resolved: {problem}");
         }
-        self.problems = problems;
-        self.report();
     }
 
     /// Looks in the kernel whether what this agent and those before it put in force is in force, and
@@ -279,7 +289,7 @@ impl Reconciler {
             Source::Kubernetes(kubernetes, _) => kubernetes.errors(),
             Source::Manifests(_) => BTreeMap::new(),
         };
-        self.metrics.set(meshes, &self.problems, &fills.unwrap_or_default(), &api);
+        self.metrics.set(meshes, &self.problems(), &fills.unwrap_or_default(), &api);
     }
 
     /// How long the last sync took.
@@ -378,8 +388,11 @@ impl Reconciler {
             }
             mesh_pods.push((found, facts));
         }
-        self.search(look, &mesh_pods, problems);
+        let plain = self.plain_pods(&snapshot).filter(|found| !found.uid().is_empty());
+        let located = mesh_pods.iter().map(|(found, _)| *found).chain(plain).collect::<Vec<_>>();
+        self.search(look, &located, problems);
         let mut candidates = Vec::new();
+        let mut translated = BTreeMap::new();
         for (found, facts) in mesh_pods {
             match self.netns(look, found, &facts) {
                 Ok(Some(netns)) => {
@@ -399,6 +412,10 @@ impl Reconciler {
                                     directions; docs/meshes.md says what to do";
                         problems.insert(found.problem(Reason::Forwards, text));
                     }
+                    if self.services.is_some() {
+                        let on = services::translates(found, problems);
+                        translated.insert(netns.cookie, on);
+                    }
                     candidates.push(Candidate { facts, netns });
                 }
                 Ok(None) => {}
@@ -409,6 +426,7 @@ impl Reconciler {
             }
         }
         self.enroll(candidates, &snapshot, problems)?;
+        self.choose_namespaces(look, &snapshot, &translated, problems);
         problems.extend(self.own_iptables(&snapshot));
         problems.extend(self.left_behind());
         self.take_over(problems)?;
@@ -508,8 +526,8 @@ impl Reconciler {
     }
 
     /// What is wrong now.
-    pub fn problems(&self) -> &BTreeSet<Problem> {
-        &self.problems
+    pub fn problems(&self) -> BTreeSet<Problem> {
+        self.problems.iter().chain(self.service_problems()).cloned().collect()
     }
 }
 

@@ -9,9 +9,10 @@ use anyhow::{Result, ensure};
 
 pub(crate) use super::skel::policy::types::{direction, owner, question};
 pub(crate) use super::skel::sidestep::types::{
-    addr, cidr_rule_key, device_family, device_key, event, event_kind, if_key, leg, listener_event,
-    listener_key, local_key, pod, pod_flag, pod_record, port_rule_key, rule_set, splice,
-    splice_counter, splice_key, splice_leg, splice_state, swept, uid_rule_key, unread_event,
+    addr, backend, backend_key, cidr_rule_key, device_family, device_key, event, event_kind,
+    frontend, if_key, leg, listener_event, listener_key, local_key, member, pod, pod_flag,
+    pod_record, port_rule_key, rule_set, service_list, splice, splice_counter, splice_key,
+    splice_leg, splice_state, swept, uid_rule_key, unread_event,
 };
 use crate::{
     mesh::{
@@ -77,6 +78,17 @@ unsafe impl Wire for splice_key {}
 unsafe impl Wire for swept {}
 // SAFETY: as for `pod`.
 unsafe impl Wire for splice {}
+
+// SAFETY: as for `pod`.
+unsafe impl Wire for frontend {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for service_list {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for backend {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for backend_key {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for member {}
 
 pub(crate) fn as_bytes<T: Wire>(value: &T) -> &[u8] {
     // SAFETY: a Wire type has no padding, so all of its bytes are initialised.

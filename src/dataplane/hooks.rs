@@ -13,7 +13,7 @@ pub(crate) enum Attach {
     Devices,
     /// The way into them: of the object that each pod has.
     DevicesIn,
-    /// Nothing: the agent runs it when it wants to know something.
+    /// Nothing: the agent runs it when it wants to know something, or to tell it.
     Iterator,
     /// A map of sockets: it sees what they send.
     Sockets,
@@ -112,6 +112,13 @@ pub(crate) const HOOKS: &[Hook] = &[
         program: "count_storages",
         attach: Attach::Iterator,
         kind: ProgramType::Tracing,
+        decides: false,
+        helpers: &[],
+    },
+    Hook {
+        program: "note_agent",
+        attach: Attach::Iterator,
+        kind: ProgramType::Syscall,
         decides: false,
         helpers: &[],
     },

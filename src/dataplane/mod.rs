@@ -29,6 +29,7 @@ mod events;
 mod inbound;
 mod inspect;
 mod probe;
+mod services;
 mod splice;
 mod splice_selftest;
 mod tc;
@@ -48,6 +49,7 @@ pub use order::{Ahead, ahead};
 pub use pins::{LAYOUT, Pins};
 pub use policy::{Call, Decision, Policy, Question};
 pub use probe::{Loaded, log_libbpf, try_filters, try_load};
+pub use services::{ServicesApplied, service_counters, services};
 pub use splice_selftest::self_test;
 pub use state::{Dataplane, Repair};
 pub use unload::{Unloaded, unload};
@@ -63,7 +65,7 @@ mod tests {
         inbound::LISTENER_SLOTS,
         inspect::{MESH_COUNTERS, SPLICE_COUNTERS},
         skel::{names_of, sidestep::SidestepSkelBuilder},
-        splice_selftest, tables,
+        services, splice_selftest, tables,
     };
     use crate::{
         mesh::{self, desired},
@@ -81,6 +83,7 @@ mod tests {
             names.into_iter().take(how_many as usize).collect::<Vec<_>>()
         };
         assert_eq!(counters("mesh_counter", shared.mesh_counters.0), MESH_COUNTERS);
+        assert_eq!(counters("service_counter", shared.service_counters.0), services::COUNTERS);
         assert_eq!(counters("splice_counter", shared.splice_counters.0), SPLICE_COUNTERS);
         assert!(shared.max_meshes as usize >= mesh::MESHES.len());
         assert_eq!(

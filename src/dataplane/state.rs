@@ -22,6 +22,7 @@ use super::{
     links::{Links, replace_pin},
     pins::{FORMER_NAMES, Pins},
     records::records,
+    services::Services,
     skel::{open_node, set_refresh, sidestep::SidestepSkel},
     tables::Held,
 };
@@ -45,6 +46,8 @@ pub struct Dataplane {
     pub(super) to_take_over: bool,
     /// What the maps of the mesh hold, once that is known for sure.
     pub(super) known: Option<Held>,
+    /// What the maps of Services hold, once that is known for sure.
+    pub(super) services: Option<Services>,
     /// The pods that have a share of what counts their sockets, where no others have one.
     pub(super) sharing: Option<BTreeSet<NetnsCookie>>,
     /// No pod but these has filters, or an entry that says so.
@@ -64,12 +67,14 @@ impl Dataplane {
     /// # Errors
     /// Where another process has the pins, the kernel refuses a program, or a pinned map has another
     /// layout.
-    pub fn load(pins: &Pins, splice_refresh: Duration) -> Result<Self> {
+    pub fn load(pins: &Pins, splice_refresh: Duration, with_services: bool) -> Result<Self> {
         let lock = pins.lock()?;
         let mount_point = bpffs::mount_point(&pins.root)?;
         pins.create()?;
         let mut open = open_node()?;
         set_refresh(&mut open, splice_refresh)?;
+        let constants = open.maps.rodata_data.as_mut().context("the object has no rodata")?;
+        constants.services_on = u8::from(with_services);
         for mut map in open.open_object_mut().maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             if !name.contains('.') {
@@ -90,7 +95,7 @@ impl Dataplane {
             replace_pin(map.as_fd(), &pins.map(former))?;
         }
         let links = Links::adopt(pins)?;
-        Ok(Self {
+        let dataplane = Self {
             skel,
             pins: pins.clone(),
             lock,
@@ -98,12 +103,15 @@ impl Dataplane {
             links,
             to_take_over: false,
             known: None,
+            services: None,
             sharing: None,
             filtering: RefCell::default(),
             read: Instant::now(),
             looked_at: Default::default(),
             went_first: None,
-        })
+        };
+        dataplane.note_agent()?;
+        Ok(dataplane)
     }
 
     /// The sizes of the maps.

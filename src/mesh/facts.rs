@@ -105,10 +105,14 @@ pub const INTERCEPT: &str = "sidestep.io/intercept";
 /// A pod's annotation, a namespace's label.
 pub const SPLICE: &str = "sidestep.io/splice";
 
+/// `sidestep.io/services`: `disabled` leaves the pod's calls to Services to kube-proxy, `enabled` is
+/// the default. A pod's annotation, a namespace's label.
+pub const SERVICES: &str = "sidestep.io/services";
+
 /// The pod as its namespace makes it: what the namespace says and the pod itself does not. Of a
 /// mesh's annotations that is what the mesh itself takes from there ([`Mesh::of_namespace`]).
 pub fn inherit(mut pod: Arc<Pod>, namespace: &ObjectMeta) -> Arc<Pod> {
-    for key in [INTERCEPT, SPLICE] {
+    for key in [INTERCEPT, SPLICE, SERVICES] {
         let value = namespace.labels.as_ref().and_then(|labels| labels.get(key));
         if let Some(value) = value.filter(|_| annotation(&pod, key).is_none()) {
             annotate(&mut pod, key, value);
@@ -155,6 +159,23 @@ pub fn facts(pod: &Pod) -> Result<Option<Parsed>, FactsError> {
 /// can't be read.
 pub fn is_in_mesh(pod: &Pod) -> bool {
     !matches!(facts(pod), Ok(None) | Err(FactsError::Ambient))
+}
+
+/// Whether no mesh has to do with the pod: neither a sidecar, nor rules of its own, nor the node's
+/// proxy. What Sidestep was told to keep out of is a mesh's still.
+pub fn is_no_meshs(pod: &Pod) -> bool {
+    let has_proxy = MESHES.iter().any(|mesh| (mesh.proxy_of)(pod).is_some());
+    let redirection = annotation(pod, "ambient.istio.io/redirection");
+    let is_ambient = label(pod, DATAPLANE_MODE) == Some(AMBIENT) || redirection == Some("enabled");
+    !has_proxy && own_iptables(pod).is_none() && !is_ambient
+}
+
+/// Whether the pod's calls to Services may be translated, as it says itself.
+///
+/// # Errors
+/// Where the annotation can't be read: they are not translated then.
+pub fn translates_services(pod: &Pod) -> Result<bool, FactsError> {
+    annotation(pod, SERVICES).map_or(Ok(true), |text| switch(SERVICES, text))
 }
 
 /// A pod whose traffic Istio means to go through the node's proxy, that runs, and that Istio's own

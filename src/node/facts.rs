@@ -1,7 +1,7 @@
 //! What a network namespace says about itself.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
@@ -130,6 +130,25 @@ fn addresses(interfaces: &BTreeMap<String, u32>) -> Result<Vec<(IpAddr, u32)>> {
     Ok(ips.filter(|(ip, _)| own(ip)).collect())
 }
 
+/// The device that kube-proxy's IPVS mode gives the addresses of all Services.
+const KUBE_IPVS: &str = "kube-ipvs0";
+
+/// The calling thread's namespace's addresses, loopback's too, but for those that kube-proxy has given
+/// a device of its own.
+///
+/// # Errors
+/// Where they can't be read.
+pub fn own_addresses() -> Result<BTreeSet<IpAddr>> {
+    let all = getifaddrs().context("cannot read interface addresses")?;
+    let ips =
+        all.filter(|interface| interface.interface_name != KUBE_IPVS).filter_map(|interface| {
+            let address = interface.address?;
+            let v4 = address.as_sockaddr_in().map(|sin| IpAddr::V4(sin.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|sin6| IpAddr::V6(sin6.ip())))
+        });
+    Ok(ips.collect())
+}
+
 /// The calling thread's namespace's interfaces.
 fn interfaces() -> Result<BTreeMap<String, u32>> {
     let all = if_nameindex().context("cannot read interfaces")?;
@@ -148,7 +167,7 @@ fn route_localnet<'a>(devices: impl Iterator<Item = &'a String>) -> bool {
 /// Whether the calling thread's namespace translates what comes in. Where that is not known, it is
 /// looked at as if it did.
 fn own_nat() -> bool {
-    netfilter::translates_inbound().unwrap_or_else(|error| {
+    netfilter::nat().map(|nat| nat.inbound).unwrap_or_else(|error| {
         tracing::warn!("cannot read whether a pod has NAT rules: {error:#}");
         true
     })

@@ -10,8 +10,9 @@ pub mod pod_netns;
 mod sandbox;
 
 pub use cgroup::Cgroup;
-pub use facts::{ADDRESSES, NetnsFacts};
+pub use facts::{ADDRESSES, NetnsFacts, own_addresses};
 pub use lo::Lo;
+pub use netfilter::{Nat, nat};
 pub use netns::{ANY, LO, LOCALHOST, Netns, NetnsCookie, host_cookies, in_new};
 pub use pod_netns::{Place, Places};
 pub use sandbox::Sandbox;

@@ -1,5 +1,5 @@
-//! Whether a network namespace has rules of its own that translate what comes in: asked of the kernel,
-//! for the calling thread's namespace.
+//! Whether a network namespace has rules of its own that translate addresses: asked of the kernel, for
+//! the calling thread's namespace.
 
 use std::{
     collections::BTreeMap,
@@ -36,23 +36,35 @@ const NFTA_CHAIN_USE: u16 = 6;
 const NFTA_CHAIN_TYPE: u16 = 7;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NF_INET_PRE_ROUTING: u32 = 0;
+const NF_INET_LOCAL_OUT: u32 = 3;
 /// The length of `struct nlmsghdr`.
 const HEADER: usize = 16;
 /// The length of `struct nfgenmsg`.
 const FAMILY: usize = 4;
 
-/// Whether rules of the calling thread's namespace translate connections that come in: iptables' of
-/// either kind, or nftables'. A table of iptables' older kind counts though it is empty.
+/// What is translated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Nat {
+    /// Connections that come in.
+    pub inbound: bool,
+    /// Connections that the namespace's own processes make.
+    pub outbound: bool,
+}
+
+/// What rules of the calling thread's namespace translate: iptables' of either kind, or nftables'. A
+/// table of iptables' older kind counts as both, though it is empty.
 ///
 /// # Errors
 /// Where the kernel does not tell.
-pub fn translates_inbound() -> Result<bool> {
+pub fn nat() -> Result<Nat> {
     if !Path::new(CONNTRACK).exists() {
-        return Ok(false);
+        return Ok(Nat::default());
     }
     for path in TABLES {
         match fs::read_to_string(path) {
-            Ok(tables) if tables.lines().any(|table| table == "nat") => return Ok(true),
+            Ok(tables) if tables.lines().any(|table| table == "nat") => {
+                return Ok(Nat { inbound: true, outbound: true });
+            }
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error).with_context(|| format!("cannot read {path}")),
@@ -61,11 +73,11 @@ pub fn translates_inbound() -> Result<bool> {
     chains_translate().context("cannot read the chains of nftables")
 }
 
-fn chains_translate() -> Result<bool> {
+fn chains_translate() -> Result<Nat> {
     let protocol = SockProtocol::NetlinkNetFilter;
     let socket =
         match socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol) {
-            Err(Errno::EPROTONOSUPPORT) => return Ok(false),
+            Err(Errno::EPROTONOSUPPORT) => return Ok(Nat::default()),
             socket => socket?,
         };
     let mut request = ((HEADER + FAMILY) as u32).to_ne_bytes().to_vec();
@@ -75,7 +87,7 @@ fn chains_translate() -> Result<bool> {
     let kernel = NetlinkAddr::new(0, 0);
     sendto(socket.as_raw_fd(), &request, &kernel, MsgFlags::empty())?;
     let mut buffer = vec![0; 32 << 10];
-    let mut found = false;
+    let mut found = Nat::default();
     loop {
         let received = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?;
         let mut rest = &buffer[..received];
@@ -88,12 +100,17 @@ fn chains_translate() -> Result<bool> {
                     let code = message.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
                     match -code {
                         // It has no nftables.
-                        libc::EINVAL | libc::EOPNOTSUPP => return Ok(false),
+                        libc::EINVAL | libc::EOPNOTSUPP => return Ok(Nat::default()),
                         errno => bail!(io::Error::from_raw_os_error(errno)),
                     }
                 }
                 NFT_MSG_NEWCHAIN => {
-                    found |= is_inbound_nat(message.get(FAMILY..).unwrap_or_default());
+                    let chain = message.get(FAMILY..).unwrap_or_default();
+                    match hook_of_nat(chain) {
+                        Some(NF_INET_PRE_ROUTING) => found.inbound = true,
+                        Some(NF_INET_LOCAL_OUT) => found.outbound = true,
+                        _ => {}
+                    }
                 }
                 _ => {}
             }
@@ -103,15 +120,14 @@ fn chains_translate() -> Result<bool> {
     }
 }
 
-/// Whether a chain, given as its attributes, translates what comes in: it is hooked there, and has
-/// rules.
-fn is_inbound_nat(chain: &[u8]) -> bool {
+/// Where a chain, given as its attributes, translates: it is hooked there, and has rules.
+fn hook_of_nat(chain: &[u8]) -> Option<u32> {
     let chain = attributes(chain);
     let hook = chain.get(&NFTA_CHAIN_HOOK).map(|hook| attributes(hook)).unwrap_or_default();
     let number = |value: Option<&Vec<u8>>| Some(u32::from_be_bytes(value?.first_chunk().copied()?));
-    chain.get(&NFTA_CHAIN_TYPE).is_some_and(|name| name.starts_with(b"nat\0"))
-        && number(hook.get(&NFTA_HOOK_HOOKNUM)) == Some(NF_INET_PRE_ROUTING)
-        && number(chain.get(&NFTA_CHAIN_USE)) != Some(0)
+    let is_nat = chain.get(&NFTA_CHAIN_TYPE).is_some_and(|name| name.starts_with(b"nat\0"));
+    let has_rules = number(chain.get(&NFTA_CHAIN_USE)) != Some(0);
+    number(hook.get(&NFTA_HOOK_HOOKNUM)).filter(|_| is_nat && has_rules)
 }
 
 fn attributes(bytes: &[u8]) -> BTreeMap<u16, Vec<u8>> {

@@ -11,12 +11,17 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Node, Pod};
 use serde_json::Value;
 use thiserror::Error;
 
-use super::{Snapshot, SourcePod};
-use crate::{files, mesh::facts::pod_name, problem::Problem};
+use super::{Snapshot, SourcePod, ZONE};
+use crate::{
+    files,
+    mesh::facts::pod_name,
+    problem::{Problem, Reason},
+    service::{Catalog, facts, object},
+};
 
 /// The annotation that names a pod's network namespace, as a path. Honoured by this source only.
 pub const NETNS_ANNOTATION: &str = "sidestep.io/netns";
@@ -31,35 +36,64 @@ pub enum ManifestError {
     #[error("is not valid YAML; the pods it held before stay enrolled: {0}")]
     NoYaml(String),
     /// A document is something else.
-    #[error("document {document}: expected a v1 Pod, found {found}")]
+    #[error("document {document}: expected {expected}, found {found}")]
     NoPod {
         /// Number of the document in the file, from 1.
         document: usize,
+        /// What it may be.
+        expected: &'static str,
         /// What it is.
         found: String,
     },
-    /// A document's fields don't fit a Pod.
-    #[error("document {document}: invalid Pod: {why}")]
+    /// A document's fields don't fit its kind.
+    #[error("document {document}: invalid {kind}: {why}")]
     BadPod {
         /// Number of the document in the file, from 1.
         document: usize,
+        /// Its kind.
+        kind: &'static str,
         /// The misfit.
         why: String,
     },
 }
 
-/// The directory, and the pods that each file held when it was last read.
+/// The directory, and what each file held when it was last read.
 #[derive(Debug)]
 pub struct Manifests {
     dir: PathBuf,
+    /// Services are read as well.
+    with_services: bool,
     last: BTreeMap<PathBuf, Held>,
+    /// What is about Services may be other than when it was last told.
+    are_services_new: bool,
 }
 
-/// The pods that a file held, and how the file looked where they are all of it.
+/// What a file held, and how the file looked where that is all of it.
 #[derive(Debug, Default)]
 struct Held {
     pods: Vec<Arc<Pod>>,
+    others: Vec<Arc<Other>>,
     looked: Option<Looks>,
+}
+
+/// A document that is about Services.
+#[derive(Debug)]
+enum Other {
+    Service(object::Service),
+    Slice(object::EndpointSlice),
+    /// This node: its name, which slices use, and its zone.
+    Node(Box<Node>),
+}
+
+impl Other {
+    /// What tells it from others of its kind.
+    fn name(&self) -> (&'static str, Option<Arc<str>>) {
+        match self {
+            Self::Service(service) => ("Service", facts::name_of(&service.metadata).ok()),
+            Self::Slice(slice) => ("EndpointSlice", facts::name_of(&slice.metadata).ok()),
+            Self::Node(node) => ("Node", node.metadata.name.as_deref().map(Arc::from)),
+        }
+    }
 }
 
 /// What tells that a file has changed: device and inode, size, and the time of its last change in
@@ -81,11 +115,23 @@ fn looks(path: &Path) -> Option<Looks> {
 impl Manifests {
     /// Manifests in `dir`: files named `*.yaml`, `*.yml` or `*.json`.
     pub fn new(dir: &Path) -> Self {
-        Self { dir: dir.to_owned(), last: BTreeMap::new() }
+        Self {
+            dir: dir.to_owned(),
+            with_services: false,
+            last: BTreeMap::new(),
+            are_services_new: false,
+        }
     }
 
-    /// Reads the directory afresh, and those files of it that have changed. A pod is gone when its file is, or when its file is free of
-    /// errors and no longer has it: a slip of the pen must not take a pod out of the mesh.
+    /// Takes Services, EndpointSlices and this Node as well, where `on` says so.
+    #[must_use]
+    pub fn with_services(self, on: bool) -> Self {
+        Self { with_services: on, are_services_new: on, ..self }
+    }
+
+    /// Reads the directory afresh, and those files of it that have changed. A pod is gone when its
+    /// file is, or when its file is free of errors and no longer has it: a slip of the pen must not
+    /// take a pod out of the mesh.
     ///
     /// # Errors
     /// Where the directory itself can't be read; a bad file is in the snapshot's errors.
@@ -99,7 +145,7 @@ impl Manifests {
         let mut snapshot = Snapshot::default();
         let mut last = std::mem::take(&mut self.last);
         for path in files {
-            let (mut pods, mut errors) = (Vec::new(), Vec::new());
+            let (mut pods, mut others, mut errors) = (Vec::new(), Vec::new(), Vec::new());
             let looked = looks(&path);
             if let Some(held) = last.remove(&path) {
                 if looked.is_some() && held.looked == looked {
@@ -118,18 +164,30 @@ impl Manifests {
                 Err(error) => errors.push(error),
                 Ok(documents) => {
                     for (n, document) in documents.iter().enumerate() {
+                        if self.with_services
+                            && let Some(other) = other_of(n + 1, document)
+                        {
+                            match other {
+                                Ok(other) => others.push(Arc::new(other)),
+                                Err(error) => errors.push(error),
+                            }
+                            continue;
+                        }
                         match pod_of(n + 1, document) {
                             Ok(pod) => pods.extend(pod.map(Arc::new)),
-                            Err(error) => errors.push(error),
+                            Err(error) => errors.push(self.expecting(error)),
                         }
                     }
                 }
             }
             if !errors.is_empty() {
-                let before = last.remove(&path).unwrap_or_default().pods;
+                let before = last.remove(&path).unwrap_or_default();
                 let names: Vec<_> = pods.iter().map(|pod: &Arc<Pod>| pod_name(pod).ok()).collect();
                 let missing = |pod: &Arc<Pod>| !names.contains(&pod_name(pod).ok());
-                pods.extend(before.into_iter().filter(missing));
+                pods.extend(before.pods.into_iter().filter(missing));
+                let names: Vec<_> = others.iter().map(|one: &Arc<Other>| one.name()).collect();
+                let missing = |one: &Arc<Other>| !names.contains(&one.name());
+                others.extend(before.others.into_iter().filter(missing));
                 snapshot.incomplete = true;
             }
             let found = pods.iter().cloned();
@@ -137,9 +195,68 @@ impl Manifests {
             let told = errors.iter().map(|error| format!("{}: {error}", path.display()));
             snapshot.errors.extend(told.map(Problem::node));
             let looked = looked.filter(|_| errors.is_empty());
-            self.last.insert(path, Held { pods, looked });
+            self.are_services_new |=
+                !others.is_empty() || last.get(&path).is_some_and(|held| !held.others.is_empty());
+            last.remove(&path);
+            self.last.insert(path, Held { pods, others, looked });
         }
+        self.are_services_new |= last.values().any(|gone| !gone.others.is_empty());
         Ok(snapshot)
+    }
+
+    /// Tells the catalog of Services what the files held when they were last read, and gives what is
+    /// wrong with that.
+    pub fn feed(&mut self, catalog: &mut Catalog) -> Option<Vec<Problem>> {
+        if !std::mem::take(&mut self.are_services_new) {
+            return None;
+        }
+        let mut problems = Vec::new();
+        let mut wrong = |path: &Path, text: &str| {
+            let text = format!("{}: {text}", path.display());
+            problems.push(Problem { reason: Reason::InvalidService, pod: None, text });
+        };
+        let all = || {
+            self.last.iter().flat_map(|(path, held)| held.others.iter().map(move |one| (path, one)))
+        };
+        let mut seen: BTreeMap<(&'static str, Arc<str>), &Path> = BTreeMap::new();
+        let (mut services, mut slices, mut node) = (Vec::new(), Vec::new(), None);
+        for (path, one) in all() {
+            let (kind, name) = one.name();
+            let Some(name) = name else {
+                wrong(path, &format!("a {kind} without metadata.name"));
+                continue;
+            };
+            if let Some(first) = seen.get(&(kind, Arc::clone(&name))) {
+                wrong(path, &format!("{kind} {name} is already defined in {}", first.display()));
+                continue;
+            }
+            match &**one {
+                Other::Node(_) if node.is_some() => {
+                    wrong(path, &format!("Node {name}: there is another Node, which is this one"));
+                    continue;
+                }
+                Other::Node(found) => node = Some(found),
+                Other::Service(service) => services.push(service),
+                Other::Slice(slice) => slices.push(slice),
+            }
+            seen.insert((kind, name), path);
+        }
+        let labels = node.and_then(|node| node.metadata.labels.as_ref());
+        catalog.set_zone(labels.and_then(|labels| labels.get(ZONE)).cloned());
+        let node = node.and_then(|node| node.metadata.name.as_deref()).unwrap_or_default();
+        catalog.replace_services(services.iter().filter_map(|one| facts::service(one).ok()?));
+        catalog.replace_slices(slices.iter().filter_map(|one| facts::slice(one, node).ok()?));
+        Some(problems)
+    }
+
+    /// An error that says what else may be in the directory.
+    fn expecting(&self, error: ManifestError) -> ManifestError {
+        match error {
+            ManifestError::NoPod { document, found, .. } if self.with_services => {
+                ManifestError::NoPod { document, expected: WITH_SERVICES, found }
+            }
+            error => error,
+        }
     }
 }
 
@@ -160,6 +277,29 @@ pub fn documents(text: &str) -> Result<Vec<Value>, ManifestError> {
     })
 }
 
+/// What a directory may hold.
+const PODS: &str = "a v1 Pod";
+/// The same, where Services are read as well.
+const WITH_SERVICES: &str =
+    "a v1 Pod, a v1 Service, a discovery.k8s.io/v1 EndpointSlice or a v1 Node";
+
+/// What a document says about Services; none where it is of another kind.
+fn other_of(document: usize, value: &Value) -> Option<Result<Other, ManifestError>> {
+    let field = |name: &str| value.get(name).and_then(Value::as_str);
+    let (kind, read): (_, Result<Other, _>) = match (field("apiVersion")?, field("kind")?) {
+        ("v1", "Service") => {
+            ("Service", serde_path_to_error::deserialize(value).map(Other::Service))
+        }
+        ("discovery.k8s.io/v1", "EndpointSlice") => {
+            ("EndpointSlice", serde_path_to_error::deserialize(value).map(Other::Slice))
+        }
+        ("v1", "Node") => ("Node", serde_path_to_error::deserialize(value).map(Other::Node)),
+        _ => return None,
+    };
+    let bad = |why: String| ManifestError::BadPod { document, kind, why };
+    Some(read.map_err(|error| bad(error.to_string())))
+}
+
 /// The pod of a document; none where the document is empty.
 ///
 /// # Errors
@@ -172,16 +312,19 @@ pub fn pod_of(document: usize, value: &Value) -> Result<Option<Pod>, ManifestErr
     match (field("apiVersion"), field("kind")) {
         (Some("v1"), Some("Pod")) => {}
         (Some(version), Some(kind)) => {
-            return Err(ManifestError::NoPod { document, found: format!("{version} {kind}") });
+            let found = format!("{version} {kind}");
+            return Err(ManifestError::NoPod { document, expected: PODS, found });
         }
         _ => {
             let found = "an object without apiVersion and kind".into();
-            return Err(ManifestError::NoPod { document, found });
+            return Err(ManifestError::NoPod { document, expected: PODS, found });
         }
     }
-    serde_path_to_error::deserialize(value)
-        .map(Some)
-        .map_err(|error| ManifestError::BadPod { document, why: error.to_string() })
+    serde_path_to_error::deserialize(value).map(Some).map_err(|error| ManifestError::BadPod {
+        document,
+        kind: "Pod",
+        why: error.to_string(),
+    })
 }
 
 #[cfg(test)]

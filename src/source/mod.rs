@@ -43,6 +43,9 @@ impl SourcePod {
     }
 }
 
+/// The label of a Node that names its zone.
+pub const ZONE: &str = "topology.kubernetes.io/zone";
+
 /// What a source knows at one moment.
 #[derive(Debug, Default)]
 pub struct Snapshot {

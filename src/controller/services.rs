@@ -1,0 +1,209 @@
+//! Services into the kernel, and whose calls to them are translated.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
+
+use anyhow::Result;
+use tracing::debug;
+
+use super::{Look, Reconciler, Source, is_done};
+use crate::{
+    mesh::facts,
+    node::{self, Nat, Netns, NetnsCookie},
+    problem::{Problem, Reason},
+    service::{Catalog, Options},
+    source::{Snapshot, SourcePod, manifests::NETNS_ANNOTATION},
+};
+
+/// What is known of Services, and what is wrong with them.
+pub(super) struct Services {
+    catalog: Catalog,
+    /// What the source says that is wrong.
+    source: BTreeSet<Problem>,
+    /// Lists that the maps have no room for.
+    full: BTreeSet<Problem>,
+    /// The maps hold what the catalog says.
+    is_applied: bool,
+    /// Namespaces whose calls are translated, and whether the map has them.
+    namespaces: BTreeSet<NetnsCookie>,
+    are_namespaces_written: bool,
+    /// Pods of no mesh, by uid and name: their namespaces, and whether rules of theirs translate
+    /// what they send.
+    plain: BTreeMap<(String, String), (NetnsCookie, bool)>,
+    /// What was wrong at the last sync: said once.
+    problems: BTreeSet<Problem>,
+}
+
+impl Services {
+    fn new(options: Options) -> Self {
+        Self {
+            catalog: Catalog::new(options),
+            source: BTreeSet::new(),
+            full: BTreeSet::new(),
+            is_applied: false,
+            namespaces: BTreeSet::new(),
+            are_namespaces_written: false,
+            plain: BTreeMap::new(),
+            problems: BTreeSet::new(),
+        }
+    }
+}
+
+impl Reconciler {
+    /// Translates Services as well.
+    #[must_use]
+    pub fn with_services(self, options: Option<Options>) -> Self {
+        Self { services: options.map(Services::new), ..self }
+    }
+
+    /// What is wrong with Services.
+    pub(super) fn service_problems(&self) -> impl Iterator<Item = &Problem> {
+        self.services.iter().flat_map(|services| &services.problems)
+    }
+
+    /// Brings the kernel in step with what the source says of Services, where it has spoken of all of
+    /// them. The mesh's pods do not wait for that, nor it for them.
+    pub(super) fn sync_services(&mut self, look: Look) {
+        let Some(mut services) = self.services.take() else { return };
+        let before = std::mem::take(&mut services.problems);
+        if let Err(error) = self.try_sync_services(look, &mut services) {
+            services.problems.insert(Problem::node(format!("Services: {error:#}")));
+        }
+        services.problems.extend(services.source.iter().chain(&services.full).cloned());
+        services.problems.extend(services.catalog.problems());
+        self.say(&before, &services.problems);
+        let is_new = before != services.problems;
+        self.services = Some(services);
+        if is_new {
+            self.report();
+        }
+    }
+
+    fn try_sync_services(&mut self, look: Look, services: &mut Services) -> Result<()> {
+        if !services.are_namespaces_written && !services.namespaces.is_empty() {
+            self.dataplane.translate_for(&services.namespaces)?;
+            services.are_namespaces_written = true;
+        }
+        match &mut self.source {
+            Source::Manifests(manifests) => {
+                if let Some(problems) = manifests.feed(&mut services.catalog) {
+                    services.source = problems.into_iter().collect();
+                }
+            }
+            // Not from the API server yet.
+            Source::Kubernetes(..) => return Ok(()),
+        }
+        if look == Look::Everything || !services.is_applied {
+            services.catalog.set_node_addresses(node::own_addresses()?);
+        }
+        let changes = services.catalog.changes();
+        let again = look == Look::Everything && !services.full.is_empty();
+        if changes.is_empty() && services.is_applied && !again {
+            return Ok(());
+        }
+        let lists = changes.len();
+        let applied = self.dataplane.apply_services(changes)?;
+        services.is_applied = true;
+        debug!(lists, applied.changed, "maps of Services");
+        let full = applied.failed.into_iter().map(|(list, error)| {
+            let text = format!("Service {list} is left to kube-proxy until there is room: {error}");
+            Problem { reason: Reason::InvalidService, pod: None, text }
+        });
+        services.full = full.collect();
+        Ok(())
+    }
+
+    /// Whose calls are translated: the node's own, enrolled pods', and those of pods that no mesh has
+    /// to do with. Not those of pods that say no, and of those whose own rules translate what they
+    /// send: somebody else's proxy has to see there what was dialled.
+    pub(super) fn choose_namespaces(
+        &mut self,
+        look: Look,
+        snapshot: &Snapshot,
+        mesh: &BTreeMap<NetnsCookie, bool>,
+        problems: &mut BTreeSet<Problem>,
+    ) {
+        let pods: Vec<&SourcePod> = self.plain_pods(snapshot).collect();
+        let Some(mut services) = self.services.take() else { return };
+        let enrolled = self.pods.keys().filter(|cookie| mesh.get(cookie).is_none_or(|on| *on));
+        let mut chosen: BTreeSet<NetnsCookie> = self.host.iter().chain(enrolled).copied().collect();
+        let mut plain = BTreeMap::new();
+        for found in pods {
+            if !translates(found, problems) {
+                continue;
+            }
+            let key = (found.uid().to_owned(), found.name());
+            let known = services.plain.get(&key).copied();
+            let seen = match known.filter(|_| look != Look::Everything) {
+                Some(known) => Ok(Some(known)),
+                None => self.visit_plain(found),
+            };
+            match seen {
+                Ok(Some((cookie, has_own_nat))) => {
+                    if !has_own_nat && !self.host.contains(&cookie) {
+                        chosen.insert(cookie);
+                    }
+                    plain.insert(key, (cookie, has_own_nat));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    let text = format!("its calls to Services are left to kube-proxy: {error:#}");
+                    problems.insert(found.problem(Reason::NetworkNamespace, &text));
+                }
+            }
+        }
+        services.plain = plain;
+        if services.namespaces != chosen {
+            services.namespaces = chosen;
+            services.are_namespaces_written = false;
+        }
+        self.services = Some(services);
+    }
+
+    /// The pods that no mesh has to do with and whose calls may be translated.
+    pub(super) fn plain_pods<'a>(
+        &self,
+        snapshot: &'a Snapshot,
+    ) -> impl Iterator<Item = &'a SourcePod> + use<'a> {
+        let on = self.services.is_some();
+        snapshot.pods.iter().filter(move |found| {
+            let spec = found.pod.spec.as_ref();
+            let is_nodes = spec.is_some_and(|spec| spec.host_network == Some(true));
+            on && !is_nodes && !is_done(&found.pod) && facts::is_no_meshs(&found.pod)
+        })
+    }
+
+    /// The namespace of a pod of no mesh, and whether rules of its own translate what it sends. None:
+    /// it is not known yet.
+    fn visit_plain(&self, found: &SourcePod) -> Result<Option<(NetnsCookie, bool)>> {
+        let (path, cookie) = match &self.source {
+            Source::Manifests(_) => {
+                let annotations = found.pod.metadata.annotations.as_ref();
+                let path = annotations.and_then(|all| all.get(NETNS_ANNOTATION)).map(PathBuf::from);
+                (path, None)
+            }
+            Source::Kubernetes(_, places) => {
+                let place = places.get(found.uid());
+                (place.map(|place| place.path.clone()), place.map(|place| place.cookie))
+            }
+        };
+        let Some(path) = path else { return Ok(None) };
+        let netns = Netns::open(&path)?;
+        let (at, nat) = netns.inside(|| -> Result<(NetnsCookie, Nat)> {
+            Ok((NetnsCookie::current()?, node::nat()?))
+        })??;
+        Ok((cookie.is_none_or(|cookie| cookie == at)).then_some((at, nat.outbound)))
+    }
+}
+
+/// Whether a pod's calls to Services may be translated, as it says itself.
+pub(super) fn translates(found: &SourcePod, problems: &mut BTreeSet<Problem>) -> bool {
+    facts::translates_services(&found.pod).unwrap_or_else(|error| {
+        let text =
+            format!("its calls to Services are left to kube-proxy until this is fixed: {error}");
+        problems.insert(found.problem(Reason::InvalidPolicy, &text));
+        false
+    })
+}

@@ -1,0 +1,483 @@
+//! Services in the kernel: lists of endpoints, and which address leads to which.
+//!
+//! One endpoint's change writes the same few entries, however many Services and endpoints there are.
+//! bpf/service/lookup.h says in which order things are written, and why.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use anyhow::{Context, Result};
+use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle, ProgramInput};
+
+use super::{
+    abi::{self, Wire},
+    pins::Pins,
+    skel::sidestep::SidestepMaps,
+    state::Dataplane,
+    table,
+};
+use crate::{
+    node::NetnsCookie,
+    service::{Family, Frontend, List, ListKey, Protocol},
+};
+
+/// The names of the counters of Services, in the order of `enum service_counter`.
+pub(super) const COUNTERS: [&str; 11] = [
+    "service_tcp4",
+    "service_tcp6",
+    "service_udp4",
+    "service_udp6",
+    "service_missed",
+    "service_refused",
+    "service_passed",
+    "service_no_state",
+    "service_torn",
+    "service_affinity",
+    "service_forgotten",
+];
+
+/// A port of a Service in one family: what its lists share.
+type PortKey = (Arc<str>, Arc<str>, Protocol, Family);
+
+/// A list as the kernel has it.
+#[derive(Debug, Default)]
+struct Held {
+    number: u32,
+    frontends: BTreeSet<Frontend>,
+    /// By slot.
+    backends: Vec<SocketAddr>,
+    /// Its row, once there is one: how many endpoints, the key of affinity, its seconds.
+    row: Option<(u32, u32, u32)>,
+}
+
+/// What the kernel has of Services.
+#[derive(Debug, Default)]
+pub(super) struct Services {
+    lists: HashMap<ListKey, Held>,
+    /// Which list an address leads to.
+    leads: HashMap<Frontend, u32>,
+    /// By the port: what its clients' affinity goes by. Another one where it was off in between.
+    affinities: HashMap<PortKey, u32>,
+    /// What could not be written, for want of room.
+    failed: BTreeMap<ListKey, List>,
+    /// Numbers are never used again: somebody may be reading.
+    last_number: u32,
+    /// The kernel's maps hold nothing but what is in `lists`.
+    is_pruned: bool,
+}
+
+/// What became of a change.
+#[derive(Debug, Default)]
+pub struct ServicesApplied {
+    /// Entries that were written or deleted.
+    pub changed: usize,
+    /// Lists that the maps have no room for, and the kernel's word: their addresses are kube-proxy's.
+    pub failed: BTreeMap<ListKey, String>,
+}
+
+impl Services {
+    /// What an earlier agent left: a list is known by the addresses that lead to it.
+    fn adopt(maps: &SidestepMaps<'_>, goal: &BTreeMap<ListKey, Option<List>>) -> Result<Self> {
+        let mut found = Self::default();
+        for (frontend, number) in table::read_as::<abi::frontend, u32>(&maps.services)? {
+            found.last_number = found.last_number.max(number);
+            if let Some(frontend) = frontend_from(&frontend) {
+                found.leads.insert(frontend, number);
+            }
+        }
+        let mut backends: HashMap<u32, BTreeMap<u32, SocketAddr>> = HashMap::new();
+        for (key, backend) in table::read_as::<abi::backend_key, abi::backend>(&maps.backends)? {
+            found.last_number = found.last_number.max(key.list);
+            backends.entry(key.list).or_default().insert(key.slot, backend.into());
+        }
+        let mut rows = HashMap::new();
+        for (number, row) in table::read_as::<u32, abi::service_list>(&maps.service_lists)? {
+            found.last_number = found.last_number.max(number).max(row.affinity);
+            rows.insert(number, (row.count, row.affinity, row.timeout));
+        }
+        let mut taken = BTreeSet::new();
+        for (key, list) in goal {
+            let Some(list) = list else { continue };
+            let mut numbers = list.frontends.iter().filter_map(|one| found.leads.get(one));
+            let Some(&number) = numbers.find(|number| !taken.contains(*number)) else { continue };
+            let Some(&row) = rows.get(&number) else { continue };
+            let slots = backends.remove(&number).unwrap_or_default();
+            // An agent that was stopped half-way left something else than a whole list.
+            if slots.keys().copied().ne(0..row.0) {
+                continue;
+            }
+            taken.insert(number);
+            if row.1 != 0 {
+                found.affinities.insert(port_of(key), row.1);
+            }
+            let leads = found.leads.iter().filter(|(_, led)| **led == number);
+            let frontends = leads.map(|(frontend, _)| *frontend).collect();
+            let backends = slots.into_values().collect();
+            found.lists.insert(key.clone(), Held { number, frontends, backends, row: Some(row) });
+        }
+        Ok(found)
+    }
+
+    fn next(&mut self) -> u32 {
+        self.last_number += 1;
+        self.last_number
+    }
+
+    /// The key of the affinity of a list's port; 0: it has none.
+    fn affinity_of(&mut self, key: &ListKey, list: &List) -> u32 {
+        let port = port_of(key);
+        if list.affinity.is_none() {
+            self.affinities.remove(&port);
+            return 0;
+        }
+        if let Some(known) = self.affinities.get(&port) {
+            return *known;
+        }
+        let number = self.next();
+        self.affinities.insert(port, number);
+        number
+    }
+}
+
+/// Writes to maps, and counts.
+struct Writer<'a, 'map> {
+    maps: &'a SidestepMaps<'map>,
+    changed: usize,
+}
+
+impl Writer<'_, '_> {
+    fn put<K: Wire, V: Wire>(&mut self, map: &impl MapCore, key: &K, value: &V) -> Result<()> {
+        let done = map.update(abi::as_bytes(key), abi::as_bytes(value), MapFlags::ANY);
+        self.changed += 1;
+        done.with_context(|| {
+            format!("cannot write to map {:?} ({} entries at most)", map.name(), map.max_entries())
+        })
+    }
+
+    fn drop<K: Wire>(&mut self, map: &impl MapCore, key: &K) -> Result<()> {
+        match map.delete(abi::as_bytes(key)) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            done => {
+                self.changed += 1;
+                done.with_context(|| format!("cannot delete from map {:?}", map.name()))
+            }
+        }
+    }
+
+    /// An endpoint into a slot.
+    fn place(&mut self, list: u32, slot: usize, backend: SocketAddr) -> Result<()> {
+        let slot = u32::try_from(slot).context("too many endpoints")?;
+        let backend = abi::backend::from(backend);
+        self.put(&self.maps.backends, &abi::backend_key { list, slot }, &backend)?;
+        self.put(&self.maps.service_members, &abi::member { list, backend }, &slot)
+    }
+
+    fn row(&mut self, held: &mut Held, affinity: u32, timeout: u32) -> Result<()> {
+        let count = u32::try_from(held.backends.len()).context("too many endpoints")?;
+        let row = (count, affinity, timeout);
+        if held.row != Some(row) {
+            let value = abi::service_list { count, affinity, timeout };
+            self.put(&self.maps.service_lists, &held.number, &value)?;
+            held.row = Some(row);
+        }
+        Ok(())
+    }
+
+    /// Makes a list hold these endpoints: new ones take the slots of those that go, the last slots
+    /// fill what is left.
+    fn fill(&mut self, held: &mut Held, list: &List, affinity: u32) -> Result<()> {
+        let timeout = list.affinity.unwrap_or_default();
+        let had: BTreeSet<SocketAddr> = held.backends.iter().copied().collect();
+        let mut added = list.backends.iter().copied().filter(|new| !had.contains(new));
+        let mut gone: Vec<usize> = Vec::new();
+        for (slot, backend) in held.backends.iter().enumerate() {
+            if list.backends.binary_search(backend).is_err() {
+                gone.push(slot);
+            }
+        }
+        let number = held.number;
+        // From the end, so that what fills a slot is none of those that go.
+        while let Some(slot) = gone.pop() {
+            let former = held.backends[slot];
+            let member = abi::member { list: number, backend: former.into() };
+            self.drop(&self.maps.service_members, &member)?;
+            if let Some(new) = added.next() {
+                self.place(number, slot, new)?;
+                held.backends[slot] = new;
+                continue;
+            }
+            let last = held.backends.len() - 1;
+            if slot != last {
+                self.place(number, slot, held.backends[last])?;
+            }
+            held.backends.swap_remove(slot);
+            self.row(held, affinity, timeout)?;
+            let key = abi::backend_key { list: number, slot: u32::try_from(last)? };
+            self.drop(&self.maps.backends, &key)?;
+        }
+        for new in added {
+            self.place(number, held.backends.len(), new)?;
+            held.backends.push(new);
+        }
+        self.row(held, affinity, timeout)
+    }
+
+    /// Makes addresses lead to a list.
+    fn lead(&mut self, services: &mut Services, key: &ListKey, list: &List) -> Result<()> {
+        let Some(held) = services.lists.get_mut(key) else { return Ok(()) };
+        for frontend in &list.frontends {
+            if services.leads.get(frontend) != Some(&held.number) {
+                let maps = self.maps;
+                self.put(&maps.services, &abi::frontend::from(*frontend), &held.number)?;
+                services.leads.insert(*frontend, held.number);
+            }
+            held.frontends.insert(*frontend);
+        }
+        Ok(())
+    }
+
+    /// Takes away the addresses that lead to a list and should not.
+    fn unlead(
+        &mut self,
+        services: &mut Services,
+        key: &ListKey,
+        stay: impl Fn(&Frontend) -> bool,
+    ) -> Result<()> {
+        let Some(held) = services.lists.get_mut(key) else { return Ok(()) };
+        let gone: Vec<Frontend> = held.frontends.iter().copied().filter(|one| !stay(one)).collect();
+        for frontend in gone {
+            // Another list may have it by now.
+            if services.leads.get(&frontend) == Some(&held.number) {
+                let maps = self.maps;
+                self.drop(&maps.services, &abi::frontend::from(frontend))?;
+                services.leads.remove(&frontend);
+            }
+            held.frontends.remove(&frontend);
+        }
+        Ok(())
+    }
+
+    /// Takes a list away to which nothing leads.
+    fn empty(&mut self, held: &Held) -> Result<()> {
+        let list = held.number;
+        let maps = self.maps;
+        self.drop(&maps.service_lists, &list)?;
+        for (slot, backend) in held.backends.iter().enumerate() {
+            let member = abi::member { list, backend: (*backend).into() };
+            self.drop(&maps.service_members, &member)?;
+            self.drop(&maps.backends, &abi::backend_key { list, slot: u32::try_from(slot)? })?;
+        }
+        Ok(())
+    }
+
+    /// Takes away what belongs to no list that is known.
+    fn prune(&mut self, services: &mut Services) -> Result<()> {
+        let maps = self.maps;
+        let known: BTreeSet<u32> = services.lists.values().map(|held| held.number).collect();
+        for (frontend, number) in table::read_as::<abi::frontend, u32>(&maps.services)? {
+            if !known.contains(&number) {
+                self.drop(&maps.services, &frontend)?;
+            }
+        }
+        services.leads.retain(|_, number| known.contains(number));
+        for (number, _) in table::read_as::<u32, abi::service_list>(&maps.service_lists)? {
+            if !known.contains(&number) {
+                self.drop(&maps.service_lists, &number)?;
+            }
+        }
+        for (member, _) in table::read_as::<abi::member, u32>(&maps.service_members)? {
+            if !known.contains(&member.list) {
+                self.drop(&maps.service_members, &member)?;
+            }
+        }
+        for (key, _) in table::read_as::<abi::backend_key, abi::backend>(&maps.backends)? {
+            if !known.contains(&key.list) {
+                self.drop(&maps.backends, &key)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Dataplane {
+    /// Tells the programs which process is the agent: its own calls are not translated.
+    pub(super) fn note_agent(&self) -> Result<()> {
+        let done = self.skel.progs.note_agent.test_run(ProgramInput::default());
+        let done = done.context("cannot run program note_agent")?;
+        anyhow::ensure!(done.return_value == 0, "program note_agent gave {}", done.return_value);
+        Ok(())
+    }
+
+    /// Makes the maps hold the lists that have changed; the first time these are all there are, and
+    /// what an earlier agent left and is not among them goes.
+    ///
+    /// Additions come before what leads to them, removals after. A list for which there is no room is
+    /// taken away as a whole, and tried again next time.
+    ///
+    /// # Errors
+    /// Where a map can't be read, or an entry can't be deleted.
+    pub fn apply_services(
+        &mut self,
+        mut changes: BTreeMap<ListKey, Option<List>>,
+    ) -> Result<ServicesApplied> {
+        let mut services = match self.services.take() {
+            Some(services) => services,
+            None => Services::adopt(&self.skel.maps, &changes)?,
+        };
+        for (key, list) in std::mem::take(&mut services.failed) {
+            changes.entry(key).or_insert(Some(list));
+        }
+        let mut writer = Writer { maps: &self.skel.maps, changed: 0 };
+        let mut applied = ServicesApplied::default();
+        // Room first: what goes for good, where nothing else takes its addresses.
+        let claimed: BTreeSet<Frontend> =
+            changes.values().flatten().flat_map(|list| list.frontends.iter().copied()).collect();
+        for (key, _) in changes.iter().filter(|(_, list)| list.is_none()) {
+            writer.unlead(&mut services, key, |one| claimed.contains(one))?;
+            let is_unled = services.lists.get(key).is_some_and(|held| held.frontends.is_empty());
+            if is_unled && let Some(held) = services.lists.remove(key) {
+                writer.empty(&held)?;
+            }
+            if changes.keys().all(|other| port_of(other) != port_of(key)) {
+                services.affinities.remove(&port_of(key));
+            }
+        }
+        for (key, list) in &changes {
+            let Some(list) = list else { continue };
+            let affinity = services.affinity_of(key, list);
+            let mut held = match services.lists.remove(key) {
+                Some(held) => held,
+                None => Held { number: services.next(), ..Held::default() },
+            };
+            let filled = writer.fill(&mut held, list, affinity);
+            services.lists.insert(key.clone(), held);
+            let done = filled.and_then(|()| writer.lead(&mut services, key, list));
+            if let Err(error) = done {
+                writer.unlead(&mut services, key, |_| false)?;
+                services.lists.remove(key);
+                // Its slots are not what `held` says, where the write failed: by number.
+                services.is_pruned = false;
+                services.failed.insert(key.clone(), list.clone());
+                applied.failed.insert(key.clone(), format!("{error:#}"));
+            }
+        }
+        for (key, list) in &changes {
+            match list {
+                Some(list) => {
+                    let stays = |one: &Frontend| list.frontends.binary_search(one).is_ok();
+                    writer.unlead(&mut services, key, stays)?;
+                }
+                None => {
+                    writer.unlead(&mut services, key, |_| false)?;
+                    if let Some(held) = services.lists.remove(key) {
+                        writer.empty(&held)?;
+                    }
+                }
+            }
+        }
+        if !services.is_pruned {
+            writer.prune(&mut services)?;
+            services.is_pruned = true;
+        }
+        applied.changed = writer.changed;
+        self.services = Some(services);
+        Ok(applied)
+    }
+
+    /// Makes these the namespaces whose calls are translated.
+    ///
+    /// # Errors
+    /// Where the map can't be written.
+    pub fn translate_for(&mut self, namespaces: &BTreeSet<NetnsCookie>) -> Result<()> {
+        let map = &self.skel.maps.service_netns;
+        let mut holds = table::read(map)?;
+        let goal = namespaces.iter().map(|cookie| table::entry(cookie, &1u8)).collect();
+        let diff = table::diff(&holds, goal);
+        let mut table = table::Table { map, holds: &mut holds };
+        // Who is not to be translated any more comes first.
+        table.delete(&diff)?;
+        table.upsert(&diff)
+    }
+}
+
+fn port_of(key: &ListKey) -> PortKey {
+    (key.service.clone(), key.port.clone(), key.protocol, key.family)
+}
+
+const TCP: u8 = libc::IPPROTO_TCP as u8;
+const UDP: u8 = libc::IPPROTO_UDP as u8;
+
+impl From<Frontend> for abi::frontend {
+    fn from(frontend: Frontend) -> Self {
+        let protocol = match frontend.protocol {
+            Protocol::Tcp => TCP,
+            Protocol::Udp => UDP,
+        };
+        Self { addr: frontend.ip.into(), port: frontend.port, protocol, pad: 0 }
+    }
+}
+
+/// None: another build's.
+fn frontend_from(frontend: &abi::frontend) -> Option<Frontend> {
+    let protocol = match frontend.protocol {
+        TCP => Protocol::Tcp,
+        UDP => Protocol::Udp,
+        _ => return None,
+    };
+    Some(Frontend { ip: frontend.addr.into(), port: frontend.port, protocol })
+}
+
+impl From<SocketAddr> for abi::backend {
+    fn from(at: SocketAddr) -> Self {
+        Self { addr: at.ip().into(), port: at.port(), pad: 0 }
+    }
+}
+
+impl From<abi::backend> for SocketAddr {
+    fn from(backend: abi::backend) -> Self {
+        Self::new(IpAddr::from(backend.addr), backend.port)
+    }
+}
+
+/// What the kernel holds: what can be dialled, and where that leads.
+///
+/// # Errors
+/// Where a pinned map can't be read.
+pub fn services(pins: &Pins) -> Result<BTreeMap<Frontend, BTreeSet<SocketAddr>>> {
+    let open = |name: &str| -> Result<MapHandle> {
+        let path: PathBuf = pins.map(name);
+        MapHandle::from_pinned_path(&path)
+            .with_context(|| format!("cannot open map {}", path.display()))
+    };
+    let mut lists: HashMap<u32, BTreeSet<SocketAddr>> = HashMap::new();
+    for (key, backend) in table::read_as::<abi::backend_key, abi::backend>(&open("backends")?)? {
+        lists.entry(key.list).or_default().insert(backend.into());
+    }
+    let services = table::read_as::<abi::frontend, u32>(&open("services")?)?;
+    let found = services.into_iter().filter_map(|(frontend, number)| {
+        Some((frontend_from(&frontend)?, lists.get(&number).cloned().unwrap_or_default()))
+    });
+    Ok(found.collect())
+}
+
+/// The counters of Services, by name, summed over the processors.
+///
+/// # Errors
+/// Where the pinned map can't be read.
+pub fn service_counters(pins: &Pins) -> Result<BTreeMap<&'static str, u64>> {
+    let path = pins.map("service_counters");
+    let map = MapHandle::from_pinned_path(&path)
+        .with_context(|| format!("cannot open map {}", path.display()))?;
+    let mut all = BTreeMap::new();
+    for (index, name) in (0u32..).zip(COUNTERS) {
+        let values = map.lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)?;
+        let values = values.with_context(|| format!("no counter {name}"))?;
+        let sum = values.iter().map(|value| abi::from_bytes::<u64>(value)).sum::<Result<u64>>()?;
+        all.insert(name, sum);
+    }
+    Ok(all)
+}

@@ -1,0 +1,632 @@
+//! Services at the socket layer, through real sockets: what a process that dials a Service's address
+//! gets, and what it is told. The rows are those of docs/services.md.
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    io::{self, ErrorKind},
+    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    time::Duration,
+};
+
+use common::*;
+use serde_json::{Value, json};
+use sidestep_lab::{Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, wait_for};
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// Addresses of Services: nobody has them.
+const VIP4: &str = "10.96.1.1";
+const VIP6: &str = "fd96::1:1";
+const OTHER4: &str = "10.96.1.2";
+/// What is dialled, and where it leads.
+const PORT: u16 = 80;
+const TARGET: u16 = 8080;
+/// This node, as slices name it.
+const NODE: &str = "lab";
+
+/// A node with a client and two backends, none of them in a mesh.
+struct Cluster {
+    agent: Agent,
+    client: Pod,
+    backends: [Pod; 2],
+    lab: Lab,
+}
+
+/// A pod of no mesh.
+fn plain(pod: &Pod) -> Value {
+    let mut manifest = pod.manifest();
+    manifest["metadata"]["annotations"] = json!({"sidestep.io/netns": pod.netns()});
+    manifest["metadata"]["labels"] = json!({});
+    manifest["spec"]["containers"] = json!([{"name": "app", "image": "app"}]);
+    manifest
+}
+
+fn service(name: &str, vips: &[&str]) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": name, "namespace": "shop", "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {
+            "type": "ClusterIP", "clusterIP": vips[0], "clusterIPs": vips,
+            "ports": [
+                {"name": "http", "protocol": "TCP", "port": PORT},
+                {"name": "udp", "protocol": "UDP", "port": PORT},
+            ],
+        },
+    })
+}
+
+/// A slice with one endpoint for each address; `conditions` is of all.
+fn slice(name: &str, of: &str, ips: &[IpAddr], conditions: &Value) -> Value {
+    let kind = if ips.iter().any(IpAddr::is_ipv6) { "IPv6" } else { "IPv4" };
+    let endpoints: Vec<Value> = ips
+        .iter()
+        .map(|ip| json!({"addresses": [ip], "conditions": conditions, "nodeName": NODE}))
+        .collect();
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": name, "namespace": "shop", "labels": {"kubernetes.io/service-name": of},
+        },
+        "addressType": kind,
+        "ports": [
+            {"name": "http", "protocol": "TCP", "port": TARGET},
+            {"name": "udp", "protocol": "UDP", "port": TARGET},
+        ],
+        "endpoints": endpoints,
+    })
+}
+
+fn ready() -> Value {
+    json!({"ready": true})
+}
+
+impl Cluster {
+    /// With a Service of both families whose endpoints are the two backends.
+    fn new(tag: &str) -> Self {
+        Self::with(tag, plain)
+    }
+
+    fn with(tag: &str, client_manifest: impl FnOnce(&Pod) -> Value) -> Self {
+        let lab = Lab::new(tag).expect("a lab");
+        let client = lab.pod("client", PodNet::DUAL).expect("a client");
+        let backends = ["b1", "b2"].map(|name| lab.pod(name, PodNet::DUAL).expect("a backend"));
+        let flags = ["--services", "--splice", "off"];
+        // In the node's network namespace, as on a real one.
+        let agent = lab.on_node(|| Agent::start_flags(binary(), &lab, &flags)).expect("runs");
+        let agent = agent.expect("the agent");
+        agent.add_manifest("client", &client_manifest(&client)).expect("manifest");
+        let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}});
+        agent.add_manifest("node", &node).expect("manifest");
+        let cluster = Self { agent, client, backends, lab };
+        cluster.serve_both();
+        cluster
+    }
+
+    fn set(&self, file: &str, object: &Value) {
+        self.agent.add_manifest(file, object).expect("manifest");
+    }
+
+    fn remove(&self, file: &str) {
+        std::fs::remove_file(self.agent.pods_dir().join(format!("{file}.yaml"))).expect("removed");
+    }
+
+    /// The Service `web` leads to both backends.
+    fn serve_both(&self) {
+        self.set("web", &service("web", &[VIP4, VIP6]));
+        self.endpoints(&self.backends.each_ref(), &ready());
+        self.wait_backends(VIP4, 2);
+        self.wait_backends(VIP6, 2);
+    }
+
+    fn endpoints(&self, pods: &[&Pod], conditions: &Value) {
+        let v4: Vec<IpAddr> = pods.iter().map(|pod| pod.ipv4()).collect();
+        let v6: Vec<IpAddr> = pods.iter().map(|pod| pod.ipv6()).collect();
+        self.set("web-4", &slice("web-4", "web", &v4, conditions));
+        let mut v6 = slice("web-6", "web", &v6, conditions);
+        v6["addressType"] = "IPv6".into();
+        self.set("web-6", &v6);
+    }
+
+    /// Waits until the kernel has so many backends behind an address, for both protocols.
+    #[track_caller]
+    fn wait_backends(&self, vip: &str, count: usize) {
+        let behind = |protocol: &str| {
+            let found = self.status().into_iter().find(|service| {
+                let at = SocketAddr::new(ip(vip), PORT);
+                service["address"] == at.to_string() && service["protocol"] == protocol
+            })?;
+            Some(found["backends"].as_array().expect("backends").len())
+        };
+        let has = || (behind("TCP") == Some(count) && behind("UDP") == Some(count)).then_some(());
+        wait_for(&format!("{count} backends of {vip}"), SOON, has).unwrap_or_else(|error| {
+            panic!("{error:#}: {:?}; {}", self.status(), self.agent.log_tail())
+        });
+    }
+
+    /// What the kernel has of Services.
+    fn status(&self) -> Vec<Value> {
+        let text = self.agent.command(&["status", "--services", "-o", "json"]).expect("status");
+        let status: Value = serde_json::from_str(&text).expect("JSON");
+        status["services"].as_array().expect("services").clone()
+    }
+
+    fn counter(&self, name: &str) -> u64 {
+        let status = self.agent.status().expect("status");
+        status["service_counters"][name].as_u64().unwrap_or_else(|| panic!("no {name}: {status}"))
+    }
+
+    /// Greets over TCP on the backends' port, for both families.
+    fn tcp_on(pod: &Pod) -> Server {
+        let listen = [addr(ip("::"), TARGET)];
+        Server::start(pod, ServeOpts { v6_only: false, ..ServeOpts::on(listen) }).expect("a server")
+    }
+
+    /// Which backend has this address.
+    fn number(&self, at: IpAddr) -> Option<usize> {
+        self.backends.iter().position(|pod| pod.ips().contains(&at.to_canonical()))
+    }
+
+    fn dial(&self, target: SocketAddr) -> Result<Answer, String> {
+        self.client.ask(APP, APP, target).map_err(|error| format!("{error:#}"))
+    }
+}
+
+/// A Service's address in its three kinds.
+fn vips() -> [SocketAddr; 3] {
+    let v4 = addr(ip(VIP4), PORT);
+    [v4, addr(ip(VIP6), PORT), mapped(v4)]
+}
+
+/// A UDP server that answers each datagram with a word.
+struct Echo {
+    socket: UdpSocket,
+}
+
+impl Echo {
+    fn start(pod: &Pod, word: &'static str) -> Self {
+        let socket = pod.run(0, 0, || UdpSocket::bind(addr(ip("::"), TARGET))).expect("runs");
+        let socket = socket.expect("bound");
+        let theirs = socket.try_clone().expect("a copy");
+        theirs.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout");
+        std::thread::spawn(move || {
+            let mut buffer = [0; 64];
+            loop {
+                match theirs.recv_from(&mut buffer) {
+                    Ok((0, _)) => return,
+                    Ok((_, from)) => drop(theirs.send_to(word.as_bytes(), from)),
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                    Err(_) => return,
+                }
+            }
+        });
+        Self { socket }
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        // An empty datagram ends it.
+        let _ = self.socket.send_to(&[], addr(ip("::1"), TARGET));
+    }
+}
+
+fn udp_socket(target: SocketAddr) -> UdpSocket {
+    let domain = Domain::for_address(target);
+    let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)).expect("a socket");
+    if target.is_ipv6() {
+        socket.set_only_v6(false).expect("both families");
+    }
+    let unspecified = if target.is_ipv4() { "0.0.0.0" } else { "::" };
+    socket.bind(&addr(ip(unspecified), 0).into()).expect("bound");
+    socket.set_read_timeout(Some(patience())).expect("a timeout");
+    socket.into()
+}
+
+fn answer(socket: &UdpSocket) -> io::Result<(String, SocketAddr)> {
+    let mut buffer = [0; 64];
+    let (len, from) = socket.recv_from(&mut buffer)?;
+    Ok((String::from_utf8_lossy(&buffer[..len]).into_owned(), from))
+}
+
+#[test]
+fn r2_r3_r4_tcp_lands_on_a_backend_and_getpeername_says_the_service() {
+    let cluster = Cluster::new("s2");
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    for target in vips() {
+        let mut met = BTreeSet::new();
+        for _ in 0..40 {
+            let answer = cluster.dial(target).expect("a backend answers");
+            assert_eq!(answer.peer, target, "getpeername");
+            let at = answer.seen.local;
+            assert_eq!(at.port(), TARGET);
+            met.extend(cluster.number(at.ip()));
+            let own = [cluster.client.ipv4(), cluster.client.ipv6()];
+            assert!(own.contains(&answer.seen.peer.ip().to_canonical()), "no NAT: {answer:?}");
+        }
+        assert_eq!(met, [0, 1].into(), "{target}: both backends have a share");
+    }
+    assert!(cluster.counter("service_tcp4") >= 80 && cluster.counter("service_tcp6") >= 40);
+}
+
+#[test]
+fn r23_the_nodes_own_processes_reach_services() {
+    let cluster = Cluster::new("s23");
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    for target in vips() {
+        let answer = cluster.lab.on_node(|| sidestep_lab::ask(target, None)).expect("runs");
+        let answer = answer.expect("a backend answers");
+        assert_eq!(answer.peer, target);
+        assert!(cluster.number(answer.seen.local.ip()).is_some(), "{answer:?}");
+    }
+}
+
+#[test]
+fn r1_a_captured_socket_keeps_the_services_address() {
+    let cluster = Cluster::with("s1", Pod::manifest);
+    let _sidecar = Sidecar::start(&cluster.client);
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    for target in vips() {
+        let answer = cluster.client.ask(APP, APP, target).expect("captured");
+        assert_original(&answer, target);
+        assert_eq!(answer.seen.local.port(), 15001, "by the sidecar's listener");
+        // The sidecar's own call is not captured, and translated.
+        let answer = cluster.client.ask(PROXY, PROXY, target).expect("a backend answers");
+        assert_eq!(answer.peer, target);
+        assert!(cluster.number(answer.seen.local.ip()).is_some(), "{answer:?}");
+    }
+}
+
+#[test]
+fn r5_connected_udp_keeps_its_backend_and_is_told_the_service() {
+    let cluster = Cluster::new("s5c");
+    let _echoes =
+        [Echo::start(&cluster.backends[0], "one"), Echo::start(&cluster.backends[1], "two")];
+    for target in vips() {
+        let talk = || {
+            let socket = udp_socket(target);
+            socket.connect(target).expect("connected");
+            assert_eq!(socket.peer_addr().expect("a peer"), target);
+            let mut words = BTreeSet::new();
+            for _ in 0..10 {
+                socket.send(b"?").expect("sent");
+                let (word, from) = answer(&socket).expect("an answer");
+                assert_eq!(from, target, "where it comes from");
+                words.insert(word);
+            }
+            words
+        };
+        let mut met = BTreeSet::new();
+        for _ in 0..20 {
+            let words = cluster.client.run(APP, APP, talk).expect("runs");
+            assert_eq!(words.len(), 1, "one backend for one connection: {words:?}");
+            met.extend(words);
+        }
+        assert_eq!(met.len(), 2, "{target}: both have a share");
+    }
+}
+
+#[test]
+fn r5_unconnected_udp_keeps_a_backend_for_each_service() {
+    let cluster = Cluster::new("s5u");
+    let _echoes =
+        [Echo::start(&cluster.backends[0], "one"), Echo::start(&cluster.backends[1], "two")];
+    let mut met = BTreeSet::new();
+    for target in vips() {
+        for _ in 0..12 {
+            let words = cluster.client.run(APP, APP, || {
+                let socket = udp_socket(target);
+                let mut words = BTreeSet::new();
+                for _ in 0..5 {
+                    socket.send_to(b"?", target).expect("sent");
+                    let (word, from) = answer(&socket).expect("an answer");
+                    assert_eq!(from, target, "where it comes from");
+                    words.insert(word);
+                }
+                words
+            });
+            let words = words.expect("runs");
+            assert_eq!(words.len(), 1, "{words:?}");
+            met.extend(words);
+        }
+    }
+    assert_eq!(met.len(), 2);
+}
+
+#[test]
+fn r5_an_unconnected_socket_leaves_a_backend_that_is_not_eligible() {
+    let cluster = Cluster::new("s5g");
+    let _echoes =
+        [Echo::start(&cluster.backends[0], "one"), Echo::start(&cluster.backends[1], "two")];
+    let target = addr(ip(VIP4), PORT);
+    let socket = cluster.client.run(APP, APP, || udp_socket(target)).expect("runs");
+    socket.send_to(b"?", target).expect("sent");
+    let (first, _) = answer(&socket).expect("an answer");
+    let stays = usize::from(first == "one");
+    cluster.endpoints(&[&cluster.backends[stays]], &ready());
+    cluster.wait_backends(VIP4, 1);
+    socket.send_to(b"?", target).expect("sent");
+    let (second, from) = answer(&socket).expect("an answer");
+    assert_ne!(first, second, "its backend was gone");
+    assert_eq!(from, target);
+}
+
+#[test]
+fn r6_a_service_without_endpoints_refuses_at_once() {
+    let cluster = Cluster::new("s6");
+    cluster.endpoints(&[], &ready());
+    cluster.wait_backends(VIP4, 0);
+    cluster.wait_backends(VIP6, 0);
+    for target in vips() {
+        let outcome = cluster.client.run(APP, APP, || {
+            let tcp = TcpStream::connect_timeout(&target, patience()).err();
+            let udp = udp_socket(target);
+            (tcp, udp.connect(target).err(), udp_socket(target).send_to(b"?", target).err())
+        });
+        let (tcp, connected, sent) = outcome.expect("runs");
+        let kind = |error: Option<io::Error>| error.expect("refused").kind();
+        assert_eq!(kind(tcp), ErrorKind::ConnectionRefused, "{target}: TCP");
+        if !kernel_before(5, 18) {
+            assert_eq!(kind(connected), ErrorKind::ConnectionRefused, "{target}: UDP");
+            assert_eq!(kind(sent), ErrorKind::ConnectionRefused, "{target}: sendto");
+        }
+    }
+    assert!(cluster.counter("service_refused") >= 3);
+}
+
+#[test]
+fn r13_r14_backends_come_and_go() {
+    let cluster = Cluster::new("s13");
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    let target = addr(ip(VIP4), PORT);
+    let landed = |n: usize| {
+        for _ in 0..20 {
+            let answer = cluster.dial(target).expect("a backend answers");
+            assert_eq!(cluster.number(answer.seen.local.ip()), Some(n), "{answer:?}");
+        }
+    };
+    let open = cluster.client.run(APP, APP, || TcpStream::connect(target)).expect("runs");
+    let open = open.expect("connected");
+    for n in [0, 1, 0] {
+        cluster.endpoints(&[&cluster.backends[n]], &ready());
+        let only = json!([addr(cluster.backends[n].ipv4(), TARGET)]);
+        let has = |service: &Value| service["backends"] == only && service["protocol"] == "TCP";
+        let is_it = || cluster.status().iter().any(has).then_some(());
+        wait_for("that backend alone", SOON, is_it).expect("that backend alone");
+        landed(n);
+    }
+    // One that terminates and serves has what is new only where none is ready.
+    let ending = json!({"ready": false, "serving": true, "terminating": true});
+    cluster.endpoints(&[&cluster.backends[1]], &ending);
+    let there = || {
+        let answer = cluster.dial(target).ok()?;
+        (cluster.number(answer.seen.local.ip()) == Some(1)).then_some(())
+    };
+    wait_for("the backend that terminates to be used", SOON, there).expect("used");
+    assert_eq!(open.peer_addr().expect("open still"), target);
+}
+
+#[test]
+fn r12_a_service_is_deleted_and_its_address_given_to_another() {
+    let cluster = Cluster::new("s12");
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    let target = addr(ip(VIP4), PORT);
+    cluster.remove("web");
+    let is_gone = || cluster.status().is_empty().then_some(());
+    wait_for("the Service to go", SOON, is_gone).expect("gone");
+    let error = cluster.dial(target).expect_err("nobody has the address");
+    assert!(!error.contains("refused"), "left as it is: {error}");
+    cluster.set("next", &service("next", &[VIP4]));
+    let to = slice("next-4", "next", &[cluster.backends[1].ipv4()], &ready());
+    cluster.set("next-4", &to);
+    cluster.wait_backends(VIP4, 1);
+    let answer = cluster.dial(target).expect("the new Service answers");
+    assert_eq!(cluster.number(answer.seen.local.ip()), Some(1));
+}
+
+#[test]
+fn r10_affinity_binds_a_client_to_its_backend() {
+    let cluster = Cluster::new("s10");
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    let mut sticky = service("web", &[VIP4, VIP6]);
+    sticky["spec"]["sessionAffinity"] = "ClientIP".into();
+    sticky["spec"]["sessionAffinityConfig"] = json!({"clientIP": {"timeoutSeconds": 600}});
+    cluster.set("web", &sticky);
+    let target = addr(ip(VIP4), PORT);
+    let land = || {
+        let answer = cluster.dial(target).expect("a backend answers");
+        cluster.number(answer.seen.local.ip()).expect("a backend")
+    };
+    let affine = || {
+        let met: BTreeSet<usize> = (0..12).map(|_| land()).collect();
+        (met.len() == 1).then(|| met.into_iter().next().unwrap_or_default())
+    };
+    let n = wait_for("affinity", SOON, affine).expect("one backend for the client");
+    // It is forgotten where the backend is not eligible any more, and not taken up again after.
+    cluster.endpoints(&[&cluster.backends[1 - n]], &ready());
+    cluster.wait_backends(VIP4, 1);
+    assert_eq!(land(), 1 - n);
+    cluster.endpoints(&cluster.backends.each_ref(), &ready());
+    cluster.wait_backends(VIP4, 2);
+    for _ in 0..10 {
+        assert_eq!(land(), 1 - n, "the client's last backend");
+    }
+    cluster.set("web", &service("web", &[VIP4, VIP6]));
+    let free = || {
+        let met: BTreeSet<usize> = (0..20).map(|_| land()).collect();
+        (met.len() == 2).then_some(())
+    };
+    wait_for("the end of affinity", SOON, free).expect("both backends again");
+}
+
+#[test]
+fn r15_a_new_agent_takes_over_what_the_last_one_wrote() {
+    let mut cluster = Cluster::new("s15");
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    let target = addr(ip(VIP4), PORT);
+    cluster.agent.kill9();
+    cluster.dial(target).expect("the programs stay");
+    // What changes meanwhile is in force once the next agent has read it.
+    cluster.endpoints(&[&cluster.backends[1]], &ready());
+    let Cluster { agent, lab, .. } = &mut cluster;
+    lab.on_node(|| agent.restart()).expect("runs").expect("restarted");
+    cluster.wait_backends(VIP4, 1);
+    for _ in 0..10 {
+        let answer = cluster.dial(target).expect("a backend answers");
+        assert_eq!(cluster.number(answer.seen.local.ip()), Some(1));
+    }
+    assert_eq!(cluster.status().len(), 4, "{:?}", cluster.status());
+}
+
+#[test]
+fn r18_r39_what_is_no_services_goes_on_as_it_is() {
+    let cluster = Cluster::new("s18");
+    let direct = addr(cluster.backends[0].ipv4(), TARGET);
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    let answer = cluster.dial(direct).expect("a pod answers");
+    assert_eq!((answer.peer, canonical(answer.seen.local)), (direct, direct));
+    let error = cluster.dial(addr(ip(VIP4), PORT + 1)).expect_err("an unknown port");
+    assert!(!error.contains("refused"), "left to kube-proxy: {error}");
+    assert!(cluster.counter("service_missed") >= 2);
+}
+
+#[test]
+fn r19_a_pod_that_opts_out_is_left_to_kube_proxy_at_once() {
+    let cluster = Cluster::new("s19");
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    let target = addr(ip(VIP4), PORT);
+    cluster.dial(target).expect("translated");
+    cluster.set("client", &annotated(plain(&cluster.client), "sidestep.io/services", "disabled"));
+    let passes = || {
+        cluster.dial(target).err()?;
+        Some(())
+    };
+    wait_for("the pod to be left alone", SOON, passes).expect("left alone");
+    assert!(cluster.counter("service_passed") >= 1);
+    cluster.set("client", &plain(&cluster.client));
+    let back = || cluster.dial(target).ok();
+    wait_for("the pod to be translated again", SOON, back).expect("translated");
+    cluster.set("client", &annotated(plain(&cluster.client), "sidestep.io/services", "maybe"));
+    cluster.agent.wait_log("sidestep.io/services").expect("the key is named");
+    cluster.agent.wait_log("maybe").expect("the text is named");
+}
+
+#[test]
+fn r22_what_a_socket_dialled_is_compared_with_its_peer() {
+    let cluster = Cluster::new("s22");
+    let _echoes =
+        [Echo::start(&cluster.backends[0], "one"), Echo::start(&cluster.backends[1], "two")];
+    let target = addr(ip(VIP4), PORT);
+    let directs = cluster.backends.each_ref().map(|pod| addr(pod.ipv4(), TARGET));
+    let told = cluster.client.run(APP, APP, || {
+        let socket = udp_socket(target);
+        socket.connect(target).expect("connected");
+        let first = socket.peer_addr().expect("a peer");
+        // Straight to each backend, the one that the Service had led to among them.
+        let direct = directs.map(|direct| {
+            socket.connect(direct).expect("connected");
+            let peer = socket.peer_addr().expect("a peer");
+            socket.send(b"?").expect("sent");
+            (peer, answer(&socket).expect("an answer").1)
+        });
+        socket.connect(target).expect("connected");
+        (first, direct, socket.peer_addr().expect("a peer"))
+    });
+    let (first, direct, last) = told.expect("runs");
+    assert_eq!((first, last), (target, target));
+    assert_eq!(direct, directs.map(|at| (at, at)), "dialled by themselves");
+}
+
+#[test]
+fn r24_a_pod_reaches_itself_by_its_own_service() {
+    let cluster = Cluster::new("s24");
+    let _server = Cluster::tcp_on(&cluster.client);
+    cluster.endpoints(&[&cluster.client], &ready());
+    cluster.wait_backends(VIP4, 1);
+    for target in vips() {
+        let answer = cluster.dial(target).expect("the pod itself answers");
+        assert!(cluster.client.ips().contains(&answer.seen.peer.ip().to_canonical()), "{answer:?}");
+        assert_eq!(answer.peer, target);
+    }
+}
+
+#[test]
+fn r37_a_pod_whose_own_rules_translate_is_left_alone() {
+    let cluster = Cluster::new("s37");
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    let target = addr(ip(VIP4), PORT);
+    cluster.dial(target).expect("translated");
+    let rules = "table ip mesh { chain out { type nat hook output priority -100; \
+                 ip daddr 192.0.2.1 dnat to 192.0.2.2; }; }\n";
+    cluster.client.nft(rules).expect("rules");
+    wait_for("the pod to be left alone", SOON, || cluster.dial(target).err()).expect("left alone");
+    cluster.client.nft("delete table ip mesh\n").expect("deleted");
+    wait_for("the pod to be translated", SOON, || cluster.dial(target).ok()).expect("translated");
+}
+
+#[test]
+fn r38_an_address_of_the_node_itself_is_not_translated() {
+    let cluster = Cluster::new("s38");
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    let at = addr(ip(VIP4), PORT);
+    cluster.lab.add_node_address(at.ip()).expect("an address");
+    let cache = cluster.lab.on_node(|| Server::start_here(ServeOpts::on([at]))).expect("runs");
+    let _cache = cache.expect("a server on the node");
+    let own = || {
+        let answer = cluster.dial(at).ok()?;
+        (answer.seen.local == at).then_some(())
+    };
+    wait_for("the node's own server to answer", SOON, own).expect("it answers");
+}
+
+#[test]
+fn r41_an_address_that_two_services_claim_is_the_older_ones() {
+    let cluster = Cluster::new("s41");
+    let mut rival = service("rival", &[OTHER4]);
+    rival["metadata"]["creationTimestamp"] = "2026-02-01T00:00:00Z".into();
+    rival["spec"]["type"] = "LoadBalancer".into();
+    rival["status"] = json!({"loadBalancer": {"ingress": [{"ip": VIP4, "ipMode": "VIP"}]}});
+    cluster.set("rival", &rival);
+    cluster.agent.wait_log("shop/rival").expect("the rival is named");
+    cluster.wait_backends(VIP4, 2);
+}
+
+#[test]
+fn r40_r43_bad_endpoints_and_ports_are_named_and_the_rest_goes_on() {
+    let cluster = Cluster::new("s40");
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    let mut odd = service("odd", &[OTHER4]);
+    odd["spec"]["ports"]
+        .as_array_mut()
+        .expect("ports")
+        .push(json!({"name": "sctp", "protocol": "SCTP", "port": 81}));
+    cluster.set("odd", &odd);
+    let ips = [ip("127.0.0.1"), ip("169.254.169.254"), cluster.backends[0].ipv4()];
+    cluster.set("odd-4", &slice("odd-4", "odd", &ips, &ready()));
+    cluster.wait_backends(OTHER4, 1);
+    for named in ["127.0.0.1", "169.254.169.254", "shop/odd-4"] {
+        cluster.agent.wait_log(named).unwrap_or_else(|error| panic!("{named}: {error:#}"));
+    }
+    let answer = cluster.dial(addr(ip(OTHER4), PORT)).expect("the good endpoint answers");
+    assert_eq!(cluster.number(answer.seen.local.ip()), Some(0));
+}
+
+#[test]
+fn a_document_that_is_neither_pod_nor_service_is_named() {
+    let cluster = Cluster::new("sbad");
+    cluster.set("bad", &json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}}));
+    cluster.agent.wait_log("found v1 Secret").expect("the kind is named");
+    cluster.wait_backends(VIP4, 2);
+}
+
+#[test]
+fn without_the_flag_nothing_is_translated() {
+    let lab = Lab::new("soff").expect("a lab");
+    let client = lab.pod("client", PodNet::DUAL).expect("a client");
+    let agent = Agent::start(binary(), &lab).expect("the agent");
+    agent.add_manifest("client", &plain(&client)).expect("manifest");
+    agent.add_manifest("web", &service("web", &[VIP4])).expect("manifest");
+    agent.wait_log("expected a v1 Pod, found v1 Service").expect("named");
+    let error = client.ask(APP, APP, addr(ip(VIP4), PORT)).expect_err("nobody has the address");
+    assert!(!format!("{error:#}").contains("refused"), "{error:#}");
+}
