@@ -113,7 +113,10 @@ struct Run {
     splice_refresh: u32,
     /// Translate the virtual IPs of Services to endpoints in connect() and sendmsg(), for pods and for
     /// the node's own processes. kube-proxy's rules stay and serve what is not translated.
-    #[arg(long, env = "SIDESTEP_SERVICES")]
+    ///
+    /// The directory of --pods then has v1 Services and discovery.k8s.io/v1 EndpointSlices too, and a
+    /// v1 Node, which is this one. This version takes Services from there only.
+    #[arg(long, conflicts_with = "kubernetes", env = "SIDESTEP_SERVICES")]
     services: bool,
     /// Translate spec.externalIPs too, whatever addresses these are: whoever may write Services can
     /// take over any address that way (CVE-2020-8554). Without it, only those that are this node's own.

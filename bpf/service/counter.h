@@ -27,9 +27,9 @@ struct {
 	__uint(max_entries, SERVICE_COUNTERS);
 	__type(key, __u32);
 	__type(value, __u64);
-} service_counters SEC(".maps");
+} service_counts SEC(".maps");
 
 static __always_inline void service_count(enum service_counter counter)
 {
-	count_at(&service_counters, counter, 1);
+	count_at(&service_counts, counter, 1);
 }

@@ -26,7 +26,7 @@ struct {
 	__type(value, struct dialled_service);
 } service_peers SEC(".maps");
 
-#define SERVICE_ASKED 16 /* Services that an unconnected socket can have answers from at a time */
+#define SERVICE_ASKED 8 /* Services that an unconnected socket can have answers from at a time */
 
 /* A Service that a UDP socket sent to. */
 struct asked_service {
@@ -41,7 +41,7 @@ struct asked_services {
 	__u32 turn;
 	struct asked_service service[SERVICE_ASKED];
 };
-_Static_assert(sizeof(struct asked_services) == 776, "asked_services");
+_Static_assert(sizeof(struct asked_services) == 392, "asked_services");
 
 /* Which Services a socket sent to without being connected to them. sendmsg writes; recvmsg reads.
  */

@@ -11,7 +11,10 @@
 #include "lib/pod.h"
 #include "service/socket.h"
 
-/* Whether Services are translated at all. Where not, nothing of this is in the program. */
+/*
+ * Whether Services are translated at all. Where not, the verifier takes what is behind this out of
+ * the programs when they are loaded, so that the mesh pays nothing for it.
+ */
 const volatile __u8 services_on;
 
 /*

@@ -24,7 +24,7 @@ pub(super) struct Services {
     source: BTreeSet<Problem>,
     /// Lists that the maps have no room for.
     full: BTreeSet<Problem>,
-    /// The maps hold what the catalog says.
+    /// The maps hold what the catalog says, but for what is in `full`.
     is_applied: bool,
     /// Namespaces whose calls are translated, and whether the map has them.
     namespaces: BTreeSet<NetnsCookie>,
@@ -98,12 +98,18 @@ impl Reconciler {
         if look == Look::Everything || !services.is_applied {
             services.catalog.set_node_addresses(node::own_addresses()?);
         }
-        let changes = services.catalog.changes();
-        let again = look == Look::Everything && !services.full.is_empty();
-        if changes.is_empty() && services.is_applied && !again {
-            return Ok(());
+        let mut changes = services.catalog.changes();
+        if services.is_applied {
+            let again = look == Look::Everything && !services.full.is_empty();
+            if changes.is_empty() && !again {
+                return Ok(());
+            }
+        } else {
+            let all = services.catalog.lists();
+            changes = all.map(|(key, list)| (key.clone(), Some(list.clone()))).collect();
         }
         let lists = changes.len();
+        services.is_applied = false;
         let applied = self.dataplane.apply_services(changes)?;
         services.is_applied = true;
         debug!(lists, applied.changed, "maps of Services");

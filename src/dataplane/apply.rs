@@ -13,6 +13,7 @@ use libbpf_rs::MapCore;
 use super::{
     abi,
     inbound::remove_inbound,
+    services::{Services, ServicesApplied},
     skel::sidestep::SidestepMaps,
     state::Dataplane,
     table::{self, Diff, Entries},
@@ -24,6 +25,7 @@ use crate::{
         entries::{PodEntries, PodRow},
     },
     node::NetnsCookie,
+    service::{List, ListKey},
 };
 
 /// How soon the maps are read anew where something could not be written.
@@ -50,6 +52,42 @@ pub struct Failure {
 }
 
 impl Dataplane {
+    /// Makes the maps hold the lists of Services that have changed; the first time these are all
+    /// there are, and what an earlier agent left and is not among them goes. A list for which there
+    /// is no room is taken away as a whole, and tried again next time.
+    ///
+    /// # Errors
+    /// Where a map can't be read, or an entry can't be deleted: what the maps hold is not known then,
+    /// and the next call needs all lists.
+    pub fn apply_services(
+        &mut self,
+        changes: BTreeMap<ListKey, Option<List>>,
+    ) -> Result<ServicesApplied> {
+        let maps = &self.skel.maps;
+        let mut services = match self.services.take() {
+            Some(services) => services,
+            None => Services::adopt(maps, &changes)?,
+        };
+        let applied = services.apply(maps, changes)?;
+        self.services = Some(services);
+        Ok(applied)
+    }
+
+    /// Makes these the namespaces whose calls are translated.
+    ///
+    /// # Errors
+    /// Where the map can't be written.
+    pub fn translate_for(&mut self, namespaces: &BTreeSet<NetnsCookie>) -> Result<()> {
+        let map = &self.skel.maps.service_netns;
+        let mut holds = table::read(map)?;
+        let goal = namespaces.iter().map(|cookie| table::entry(cookie, &1u8)).collect();
+        let diff = table::diff(&holds, goal);
+        let mut table = table::Table { map, holds: &mut holds };
+        // Who is not to be translated any more comes first.
+        table.delete(&diff)?;
+        table.upsert(&diff)
+    }
+
     /// Makes the maps hold what is desired, pod by pod: what is one pod's fault is no other's. Those
     /// that leave come first, their rows before their rules; of the others, additions come before
     /// the rows that need them, removals after. What belongs to the namespaces in `keep` is not

@@ -20,6 +20,7 @@ mod order;
 mod pins;
 mod policy;
 mod records;
+mod services;
 mod table;
 mod tables;
 // What the parts share.
@@ -29,7 +30,6 @@ mod events;
 mod inbound;
 mod inspect;
 mod probe;
-mod services;
 mod splice;
 mod splice_selftest;
 mod tc;
@@ -64,8 +64,9 @@ mod tests {
         abi,
         inbound::LISTENER_SLOTS,
         inspect::{MESH_COUNTERS, SPLICE_COUNTERS},
+        services,
         skel::{names_of, sidestep::SidestepSkelBuilder},
-        services, splice_selftest, tables,
+        splice_selftest, tables,
     };
     use crate::{
         mesh::{self, desired},

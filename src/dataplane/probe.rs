@@ -15,7 +15,7 @@ use libbpf_rs::{
 use super::{
     cost::{self, ProgramCost},
     order,
-    skel::{open_inbound, open_node_in},
+    skel::{open_inbound, open_node_in, set_services},
     tc::{self, Filter},
 };
 use crate::node::{self, NetnsCookie};
@@ -71,7 +71,9 @@ pub fn try_load() -> Result<Loaded> {
 
 fn load_all() -> Result<Loaded> {
     let mut storage = MaybeUninit::uninit();
-    let node = open_node_in(&mut storage)?.load()?;
+    let mut node = open_node_in(&mut storage)?;
+    set_services(&mut node, true)?;
+    let node = node.load()?;
     let mut storage = MaybeUninit::uninit();
     let pod = open_inbound(&mut storage, NetnsCookie::NONE)?.load()?;
     let programs = node.object().progs().chain(pod.object().progs());

@@ -6,24 +6,19 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
     sync::Arc,
 };
 
 use anyhow::{Context, Result};
-use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle, ProgramInput};
+use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle};
 
 use super::{
     abi::{self, Wire},
     pins::Pins,
     skel::sidestep::SidestepMaps,
-    state::Dataplane,
     table,
 };
-use crate::{
-    node::NetnsCookie,
-    service::{Family, Frontend, List, ListKey, Protocol},
-};
+use crate::service::{Family, Frontend, List, ListKey, Protocol};
 
 /// The names of the counters of Services, in the order of `enum service_counter`.
 pub(super) const COUNTERS: [&str; 11] = [
@@ -81,7 +76,10 @@ pub struct ServicesApplied {
 
 impl Services {
     /// What an earlier agent left: a list is known by the addresses that lead to it.
-    fn adopt(maps: &SidestepMaps<'_>, goal: &BTreeMap<ListKey, Option<List>>) -> Result<Self> {
+    pub(super) fn adopt(
+        maps: &SidestepMaps<'_>,
+        goal: &BTreeMap<ListKey, Option<List>>,
+    ) -> Result<Self> {
         let mut found = Self::default();
         for (frontend, number) in table::read_as::<abi::frontend, u32>(&maps.services)? {
             found.last_number = found.last_number.max(number);
@@ -303,65 +301,56 @@ impl Writer<'_, '_> {
     }
 }
 
-impl Dataplane {
-    /// Tells the programs which process is the agent: its own calls are not translated.
-    pub(super) fn note_agent(&self) -> Result<()> {
-        let done = self.skel.progs.note_agent.test_run(ProgramInput::default());
-        let done = done.context("cannot run program note_agent")?;
-        anyhow::ensure!(done.return_value == 0, "program note_agent gave {}", done.return_value);
-        Ok(())
-    }
-
+impl Services {
     /// Makes the maps hold the lists that have changed; the first time these are all there are, and
     /// what an earlier agent left and is not among them goes.
     ///
     /// Additions come before what leads to them, removals after. A list for which there is no room is
     /// taken away as a whole, and tried again next time.
-    ///
-    /// # Errors
-    /// Where a map can't be read, or an entry can't be deleted.
-    pub fn apply_services(
+    pub(super) fn apply(
         &mut self,
+        maps: &SidestepMaps<'_>,
         mut changes: BTreeMap<ListKey, Option<List>>,
     ) -> Result<ServicesApplied> {
-        let mut services = match self.services.take() {
-            Some(services) => services,
-            None => Services::adopt(&self.skel.maps, &changes)?,
-        };
-        for (key, list) in std::mem::take(&mut services.failed) {
+        for (key, list) in std::mem::take(&mut self.failed) {
             changes.entry(key).or_insert(Some(list));
         }
-        let mut writer = Writer { maps: &self.skel.maps, changed: 0 };
+        let mut writer = Writer { maps, changed: 0 };
         let mut applied = ServicesApplied::default();
         // Room first: what goes for good, where nothing else takes its addresses.
         let claimed: BTreeSet<Frontend> =
             changes.values().flatten().flat_map(|list| list.frontends.iter().copied()).collect();
         for (key, _) in changes.iter().filter(|(_, list)| list.is_none()) {
-            writer.unlead(&mut services, key, |one| claimed.contains(one))?;
-            let is_unled = services.lists.get(key).is_some_and(|held| held.frontends.is_empty());
-            if is_unled && let Some(held) = services.lists.remove(key) {
-                writer.empty(&held)?;
+            let other = ListKey { is_local: !key.is_local, ..key.clone() };
+            let stays = match changes.get(&other) {
+                Some(list) => list.is_some(),
+                None => self.lists.contains_key(&other),
+            };
+            if !stays {
+                self.affinities.remove(&port_of(key));
             }
-            if changes.keys().all(|other| port_of(other) != port_of(key)) {
-                services.affinities.remove(&port_of(key));
+            writer.unlead(self, key, |one| claimed.contains(one))?;
+            let is_unled = self.lists.get(key).is_some_and(|held| held.frontends.is_empty());
+            if is_unled && let Some(held) = self.lists.remove(key) {
+                writer.empty(&held)?;
             }
         }
         for (key, list) in &changes {
             let Some(list) = list else { continue };
-            let affinity = services.affinity_of(key, list);
-            let mut held = match services.lists.remove(key) {
+            let affinity = self.affinity_of(key, list);
+            let mut held = match self.lists.remove(key) {
                 Some(held) => held,
-                None => Held { number: services.next(), ..Held::default() },
+                None => Held { number: self.next(), ..Held::default() },
             };
             let filled = writer.fill(&mut held, list, affinity);
-            services.lists.insert(key.clone(), held);
-            let done = filled.and_then(|()| writer.lead(&mut services, key, list));
+            self.lists.insert(key.clone(), held);
+            let done = filled.and_then(|()| writer.lead(self, key, list));
             if let Err(error) = done {
-                writer.unlead(&mut services, key, |_| false)?;
-                services.lists.remove(key);
+                writer.unlead(self, key, |_| false)?;
+                self.lists.remove(key);
                 // Its slots are not what `held` says, where the write failed: by number.
-                services.is_pruned = false;
-                services.failed.insert(key.clone(), list.clone());
+                self.is_pruned = false;
+                self.failed.insert(key.clone(), list.clone());
                 applied.failed.insert(key.clone(), format!("{error:#}"));
             }
         }
@@ -369,38 +358,22 @@ impl Dataplane {
             match list {
                 Some(list) => {
                     let stays = |one: &Frontend| list.frontends.binary_search(one).is_ok();
-                    writer.unlead(&mut services, key, stays)?;
+                    writer.unlead(self, key, stays)?;
                 }
                 None => {
-                    writer.unlead(&mut services, key, |_| false)?;
-                    if let Some(held) = services.lists.remove(key) {
+                    writer.unlead(self, key, |_| false)?;
+                    if let Some(held) = self.lists.remove(key) {
                         writer.empty(&held)?;
                     }
                 }
             }
         }
-        if !services.is_pruned {
-            writer.prune(&mut services)?;
-            services.is_pruned = true;
+        if !self.is_pruned {
+            writer.prune(self)?;
+            self.is_pruned = true;
         }
         applied.changed = writer.changed;
-        self.services = Some(services);
         Ok(applied)
-    }
-
-    /// Makes these the namespaces whose calls are translated.
-    ///
-    /// # Errors
-    /// Where the map can't be written.
-    pub fn translate_for(&mut self, namespaces: &BTreeSet<NetnsCookie>) -> Result<()> {
-        let map = &self.skel.maps.service_netns;
-        let mut holds = table::read(map)?;
-        let goal = namespaces.iter().map(|cookie| table::entry(cookie, &1u8)).collect();
-        let diff = table::diff(&holds, goal);
-        let mut table = table::Table { map, holds: &mut holds };
-        // Who is not to be translated any more comes first.
-        table.delete(&diff)?;
-        table.upsert(&diff)
     }
 }
 
@@ -443,25 +416,35 @@ impl From<abi::backend> for SocketAddr {
     }
 }
 
-/// What the kernel holds: what can be dialled, and where that leads.
+/// What the kernel holds: what can be dialled, and where that leads. Nothing where an agent of an older
+/// build made the maps, which knows of no Services.
 ///
 /// # Errors
 /// Where a pinned map can't be read.
 pub fn services(pins: &Pins) -> Result<BTreeMap<Frontend, BTreeSet<SocketAddr>>> {
-    let open = |name: &str| -> Result<MapHandle> {
-        let path: PathBuf = pins.map(name);
-        MapHandle::from_pinned_path(&path)
-            .with_context(|| format!("cannot open map {}", path.display()))
+    let (Some(services), Some(backends)) = (open(pins, "services")?, open(pins, "backends")?)
+    else {
+        return Ok(BTreeMap::new());
     };
     let mut lists: HashMap<u32, BTreeSet<SocketAddr>> = HashMap::new();
-    for (key, backend) in table::read_as::<abi::backend_key, abi::backend>(&open("backends")?)? {
+    for (key, backend) in table::read_as::<abi::backend_key, abi::backend>(&backends)? {
         lists.entry(key.list).or_default().insert(backend.into());
     }
-    let services = table::read_as::<abi::frontend, u32>(&open("services")?)?;
+    let services = table::read_as::<abi::frontend, u32>(&services)?;
     let found = services.into_iter().filter_map(|(frontend, number)| {
         Some((frontend_from(&frontend)?, lists.get(&number).cloned().unwrap_or_default()))
     });
     Ok(found.collect())
+}
+
+/// A pinned map, where there is one.
+fn open(pins: &Pins, name: &str) -> Result<Option<MapHandle>> {
+    let path = pins.map(name);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let map = MapHandle::from_pinned_path(&path);
+    map.map(Some).with_context(|| format!("cannot open map {}", path.display()))
 }
 
 /// The counters of Services, by name, summed over the processors.
@@ -469,10 +452,8 @@ pub fn services(pins: &Pins) -> Result<BTreeMap<Frontend, BTreeSet<SocketAddr>>>
 /// # Errors
 /// Where the pinned map can't be read.
 pub fn service_counters(pins: &Pins) -> Result<BTreeMap<&'static str, u64>> {
-    let path = pins.map("service_counters");
-    let map = MapHandle::from_pinned_path(&path)
-        .with_context(|| format!("cannot open map {}", path.display()))?;
     let mut all = BTreeMap::new();
+    let Some(map) = open(pins, "service_counts")? else { return Ok(all) };
     for (index, name) in (0u32..).zip(COUNTERS) {
         let values = map.lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)?;
         let values = values.with_context(|| format!("no counter {name}"))?;

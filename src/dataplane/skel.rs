@@ -75,6 +75,13 @@ pub(super) fn names_of(
         .collect()
 }
 
+/// Has the programs translate Services, or has nothing of that in them.
+pub(super) fn set_services(open: &mut sidestep::OpenSidestepSkel<'_>, on: bool) -> Result<()> {
+    let constants = open.maps.rodata_data.as_mut().context("the object has no rodata")?;
+    constants.services_on = u8::from(on);
+    Ok(())
+}
+
 /// Sets how long a spliced connection's messages may do without TCP.
 pub(super) fn set_refresh(
     open: &mut sidestep::OpenSidestepSkel<'_>,

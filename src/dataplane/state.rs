@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use libbpf_rs::{
-    MapCore,
+    MapCore, ProgramInput,
     skel::{OpenSkel, Skel},
 };
 use nix::fcntl::Flock;
@@ -23,7 +23,7 @@ use super::{
     pins::{FORMER_NAMES, Pins},
     records::records,
     services::Services,
-    skel::{open_node, set_refresh, sidestep::SidestepSkel},
+    skel::{open_node, set_refresh, set_services, sidestep::SidestepSkel},
     tables::Held,
 };
 use crate::{
@@ -73,8 +73,7 @@ impl Dataplane {
         pins.create()?;
         let mut open = open_node()?;
         set_refresh(&mut open, splice_refresh)?;
-        let constants = open.maps.rodata_data.as_mut().context("the object has no rodata")?;
-        constants.services_on = u8::from(with_services);
+        set_services(&mut open, with_services)?;
         for mut map in open.open_object_mut().maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             if !name.contains('.') {
@@ -112,6 +111,14 @@ impl Dataplane {
         };
         dataplane.note_agent()?;
         Ok(dataplane)
+    }
+
+    /// Tells the programs which process is the agent: its own calls are not translated.
+    fn note_agent(&self) -> Result<()> {
+        let done = self.skel.progs.note_agent.test_run(ProgramInput::default());
+        let done = done.context("cannot run program note_agent")?;
+        anyhow::ensure!(done.return_value == 0, "program note_agent gave {}", done.return_value);
+        Ok(())
     }
 
     /// The sizes of the maps.
