@@ -126,21 +126,21 @@ static __always_inline bool pick_any(__u32 list, __u32 count, struct backend *ba
 {
 	struct backend_key key = { .list = list };
 	const struct service_list *now;
-	const struct backend *found;
+	const struct backend *one;
 
 	key.slot = bpf_get_prandom_u32() % count;
-	found = bpf_map_lookup_elem(&backends, &key);
-	if (!found) {
+	one = bpf_map_lookup_elem(&backends, &key);
+	if (!one) {
 		/* The list has become shorter meanwhile. */
 		now = bpf_map_lookup_elem(&service_lists, &list);
 		if (!now || !now->count)
 			return false;
 		key.slot = bpf_get_prandom_u32() % now->count;
-		found = bpf_map_lookup_elem(&backends, &key);
-		if (!found)
+		one = bpf_map_lookup_elem(&backends, &key);
+		if (!one)
 			return false;
 	}
-	*backend = *found;
+	*backend = *one;
 	return true;
 }
 

@@ -68,7 +68,7 @@ static __always_inline bool dialled_is(const struct dialled_service *to,
 static __always_inline bool asked_backend(struct asked_services *asked,
 					  const struct frontend *frontend, struct backend *backend)
 {
-	bool found = false;
+	bool is_known = false;
 
 	bpf_spin_lock(&asked->lock);
 	for (__u32 n = 0; n < SERVICE_ASKED; n++) {
@@ -78,11 +78,11 @@ static __always_inline bool asked_backend(struct asked_services *asked,
 			continue;
 		one->turn = ++asked->turn;
 		*backend = one->to.backend;
-		found = true;
+		is_known = true;
 		break;
 	}
 	bpf_spin_unlock(&asked->lock);
-	return found;
+	return is_known;
 }
 
 /* Remembers a Service's endpoint. The oldest goes where there is no room; whether it did. */

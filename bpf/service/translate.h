@@ -252,22 +252,24 @@ static __always_inline enum outcome service_recvmsg(struct bpf_sock_addr *ctx, i
  * Functions of their own: or the compiler makes one access of what two workers do to the same
  * field, at an address in a register, which the verifier does not take.
  */
-static __noinline enum outcome service_getpeername4(struct bpf_sock_addr *ctx)
+static __noinline __attribute__((unused)) enum outcome service_getpeername4(
+	struct bpf_sock_addr *ctx)
 {
 	return service_getpeername(ctx, AF_INET);
 }
 
-static __noinline enum outcome service_getpeername6(struct bpf_sock_addr *ctx)
+static __noinline __attribute__((unused)) enum outcome service_getpeername6(
+	struct bpf_sock_addr *ctx)
 {
 	return service_getpeername(ctx, AF_INET6);
 }
 
-static __noinline enum outcome service_recvmsg4(struct bpf_sock_addr *ctx)
+static __noinline __attribute__((unused)) enum outcome service_recvmsg4(struct bpf_sock_addr *ctx)
 {
 	return service_recvmsg(ctx, AF_INET);
 }
 
-static __noinline enum outcome service_recvmsg6(struct bpf_sock_addr *ctx)
+static __noinline __attribute__((unused)) enum outcome service_recvmsg6(struct bpf_sock_addr *ctx)
 {
 	return service_recvmsg(ctx, AF_INET6);
 }
