@@ -196,9 +196,9 @@ impl Pod {
         self.netns.ip(&format!("{command}\n"))
     }
 
-    /// Has `nft` run these commands in the pod.
-    pub fn nft(&self, commands: &str) -> Result<()> {
-        self.netns.command(&["nft", "-f", "-"], commands).map(drop)
+    /// Has `nft` run these commands in the pod, and returns what it prints.
+    pub fn nft(&self, commands: &str) -> Result<String> {
+        self.netns.command(&["nft", "-f", "-"], commands)
     }
 
     /// The pod as Kubernetes would have it after Istio's injection, for the agent. A test may

@@ -100,9 +100,9 @@ impl Event {
                 agent.add_pod(pod)
             }
             Self::Forbidden => {
-                pods.iter().try_for_each(|pod| pod.nft(POLICY))?;
+                pods.iter().try_for_each(|pod| pod.nft(POLICY).map(drop))?;
                 let stopped = stops(agent);
-                pods.iter().try_for_each(|pod| pod.nft("delete table inet rules"))?;
+                pods.iter().try_for_each(|pod| pod.nft("delete table inet rules").map(drop))?;
                 stopped
             }
         }

@@ -14,7 +14,7 @@ use nix::sys::socket::{SockaddrIn, SockaddrIn6, getsockopt};
 use sidestep_lab::{INBOUND, OUTBOUND};
 use socket2::{Domain, SockRef, Socket, Type};
 
-use crate::traffic::{Traffic, ask_when_idle};
+use crate::traffic::{IDLE, Traffic, ask_when_idle};
 
 /// Where apps answer.
 pub const APP_PORT: u16 = 8080;
@@ -204,7 +204,7 @@ impl Relay {
         let mut sides = [stream, TcpStream::from_std(socket.into())];
         for (side, stream) in sides.iter_mut().enumerate() {
             stream.set_nodelay(true)?;
-            ask_when_idle(SockRef::from(&*stream))?;
+            ask_when_idle(SockRef::from(&*stream), IDLE)?;
             let both = Interest::READABLE | Interest::WRITABLE;
             registry.register(stream, Token(number + side), both)?;
         }

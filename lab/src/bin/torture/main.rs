@@ -24,11 +24,24 @@ use serde_json::Value;
 use sidestep_lab::{APP, Agent, Lab, PROXY, Pod, PodNet, interrupted, stop_on_signals, wait_until};
 
 use crate::chaos::Event;
-use crate::plan::{Ending, PODS};
+use crate::plan::{Ending, LONG_TALKS, PODS};
 use crate::traffic::{BROKEN_PIPE, Opts, Tally, Traffic};
 
 /// Failures that are shown in full.
 const SHOWN: usize = 20;
+/// In each pod: counts what comes of a connection that connection tracking has forgotten. It does so
+/// after [`REMEMBERED`] seconds without a packet, and sees none of what is spliced.
+const TRACKING: &str = "table inet tracking {
+    counter forgotten { }
+    chain in {
+        type filter hook input priority 0
+        iifname != \"lo\" ct state new,invalid tcp flags & (syn | rst) == 0 counter name forgotten
+    }
+}";
+/// Shorter than a long talk, and longer than any pause.
+const REMEMBERED: &str = "5";
+/// What a machine that stands still for so long forgets is not to be blamed on anybody.
+const STILL: Duration = Duration::from_secs(2);
 const MIB: u64 = 1 << 20;
 /// Memory that each connection may take at most, on average, whether it is spliced or not.
 const EACH: u64 = MIB;
@@ -63,6 +76,9 @@ struct Args {
     /// Leave the agent and the pods alone
     #[arg(long)]
     calm: bool,
+    /// The agent's own: how often a spliced connection sends by TCP
+    #[arg(long, default_value_t = 1, value_name = "SECONDS")]
+    splice_refresh: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -145,6 +161,10 @@ struct Run {
     counters: BTreeMap<&'static str, u64>,
     events: BTreeMap<Event, u64>,
     memory: Memory,
+    /// Packets of connections that connection tracking had forgotten.
+    forgotten: u64,
+    /// The longest time for which a thread that sleeps briefly was not woken.
+    still: Duration,
     /// Whether a leg is on, so that something is spliced.
     spliced: bool,
 }
@@ -167,7 +187,15 @@ impl Run {
             .map(|name| lab.pod(name, PodNet::DUAL))
             .collect::<Result<Vec<Pod>>>()?;
         debug_assert_eq!(pods.len(), PODS);
-        let mut agent = Agent::start_flags(binary, &lab, &["--splice", mode.name()])?;
+        for pod in &pods {
+            pod.nft(TRACKING)?;
+            pod.sysctl("net.netfilter.nf_conntrack_tcp_timeout_established", REMEMBERED)?;
+            // Windows are not its business here.
+            pod.sysctl("net.netfilter.nf_conntrack_tcp_be_liberal", "1")?;
+        }
+        let refresh = args.splice_refresh.to_string();
+        let flags = ["--splice", mode.name(), "--splice-refresh", &refresh];
+        let mut agent = Agent::start_flags(binary, &lab, &flags)?;
         for pod in &pods {
             agent.add_pod(pod)?;
         }
@@ -180,6 +208,7 @@ impl Run {
         let traffic = Traffic::new(opts, &pods);
         let before = memory::tcp()?;
         let mut memory = Memory { before, most: before, after: before };
+        let mut still = Duration::ZERO;
         let mut events = BTreeMap::new();
         let begin = Instant::now();
         let status = thread::scope(|scope| -> Result<Value> {
@@ -199,12 +228,14 @@ impl Run {
             let clients: Vec<_> =
                 (0..args.clients).map(|_| scope.spawn(|| traffic.run(&pods))).collect();
             let sampler = scope.spawn(|| {
-                let mut most = 0;
+                let (mut most, mut still) = (0, Duration::ZERO);
                 while !traffic.is_over() {
+                    let begin = Instant::now();
                     most = memory::tcp().unwrap_or(0).max(most);
                     thread::sleep(Duration::from_millis(20));
+                    still = begin.elapsed().max(still);
                 }
-                most
+                (most, still)
             });
             let mut conduct = || -> Result<()> {
                 if args.calm {
@@ -229,7 +260,7 @@ impl Run {
             let ended = clients.into_iter().all(|client| client.join().is_ok());
             drop(done);
             ensure!(ended, "a client panicked");
-            memory.most = sampler.join().unwrap_or(0);
+            (memory.most, still) = sampler.join().unwrap_or_default();
             conducted?;
             agent.status()
         })?;
@@ -246,13 +277,14 @@ impl Run {
         let freed = || memory::tcp().is_ok_and(|now| now <= before + LEFT);
         let _ = wait_until("the memory to be freed", Duration::from_secs(5), freed);
         memory.after = memory::tcp()?;
+        let forgotten = pods.iter().map(forgotten).sum::<Result<u64>>()?;
         let tally =
             std::mem::take(&mut *traffic.tally.lock().unwrap_or_else(PoisonError::into_inner));
         let counters = COUNTERS.into_iter().map(|name| (name, counter(&status, name))).collect();
         let legs = status["splice"]["legs"].as_object();
         let spliced = legs.is_some_and(|legs| legs.values().any(|leg| leg["on"] == true));
         let clients = args.clients as u64;
-        Ok(Self { mode, clients, took, tally, counters, events, memory, spliced })
+        Ok(Self { mode, clients, took, tally, counters, events, memory, forgotten, still, spliced })
     }
 
     /// What is wrong.
@@ -271,6 +303,12 @@ impl Run {
         let broken: u64 = broken.map(|(_, count)| *count).sum();
         if broken > all.div_ceil(1000) {
             failures.push(format!("{broken} of {all} were told EPIPE alone"));
+        }
+        // F40: each long talk that is forgotten shows in a packet or more.
+        if self.still < STILL && self.forgotten > LONG_TALKS / 2 {
+            let (forgotten, talks) = (self.forgotten, self.tally.long_talks);
+            failures
+                .push(format!("connection tracking forgot: {forgotten} packets, {talks} talks"));
         }
         let Memory { before, most, after } = self.memory;
         if most > before + EACH * self.clients {
@@ -293,6 +331,14 @@ impl Drop for Stop<'_> {
     }
 }
 
+/// What [`TRACKING`] has counted.
+fn forgotten(pod: &Pod) -> Result<u64> {
+    let text = pod.nft("list counter inet tracking forgotten")?;
+    let mut words = text.split_whitespace().skip_while(|word| *word != "packets");
+    let number = words.nth(1).and_then(|word| word.parse().ok());
+    number.with_context(|| format!("nft said {text:?}"))
+}
+
 /// The sum over all meshes.
 fn counter(status: &Value, name: &str) -> u64 {
     let meshes = status["counters"].as_object();
@@ -308,6 +354,9 @@ fn report(runs: &[Run]) -> String {
     row("seconds", &|run| run.took.as_secs());
     row("connections", &|run| run.tally.connections);
     row("MiB that were checked", &|run| run.tally.bytes / MIB);
+    row("long talks", &|run| run.tally.long_talks);
+    row("packets of forgotten connections", &|run| run.forgotten);
+    row("ms that the machine stood still", &|run| run.still.as_millis() as u64);
     row("messages redirected", &|run| run.counters["splice_messages"]);
     row("MiB redirected", &|run| run.counters["splice_bytes"] / MIB);
     row("messages spilled", &|run| run.counters["splice_spilled"]);

@@ -10,8 +10,16 @@ use sidestep_lab::pattern::{Pattern, mix};
 /// How many pods there are; the last one comes and goes.
 pub const PODS: usize = 3;
 
-/// How many questions a long conversation has: some four seconds of them.
-const TALK: usize = 1200;
+/// The pause after each question of a talk, and how many questions it has: some four seconds of them.
+const THINKING: Duration = Duration::from_millis(25);
+const TALK: usize = 160;
+/// The same for a long talk, which connection tracking would forget: eight seconds, or more.
+const LONG_TALK: usize = 2 * TALK;
+/// The first connections of so many are long talks: the first of all, so that a short run has some,
+/// and does not end later for them.
+const ROUND: u64 = 512;
+/// How many long talks a run has at least.
+pub const LONG_TALKS: u64 = 8;
 
 /// Which way a connection takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +112,8 @@ pub struct Plan {
     pub v6: bool,
     /// Which way.
     pub path: Path,
+    /// A long talk between sidecars: small messages that never go by TCP by themselves.
+    pub long_talk: bool,
     /// How it ends.
     pub ending: Ending,
     /// The client's part.
@@ -118,8 +128,11 @@ impl Plan {
     pub fn new(seed: u64, number: u64) -> Self {
         let key = mix(mix(seed) ^ number);
         let rng = &mut Rng::with_seed(key);
-        let from = rng.usize(..PODS);
-        let to = (from + rng.usize(1..PODS)) % PODS;
+        let long_talk = number % ROUND < LONG_TALKS;
+        // Not with the pod that comes and goes: it waits for its connections to end.
+        let among = if long_talk { PODS - 1 } else { PODS };
+        let from = rng.usize(..among);
+        let to = (from + rng.usize(1..among)) % among;
         let ending = [
             Ending::Close,
             Ending::Half,
@@ -130,9 +143,10 @@ impl Plan {
             Ending::Unread,
         ][rng.usize(..7)];
         let mut ends = [part(rng), part(rng)];
-        // Not with the pod that comes and goes: it waits for its connections to end.
-        if from.max(to) < PODS - 1 && rng.u8(..16) == 0 {
-            talk(rng, &mut ends);
+        if long_talk {
+            talk(rng, &mut ends, LONG_TALK);
+        } else if from.max(to) < PODS - 1 && rng.u8(..16) == 0 {
+            talk(rng, &mut ends, TALK);
         } else {
             body(rng, &mut ends);
         }
@@ -140,8 +154,9 @@ impl Plan {
         let by = rng.usize(..2);
         finish(rng, ending, by, &mut ends);
         let [client, server] = ends;
-        let path = if rng.u8(..3) == 0 { Path::Apps } else { Path::Sidecars };
-        Self { number, from, to, v6: rng.bool(), path, ending, client, server, key }
+        // A relay's sockets do not know whose they are, and ask too often for a talk.
+        let path = if !long_talk && rng.u8(..3) == 0 { Path::Apps } else { Path::Sidecars };
+        Self { number, from, to, v6: rng.bool(), path, long_talk, ending, client, server, key }
     }
 
     /// The same, and both ends read as Tokio does.
@@ -225,11 +240,15 @@ fn body(rng: &mut Rng, ends: &mut [Part; 2]) {
     }
 }
 
-/// Small messages and nothing else, for longer than any event takes: what never goes by TCP by itself.
-fn talk(rng: &mut Rng, ends: &mut [Part; 2]) {
-    for _ in 0..TALK {
-        exchange(rng, ends, 1);
-        ends[0].steps.push(Step::Pause(Duration::from_millis(3)));
+/// Small messages and nothing else, for longer than any event takes: so small that none goes by TCP
+/// for want of room.
+fn talk(rng: &mut Rng, ends: &mut [Part; 2], questions: usize) {
+    for _ in 0..questions {
+        for sender in [0, 1] {
+            let bytes = rng.u64(1..=16);
+            one_way(ends, sender, bytes);
+        }
+        ends[0].steps.push(Step::Pause(THINKING));
     }
 }
 
@@ -362,6 +381,7 @@ mod tests {
             let plan = Plan::new(3, number);
             assert_eq!(format!("{plan:?}"), format!("{:?}", Plan::new(3, number)));
             assert_ne!(plan.from, plan.to);
+            assert!(!plan.long_talk || plan.from.max(plan.to) < PODS - 1);
             endings.insert(plan.ending);
             if !plan.ending.resets() {
                 let [sent, received] = moved(&plan.client);

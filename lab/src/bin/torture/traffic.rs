@@ -31,6 +31,8 @@ enum Answer {
 pub struct Tally {
     /// How many were played.
     pub connections: u64,
+    /// Long talks among them that went well.
+    pub long_talks: u64,
     /// Bytes that came, both ways.
     pub bytes: u64,
     /// By ending: how many were so.
@@ -134,6 +136,7 @@ impl Traffic {
             tally.connections += 1;
             let failures = match outcomes {
                 Ok(ends) => {
+                    tally.long_talks += u64::from(plan.long_talk);
                     tally.bytes += ends.iter().map(|end| end.received).sum::<u64>();
                     let kind = kind(&plan, &ends, self.opts.spliced);
                     *tally.endings.entry((plan.ending, kind)).or_default() += 1;
@@ -169,7 +172,7 @@ impl Traffic {
             }
         };
         let mut stream = pods[plan.from]
-            .run(uid, uid, || open(target, &plan.client))?
+            .run(uid, uid, || open(target, plan))?
             .with_context(|| format!("connecting to {target}"))?;
         let mut head = [0; 16];
         head[..8].copy_from_slice(&plan.number.to_ne_bytes());
@@ -217,7 +220,7 @@ impl Traffic {
             let Some(sender) = traffic.waiting().get(&serial).cloned() else {
                 return traffic.problem(format!("a server was called by nobody, as {number}"));
             };
-            if let Err(err) = prepare(&stream, &plan.server) {
+            if let Err(err) = prepare(&stream, &plan, &plan.server) {
                 return traffic.problem(format!("a server, preparing its socket: {err}"));
             }
             // The client may have given up.
@@ -241,23 +244,28 @@ fn talk(stream: &mut TcpStream) -> io::Result<()> {
     stream.set_nonblocking(true)
 }
 
-fn open(target: SocketAddr, part: &Part) -> io::Result<TcpStream> {
+fn open(target: SocketAddr, plan: &Plan) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(target), Type::STREAM, None)?;
     socket.connect_timeout(&target.into(), ANSWERED)?;
     let stream = socket.into();
-    prepare(&stream, part)?;
+    prepare(&stream, plan, &plan.client)?;
     Ok(stream)
 }
 
+/// After so long without a packet, a socket asks whether the other end is still there.
+pub const IDLE: Duration = Duration::from_secs(2);
+/// The same in a long talk, whose packets are to be those of `--splice-refresh` alone: longer than
+/// connection tracking remembers ([`crate::REMEMBERED`]), and shorter than [`STALLED`].
+const IDLE_TALK: Duration = Duration::from_secs(12);
+
 /// A reset is sent once. Where it gets lost, TCP alone tells nobody who only reads.
-pub fn ask_when_idle(socket: SockRef<'_>) -> io::Result<()> {
+pub fn ask_when_idle(socket: SockRef<'_>, idle: Duration) -> io::Result<()> {
     let asking = TcpKeepalive::new();
-    let asking = asking.with_time(Duration::from_secs(2)).with_interval(Duration::from_secs(1));
-    socket.set_tcp_keepalive(&asking)
+    socket.set_tcp_keepalive(&asking.with_time(idle).with_interval(Duration::from_secs(1)))
 }
 
-fn prepare(stream: &TcpStream, part: &Part) -> io::Result<()> {
-    ask_when_idle(SockRef::from(stream))?;
+fn prepare(stream: &TcpStream, plan: &Plan, part: &Part) -> io::Result<()> {
+    ask_when_idle(SockRef::from(stream), if plan.long_talk { IDLE_TALK } else { IDLE })?;
     stream.set_nodelay(part.write_size < 64 << 10)?;
     if let Some(bytes) = part.buffers {
         let socket = SockRef::from(stream);
