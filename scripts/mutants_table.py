@@ -645,7 +645,7 @@ add(
      "listeners:remembered"),
     ("listeners at all of the pod's addresses are remembered",
      "return local && *local == LOCAL_LANDING;", "return local;", "listeners:remembered"),
-    ("whatever a process is bound to is found", "\tif (!is_wanted(&key.at))\n\t\treturn;\n", "",
+    ("whatever a process is bound to is found", "if (!is_wanted(&key.at) || is_found())", "if (is_found())",
      "listeners:remembered"),
     ("IPv6's addresses are read as IPv4's", Within("listener_found", "if (sk->skc_family == AF_INET6) {"), "if (false) {",
      "inbound:older_than"),

@@ -15,7 +15,6 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    check,
     cni::{
         self, Reply, Request,
         conflist::{self, Installer},
@@ -23,9 +22,8 @@ use crate::{
     },
     controller::{AddError, Look, Reconciler, Source},
     dataplane::{self, Dataplane, Pins},
-    http,
-    metrics::Metrics,
     node::{Cgroup, Places},
+    ops::{check, http, metrics::Metrics},
     problem::Problem,
     service,
     source::{

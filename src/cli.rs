@@ -7,13 +7,15 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
     agent::{self, Cluster, SourceConfig},
-    check,
     cni::{self, OnAgentAway, conflist},
     dataplane::{self, bpffs},
+    ops::{
+        check, status,
+        telemetry::{self, LogFormat},
+    },
     service,
     source::kubernetes::{self, OnUninstall},
-    splice, status,
-    telemetry::{self, LogFormat},
+    splice,
 };
 
 /// Replaces a service mesh's iptables interception with eBPF programs at the socket layer.

@@ -2,24 +2,20 @@
 //! layer. One way for data: facts -> desired -> diff -> maps. ARCHITECTURE.md is the map of it.
 
 pub mod agent;
-pub mod check;
 pub mod cli;
 pub mod cni;
 pub mod controller;
 pub mod dataplane;
 pub mod files;
-pub mod http;
 #[cfg(test)]
 mod imports;
 pub mod mesh;
-pub mod metrics;
 pub mod node;
+pub mod ops;
 pub mod pace;
 pub mod problem;
 pub mod service;
 pub mod source;
 pub mod splice;
-pub mod status;
-pub mod telemetry;
 pub mod text;
 pub mod watches;

@@ -15,7 +15,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpListener, task, time::timeout};
 use tracing::{debug, warn};
 
-use crate::metrics::Metrics;
+use super::metrics::Metrics;
 
 /// Whoever connects and says nothing does not stay.
 const PATIENCE: Duration = Duration::from_secs(10);
