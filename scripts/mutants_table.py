@@ -650,8 +650,8 @@ add(
     ("IPv6's addresses are read as IPv4's", Within("listener_found", "if (sk->skc_family == AF_INET6) {"), "if (false) {",
      "inbound:older_than"),
     ("one listener is found",
-     "\t\tkey.slot = slot;\n\t\tif (!bpf_map_update_elem", "\t\tkey.slot = slot * 0;\n"
-     "\t\tif (!bpf_map_update_elem", "inbound:each_of"),
+     "\t\tkey.slot = slot;\n\t\tif (bpf_map_update_elem", "\t\tkey.slot = slot * 0;\n"
+     "\t\tif (bpf_map_update_elem", "inbound:each_of"),
 )
 
 # Inbound.

@@ -20,7 +20,7 @@ use crate::{
         conflist::{self, Installer},
         server::Asked,
     },
-    controller::{AddError, Look, Reconciler, Source},
+    controller::{AddError, Controller, Look, Source},
     dataplane::{self, Dataplane, Pins},
     node::{Cgroup, Places},
     ops::{check, http, metrics::Metrics},
@@ -196,9 +196,9 @@ async fn intercept(
     dataplane.attach(&cgroup)?;
     let events = dataplane.events()?;
     let metrics = Arc::new(Metrics::new(pins, cgroup.id()));
-    let reconciler = Reconciler::new(source, dataplane, cgroup, Arc::clone(&metrics))?;
-    let mut reconciler = reconciler.with_services(config.services);
-    let adopted = reconciler.adopted();
+    let controller = Controller::new(source, dataplane, cgroup, Arc::clone(&metrics))?;
+    let mut controller = controller.with_services(config.services);
+    let adopted = controller.adopted();
     info!(%pins, adopted, "BPF programs attached; interception is in force");
 
     if let Some(address) = config.http {
@@ -209,7 +209,7 @@ async fn intercept(
         SourceConfig::Kubernetes(cluster) => cluster.cni.as_ref(),
         SourceConfig::Manifests(_) => None,
     };
-    if let (Some(cni), Source::Kubernetes(kubernetes, _)) = (cni, reconciler.source()) {
+    if let (Some(cni), Source::Kubernetes(kubernetes, _)) = (cni, controller.source()) {
         let found = Installer::new(cni);
         found.install_plugin()?;
         cni::server::serve(&cni.socket, kubernetes.api().clone(), asked.clone())?;
@@ -217,7 +217,7 @@ async fn intercept(
         installer = Some(found);
     }
     if let (SourceConfig::Kubernetes(cluster), Source::Kubernetes(kubernetes, _)) =
-        (&config.source, reconciler.source())
+        (&config.source, controller.source())
         && cluster.remove_startup_taint
     {
         task::spawn(remove_startup_taint(kubernetes.api().clone(), Arc::clone(&metrics)));
@@ -239,7 +239,7 @@ async fn intercept(
     tokio::pin!(round);
     loop {
         metrics.turned();
-        let waited_for = reconciler.waited_for();
+        let waited_for = controller.waited_for();
         if let Some(at) = waited_for {
             round.as_mut().reset(at.into());
         }
@@ -253,10 +253,10 @@ async fn intercept(
                     pause.as_mut().reset(Instant::now() + MISSED);
                     pausing = true;
                 }
-                reconciler.find_listeners(&seen.missed);
-                reconciler.reset(&seen.unread);
+                controller.find_listeners(&seen.missed);
+                controller.reset(&seen.unread);
                 if seen.bulk {
-                    sweep.as_mut().reset(reconciler.take_bulk_out().into());
+                    sweep.as_mut().reset(controller.take_bulk_out().into());
                 }
             }
             Some(first) = requests.recv() => {
@@ -265,13 +265,13 @@ async fn intercept(
                 while let Ok(asked) = requests.try_recv() {
                     batch.push(asked);
                 }
-                answer(&mut reconciler, batch, &metrics, &more);
+                answer(&mut controller, batch, &metrics, &more);
                 // Those who wrote to the socket, and the watches, have their turn.
                 task::yield_now().await;
             }
             // A sandbox does not wait for it.
             Some(()) = changes.recv(), if !settling => {
-                let wait = LONGEST.min(reconciler.took() * (SHARE - 1)).max(SETTLE);
+                let wait = LONGEST.min(controller.took() * (SHARE - 1)).max(SETTLE);
                 settle.as_mut().reset(Instant::now() + wait);
                 settling = true;
             }
@@ -279,21 +279,21 @@ async fn intercept(
                 settling = false;
                 while changes.try_recv().is_ok() {}
                 more = look_after(&mut watches, installer.as_mut(), &metrics);
-                reconciler.sync(Look::Source, &more);
+                controller.sync(Look::Source, &more);
             }
-            () = &mut round, if waited_for.is_some() => reconciler.sync(Look::Source, &more),
+            () = &mut round, if waited_for.is_some() => controller.sync(Look::Source, &more),
             Ok(found) = &mut tried, if !tried.is_terminated() => {
-                reconciler.splice(config.splice, &found);
-                reconciler.sync(Look::Changes, &more);
+                controller.splice(config.splice, &found);
+                controller.sync(Look::Changes, &more);
             }
-            () = &mut sweep => sweep.as_mut().reset(reconciler.sweep_splices().into()),
+            () = &mut sweep => sweep.as_mut().reset(controller.sweep_splices().into()),
             _ = resync.tick() => {
                 more = look_after(&mut watches, installer.as_mut(), &metrics);
-                reconciler.sync(Look::Everything, &more);
+                controller.sync(Look::Everything, &more);
             }
         }
     }
-    let removed = match reconciler.source() {
+    let removed = match controller.source() {
         Source::Kubernetes(kubernetes, _) => kubernetes.api().removed().await,
         Source::Manifests(_) => None,
     };
@@ -308,10 +308,10 @@ async fn intercept(
     match removed {
         Removed::Uninstalled(why) if keeps_pods(&config.source) => {
             // Pods that have ended meanwhile are forgotten.
-            reconciler.sync(Look::Everything, &BTreeSet::new());
-            let living = reconciler.living();
+            controller.sync(Look::Everything, &BTreeSet::new());
+            let living = controller.living();
             if living > 0 {
-                leave(&mut reconciler, pins).await;
+                leave(&mut controller, pins).await;
                 warn!(
                     "{why}: {living} mesh pods stay intercepted until they terminate (`sidestep \
                      unload` ends that)"
@@ -350,14 +350,14 @@ fn keeps_pods(source: &SourceConfig) -> bool {
 
 /// Leaves the data plane to itself, for good. Spliced connections need an agent when they end, so
 /// they go back to TCP first.
-async fn leave(reconciler: &mut Reconciler, pins: &Pins) {
-    reconciler.splice(splice::Mode::Off, &Ok(Vec::new()));
+async fn leave(controller: &mut Controller, pins: &Pins) {
+    controller.splice(splice::Mode::Off, &Ok(Vec::new()));
     let start = Instant::now();
     let is_splicing = || dataplane::spliced(pins).is_ok_and(|(_, sockets)| sockets > 0);
     while is_splicing() && start.elapsed() < LEAVE {
-        sleep_until(reconciler.sweep_splices().into()).await;
+        sleep_until(controller.sweep_splices().into()).await;
     }
-    if let Source::Kubernetes(kubernetes, _) = reconciler.source() {
+    if let Source::Kubernetes(kubernetes, _) = controller.source() {
         kubernetes.send_events().await;
     }
 }
@@ -392,7 +392,7 @@ fn look_after(
 
 /// Answers the CNI plugin.
 fn answer(
-    reconciler: &mut Reconciler,
+    controller: &mut Controller,
     batch: Vec<Asked>,
     metrics: &Metrics,
     more: &BTreeSet<Problem>,
@@ -411,7 +411,7 @@ fn answer(
     for Asked { request, pod, answer } in batch {
         let verb = request.verb();
         let result = match (request, pod) {
-            (Request::Add(sandbox), Some(pod)) => match reconciler.announce(pod, &sandbox) {
+            (Request::Add(sandbox), Some(pod)) => match controller.announce(pod, &sandbox) {
                 Ok(Some(pod)) => {
                     announced.push((pod, verb, answer));
                     continue;
@@ -419,19 +419,19 @@ fn answer(
                 Ok(None) => Ok(()),
                 Err(error) => Err(error),
             },
-            (Request::Check(sandbox), Some(pod)) => reconciler.check(&pod, &sandbox),
+            (Request::Check(sandbox), Some(pod)) => controller.check(&pod, &sandbox),
             (Request::Add(_) | Request::Check(_), None) => Ok(()),
             (Request::Problems, _) => {
-                let problems = Some(reconciler.problems());
+                let problems = Some(controller.problems());
                 let _ = answer.send(Reply { problems, ..Reply::default() });
                 continue;
             }
             (Request::Del { container }, _) => {
-                reconciler.delete(&container);
+                controller.delete(&container);
                 Ok(())
             }
             (Request::Gc { containers }, _) => {
-                reconciler.keep_only(&containers);
+                controller.keep_only(&containers);
                 Ok(())
             }
         };
@@ -440,8 +440,8 @@ fn answer(
     if announced.is_empty() {
         return;
     }
-    reconciler.sync(Look::Changes, more);
+    controller.sync(Look::Changes, more);
     for (pod, verb, answer) in announced {
-        reply(verb, answer, reconciler.admitted(&pod));
+        reply(verb, answer, controller.admitted(&pod));
     }
 }

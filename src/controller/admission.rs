@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use k8s_openapi::api::core::v1::Pod;
 use thiserror::Error;
 
-use super::{Reconciler, Source};
+use super::{Controller, Source};
 use crate::{
     mesh::facts,
     node::{Netns, NetnsCookie, Place, Sandbox},
@@ -32,7 +32,7 @@ pub enum AddError {
     Refused(String),
 }
 
-impl Reconciler {
+impl Controller {
     /// Takes in a pod whose sandbox was just made, for the next sync; none where it is in no mesh
     /// and needs nothing.
     ///

@@ -11,7 +11,7 @@ use std::{
 use anyhow::Result;
 use tracing::{debug, info, warn};
 
-use super::{Reconciler, problem};
+use super::{Controller, problem};
 use crate::{
     dataplane::Repair,
     mesh::{
@@ -69,7 +69,7 @@ fn of(candidates: &[Candidate], name: &str) -> Record {
     Record { pod: name.to_owned(), uid, netns: PathBuf::new() }
 }
 
-impl Reconciler {
+impl Controller {
     pub(super) fn enroll(
         &mut self,
         mut candidates: Vec<Candidate>,

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::Pod;
 
-use super::{Look, Reconciler, Source};
+use super::{Controller, Look, Source};
 use crate::{
     mesh::facts::PodFacts,
     node::{Lo, Netns, NetnsCookie, NetnsFacts},
@@ -67,7 +67,7 @@ impl Search {
     }
 }
 
-impl Reconciler {
+impl Controller {
     /// Looks for the namespaces of pods that the container runtime told nothing about, by their
     /// processes: once when a pod is new, then whenever everything is looked at.
     pub(super) fn search(

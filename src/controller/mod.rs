@@ -66,7 +66,7 @@ pub enum Look {
 }
 
 /// The agent's hold on the data plane.
-pub struct Reconciler {
+pub struct Controller {
     source: Source,
     dataplane: Dataplane,
     cgroup: Cgroup,
@@ -118,7 +118,7 @@ pub struct Reconciler {
     services: Option<Services>,
 }
 
-impl Reconciler {
+impl Controller {
     /// Takes over what the kernel holds.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use std::{
 use anyhow::Result;
 use tracing::debug;
 
-use super::{Look, Reconciler, Source, is_done};
+use super::{Controller, Look, Source, is_done};
 use crate::{
     mesh::facts,
     node::{self, Nat, Netns, NetnsCookie},
@@ -51,7 +51,7 @@ impl Services {
     }
 }
 
-impl Reconciler {
+impl Controller {
     /// Translates Services as well.
     #[must_use]
     pub fn with_services(self, options: Option<Options>) -> Self {

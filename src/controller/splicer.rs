@@ -8,7 +8,7 @@ use std::{
 use anyhow::Result;
 use tracing::{error, info, warn};
 
-use super::Reconciler;
+use super::Controller;
 use crate::{
     node::{Netns, NetnsCookie},
     splice::{self, Leg, Reset},
@@ -64,7 +64,7 @@ impl Sweeps {
     }
 }
 
-impl Reconciler {
+impl Controller {
     /// Decides which legs are spliced, given what the self-test found.
     pub fn splice(&mut self, mode: splice::Mode, found: &splice::Found) {
         let states = splice::decide(mode, found);
