@@ -125,7 +125,7 @@ e2e: deps ## scenarios in a kind cluster, on any machine (root): e2e/README.md; 
 clean-e2e: ## remove what a run of `make e2e` left, also one that was killed (root)
 	@e2e/cluster/cluster.sh clean
 
-# Without a sanitizer, which a stable compiler doesn't have: what is fuzzed is safe Rust.
+# Without a sanitizer, which a stable compiler does not have: what is fuzzed is safe Rust.
 fuzz: ## fuzz the parsers of annotations, lists and manifests; SECONDS=300 for longer
 	@scripts/deps.sh --fuzz
 	set -e; for target in $(FUZZ_TARGETS); do \

@@ -5,8 +5,8 @@ use std::{env, ffi::OsString, path::PathBuf, process::Command};
 use anyhow::{Context, Result, bail};
 use libbpf_cargo::SkeletonBuilder;
 
-/// The object of the node's programs, the one that is loaded for each pod, and the one that is asked
-/// what the policy says.
+/// The object of the node's programs, the one that is loaded for each pod, and the one that is
+/// asked what the policy says.
 const OBJECTS: [&str; 3] = ["sidestep", "inbound", "policy"];
 
 fn main() -> Result<()> {

@@ -121,7 +121,7 @@ END
     have_lib libelf.a || echo libelf-dev
     have_lib libz.a || echo zlib1g-dev
     if have_lib libelf.a && have_lib libz.a && [ -n "$("$here/libelf.sh")" ]; then
-        # That libelf.a won't do: this is what building another takes.
+        # That libelf.a will not do: this is what building another takes.
         while read -r package tool; do
             have "$tool" || echo "$package"
         done <<'END'

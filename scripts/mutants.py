@@ -85,7 +85,7 @@ def build_tests():
     """The executables of the integration tests, which start the agent's binary by its path."""
     status, output = run(["cargo", "test", "--no-run", "--message-format=json-render-diagnostics"], 1800)
     if status != 0:
-        sys.exit(f"the tests don't build:\n{output}")
+        sys.exit(f"the tests do not build:\n{output}")
     found = {}
     for line in output.splitlines():
         message = json.loads(line) if line.startswith("{") else {}
@@ -93,7 +93,7 @@ def build_tests():
             found[message["target"]["name"]] = message["executable"]
     status, output = run(["cargo", "build", "-q", "-p", "sidestep-lab", "--bin", "demo"], 1800)
     if status != 0:
-        sys.exit(f"the lab doesn't build:\n{output}")
+        sys.exit(f"the lab does not build:\n{output}")
     return found
 
 
@@ -270,7 +270,7 @@ def main(args):
     executables = build_tests()
     errors = compile_objects()
     if errors:
-        sys.exit(f"the eBPF programs don't compile:\n{errors}")
+        sys.exit(f"the eBPF programs do not compile:\n{errors}")
     for name, filters in by_binary(" ".join(m.tests for m, _ in chosen)).items():
         # Of other files, a survivor meets no more than the tests that it names.
         failed = failing(executables[name], [] if name in DATA_PATH else filters, ALL_LIMIT)

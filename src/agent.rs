@@ -107,8 +107,8 @@ const LEAVE: Duration = Duration::from_secs(10);
 /// uninstalled.
 ///
 /// # Errors
-/// Where the data plane can't be installed, the directory of manifests can't be read at start,
-/// or the configuration of the API server can't be used. A bad pod is no error: it is logged.
+/// Where the data plane cannot be installed, the directory of manifests cannot be read at start,
+/// or the configuration of the API server cannot be used. A bad pod is no error: it is logged.
 pub fn run(config: &Config) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(serve(config))
@@ -362,8 +362,8 @@ async fn leave(controller: &mut Controller, pins: &Pins) {
     }
 }
 
-/// Tries what this kernel does to spliced sockets. No pod waits for that: until it is known, what an
-/// earlier agent decided stands, or nothing is spliced.
+/// Tries what this kernel does to spliced sockets. No pod waits for that: until it is known, what
+/// an earlier agent decided stands, or nothing is spliced.
 fn try_splices(mode: splice::Mode) -> oneshot::Receiver<splice::Found> {
     let (tell, told) = oneshot::channel();
     thread::spawn(move || {

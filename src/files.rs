@@ -10,8 +10,8 @@ use std::{
 /// No configuration and no manifest is longer.
 const LONGEST: u64 = 16 << 20;
 
-/// Opens a file for reading that is to be a regular one. Another kind is refused and not waited for:
-/// a FIFO would keep the agent until somebody writes to it.
+/// Opens a file for reading that is to be a regular one. Another kind is refused and not waited
+/// for: a FIFO would keep the agent until somebody writes to it.
 ///
 /// # Errors
 /// As [`File::open`]; where it is of another kind, that names it.
@@ -68,7 +68,7 @@ mod tests {
             let error = read(path).expect_err("refused").to_string();
             assert!(error.contains(word) && error.contains("regular"), "{error}");
         }
-        read(&socket).expect_err("a socket can't even be opened");
+        read(&socket).expect_err("a socket cannot even be opened");
         let long = dir.path().join("long");
         File::create(&long).and_then(|file| file.set_len(LONGEST + 1)).expect("made");
         assert!(read(&long).expect_err("refused").to_string().contains("16 MiB"));

@@ -7,17 +7,17 @@ use serde::{Deserialize, Serialize};
 /// Why something is not as it should be. The names are those of Events and of the metrics' label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Reason {
-    /// A field or annotation can't be read: everything is captured, or nothing spliced.
+    /// A field or annotation cannot be read: everything is captured, or nothing spliced.
     InvalidPolicy,
     /// What the pod asks for is not implemented: it is left alone.
     Unsupported,
-    /// The pod's object can't be used at all.
+    /// The pod's object cannot be used at all.
     InvalidPod,
-    /// The pod's network namespace can't be found, entered or prepared.
+    /// The pod's network namespace cannot be found, entered or prepared.
     NetworkNamespace,
-    /// The pod can't be enrolled beside the others, or a map is full.
+    /// The pod cannot be enrolled beside the others, or a map is full.
     Refused,
-    /// The pod's inbound connections don't go to its sidecar.
+    /// The pod's inbound connections do not go to its sidecar.
     InboundNotIntercepted,
     /// All pods of a mesh on this node come with the mesh's own iptables rules.
     OwnIptables,

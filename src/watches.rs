@@ -31,7 +31,7 @@ impl Watches {
         self.watched.insert(dir.to_owned(), None);
     }
 
-    /// Tries again what could not be had; says what can't.
+    /// Tries again what could not be had; says what cannot.
     pub fn ensure(&mut self) -> BTreeSet<Problem> {
         let mut problems = BTreeSet::new();
         for (dir, watcher) in &mut self.watched {
@@ -108,7 +108,7 @@ mod tests {
         }
     }
 
-    /// F7: what can't be watched is a problem until it can.
+    /// F7: what cannot be watched is a problem until it can.
     #[tokio::test]
     async fn f7_a_directory_is_watched_as_soon_as_it_can_be() {
         let dir = tempfile::tempdir().expect("a directory");

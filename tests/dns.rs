@@ -408,7 +408,8 @@ fn kumas_exclusions_and_dns() {
         let [v4, v6, mapped] = [0, 1, 2].map(|n| both(uid, servers(1)[n]));
         [v4, mapped, v6]
     };
-    // F62: where nothing says that DNS is captured, it is not. (TCP then goes to the outbound listener.)
+    // F62: where nothing says that DNS is captured, it is not. (TCP then goes to the outbound
+    // listener.)
     for server in servers(1) {
         assert!(!captured(&node, APP, APP, server), "{server}");
     }

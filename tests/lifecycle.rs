@@ -1,4 +1,4 @@
-//! The agent comes and goes; connections don't notice.
+//! The agent comes and goes; connections do not notice.
 
 mod common;
 
@@ -236,7 +236,7 @@ fn a_terminating_pod_is_intercepted_until_its_namespace_is_gone() {
                 .expect("no panic")
         })
     };
-    // Each file that can't be read is told of by a look at everything.
+    // Each file that cannot be read is told of by a look at everything.
     for n in 0..3 {
         let file = format!("nudge{n}.yaml");
         std::fs::write(node.agent.pods_dir().join(&file), "a: [").expect("written");

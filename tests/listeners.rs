@@ -179,8 +179,8 @@ fn a_listener_is_reached_by_those_that_redirect_leads_to_it() {
     }
 }
 
-/// F30: the kernel's list is every pod's: only listeners that calls may be led to are in it, whether
-/// the hooks saw them or the agent looked for them, so that no pod fills it.
+/// F30: the kernel's list is every pod's: only listeners that calls may be led to are in it,
+/// whether the hooks saw them or the agent looked for them, so that no pod fills it.
 #[test]
 fn only_listeners_that_calls_are_led_to_are_remembered() {
     let mut node = Node::new("remembered");

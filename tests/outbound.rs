@@ -321,7 +321,7 @@ fn nothing_but_the_kernel_answers_for_multicast() {
     let node = Node::enrolled("multicast");
     let _sidecar = Sidecar::start(&node.a);
     for target in ["224.0.0.1", "239.1.2.3", "255.255.255.255", "ff02::1", "::ffff:224.0.0.1"] {
-        node.a.ask(APP, APP, addr(ip(target), 80)).expect_err("TCP can't connect there");
+        node.a.ask(APP, APP, addr(ip(target), 80)).expect_err("TCP cannot connect there");
     }
 }
 

@@ -1,5 +1,5 @@
-//! F14, F70: what others take away in the kernel or in a pod's namespace is seen within seconds, put
-//! back, and told.
+//! F14, F70: what others take away in the kernel or in a pod's namespace is seen within seconds,
+//! put back, and told.
 
 #![allow(unsafe_code, reason = "to put another program in the place of the agent's")]
 

@@ -1,5 +1,5 @@
-//! The programs that people run: each looks a name up through a pod whose DNS is captured. Its servers
-//! are addresses that nobody has, so that an answer is the sidecar's.
+//! The programs that people run: each looks a name up through a pod whose DNS is captured. Its
+//! servers are addresses that nobody has, so that an answer is the sidecar's.
 
 mod common;
 

@@ -1,5 +1,5 @@
-//! Services at the socket layer, through real sockets: what a process that dials a Service's address
-//! gets, and what it is told. The rows are those of docs/services.md.
+//! Services at the socket layer, through real sockets: what a process that dials a Service's
+//! address gets, and what it is told. The rows are those of docs/services.md.
 
 mod common;
 

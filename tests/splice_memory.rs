@@ -30,8 +30,8 @@ const MESSAGE: usize = 8000;
 /// Messages that a queue takes all of while nobody reads.
 const MESSAGES: usize = 7;
 const MIB: u64 = 1 << 20;
-/// Memory cgroups of a reader that are looked at, `SPLICE_GROUPS` of bpf/splice/memory.h, the root among
-/// them.
+/// Memory cgroups of a reader that are looked at, `SPLICE_GROUPS` of bpf/splice/memory.h, the root
+/// among them.
 const DEEPEST: usize = 16 - 1;
 
 /// A connection of the sidecar leg, spliced, whose server's end is charged to these cgroups.

@@ -33,7 +33,7 @@ fn ask(fd: RawFd, level: i32, option: i32, len: u32) -> Answer {
     (errno, returned, buffer)
 }
 
-/// The answers to every option that exists, and many that don't, with buffers of many lengths.
+/// The answers to every option that exists, and many that do not, with buffers of many lengths.
 fn all_answers(sockets: &[OwnedFd]) -> BTreeMap<(usize, i32, i32, u32), Answer> {
     let levels = [libc::SOL_SOCKET, libc::SOL_IP, libc::SOL_IPV6, libc::SOL_TCP, libc::SOL_UDP];
     let mut answers = BTreeMap::new();

@@ -76,7 +76,7 @@ static __always_inline bool addr_is_passthrough(const struct addr *a)
 	return a->w[0] == 0 && a->w[1] == 0 && a->w[2] == 0 && a->w[3] == bpf_htonl(6);
 }
 
-/* Multicast, or IPv4's broadcast: TCP can't connect there, and the kernel says so itself. */
+/* Multicast, or IPv4's broadcast: TCP cannot connect there, and the kernel says so itself. */
 static __always_inline bool addr_is_multicast(const struct addr *a)
 {
 	if (addr_is4(a))

@@ -17,7 +17,7 @@ enum reason {
 	REASON_NONE,
 	REASON_NOT_ENROLLED, /* the namespace is no enrolled pod's */
 	REASON_OTHER_FAMILY, /* the pod's mesh does not capture this family */
-	REASON_MULTICAST, /* TCP can't connect there */
+	REASON_MULTICAST, /* TCP cannot connect there */
 	REASON_NOT_DNS, /* no question, or the mesh does not capture DNS */
 	REASON_DNS_OVER_TCP, /* the mesh leaves the app's DNS over TCP alone */
 	REASON_DNS, /* a question */

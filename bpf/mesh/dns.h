@@ -47,7 +47,7 @@ struct dns_servers {
 	struct bpf_spin_lock lock;
 	__u32 pad;
 	struct dns_server server[DNS_SERVERS]; /* whose answers have a number each */
-	struct dns_server alone; /* of a socket that can't be given numbers */
+	struct dns_server alone; /* of a socket that cannot be given numbers */
 };
 _Static_assert(sizeof(struct dns_servers) == 1568, "dns_servers");
 

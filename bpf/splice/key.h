@@ -17,7 +17,7 @@ static __always_inline struct splice_key other_end(const struct splice_key *key)
 }
 
 /*
- * The key of a connection's end; false: TCP's counts don't say where it began. What was
+ * The key of a connection's end; false: TCP's counts do not say where it began. What was
  * acknowledged counts a client's SYN, and not a server's.
  */
 static __always_inline bool splice_key_of(const struct tcp_sock *tp, struct splice_key *key)

@@ -1,4 +1,4 @@
-//! Where Sidestep differs from the meshes' iptables on purpose, or can't help it. Each entry
+//! Where Sidestep differs from the meshes' iptables on purpose, or cannot help it. Each entry
 //! has to match a difference, or the suite fails: a list that has more than what is true hides
 //! what is not.
 
@@ -71,7 +71,7 @@ pub const DELIBERATE: &[Deliberate] = &[
         kinds: Kind::ALL,
         fields: &[Field::Outcome],
         when: |iptables, sidestep| outcomes(iptables, sidestep, ["timeout", "outbound"]),
-        why: "Under iptables a socket that is bound to a device can't reach the proxy at \
+        why: "Under iptables a socket that is bound to a device cannot reach the proxy at \
               localhost. Sidestep sends it to the pod's own address, which works.",
     },
     Deliberate {
@@ -79,7 +79,7 @@ pub const DELIBERATE: &[Deliberate] = &[
         kinds: Kind::ALL,
         fields: &[Field::Outcome],
         when: |iptables, sidestep| outcomes(iptables, sidestep, ["timeout", "inbound"]),
-        why: "As E.dev: under iptables such a socket can't reach the proxy.",
+        why: "As E.dev: under iptables such a socket cannot reach the proxy.",
     },
     Deliberate {
         rows: "*/E.link",

@@ -80,8 +80,8 @@ struct Difference {
     words: String,
 }
 
-/// In what the `others` differ from the first, and whether that is on a list, whose entries are marked
-/// as used.
+/// In what the `others` differ from the first, and whether that is on a list, whose entries are
+/// marked as used.
 fn compare(
     row: &str,
     kind: Kind,

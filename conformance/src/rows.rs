@@ -1403,8 +1403,8 @@ impl Draft {
         self.expect(|expect| expect.peer = Some(peer))
     }
 
-    /// Whether this call reaches listeners that are at this place alone: what the pod itself sends is
-    /// led to localhost. To which address what comes in is led, iptables says.
+    /// Whether this call reaches listeners that are at this place alone: what the pod itself sends
+    /// is led to localhost. To which address what comes in is led, iptables says.
     fn led_to(self, place: Place) -> Self {
         let Act::Tcp(dial) = &self.act else {
             return self;

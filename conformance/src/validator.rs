@@ -1,5 +1,5 @@
-//! The meshes' init containers that look whether a pod's traffic is intercepted, and keep the pod from
-//! starting where it is not. Each tries again for a while; here only its first try counts.
+//! The meshes' init containers that look whether a pod's traffic is intercepted, and keep the pod
+//! from starting where it is not. Each tries again for a while; here only its first try counts.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -40,9 +40,10 @@ fn istio(stage: &Stage<'_>) -> Result<String> {
 }
 
 /// `kuma-validation`, as its user: listens on the inbound port at localhost alone, and calls the
-/// address that inbound connections to an application come from, at any port. IPv4 always, IPv6 where
-/// the pod has any address of it but `lo`'s. After app/kumactl/cmd/install/transparent_proxy_validator.go
-/// and pkg/transparentproxy/validate of kumahq/kuma 2.7 to 2.14.
+/// address that inbound connections to an application come from, at any port. IPv4 always, IPv6
+/// where the pod has any address of it but `lo`'s. After
+/// app/kumactl/cmd/install/transparent_proxy_validator.go and pkg/transparentproxy/validate of
+/// kumahq/kuma 2.7 to 2.14.
 fn kuma(stage: &Stage<'_>) -> Result<String> {
     let port = fastrand::u16(20000..30000);
     let mut pairs: Vec<(IpAddr, IpAddr)> =
@@ -63,8 +64,8 @@ fn kuma(stage: &Stage<'_>) -> Result<String> {
 }
 
 /// `linkerd-network-validator`, as nobody: listens in the place of the outbound proxy, and calls an
-/// address that nobody has. With IPv6, the chart has it listen on `[::]` and call an address of that
-/// family. After charts/partials/templates/_network-validator.tpl of linkerd2 2.18 to 2.20.
+/// address that nobody has. With IPv6, the chart has it listen on `[::]` and call an address of
+/// that family. After charts/partials/templates/_network-validator.tpl of linkerd2 2.18 to 2.20.
 fn linkerd(stage: &Stage<'_>, kind: Kind) -> Result<String> {
     let (any, target): (IpAddr, IpAddr) = match kind {
         Kind::V6 => {

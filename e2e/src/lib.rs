@@ -1,5 +1,5 @@
-//! For tests of Sidestep's Kubernetes mode: a node of a kind cluster and the agent on it, and a real
-//! API server without a cluster.
+//! For tests of Sidestep's Kubernetes mode: a node of a kind cluster and the agent on it, and a
+//! real API server without a cluster.
 #![forbid(unsafe_code)]
 
 pub mod agent;

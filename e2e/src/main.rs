@@ -52,8 +52,8 @@ enum Command {
         #[arg(long, value_name = "SECONDS", default_value_t = 0)]
         away: u64,
     },
-    /// Run Kubernetes' own conformance tests of the network, without the agent and a mesh and then with
-    /// both, and compare what passes
+    /// Run Kubernetes' own conformance tests of the network, without the agent and a mesh and then
+    /// with both, and compare what passes
     Judge {
         /// The kind cluster, with no agent and no mesh
         #[arg(long, value_name = "NAME", default_value = "sidestep-e2e")]

@@ -88,7 +88,7 @@ fn ask(agent: &ureq::Agent, url: &str) -> Result<(u16, String)> {
 
 /// Asks again and again until SIGTERM, with a line on stdout for each request, as [`Sent`] reads
 /// it. Request N asks for `URL/N`: every second one by the same connection as before, the others
-/// by one of their own. Those before the first answer don't count.
+/// by one of their own. Those before the first answer do not count.
 pub fn load(url: &str, pause: Duration) {
     let agents = [agent(1), agent(0)];
     while !interrupted() && !matches!(ask(&agents[1], &format!("{url}/first")), Ok((200, _))) {

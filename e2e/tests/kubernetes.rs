@@ -403,7 +403,7 @@ fn a_pod_that_cannot_be_enrolled_does_not_start_and_is_told() {
     assert_eq!(code, 100);
     assert!(text.contains(&cluster.named("a")) && text.contains("TPROXY"), "{text}");
     cluster.becomes("an Event", || cluster.has_event("Pod", "a", "Unsupported", &["TPROXY"]));
-    // Annotations that can't be read capture everything, and say so.
+    // Annotations that cannot be read capture everything, and say so.
     let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
     let object = cluster.create(annotated(cluster.pending(&cluster.b), key, "80,http"));
     succeeds(&cluster.plugin("ADD", &cluster.b, &object));

@@ -350,7 +350,7 @@ fn a_node_that_cannot_intercept_says_so() {
     cluster.becomes("the Event", || {
         cluster.has_event("Node", &cluster.name, "Node", &["was not changed"])
     });
-    // And one whose agent can't even start.
+    // And one whose agent cannot even start.
     cluster.agent.restart_with(&["--http", "192.0.2.1:9"]).expect("starts");
     cluster.becomes("the Event", || {
         cluster.has_event(

@@ -1,6 +1,7 @@
 #![no_main]
 //! A pod of some mesh with any annotations: a line is `KEY=TEXT`, or `NAME=TEXT` for a variable
-//! of the proxy's environment (`\\n` in TEXT begins a line there); a line `@N` is the mesh of the pod, and begins another pod.
+//! of the proxy's environment (`\\n` in TEXT begins a line there); a line `@N` is the mesh of the
+//! pod, and begins another pod.
 
 use std::mem;
 

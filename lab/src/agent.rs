@@ -50,8 +50,8 @@ impl Agent {
         Self::make(binary, lab, lab.cgroup(), None, Vec::new(), None)
     }
 
-    /// Like [`Agent::start`], with more flags for `run`, and with this directory for its pins, which
-    /// is on a bpffs of the caller's.
+    /// Like [`Agent::start`], with more flags for `run`, and with this directory for its pins,
+    /// which is on a bpffs of the caller's.
     pub fn start_at(binary: &Path, lab: &Lab, pins: &Path, flags: &[&str]) -> Result<Self> {
         let flags = flags.iter().map(Into::into).collect();
         Self::make(binary, lab, lab.cgroup(), None, flags, Some(pins.to_owned()))

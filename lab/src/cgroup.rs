@@ -131,7 +131,7 @@ impl Drop for ChildCgroup {
 }
 
 /// Cgroups below the root, each in the one before, whose memory can be limited. A machine whose
-/// memory controller belongs to cgroup v1 can't have them.
+/// memory controller belongs to cgroup v1 cannot have them.
 pub struct MemoryCgroups {
     dirs: Vec<PathBuf>,
 }

@@ -7,7 +7,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 
 /// Runs a command to its end with `input` as stdin and gives its stdout.
-/// Fails with what it wrote when it can't be run or its exit status is not 0.
+/// Fails with what it wrote when it cannot be run or its exit status is not 0.
 pub fn feed<S: AsRef<str>>(argv: &[S], input: &str) -> Result<String> {
     let argv: Vec<&str> = argv.iter().map(AsRef::as_ref).collect();
     let line = argv.join(" ");

@@ -19,7 +19,7 @@ use crate::pod::{Pod, PodNet};
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
 /// A node of its own: a network namespace with the bridge `br0` (10.77.0.1/16, fd77::1/64), a
-/// cgroup, and a directory for files. Labs don't see each other, so all use the same addresses.
+/// cgroup, and a directory for files. Labs do not see each other, so all use the same addresses.
 pub struct Lab {
     inner: Arc<Inner>,
 }
@@ -55,8 +55,8 @@ impl Lab {
             }
         }
         node.sysctl("net.ipv6.conf.default.accept_dad", "0")?;
-        // A bridge without an address of its own has its lowest port's. When that goes, which is some
-        // time after its pod, the others' neighbour entries lead nowhere for half a minute.
+        // A bridge without an address of its own has its lowest port's. When that goes, which is
+        // some time after its pod, the others' neighbour entries lead nowhere for half a minute.
         node.ip("link set lo up\n\
              link add br0 address 02:00:0a:4d:00:01 type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n\
              addr add 10.77.0.1/16 dev br0\n\

@@ -136,6 +136,6 @@ pub(crate) fn enter(path: &Path, uid: u32, gid: u32) -> Result<()> {
     setfsgid(gid);
     setfsuid(uid);
     // Neither call reports a failure: both give the id as it was, so ask again.
-    ensure!(setfsgid(gid) == gid && setfsuid(uid) == uid, "can't act as {uid}:{gid}");
+    ensure!(setfsgid(gid) == gid && setfsuid(uid) == uid, "cannot act as {uid}:{gid}");
     Ok(())
 }

@@ -72,7 +72,7 @@ impl Installer {
     /// Copies the running executable to the directory of plugins, where it is another one.
     ///
     /// # Errors
-    /// Where it can't be written.
+    /// Where it cannot be written.
     pub fn install_plugin(&self) -> Result<()> {
         let target = self.config.bin_dir.join(PLUGIN);
         let failed = || format!("cannot install {} (--cni-bin-dir)", target.display());
@@ -88,7 +88,7 @@ impl Installer {
     /// grow to a minute.
     ///
     /// # Errors
-    /// Where there is no such file, or it can't be read, understood or written: it is left alone.
+    /// Where there is no such file, or it cannot be read, understood or written: it is left alone.
     /// Where another program keeps writing it.
     pub fn ensure(&mut self) -> Result<()> {
         self.ensure_at(Instant::now())
@@ -132,7 +132,7 @@ impl Installer {
 /// socket away. Says how many files that changed.
 ///
 /// # Errors
-/// Where a file can't be written or removed. One that is no JSON is passed over.
+/// Where a file cannot be written or removed. One that is no JSON is passed over.
 pub fn uninstall(conf_dir: &Path, bin_dir: &Path, socket: &Path) -> Result<usize> {
     let mut changed = 0;
     for path in configurations(conf_dir)? {

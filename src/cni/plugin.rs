@@ -32,7 +32,7 @@ mod code {
     pub const DECODING: u32 = 6;
     pub const CONFIG: u32 = 7;
     pub const TRY_AGAIN: u32 = 11;
-    /// The first of those that a plugin may give a meaning: the pod can't be enrolled.
+    /// The first of those that a plugin may give a meaning: the pod cannot be enrolled.
     pub const REFUSED: u32 = 100;
 }
 
@@ -87,7 +87,7 @@ pub fn main() -> ExitCode {
 pub fn run(call: &Call) -> Result<String, CniError> {
     let variable = |name: &str| call.environment.get(name).map_or("", String::as_str);
     let command = variable("CNI_COMMAND");
-    // A sandbox that can't be removed would stay for ever.
+    // A sandbox that cannot be removed would stay for ever.
     if matches!(command, "DEL" | "GC") {
         if let Err(error) = take_away(command, call) {
             eprintln!("{}: {command}: {error:#}", super::PLUGIN);
@@ -224,7 +224,7 @@ fn insist(settings: &Settings, request: &Request) -> Reply {
 /// Asks once.
 ///
 /// # Errors
-/// Where nobody listens on the socket, or the answer does not come in time or can't be read.
+/// Where nobody listens on the socket, or the answer does not come in time or cannot be read.
 pub fn ask(socket: &Path, request: &Request, limit: Duration) -> Result<Reply> {
     let mut stream = UnixStream::connect(socket)
         .with_context(|| format!("cannot connect to {}", socket.display()))?;

@@ -45,7 +45,7 @@ pub struct Asked {
 /// Listens on a socket that root alone may use, and hands requests over.
 ///
 /// # Errors
-/// Where the socket can't be made.
+/// Where the socket cannot be made.
 pub fn serve(socket: &Path, api: ApiServer, asked: mpsc::Sender<Asked>) -> Result<()> {
     let listener = listen(socket)
         .with_context(|| format!("cannot listen on {} (--cni-socket)", socket.display()))?;

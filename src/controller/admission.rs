@@ -27,7 +27,7 @@ pub enum AddError {
     /// The agent has just started.
     #[error("the agent has just started and does not know all of this node's pods yet")]
     NotYet,
-    /// The pod is in a mesh and can't be enrolled.
+    /// The pod is in a mesh and cannot be enrolled.
     #[error("{0}")]
     Refused(String),
 }
@@ -37,7 +37,7 @@ impl Controller {
     /// and needs nothing.
     ///
     /// # Errors
-    /// Where its namespace can't be entered, or the source has not spoken yet.
+    /// Where its namespace cannot be entered, or the source has not spoken yet.
     pub fn announce(
         &mut self,
         pod: Arc<Pod>,
@@ -67,7 +67,7 @@ impl Controller {
     /// Whether an announced pod is enrolled, after a sync.
     ///
     /// # Errors
-    /// Where it is in a mesh and can't be enrolled: it must not run then.
+    /// Where it is in a mesh and cannot be enrolled: it must not run then.
     pub fn admitted(&self, announced: &Announced) -> Result<(), AddError> {
         let Announced { uid, cookie, is_in_mesh } = announced;
         if !is_in_mesh {

@@ -78,7 +78,7 @@ impl Controller {
     ) -> Result<()> {
         let limits = self.dataplane.limits();
         let mut goal = self.planner.desired(&candidates, &self.host, &self.owners, &limits);
-        // A pod whose namespace can't be prepared is not enrolled: its connections would get
+        // A pod whose namespace cannot be prepared is not enrolled: its connections would get
         // lost. What it had before stays.
         let unprepared = self.prepare(&goal, problems);
         if !unprepared.is_empty() {
@@ -93,7 +93,7 @@ impl Controller {
             let text = format!("all its traffic is captured until there is room: {refusal}");
             problems.insert(problem(Reason::Refused, &of(&candidates, pod), &text));
         }
-        // A pod that an earlier agent enrolled, and that may be in what can't be read now.
+        // A pod that an earlier agent enrolled, and that may be in what cannot be read now.
         // Or one that runs on though its object is gone, or that nothing is known of for now.
         let refused: BTreeSet<&str> = goal.refused.iter().map(|(pod, _)| pod.as_str()).collect();
         let present: BTreeSet<&str> = snapshot.pods.iter().map(SourcePod::uid).collect();
@@ -162,7 +162,7 @@ impl Controller {
     }
 
     /// Prepares the namespaces of pods that are new or whose addresses changed, and of those that
-    /// have lost what they were given; the cookies of those that can't be enrolled because that
+    /// have lost what they were given; the cookies of those that cannot be enrolled because that
     /// failed.
     pub(super) fn prepare(
         &mut self,

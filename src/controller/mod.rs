@@ -122,7 +122,7 @@ impl Controller {
     /// Takes over what the kernel holds.
     ///
     /// # Errors
-    /// Where the kernel's records or the node's own namespace can't be read.
+    /// Where the kernel's records or the node's own namespace cannot be read.
     pub fn new(
         mut source: Source,
         dataplane: Dataplane,
@@ -178,7 +178,7 @@ impl Controller {
     }
 
     /// Brings the kernel in step with the source; `more` is what else is wrong on this node.
-    /// Never fails: what can't be done is logged, and tried again at the next sync.
+    /// Never fails: what cannot be done is logged, and tried again at the next sync.
     pub fn sync(&mut self, look: Look, more: &BTreeSet<Problem>) {
         let start = Instant::now();
         let mut problems = more.clone();
@@ -222,8 +222,8 @@ impl Controller {
         }
     }
 
-    /// Looks in the kernel whether what this agent and those before it put in force is in force, and
-    /// puts back what is not; what that was.
+    /// Looks in the kernel whether what this agent and those before it put in force is in force,
+    /// and puts back what is not; what that was.
     fn repair(&mut self) -> BTreeSet<Problem> {
         let mut found = BTreeSet::new();
         let mut broken = None;
@@ -574,7 +574,7 @@ impl Read {
     }
 }
 
-/// A pod's facts, where it is in a mesh; a policy that can't be read is a problem, but no
+/// A pod's facts, where it is in a mesh; a policy that cannot be read is a problem, but no
 /// error.
 fn facts_of(
     found: &SourcePod,

@@ -41,8 +41,8 @@ impl Sweeps {
         if now < self.next { Err(self.next) } else { Ok(()) }
     }
 
-    /// They were looked at, and whether some are on their way out of the map; none: nobody wanted it.
-    /// Says when to look again: an event may ask for it before.
+    /// They were looked at, and whether some are on their way out of the map; none: nobody wanted
+    /// it. Says when to look again: an event may ask for it before.
     fn done(&mut self, start: Instant, end: Instant, are_leaving: Option<bool>) -> Instant {
         let mut wait = SWEEP;
         match are_leaving {

@@ -1,5 +1,5 @@
-//! Makes the maps hold what is desired: what differs is written, pod by pod, and a pod that stays as
-//! it is costs nothing.
+//! Makes the maps hold what is desired: what differs is written, pod by pod, and a pod that stays
+//! as it is costs nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -57,8 +57,8 @@ impl Dataplane {
     /// is no room is taken away as a whole, and tried again next time.
     ///
     /// # Errors
-    /// Where a map can't be read, or an entry can't be deleted: what the maps hold is not known then,
-    /// and the next call needs all lists.
+    /// Where a map cannot be read, or an entry cannot be deleted: what the maps hold is not known
+    /// then, and the next call needs all lists.
     pub fn apply_services(
         &mut self,
         changes: BTreeMap<ListKey, Option<List>>,
@@ -76,7 +76,7 @@ impl Dataplane {
     /// Makes these the namespaces whose calls are translated.
     ///
     /// # Errors
-    /// Where the map can't be written.
+    /// Where the map cannot be written.
     pub fn translate_for(&mut self, namespaces: &BTreeSet<NetnsCookie>) -> Result<()> {
         let map = &self.skel.maps.service_netns;
         let mut holds = table::read(map)?;
@@ -88,13 +88,13 @@ impl Dataplane {
         table.upsert(&diff)
     }
 
-    /// Makes the maps hold what is desired, pod by pod: what is one pod's fault is no other's. Those
-    /// that leave come first, their rows before their rules; of the others, additions come before
-    /// the rows that need them, removals after. What belongs to the namespaces in `keep` is not
-    /// removed.
+    /// Makes the maps hold what is desired, pod by pod: what is one pod's fault is no other's.
+    /// Those that leave come first, their rows before their rules; of the others, additions come
+    /// before the rows that need them, removals after. What belongs to the namespaces in `keep` is
+    /// not removed.
     ///
     /// # Errors
-    /// Where a map can't be read or written, named.
+    /// Where a map cannot be read or written, named.
     pub fn apply(&mut self, desired: &Desired, keep: &BTreeSet<NetnsCookie>) -> Result<Applied> {
         let mut held = match self.known.take() {
             Some(held) => held,
@@ -194,8 +194,8 @@ impl Dataplane {
         Ok(applied)
     }
 
-    /// Gives these pods a share of what counts a pod's sockets, and takes it from others, once nothing
-    /// of theirs is in use: sockets of a pod that has left may have some still.
+    /// Gives these pods a share of what counts a pod's sockets, and takes it from others, once
+    /// nothing of theirs is in use: sockets of a pod that has left may have some still.
     fn share_out(&mut self, pods: &BTreeSet<NetnsCookie>) -> Result<()> {
         if self.sharing.as_ref() == Some(pods) {
             return Ok(());

@@ -70,8 +70,8 @@ impl Dataplane {
         self.attach_anew(hook, cgroup)
     }
 
-    /// Attaches a program, whether it is attached already or not. The new one first: two hooks for a
-    /// moment do no harm, none would.
+    /// Attaches a program, whether it is attached already or not. The new one first: two hooks for
+    /// a moment do no harm, none would.
     fn attach_anew(&mut self, hook: &Hook, cgroup: &Cgroup) -> Result<()> {
         let pin = self.pins.link(hook.program);
         let program = self.program(hook)?;

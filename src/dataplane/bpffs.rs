@@ -43,7 +43,7 @@ pub fn pins(root: &Path, layout: &str) -> Result<Pins> {
 /// Where the file system of a directory is mounted.
 ///
 /// # Errors
-/// Where it can't be looked at.
+/// Where it cannot be looked at.
 pub fn mount_point(dir: &Path) -> Result<PathBuf> {
     let device = |path: &Path| {
         let found = fs::metadata(path);

@@ -68,7 +68,7 @@ impl Events {
     /// Waits for events.
     ///
     /// # Errors
-    /// Where the ring can't be read.
+    /// Where the ring cannot be read.
     pub async fn next(&self) -> Result<Seen> {
         self.ready.readable().await?.clear_ready();
         self.ring.consume()?;
@@ -80,7 +80,7 @@ impl Dataplane {
     /// The kernel's events.
     ///
     /// # Errors
-    /// Where the ring can't be mapped; panics outside a tokio runtime.
+    /// Where the ring cannot be mapped; panics outside a tokio runtime.
     pub fn events(&self) -> Result<Events> {
         let seen = Rc::new(RefCell::new(Seen::default()));
         let mut builder = RingBufferBuilder::new();

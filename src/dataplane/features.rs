@@ -17,8 +17,8 @@ use super::hooks::{Attach, HOOKS, MAP_TYPES};
 pub(super) struct Kernel {
     /// A program is told from which interface a new connection comes (Linux 5.17).
     pub tells_interface: bool,
-    /// iter/tcp holds no spin lock while a program looks at a socket. The function that is asked for
-    /// came with that, in Linux 6.5; kernels with the correction alone are taken for older.
+    /// iter/tcp holds no spin lock while a program looks at a socket. The function that is asked
+    /// for came with that, in Linux 6.5; kernels with the correction alone are taken for older.
     pub iterates_unlocked: bool,
     /// Filters can be links to devices (tcx, Linux 6.6).
     pub links_filters: bool,
@@ -52,7 +52,7 @@ pub(super) fn kernel() -> &'static Kernel {
 pub fn probe() -> Vec<(String, bool)> {
     let mut found = Vec::new();
     let mut kinds: Vec<String> = Vec::new();
-    // The library's probe for tracing programs needs a right that iterators don't: loading tells.
+    // The library's probe for tracing programs needs a right that iterators do not: loading tells.
     for hook in HOOKS.iter().filter(|hook| hook.attach != Attach::Iterator) {
         let kind = format!("{:?}", hook.kind);
         if !kinds.contains(&kind) {

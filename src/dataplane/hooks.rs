@@ -31,7 +31,7 @@ pub(crate) struct Hook {
     /// It decides about new connections, and others answer about those: where the maps' layout
     /// moves, it is switched over once the new maps are filled, and the others stay beside.
     pub decides: bool,
-    /// Helpers that it can't do without, by the kernel's number and name.
+    /// Helpers that it cannot do without, by the kernel's number and name.
     pub helpers: &'static [(libbpf_sys::bpf_func_id, &'static str)],
 }
 

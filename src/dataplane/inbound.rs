@@ -76,7 +76,7 @@ impl Dataplane {
     /// addresses where none is known.
     ///
     /// # Errors
-    /// Where the namespace can't be entered, or the iterator fails.
+    /// Where the namespace cannot be entered, or the iterator fails.
     pub fn find_listeners(
         &mut self,
         cookie: NetnsCookie,

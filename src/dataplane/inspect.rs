@@ -93,7 +93,7 @@ pub struct HookState {
 /// The enrolled pods, from the pins alone: no agent is needed.
 ///
 /// # Errors
-/// Where a pinned map can't be read.
+/// Where a pinned map cannot be read.
 pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
     let open = |name: &str| {
         MapHandle::from_pinned_path(pins.map(name))
@@ -136,7 +136,7 @@ pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
 /// Which legs are spliced and why not, and how many sockets are, from the pins alone.
 ///
 /// # Errors
-/// Where a pinned map can't be read.
+/// Where a pinned map cannot be read.
 pub fn spliced(pins: &Pins) -> Result<(Vec<LegState>, usize)> {
     splice::state(pins)
 }
@@ -157,7 +157,7 @@ pub fn hook_states(pins: &Pins) -> Vec<HookState> {
 /// The kernel's counters, by mesh and name, summed over the processors.
 ///
 /// # Errors
-/// Where the pinned map can't be read.
+/// Where the pinned map cannot be read.
 pub fn counters(pins: &Pins) -> Result<BTreeMap<&'static str, BTreeMap<&'static str, u64>>> {
     let mut all: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
     for (map, names) in

@@ -25,7 +25,7 @@ impl Dataplane {
     /// in this one's maps.
     ///
     /// # Errors
-    /// Where the pins can't be read.
+    /// Where the pins cannot be read.
     pub fn not_taken_over(&self) -> Result<usize> {
         let mut missing = 0;
         for other in self.pins.others()? {

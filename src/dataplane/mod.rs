@@ -1,8 +1,8 @@
 //! The only module that talks to libbpf, and the only one with `unsafe`.
 //!
 //! Everything that matters is pinned: maps and links outlive the agent, and the next one adopts
-//! them. The files are in layers, the lowest first; `src/imports.rs` holds that none knows itself by
-//! way of others.
+//! them. The files are in layers, the lowest first; `src/imports.rs` holds that none knows itself
+//! by way of others.
 
 #![allow(unsafe_code)]
 

@@ -1,6 +1,6 @@
 //! Whose program has the first word at the hooks that decide. Where another one translates a
-//! Service's address before (Cilium, Calico), sidecars see an endpoint, and the mesh's rules for the
-//! Service don't hold.
+//! Service's address before (Cilium, Calico), sidecars see an endpoint, and the mesh's rules for
+//! the Service do not hold.
 
 use std::{
     collections::BTreeSet,

@@ -1,5 +1,5 @@
-//! Where maps and links are pinned, and under which names. ARCHITECTURE.md has the layout below the pin
-//! root.
+//! Where maps and links are pinned, and under which names. ARCHITECTURE.md has the layout below the
+//! pin root.
 
 use std::{
     fmt,
@@ -23,8 +23,8 @@ pub const LAYOUT: &str = "v5";
 pub(super) const FORMER_TC_NAMESPACES: &str = "filtered";
 /// `splice_sockets`, as builds before layout v5 call it.
 pub(super) const FORMER_SPLICE_SOCKETS: &str = "spliced";
-/// What builds before layout v5 call these maps: by that name they look for them when they are rolled
-/// back to.
+/// What builds before layout v5 call these maps: by that name they look for them when they are
+/// rolled back to.
 pub(super) const FORMER_NAMES: [(&str, &str); 2] =
     [("tc_namespaces", FORMER_TC_NAMESPACES), ("splice_sockets", FORMER_SPLICE_SOCKETS)];
 
@@ -52,7 +52,7 @@ impl Pins {
         Ok(names.map(|name| Self::new(&self.root, name)).collect())
     }
 
-    /// What agents of other builds left there, whose maps this build can't read.
+    /// What agents of other builds left there, whose maps this build cannot read.
     pub(super) fn others(&self) -> Result<Vec<Self>> {
         let mut others = self.layouts()?;
         others.retain(|other| other.layout != self.layout);
@@ -94,7 +94,7 @@ impl Pins {
     /// Keeps other agents and `unload` away for as long as the result lives.
     ///
     /// # Errors
-    /// Where another process has it, or the directory can't be made.
+    /// Where another process has it, or the directory cannot be made.
     pub fn lock(&self) -> Result<Flock<File>> {
         let root = self.root.display();
         // Anybody may make directories in a bpffs' root.

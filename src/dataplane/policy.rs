@@ -50,7 +50,8 @@ pub struct Question {
     pub uid: u32,
     /// Its group.
     pub gid: u32,
-    /// The index of the device that the socket is bound to, or that the connection comes by; 0: none.
+    /// The index of the device that the socket is bound to, or that the connection comes by; 0:
+    /// none.
     pub device: u32,
 }
 

@@ -1,7 +1,7 @@
 //! Services in the kernel: lists of endpoints, and which address leads to which.
 //!
-//! One endpoint's change writes the same few entries, however many Services and endpoints there are.
-//! bpf/service/lookup.h says in which order things are written, and why.
+//! One endpoint's change writes the same few entries, however many Services and endpoints there
+//! are. bpf/service/lookup.h says in which order things are written, and why.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -70,7 +70,8 @@ pub(super) struct Services {
 pub struct ServicesApplied {
     /// Entries that were written or deleted.
     pub changed: usize,
-    /// Lists that the maps have no room for, and the kernel's word: their addresses are kube-proxy's.
+    /// Lists that the maps have no room for, and the kernel's word: their addresses are
+    /// kube-proxy's.
     pub failed: BTreeMap<ListKey, String>,
 }
 
@@ -305,8 +306,8 @@ impl Services {
     /// Makes the maps hold the lists that have changed; the first time these are all there are, and
     /// what an earlier agent left and is not among them goes.
     ///
-    /// Additions come before what leads to them, removals after. A list for which there is no room is
-    /// taken away as a whole, and tried again next time.
+    /// Additions come before what leads to them, removals after. A list for which there is no room
+    /// is taken away as a whole, and tried again next time.
     pub(super) fn apply(
         &mut self,
         maps: &SidestepMaps<'_>,
@@ -416,11 +417,11 @@ impl From<abi::backend> for SocketAddr {
     }
 }
 
-/// What the kernel holds: what can be dialled, and where that leads. Nothing where an agent of an older
-/// build made the maps, which knows of no Services.
+/// What the kernel holds: what can be dialled, and where that leads. Nothing where an agent of an
+/// older build made the maps, which knows of no Services.
 ///
 /// # Errors
-/// Where a pinned map can't be read.
+/// Where a pinned map cannot be read.
 pub fn services(pins: &Pins) -> Result<BTreeMap<Frontend, BTreeSet<SocketAddr>>> {
     let (Some(services), Some(backends)) = (open(pins, "services")?, open(pins, "backends")?)
     else {
@@ -450,7 +451,7 @@ fn open(pins: &Pins, name: &str) -> Result<Option<MapHandle>> {
 /// The counters of Services, by name, summed over the processors.
 ///
 /// # Errors
-/// Where the pinned map can't be read.
+/// Where the pinned map cannot be read.
 pub fn service_counters(pins: &Pins) -> Result<BTreeMap<&'static str, u64>> {
     let mut all = BTreeMap::new();
     let Some(map) = open(pins, "service_counts")? else { return Ok(all) };

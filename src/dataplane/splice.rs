@@ -84,7 +84,7 @@ impl Dataplane {
     /// Says which legs are spliced; it holds for every connection at the next sweep.
     ///
     /// # Errors
-    /// Where the map can't be written.
+    /// Where the map cannot be written.
     pub fn set_legs(&mut self, states: &[LegState]) -> Result<()> {
         for (index, state) in states.iter().enumerate() {
             let leg = abi::leg_of(state);
@@ -132,7 +132,7 @@ impl Dataplane {
     /// Has a pod's writers try again that were told to wait for memory, and that nobody wakes.
     ///
     /// # Errors
-    /// Where the namespace can't be entered, or the iterator fails.
+    /// Where the namespace cannot be entered, or the iterator fails.
     pub fn wake_writers(&self, netns: &Netns) -> Result<()> {
         let link = self.skel.progs.wake_writers.attach()?;
         netns.inside(|| run(&link).map(drop))?

@@ -65,8 +65,8 @@ impl Dataplane {
     /// agents and `unload` away for as long as the result lives.
     ///
     /// # Errors
-    /// Where another process has the pins, the kernel refuses a program, or a pinned map has another
-    /// layout.
+    /// Where another process has the pins, the kernel refuses a program, or a pinned map has
+    /// another layout.
     pub fn load(pins: &Pins, splice_refresh: Duration, with_services: bool) -> Result<Self> {
         let lock = pins.lock()?;
         let mount_point = bpffs::mount_point(&pins.root)?;
@@ -138,7 +138,7 @@ impl Dataplane {
     /// Which pod has which namespace, by cookie.
     ///
     /// # Errors
-    /// Where the map can't be read.
+    /// Where the map cannot be read.
     pub fn records(&self) -> Result<BTreeMap<NetnsCookie, Record>> {
         records(&self.skel.maps.pod_records)
     }

@@ -105,7 +105,7 @@ impl Dataplane {
     /// already is replaced in one step.
     ///
     /// # Errors
-    /// Where the namespace can't be entered, or the kernel refuses.
+    /// Where the namespace cannot be entered, or the kernel refuses.
     pub fn attach_dns(&self, cookie: NetnsCookie, netns: &Netns) -> Result<()> {
         self.filter(Filter::Dns, &self.skel.progs.dns_nat, cookie, netns, LO)
             .context("cannot attach the DNS filter to lo")
@@ -176,8 +176,8 @@ impl Dataplane {
         pin(link.as_fd(), &at)
     }
 
-    /// Looks whether the filters of a pod are in force, for DNS answers where `dns` says so, and for
-    /// spliced connections on these devices; puts back those that are not.
+    /// Looks whether the filters of a pod are in force, for DNS answers where `dns` says so, and
+    /// for spliced connections on these devices; puts back those that are not.
     pub fn repair_filters(
         &self,
         cookie: NetnsCookie,
@@ -221,8 +221,8 @@ impl Dataplane {
         Some(Repair::new("filter", text, self.filter(filter, program, cookie, &netns, device)))
     }
 
-    /// Looks whether dialled ports are noted on these devices of a pod, and has them noted again where
-    /// they are not.
+    /// Looks whether dialled ports are noted on these devices of a pod, and has them noted again
+    /// where they are not.
     pub fn repair_dialled(
         &self,
         cookie: NetnsCookie,
@@ -251,7 +251,7 @@ impl Dataplane {
     /// Takes the filter for DNS off a pod's lo, where there is one.
     ///
     /// # Errors
-    /// Where the namespace can't be entered, or the kernel refuses.
+    /// Where the namespace cannot be entered, or the kernel refuses.
     pub fn detach_dns(&self, cookie: NetnsCookie, netns: &Netns) -> Result<()> {
         let pin = self.pins.filter(Filter::Dns, cookie, LO);
         if pin.exists() {
@@ -263,9 +263,9 @@ impl Dataplane {
         netns.inside(|| remove(Filter::Dns, LAYOUTS, LO))
     }
 
-    /// Takes filters off devices of pods that are not enrolled. A pod's open connections are spliced
-    /// until they end, also where it has left: their filter goes with its device. Says whether no such
-    /// pod has any left.
+    /// Takes filters off devices of pods that are not enrolled. A pod's open connections are
+    /// spliced until they end, also where it has left: their filter goes with its device. Says
+    /// whether no such pod has any left.
     pub(super) fn remove_filters(&self, enrolled: impl Fn(NetnsCookie) -> bool) -> Result<bool> {
         let filtered = &self.skel.maps.tc_namespaces;
         let mut none_left = true;

@@ -37,7 +37,7 @@ impl fmt::Display for Unloaded {
 /// Takes every link, program and map of any layout away.
 ///
 /// # Errors
-/// Where a pin can't be removed.
+/// Where a pin cannot be removed.
 pub fn unload(pins: &Pins) -> Result<Unloaded> {
     let unread = splice::drain(pins)?;
     let mut removed = 0;

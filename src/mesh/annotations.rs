@@ -13,7 +13,7 @@ pub enum FactsError {
     /// A required field is missing.
     #[error("{0} is missing")]
     Missing(&'static str),
-    /// A field that can't be read.
+    /// A field that cannot be read.
     #[error("{key}: {text:?}: {why}")]
     Invalid {
         /// The annotation or field, and the field of an annotation that has such.
@@ -43,7 +43,7 @@ pub enum FactsError {
 pub(super) const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 pub(super) const AMBIENT: &str = "ambient";
 
-/// Keeps the first thing that can't be read, and what the mesh does not care for.
+/// Keeps the first thing that cannot be read, and what the mesh does not care for.
 #[derive(Default)]
 pub(crate) struct Reader {
     pub error: Option<FactsError>,

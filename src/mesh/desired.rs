@@ -94,7 +94,7 @@ pub fn desired(
 impl Planner {
     /// What the maps should hold for these pods.
     ///
-    /// `host` are the cookies of the namespaces that can't be a pod's; `owners` says which pod (as
+    /// `host` are the cookies of the namespaces that cannot be a pod's; `owners` says which pod (as
     /// `namespace/name`) has a namespace now: of two pods that claim one, the owner keeps it, and
     /// where there is none, the first by name gets it.
     pub fn desired(
@@ -323,8 +323,8 @@ fn addresses(facts: &PodFacts, netns: &NetnsFacts) -> Vec<IpAddr> {
     ips
 }
 
-/// How many addresses of devices listeners are remembered at; `LANDINGS` of bpf/mesh/inbound.h has these,
-/// any and localhost, so that one pod with many devices leaves room for the others.
+/// How many addresses of devices listeners are remembered at; `LANDINGS` of bpf/mesh/inbound.h has
+/// these, any and localhost, so that one pod with many devices leaves room for the others.
 pub(crate) const MAX_LANDINGS: usize = 6;
 
 /// The first address of each kind that each device has, in the order of the kernel's list: of more

@@ -105,7 +105,8 @@ impl PodRow {
     }
 }
 
-/// A kind of addresses of which a device has a first one; `enum device_family` of bpf/mesh/inbound.h.
+/// A kind of addresses of which a device has a first one; `enum device_family` of
+/// bpf/mesh/inbound.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DeviceFamily {
     /// IPv4.

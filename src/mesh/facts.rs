@@ -51,12 +51,12 @@ pub struct PodFacts {
 pub struct Parsed {
     /// The facts.
     pub facts: PodFacts,
-    /// A field or annotation that can't be read. The policy then captures everything: a pod
+    /// A field or annotation that cannot be read. The policy then captures everything: a pod
     /// whose exclusions are unknown must not send anything past its proxy.
     pub policy_error: Option<FactsError>,
     /// What the mesh itself skips or ignores, and so do we: the rest of the policy holds.
     pub warnings: Vec<FactsError>,
-    /// `sidestep.io/splice` can't be read. The pod's connections then stay with TCP.
+    /// `sidestep.io/splice` cannot be read. The pod's connections then stay with TCP.
     pub splice_error: Option<FactsError>,
 }
 
@@ -156,7 +156,7 @@ pub fn facts(pod: &Pod) -> Result<Option<Parsed>, FactsError> {
 }
 
 /// Whether Sidestep has something to do for the pod: it is in a mesh, or says so in a way that
-/// can't be read.
+/// cannot be read.
 pub fn is_in_mesh(pod: &Pod) -> bool {
     !matches!(facts(pod), Ok(None) | Err(FactsError::Ambient))
 }
@@ -173,7 +173,7 @@ pub fn is_no_meshs(pod: &Pod) -> bool {
 /// Whether the pod's calls to Services may be translated, as it says itself.
 ///
 /// # Errors
-/// Where the annotation can't be read: they are not translated then.
+/// Where the annotation cannot be read: they are not translated then.
 pub fn translates_services(pod: &Pod) -> Result<bool, FactsError> {
     annotation(pod, SERVICES).map_or(Ok(true), |text| switch(SERVICES, text))
 }
@@ -195,7 +195,7 @@ fn facts_of(
     pod: &Pod,
     proxy: &Container,
 ) -> Result<Option<Parsed>, FactsError> {
-    // What can't be read must not open a hole: the mesh's default stands in for it, and the
+    // What cannot be read must not open a hole: the mesh's default stands in for it, and the
     // policy captures everything.
     let mut read = Reader::default();
     let intercept = annotation(pod, INTERCEPT);

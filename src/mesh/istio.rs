@@ -1,7 +1,8 @@
 //! Istio's sidecar mode, as its CNI plugin sets it up. Sources, all in istio/istio, as of 1.31 and
 //! of master in August 2026: `cni/pkg/plugin/plugin.go` (which pods),
 //! `cni/pkg/plugin/sidecar_redirect.go` (annotations and defaults: telemetry 15020 both ways, health
-//! 15021, Envoy's metrics 15090), `tools/istio-iptables/pkg/capture/run.go` (rules and their order),
+//! 15021, Envoy's metrics 15090), `tools/istio-iptables/pkg/capture/run.go` (rules and their
+//! order),
 //! `tools/istio-iptables/pkg/constants` (ports, uid).
 
 use std::collections::BTreeSet;

@@ -1,5 +1,5 @@
-//! The meshes: what the agent has to know about each, one file a mesh, and how a pod's object becomes
-//! the contents of the node's maps. Pure: no kernel, no files, no API.
+//! The meshes: what the agent has to know about each, one file a mesh, and how a pod's object
+//! becomes the contents of the node's maps. Pure: no kernel, no files, no API.
 
 use std::fmt;
 
@@ -65,7 +65,7 @@ pub struct Mesh {
     pub(crate) settings: Settle,
 }
 
-/// Reads a pod and its sidecar. What can't be read is told to the reader, and a default stands in
+/// Reads a pod and its sidecar. What cannot be read is told to the reader, and a default stands in
 /// for it.
 pub(crate) type Settle = fn(&Pod, &Container, &mut Reader) -> Result<Option<Settings>, FactsError>;
 

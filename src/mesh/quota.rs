@@ -7,10 +7,10 @@ use thiserror::Error;
 use super::entries::PodEntries;
 use crate::node::ADDRESSES;
 
-/// Why a pod with valid facts can't be enrolled.
+/// Why a pod with valid facts cannot be enrolled.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Refusal {
-    /// A pod's namespace can't be the node's own: every process of the node would be captured.
+    /// A pod's namespace cannot be the node's own: every process of the node would be captured.
     #[error("network namespace {0} is the node's own: hostNetwork pods are never enrolled")]
     HostNetns(PathBuf),
     /// Two pods name the same namespace.

@@ -25,7 +25,7 @@ impl Cgroup {
     /// The cgroup at `path`, or the root of the hierarchy where there is none given.
     ///
     /// # Errors
-    /// Where the path can't be opened or is not cgroup v2, or no cgroup v2 is mounted.
+    /// Where the path cannot be opened or is not cgroup v2, or no cgroup v2 is mounted.
     pub fn open(path: Option<&Path>) -> Result<Self> {
         match path {
             Some(path) => Self::at(path.to_owned()),
@@ -84,8 +84,9 @@ impl AsRawFd for Cgroup {
 }
 
 /// Where cgroup v2 is mounted with all that this process' cgroup namespace has, or more, outermost
-/// first. A mount's root is told as seen from that namespace: in a container, `/` is the container's
-/// own cgroup, and the node's hierarchy, which the chart mounts beside, begins at `/../..` and so on.
+/// first. A mount's root is told as seen from that namespace: in a container, `/` is the
+/// container's own cgroup, and the node's hierarchy, which the chart mounts beside, begins at
+/// `/../..` and so on.
 fn roots(mountinfo: &str) -> Vec<PathBuf> {
     let parse = |line: &str| {
         let (mount, filesystem) = line.split_once(" - ")?;

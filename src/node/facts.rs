@@ -72,7 +72,7 @@ impl Netns {
     /// What the namespace says about itself.
     ///
     /// # Errors
-    /// Where it is no network namespace, or can't be entered.
+    /// Where it is no network namespace, or cannot be entered.
     pub fn facts(&self) -> Result<NetnsFacts> {
         self.inside(|| self.facts_here())?
     }
@@ -94,11 +94,11 @@ impl Netns {
         Ok(facts.bound())
     }
 
-    /// The same, with what is there for captured connections and, where `with_dns` says so, for DNS;
-    /// and where `with_routes` says so, with the main table's routes.
+    /// The same, with what is there for captured connections and, where `with_dns` says so, for
+    /// DNS; and where `with_routes` says so, with the main table's routes.
     ///
     /// # Errors
-    /// Where the namespace can't be entered, or does not answer.
+    /// Where the namespace cannot be entered, or does not answer.
     pub fn look(&self, with_routes: bool, with_dns: bool) -> Result<(NetnsFacts, Lo)> {
         let look = || -> Result<(NetnsFacts, Lo)> {
             let mut facts = self.facts_here()?;
@@ -133,11 +133,11 @@ fn addresses(interfaces: &BTreeMap<String, u32>) -> Result<Vec<(IpAddr, u32)>> {
 /// The device that kube-proxy's IPVS mode gives the addresses of all Services.
 const KUBE_IPVS: &str = "kube-ipvs0";
 
-/// The calling thread's namespace's addresses, loopback's too, but for those that kube-proxy has given
-/// a device of its own.
+/// The calling thread's namespace's addresses, loopback's too, but for those that kube-proxy has
+/// given a device of its own.
 ///
 /// # Errors
-/// Where they can't be read.
+/// Where they cannot be read.
 pub fn own_addresses() -> Result<BTreeSet<IpAddr>> {
     let all = getifaddrs().context("cannot read interface addresses")?;
     let ips =

@@ -62,8 +62,8 @@ pub struct DnsRoute {
 impl Netns {
     /// Prepares the namespace for captured connections: routes that make the ranges they are sent
     /// to local and that prefer the pod's address as source, for DNS as in
-    /// [`Needs::dns_routes`]; and the address that the proxy calls the app from over IPv6 (Istio's own init
-    /// adds that one too). Idempotent.
+    /// [`Needs::dns_routes`]; and the address that the proxy calls the app from over IPv6 (Istio's
+    /// own init adds that one too). Idempotent.
     ///
     /// # Errors
     /// Where the kernel refuses a route or the address.
@@ -124,8 +124,8 @@ impl Lo {
     }
 }
 
-/// What lo has in the calling thread's namespace, by what the kernel would do with a packet; for DNS,
-/// by the devices that have these addresses.
+/// What lo has in the calling thread's namespace, by what the kernel would do with a packet; for
+/// DNS, by the devices that have these addresses.
 pub(super) async fn lo(handle: rtnetlink::Handle, dns_by: &[(IpAddr, u32)]) -> Result<Lo> {
     let v4 = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(VIA4.0, 32).build();
     let v6 = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(VIA6.0, 128).build();

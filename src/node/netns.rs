@@ -67,7 +67,7 @@ impl fmt::LowerHex for NetnsCookie {
     }
 }
 
-/// An open network namespace. Holding it keeps the namespace alive: don't.
+/// An open network namespace. Holding it keeps the namespace alive: do not.
 #[derive(Debug)]
 pub struct Netns {
     path: PathBuf,
@@ -105,7 +105,7 @@ impl Netns {
     /// The kernel's identity of the namespace.
     ///
     /// # Errors
-    /// Where it is no network namespace, or can't be entered.
+    /// Where it is no network namespace, or cannot be entered.
     pub fn cookie(&self) -> Result<NetnsCookie> {
         self.inside(NetnsCookie::current)?
     }
@@ -113,7 +113,7 @@ impl Netns {
     /// Runs `work` on a thread of its own inside the namespace.
     ///
     /// # Errors
-    /// Where the namespace can't be entered.
+    /// Where the namespace cannot be entered.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -137,7 +137,7 @@ impl AsRawFd for Netns {
 /// with the thread.
 ///
 /// # Errors
-/// Where the namespace can't be made.
+/// Where the namespace cannot be made.
 pub fn in_new<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
     let made = || -> Result<T> {
         unshare(CloneFlags::CLONE_NEWNET).context("cannot create a network namespace")?;
@@ -163,11 +163,11 @@ pub(super) fn netlink<T, F: Future<Output = Result<T>>>(
     })
 }
 
-/// The cookies of the namespaces that can't be a pod's: the agent's own, which is the node's,
+/// The cookies of the namespaces that cannot be a pod's: the agent's own, which is the node's,
 /// and the init process' where that may be looked at.
 ///
 /// # Errors
-/// Where the agent's own can't be read.
+/// Where the agent's own cannot be read.
 pub fn host_cookies() -> Result<BTreeSet<NetnsCookie>> {
     let init = Netns::open(Path::new("/proc/1/ns/net")).and_then(|netns| netns.cookie());
     Ok(init.into_iter().chain([NetnsCookie::current()?]).collect())

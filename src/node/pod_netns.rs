@@ -78,7 +78,7 @@ impl Places {
     /// not show it, and why.
     ///
     /// # Errors
-    /// Where the processes can't be listed, or those of a pod may not be looked at. One that is
+    /// Where the processes cannot be listed, or those of a pod may not be looked at. One that is
     /// gone is passed over: they come and go.
     pub fn search(
         &mut self,

@@ -24,7 +24,7 @@ pub struct Report {
     pub kernel: String,
     /// One for each thing that was looked for.
     pub items: Vec<Item>,
-    /// What each program cost the kernel's verifier; empty where they don't load.
+    /// What each program cost the kernel's verifier; empty where they do not load.
     pub programs: Vec<ProgramCost>,
     /// Which legs `--splice auto` splices here, by name, and why not.
     pub splice: BTreeMap<&'static str, LegState>,
@@ -92,7 +92,8 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
     Report { version: 1, ok, kernel, items, programs, splice, hazards }
 }
 
-/// Whether Sidestep has the first word where others attach programs too. It can run where it has not.
+/// Whether Sidestep has the first word where others attach programs too. It can run where it has
+/// not.
 fn order(pins: &Pins, cgroup: &Cgroup, can_be_first: bool) -> Result<String> {
     if can_be_first && !pins.exist() {
         return Ok("this kernel lets Sidestep's programs run first".into());

@@ -27,7 +27,7 @@ const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=
 /// address with the port that it got.
 ///
 /// # Errors
-/// Where the address can't be listened on.
+/// Where the address cannot be listened on.
 pub async fn serve(address: SocketAddr, metrics: Arc<Metrics>) -> Result<SocketAddr> {
     let listener = TcpListener::bind(address)
         .await

@@ -84,7 +84,7 @@ pub struct Metrics {
     pod_reads: Counter,
     map_writes: Counter,
     searches: Counter,
-    /// What of the node's is not in force, and can't be put back.
+    /// What of the node's is not in force, and cannot be put back.
     broken: Mutex<Option<String>>,
     forwarded: Counter,
     syncs: AtomicU64,
@@ -283,7 +283,7 @@ impl Metrics {
     /// All of it, in OpenMetrics' text format.
     ///
     /// # Errors
-    /// Where it can't be put into words.
+    /// Where it cannot be put into words.
     pub fn text(&self) -> Result<String> {
         let mut text = String::new();
         encode(&mut text, &self.registry).context("cannot encode the metrics")?;

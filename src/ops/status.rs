@@ -74,7 +74,7 @@ pub struct PodStatus {
     pub mesh: &'static str,
     /// Path of its network namespace.
     pub netns: PathBuf,
-    /// The kernel's identity of the namespace, in decimal: JSON numbers can't hold all of it.
+    /// The kernel's identity of the namespace, in decimal: JSON numbers cannot hold all of it.
     pub netns_cookie: String,
     /// The pod's address of each family that is captured.
     pub captured: Vec<IpAddr>,
@@ -121,7 +121,7 @@ pub struct HookStatus {
 /// is one, what is wrong. `with_services` lists Services.
 ///
 /// # Errors
-/// Where a pinned map can't be read.
+/// Where a pinned map cannot be read.
 pub fn status(pins: &Pins, socket: &Path, with_services: bool) -> Result<Status> {
     let problems = problems(socket);
     if !pins.exist() {

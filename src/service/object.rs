@@ -1,5 +1,5 @@
-//! Service and EndpointSlice objects, as much of them as is read. A cluster has tens of thousands of
-//! each, and what is not named here is skipped while they are parsed.
+//! Service and EndpointSlice objects, as much of them as is read. A cluster has tens of thousands
+//! of each, and what is not named here is skipped while they are parsed.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use serde::{Deserialize, Deserializer};

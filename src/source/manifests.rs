@@ -29,7 +29,7 @@ pub const NETNS_ANNOTATION: &str = "sidestep.io/netns";
 /// What is wrong with a manifest.
 #[derive(Debug, Error)]
 pub enum ManifestError {
-    /// The file can't be read.
+    /// The file cannot be read.
     #[error("cannot be read: {0}")]
     Unreadable(std::io::Error),
     /// The file is no YAML.
@@ -45,7 +45,7 @@ pub enum ManifestError {
         /// What it is.
         found: String,
     },
-    /// A document's fields don't fit its kind.
+    /// A document's fields do not fit its kind.
     #[error("document {document}: invalid {kind}: {why}")]
     BadPod {
         /// Number of the document in the file, from 1.
@@ -134,7 +134,7 @@ impl Manifests {
     /// take a pod out of the mesh.
     ///
     /// # Errors
-    /// Where the directory itself can't be read; a bad file is in the snapshot's errors.
+    /// Where the directory itself cannot be read; a bad file is in the snapshot's errors.
     pub fn read(&mut self) -> Result<Snapshot> {
         let mut files: Vec<PathBuf> = fs::read_dir(&self.dir)
             .and_then(|entries| entries.map(|entry| entry.map(|e| e.path())).collect())
@@ -204,8 +204,8 @@ impl Manifests {
         Ok(snapshot)
     }
 
-    /// Tells the catalog of Services what the files held when they were last read, and gives what is
-    /// wrong with that.
+    /// Tells the catalog of Services what the files held when they were last read, and gives what
+    /// is wrong with that.
     pub fn feed(&mut self, catalog: &mut Catalog) -> Option<Vec<Problem>> {
         if !std::mem::take(&mut self.are_services_new) {
             return None;

@@ -16,12 +16,14 @@ pub enum Mode {
     Off,
     /// Connections between sidecars only, if the self-test finds nothing wrong.
     Sidecar,
-    /// Connections between apps and their sidecars too, although this kernel misbehaves towards apps
-    /// that use sockets in unusual ways (`sidestep check -v` lists them). Never where data is at risk.
+    /// Connections between apps and their sidecars too, although this kernel misbehaves towards
+    /// apps that use sockets in unusual ways (`sidestep check -v` lists them). Never where data is
+    /// at risk.
     All,
 }
 
-/// A part of the path of a connection that stays on the node; `enum splice_leg` of bpf/splice/types.h.
+/// A part of the path of a connection that stays on the node; `enum splice_leg` of
+/// bpf/splice/types.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Leg {
     /// A pod's sidecar to another pod's sidecar.

@@ -1,5 +1,5 @@
-//! Splicing: which legs of the path are spliced, and the resets of connections that end. bpf/splice/
-//! has the kernel's part, and docs/splice.md the whole picture.
+//! Splicing: which legs of the path are spliced, and the resets of connections that end.
+//! bpf/splice/ has the kernel's part, and docs/splice.md the whole picture.
 
 mod decide;
 mod rst;

@@ -57,7 +57,7 @@ pub fn patience() -> Duration {
     Duration::from_secs(3) * slowdown()
 }
 
-/// Whether the running kernel is older than that version. For what a kernel can't do at all: the
+/// Whether the running kernel is older than that version. For what a kernel cannot do at all: the
 /// agent itself never asks for versions.
 pub fn kernel_before(major: u32, minor: u32) -> bool {
     let uname = nix::sys::utsname::uname().expect("uname");

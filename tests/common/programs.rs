@@ -49,8 +49,8 @@ fn load(
     }
 }
 
-/// A program at connect4 of a cgroup that translates one address into another, as Cilium's does with
-/// a Service's; until it is dropped.
+/// A program at connect4 of a cgroup that translates one address into another, as Cilium's does
+/// with a Service's; until it is dropped.
 pub struct Translation {
     _link: OwnedFd,
 }

@@ -23,8 +23,8 @@ pub const LARGE: usize = 40 << 10;
 /// Messages of which, unread, the first ones are in the queue and the last one is in TCP.
 pub const SEAM: [usize; 3] = [6, 60_000, 20_000];
 
-/// Messages each way that make a connection worth splicing: `SPLICE_TALK` of bpf/splice/mark.h, and one
-/// more, for what is known of a message is known when it is acknowledged.
+/// Messages each way that make a connection worth splicing: `SPLICE_TALK` of bpf/splice/mark.h, and
+/// one more, for what is known of a message is known when it is acknowledged.
 pub const TALK: usize = 16 + 1;
 
 /// Keeps a pod's connections on TCP.

@@ -71,7 +71,7 @@ fn older_pods(world: &World) -> Result<()> {
 fn native_sidecar(world: &World) -> Result<()> {
     let (node, _agent) = (&world.node, world.agent()?);
     let target = server(node, "server")?.to_string();
-    // The sidecar has just been started, perhaps it doesn't listen yet: so for a second.
+    // The sidecar has just been started, perhaps it does not listen yet: so for a second.
     let inits = [container("first", &["loop", &target, "--seconds", "1"])];
     node.create_pod("cart", istio(), native(&inits, app(&["once", &target])))?;
     let pod = node.wait_phase("cart", "Succeeded");

@@ -100,7 +100,8 @@ const MANIFESTS: &str = "/etc/kubernetes/manifests";
 
 fn static_pods(cluster: &Cluster) -> Result<()> {
     let space = cluster.plain_space("life-static")?;
-    // Where the mesh injects, the API server refuses the mirror pod: it would have the sidecar's token.
+    // Where the mesh injects, the API server refuses the mirror pod: it would have the sidecar's
+    // token.
     let injected = cluster.space("life-static-injected")?;
     let node = cluster.worker(0)?;
     let shell = cluster.shell(node);

@@ -1,5 +1,5 @@
-//! Istio's sidecar rules, by Istio's own binary: `pilot-agent istio-iptables`; and, where nothing may
-//! be built, as that binary's record in `lab/records/istio`.
+//! Istio's sidecar rules, by Istio's own binary: `pilot-agent istio-iptables`; and, where nothing
+//! may be built, as that binary's record in `lab/records/istio`.
 
 use std::ffi::OsString;
 use std::fs;
@@ -18,8 +18,9 @@ use crate::{OUTBOUND, PROXY, lab_dir};
 pub struct Istio(Vec<String>);
 
 impl Istio {
-    /// As Istio's CNI plugin makes it of a pod: `NewRedirect` in `cni/pkg/plugin/sidecar_redirect.go`
-    /// says what annotations and the proxy's environment mean, `Program` in
+    /// As Istio's CNI plugin makes it of a pod: `NewRedirect` in
+    /// `cni/pkg/plugin/sidecar_redirect.go` says what annotations and the proxy's environment mean,
+    /// `Program` in
     /// `sidecar_iptables_linux.go` which setting that is, `tools/istio-iptables/pkg/cmd/root.go` the
     /// setting's flag. Before that, the injector has added the status port to
     /// `excludeInboundPorts` (`excludeInboundPort` in the chart's `injection-template.yaml`). Read in
@@ -90,8 +91,8 @@ impl PilotAgent {
         Ok(Self(path.to_owned()))
     }
 
-    /// Which version of the module istio.io/istio it was made of. Go writes the versions of all modules
-    /// into what it builds, as text.
+    /// Which version of the module istio.io/istio it was made of. Go writes the versions of all
+    /// modules into what it builds, as text.
     pub fn version(&self) -> Result<String> {
         const BEFORE: &[u8] = b"\tistio.io/istio\t";
         let binary = fs::read(&self.0).with_context(|| format!("reading {}", self.0.display()))?;
@@ -123,7 +124,8 @@ impl PilotAgent {
         line
     }
 
-    /// What [`PilotAgent::install`] would give to iptables-restore and ip6tables-restore in such a pod.
+    /// What [`PilotAgent::install`] would give to iptables-restore and ip6tables-restore in such a
+    /// pod.
     fn tables(&self, pod: &Pod, istio: &Istio) -> Result<[String; 2]> {
         let file = pod.lab().new_path("dry-run", "txt");
         let file_path = format!("DRY_RUN_FILE_PATH={}", file.display());

@@ -1,7 +1,8 @@
 //! The rules of Kuma 2.14.3, and of its master in August 2026 (3.0 to come), which are the same.
 //! Facts from kumahq/kuma: `pkg/transparentproxy/iptables/builder` (which rules, in which order),
 //! `pkg/transparentproxy/config` (formats), `app/cni/pkg/cni/annotations_linux.go` (annotations and
-//! their defaults), `pkg/transparentproxy/kubernetes/kubernetes_config.go` (the configuration of 3.0).
+//! their defaults), `pkg/transparentproxy/kubernetes/kubernetes_config.go` (the configuration of
+//! 3.0).
 
 use serde_json::Value;
 

@@ -15,8 +15,8 @@ use crate::traffic::Traffic;
 /// The annotation that keeps a pod's connections on TCP.
 const OPT_OUT: &str = "sidestep.io/splice";
 
-/// Resets get through: one that is lost is not sent again, over plain TCP neither, and the other end
-/// would wait for ever.
+/// Resets get through: one that is lost is not sent again, over plain TCP neither, and the other
+/// end would wait for ever.
 const POLICY: &str = "table inet rules {
     chain in {
         type filter hook input priority 0
@@ -25,8 +25,8 @@ const POLICY: &str = "table inet rules {
 }";
 /// `--splice-refresh`'s default.
 const REFRESH: Duration = Duration::from_secs(1);
-/// How long those that wait for each other may take to come to a stop, and how long nothing must have
-/// been redirected by then.
+/// How long those that wait for each other may take to come to a stop, and how long nothing must
+/// have been redirected by then.
 const STOPS: Duration = Duration::from_secs(2);
 const STILL: Duration = Duration::from_millis(300);
 
@@ -110,8 +110,8 @@ impl Event {
     }
 }
 
-/// What is spliced stops as well, once each direction's next message has gone by TCP: within a second
-/// by `--splice-refresh`'s default.
+/// What is spliced stops as well, once each direction's next message has gone by TCP: within a
+/// second by `--splice-refresh`'s default.
 fn stops(agent: &Agent) -> Result<()> {
     let redirected = || agent.status().map(|status| counter(&status, "splice_messages"));
     let mut before = redirected()?;

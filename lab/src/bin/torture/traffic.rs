@@ -50,8 +50,9 @@ pub struct Opts {
     pub only: Option<u64>,
     /// All read as Tokio does.
     pub short_reads: bool,
-    /// They may be spliced: a message that takes longer to the other end's queue than that one takes
-    /// to close is answered EPIPE by the kernel. TCP takes it, and tells of the reset afterwards.
+    /// They may be spliced: a message that takes longer to the other end's queue than that one
+    /// takes to close is answered EPIPE by the kernel. TCP takes it, and tells of the reset
+    /// afterwards.
     pub spliced: bool,
 }
 
@@ -231,7 +232,8 @@ impl Traffic {
     }
 }
 
-/// So much small talk makes a connection worth splicing: `SPLICE_TALK` of bpf/splice/mark.h, and some.
+/// So much small talk makes a connection worth splicing: `SPLICE_TALK` of bpf/splice/mark.h, and
+/// some.
 const TALK: usize = 24;
 
 fn talk(stream: &mut TcpStream) -> io::Result<()> {
