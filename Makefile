@@ -76,7 +76,7 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 
 torture: SECONDS = 180
 torture: deps build ## checked connections while the agent and pods come and go (root); SECONDS= SEED= ARGS="--help"
-	cargo run --release -q -p sidestep-lab --bin torture -- --sidestep $(abspath $(BIN)) \
+	cargo run --release -q -p sidestep-torture -- --sidestep $(abspath $(BIN)) \
 		--seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: deps build ## interception and splicing against iptables (root): docs/performance.md; QUICK=1, ARGS="--help"
