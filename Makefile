@@ -43,11 +43,11 @@ help: ## list the targets
 deps: ## install missing packages and tools for build, tests and demo (root)
 	@scripts/deps.sh
 
+# One build for this machine, without the time that the optimizer takes: see [profile.demo].
 demo: ## run the demo in namespaces of its own (root); KEEP=1 leaves it running
 	@scripts/deps.sh --demo
-	@$(MAKE) --no-print-directory build
-	cargo run --release -q -p sidestep-lab --bin demo -- \
-		--sidestep $(abspath $(BIN)) $(if $(filter-out 0,$(KEEP)),--keep)
+	cargo build -q --profile demo -p sidestep -p sidestep-lab --bin sidestep --bin demo
+	$${CARGO_TARGET_DIR:-target}/demo/demo $(if $(filter-out 0,$(KEEP)),--keep)
 
 conformance: deps ## compare with the meshes' own iptables rules, row by row (root); ARGS="--help"
 	@e2e/cluster/parts.sh pilot-agent

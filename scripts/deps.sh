@@ -120,7 +120,7 @@ END
     have_lib libc.a || echo libc6-dev
     have_lib libelf.a || echo libelf-dev
     have_lib libz.a || echo zlib1g-dev
-    if have_lib libelf.a && have_lib libz.a && [ -n "$("$here/libelf.sh")" ]; then
+    if [ -n "$tests" ] && have_lib libelf.a && have_lib libz.a && [ -n "$("$here/libelf.sh")" ]; then
         # That libelf.a will not do: this is what building another takes.
         while read -r package tool; do
             have "$tool" || echo "$package"
