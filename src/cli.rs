@@ -116,9 +116,10 @@ struct Run {
     /// Translate the virtual IPs of Services to endpoints in connect() and sendmsg(), for pods and for
     /// the node's own processes. kube-proxy's rules stay and serve what is not translated.
     ///
-    /// The directory of --pods then has v1 Services and discovery.k8s.io/v1 EndpointSlices too, and a
-    /// v1 Node, which is this one. This version takes Services from there only.
-    #[arg(long, conflicts_with = "kubernetes", env = "SIDESTEP_SERVICES")]
+    /// With --kubernetes, the agent watches Services and EndpointSlices of the whole cluster, and this
+    /// node's labels. The directory of --pods then has v1 Services and discovery.k8s.io/v1
+    /// EndpointSlices too, and a v1 Node, which is this one.
+    #[arg(long, env = "SIDESTEP_SERVICES")]
     services: bool,
     /// Translate spec.externalIPs too, whatever addresses these are: whoever may write Services can
     /// take over any address that way (CVE-2020-8554). Without it, only those that are this node's own.
@@ -243,6 +244,7 @@ impl Run {
                 kubeconfig: self.cluster.kubeconfig,
                 daemonset: self.cluster.daemonset,
                 on_uninstall: self.cluster.on_uninstall,
+                services: self.services,
             },
             proc: self.cluster.proc,
             netns_dir: self.cluster.netns_dir,

@@ -92,8 +92,11 @@ impl Controller {
                     services.source = problems.into_iter().collect();
                 }
             }
-            // Not from the API server yet.
-            Source::Kubernetes(..) => return Ok(()),
+            Source::Kubernetes(kubernetes, _) => {
+                if !kubernetes.feed(&mut services.catalog) {
+                    return Ok(());
+                }
+            }
         }
         if look == Look::Everything || !services.is_applied {
             services.catalog.set_node_addresses(node::own_addresses()?);

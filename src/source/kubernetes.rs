@@ -41,11 +41,12 @@ use tokio::{
 use tower::{BoxError, ServiceBuilder};
 use tracing::{info, warn};
 
-use super::{Snapshot, SourcePod};
+use super::{Snapshot, SourcePod, services::Services};
 use crate::{
     mesh::facts,
     node::Sandbox,
     problem::{Problem, Reason},
+    service::Catalog,
     text,
 };
 
@@ -82,6 +83,8 @@ pub struct Config {
     pub daemonset: Option<(String, String)>,
     /// What becomes of this node's mesh pods when that is gone.
     pub on_uninstall: OnUninstall,
+    /// Services are watched as well.
+    pub services: bool,
 }
 
 /// What happens to intercepted pods when Sidestep is uninstalled.
@@ -105,7 +108,7 @@ pub enum Removed {
 
 /// What goes wrong with the API server now, by what was asked of it, and how often it did.
 #[derive(Debug, Default)]
-struct Failing {
+pub(super) struct Failing {
     now: BTreeMap<&'static str, String>,
     counts: BTreeMap<&'static str, u64>,
 }
@@ -114,6 +117,8 @@ struct Failing {
 pub struct Kubernetes {
     api: ApiServer,
     namespaces: Store<PartialObjectMeta<Namespace>>,
+    /// None: they are not translated.
+    services: Option<Services>,
     on_uninstall: OnUninstall,
     /// None: no more are sent.
     events: Option<mpsc::Sender<(Problem, ObjectReference)>>,
@@ -180,6 +185,9 @@ impl Kubernetes {
             Arc::new(Own { namespace, name, watched })
         });
 
+        let services =
+            config.services.then(|| Services::start(&client, &config.node, &failing, &changed));
+
         let (events, queue) = mpsc::channel(EVENTS);
         let recorder = recorder(&client, &config.node);
         let publisher = task::spawn(publish(recorder, queue, Arc::clone(&failing)));
@@ -187,6 +195,7 @@ impl Kubernetes {
         Ok(Self {
             api,
             namespaces,
+            services,
             on_uninstall: config.on_uninstall,
             events: Some(events),
             publisher,
@@ -208,6 +217,11 @@ impl Kubernetes {
         pods.extend(self.ahead.iter().map(|(uid, pod)| (uid.clone(), Arc::clone(pod))));
         let pods = pods.into_values().map(|pod| SourcePod { pod: self.inherit(pod), origin: None });
         Some(Snapshot { pods: pods.collect(), errors, incomplete: false, missing_may_run: true })
+    }
+
+    /// Tells the catalog what is new about Services. False: not before their lists are complete.
+    pub fn feed(&self, catalog: &mut Catalog) -> bool {
+        self.services.as_ref().is_some_and(|services| services.feed(catalog))
     }
 
     /// What goes wrong with the API server now.
@@ -344,7 +358,7 @@ impl ApiServer {
         let done = timeout(ANSWER, self.try_remove_startup_taint()).await;
         let done =
             done.unwrap_or_else(|_| bail!("cannot patch nodes: the API server does not answer"));
-        note(&self.failing, "nodes", done.as_ref().err().map(|error| format!("{error:#}")));
+        note(&self.failing, "patch nodes", done.as_ref().err().map(|error| format!("{error:#}")));
         done.is_ok()
     }
 
@@ -454,7 +468,7 @@ fn note(failing: &Mutex<Failing>, what: &'static str, error: Option<String>) {
 /// Follows a watch for ever, and tells of each change. Fails never: errors are noted. A watch that
 /// goes on where it was cut off tells nothing before the next change: that no try has failed for
 /// long enough is how its end of trouble is known.
-fn follow<K: 'static>(
+pub(super) fn follow<K: 'static>(
     what: &'static str,
     watch: impl Stream<Item = watcher::Result<watcher::Event<K>>> + 'static + Send,
     failing: &Arc<Mutex<Failing>>,
@@ -481,7 +495,9 @@ fn follow<K: 'static>(
 /// A watch that lists again where the API server has forgotten its version, which it says by 410.
 /// To a watcher that is one failure more: after a long absence it would wait for another minute
 /// first. And where its start is answered so, it would ask for the same version for ever.
-fn relisting<K, W>(make: impl Fn() -> W) -> impl Stream<Item = watcher::Result<watcher::Event<K>>>
+pub(super) fn relisting<K, W>(
+    make: impl Fn() -> W,
+) -> impl Stream<Item = watcher::Result<watcher::Event<K>>>
 where
     W: Stream<Item = watcher::Result<watcher::Event<K>>>,
 {

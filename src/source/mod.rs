@@ -2,6 +2,7 @@
 
 pub mod kubernetes;
 pub mod manifests;
+mod services;
 
 use std::{path::PathBuf, sync::Arc};
 
