@@ -29,6 +29,11 @@ CLUSTER_RULES = [
     ([""], ["nodes"], ["get"], None),  # patch as well, with the startup taint
     (["events.k8s.io"], ["events"], ["create", "patch"], None),
 ]
+SERVICE_RULES = [
+    ([""], ["services"], ["list", "watch"], None),
+    (["discovery.k8s.io"], ["endpointslices"], ["list", "watch"], None),
+    ([""], ["nodes"], ["list", "watch"], None),
+]
 KINDS = [
     "ClusterRole", "ClusterRoleBinding", "DaemonSet", "Role", "RoleBinding", "ServiceAccount",
 ]
@@ -153,6 +158,7 @@ def check_always(r):
 
     nodes = ["get", "patch"] if "--remove-startup-taint" in r.args else ["get"]
     rules = [(g, res, nodes if res == ["nodes"] else verbs, names) for g, res, verbs, names in CLUSTER_RULES]
+    rules[3:3] = SERVICE_RULES if "--services" in r.args else []
     r.check("rules of the ClusterRole", r.rules("ClusterRole"), rules)
     r.check("rules of the Role", r.rules("Role"),
             [(["apps"], ["daemonsets"], ["get", "list", "watch"], [name])])
@@ -173,6 +179,7 @@ def check_default(r):
     r.check("cgroup", [e["name"] for e in r.agent["env"]], ["SIDESTEP_NODE_NAME", "RUST_LOG"])
     r.check("uninstall", r.args_of("--on-uninstall"), ["--on-uninstall=keep"])
     r.check("startup taint", r.args_of("--remove-startup-taint"), [])
+    r.check("services", r.args_of("--services"), [])
     r.check("log", r.args_of("--log"), ["--log-format=json"])
     r.check("cni", r.args_of("--cni"), [
         "--cni", "--cni-conf-dir=/etc/cni/net.d", "--cni-bin-dir=/opt/cni/bin",
@@ -218,6 +225,7 @@ def check_custom(r):
     r.check("cgroup", env.get("SIDESTEP_CGROUP"), "/sys/fs/cgroup")
     r.check("uninstall", r.args_of("--on-uninstall"), ["--on-uninstall=unload"])
     r.check("startup taint", r.args_of("--remove-startup-taint"), ["--remove-startup-taint"])
+    r.check("services", r.args_of("--services"), ["--services", "--services-external-ips"])
     r.check("http", r.args_of("--http"), ["--http=[::1]:9465"])
     r.check("probe", r.agent["livenessProbe"]["httpGet"]["host"], "::1")
     r.check("nodes", r.pod["nodeSelector"], {"kubernetes.io/os": "linux", "pool": "mesh"})

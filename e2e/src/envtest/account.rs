@@ -146,6 +146,7 @@ impl Envtest {
     fn wait_right(&self, name: &str, verb: &str, resource: &str, wanted: bool) -> Result<()> {
         let group = match resource {
             "daemonsets" => "apps",
+            "endpointslices" => "discovery.k8s.io",
             "events" => "events.k8s.io",
             _ => "",
         };
