@@ -26,7 +26,7 @@ struct Web {
 
 impl Web {
     /// Pod `a` is of no mesh, and the client; pod `b` is the endpoint.
-    fn new(cluster: Cluster) -> Self {
+    fn new(mut cluster: Cluster) -> Self {
         cluster.in_force();
         let mut client = cluster.pending(&cluster.a);
         client["metadata"]["annotations"] = json!({});
@@ -34,6 +34,8 @@ impl Web {
         client["spec"]["containers"] = json!([{"name": "app", "image": "app"}]);
         let client = cluster.create(client);
         succeeds(&cluster.plugin("ADD", &cluster.a, &client));
+        // By which an agent that the plugin told nothing finds it.
+        cluster.runs(|cluster| &cluster.a, &client);
         let service = cluster.create(json!({
             "apiVersion": "v1", "kind": "Service",
             "metadata": {"name": "web", "namespace": cluster.name},
