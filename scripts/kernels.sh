@@ -43,6 +43,7 @@ resolvers: the programs that it runs are not in the machine
 dns sockets_see_what_they_see_beside_istios_rules: nor is Python
 splice_agent a_policy_that_comes_later_stops_a_spliced_connection: nftables and its modules are not in the machine
 splice_agent conntrack_does_not_forget_a_spliced_connection_that_talks: the same
+services r37_a_pod_whose_own_rules_translate_is_left_alone: the same
 inbound nat_rules_of_the_pod_do_not_change_which_ports_are_excluded: the same
 inbound a_pod_that_forwards_packets_is_told_so: the same
 edges an_app_cannot_send_its_packets_by_another_way: the same
