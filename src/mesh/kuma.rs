@@ -4,7 +4,7 @@
 //! `pkg/plugins/runtime/k8s/metadata/annotations.go`; as 2.14.3 and master in August 2026 (3.0 to
 //! come) have them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Container, Pod};
@@ -12,7 +12,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{DeserializeOwned, Error},
 };
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{
     Mesh, Settings,
@@ -155,13 +155,13 @@ fn policy(pod: &Pod) -> Result<Policy, FactsError> {
 }
 
 /// The annotation [`CONFIG`]; fields that are not named here change nothing in what is captured.
-/// All names are in [`FIELDS`] as well.
+/// Names are [`folded`], here and in what it has.
 #[derive(Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
+#[serde(default)]
 struct Config {
-    #[serde(rename = "kumaDPUser", deserialize_with = "text")]
+    #[serde(rename = "kumadpuser", deserialize_with = "text")]
     kuma_dp_user: Option<String>,
-    #[serde(deserialize_with = "text")]
+    #[serde(rename = "ipfamilymode", deserialize_with = "text")]
     ip_family_mode: Option<String>,
     #[serde(deserialize_with = "object")]
     redirect: Option<Redirect>,
@@ -181,24 +181,28 @@ struct Redirect {
 }
 
 #[derive(Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
+#[serde(default)]
 struct Flow {
     enabled: Option<bool>,
     port: Option<Value>,
+    #[serde(rename = "includeports")]
     include_ports: Option<Value>,
+    #[serde(rename = "excludeports")]
     exclude_ports: Option<Value>,
-    #[serde(rename = "excludePortsForIPs", deserialize_with = "texts")]
+    #[serde(rename = "excludeportsforips", deserialize_with = "texts")]
     exclude_ports_for_ips: Option<Vec<String>>,
-    #[serde(rename = "excludePortsForUIDs", deserialize_with = "texts")]
+    #[serde(rename = "excludeportsforuids", deserialize_with = "texts")]
     exclude_ports_for_uids: Option<Vec<String>>,
+    #[serde(rename = "insertredirectinsteadofappend")]
     insert_redirect_instead_of_append: Option<bool>,
 }
 
 #[derive(Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
+#[serde(default)]
 struct Dns {
     enabled: Option<bool>,
     port: Option<Value>,
+    #[serde(rename = "captureall")]
     capture_all: Option<bool>,
 }
 
@@ -235,55 +239,66 @@ fn scalar<E: Error>(value: Value) -> Result<String, E> {
     }
 }
 
-/// The configuration's fields.
-const FIELDS: [&str; 16] = [
-    "captureAll",
-    "dns",
-    "enabled",
-    "excludePorts",
-    "excludePortsForIPs",
-    "excludePortsForUIDs",
-    "inbound",
-    "includePorts",
-    "insertRedirectInsteadOfAppend",
-    "ipFamilyMode",
-    "kumaDPUser",
-    "networks",
-    "outbound",
-    "port",
-    "redirect",
-    "vnet",
-];
-
-/// Reads the configuration as Kuma does, by sigs.k8s.io/yaml: YAML becomes JSON, whose keys are
-/// sorted, and `encoding/json` finds a field by its name in any letter case.
-fn parse_config(text: &str) -> Result<Config, String> {
+/// Reads the configuration as Kuma does, by sigs.k8s.io/yaml: the first YAML document becomes JSON,
+/// whose keys are sorted, and `encoding/json` finds a field by its name in any letter case. A field
+/// that is named more than once has every value read: those are returned as well.
+fn parse_config(text: &str) -> Result<(Config, Vec<Config>), String> {
     let mut options = serde_saphyr::options! { legacy_octal_numbers: true };
     options.duplicate_keys = serde_saphyr::DuplicateKeyPolicy::LastWins;
+    let text = first_document(text);
     let value = serde_saphyr::from_str_with_options::<Value>(text, options).map_err(|error| {
         // The first line names the place; the others quote the text.
         error.to_string().lines().next().unwrap_or_default().to_owned()
     })?;
-    let config: Result<Option<Config>, serde_json::Error> = object(with_field_names(value));
-    config.map(Option::unwrap_or_default).map_err(|error| error.to_string())
+    let config = |value| -> Result<Config, String> {
+        let config: Result<_, serde_json::Error> = object(value);
+        config.map(Option::unwrap_or_default).map_err(|error| error.to_string())
+    };
+    let mut again = Vec::new();
+    let all = config(with_field_names(value, &mut again))?;
+    Ok((all, again.into_iter().map(config).collect::<Result<_, _>>()?))
 }
 
-/// The same with every key spelled as the field that it is. Of several that are one field the last
-/// in the order of their bytes wins; objects become one.
-fn with_field_names(value: Value) -> Value {
+/// Kuma looks at nothing behind it. A line that begins with a marker ends any scalar.
+fn first_document(text: &str) -> &str {
+    let (mut end, mut begun) = (0, false);
+    for line in text.split_inclusive('\n') {
+        let marks = |marker| {
+            let rest = line.strip_prefix(marker);
+            rest.is_some_and(|rest: &str| rest.is_empty() || rest.starts_with(char::is_whitespace))
+        };
+        if begun && (marks("---") || marks("...")) {
+            break;
+        }
+        let before = line.trim().is_empty() || line.starts_with(['#', '%']);
+        begun |= !before;
+        end += line.len();
+    }
+    &text[..end]
+}
+
+/// The same with folded keys. Of several that are one field the last in the order of their bytes wins;
+/// objects become one. `again` gets each of their values.
+fn with_field_names(value: Value, again: &mut Vec<Value>) -> Value {
     let Value::Object(fields) = value else { return value };
     let mut fields: Vec<_> = fields.into_iter().collect();
     fields.sort_by(|(one, _), (other, _)| one.cmp(other));
-    let mut named = Value::Null;
-    for (key, value) in fields {
-        let field = FIELDS.into_iter().find(|field| folded(field).eq(folded(&key)));
-        let field = field.map_or(key, str::to_owned);
-        overlay(
-            &mut named,
-            Value::Object([(field, with_field_names(value))].into_iter().collect()),
-        );
+    let mut times = BTreeMap::<String, u32>::new();
+    for (key, _) in &fields {
+        *times.entry(folded(key)).or_default() += 1;
     }
-    named
+    let mut named = Map::new();
+    for (key, value) in fields {
+        let field = folded(&key);
+        let mut values = Vec::new();
+        let value = with_field_names(value, &mut values);
+        if times.get(&field).is_some_and(|times| *times > 1) {
+            values.push(value.clone());
+        }
+        again.extend(values.into_iter().map(|value| json!({ field.as_str(): value })));
+        overlay(named.entry(field).or_insert(Value::Null), value);
+    }
+    Value::Object(named)
 }
 
 fn overlay(onto: &mut Value, value: Value) {
@@ -300,16 +315,33 @@ fn overlay(onto: &mut Value, value: Value) {
     }
 }
 
-/// As Go's Unicode case folding has it for the letters of [`FIELDS`].
-fn folded(text: &str) -> impl Iterator<Item = char> {
-    text.chars().map(|c| if c == 'ſ' { 's' } else { c }).flat_map(char::to_lowercase)
+/// As Go's Unicode case folding has it for the letters of the fields' names.
+fn folded(name: &str) -> String {
+    name.chars().map(|c| if c == 'ſ' { 's' } else { c }).flat_map(char::to_lowercase).collect()
 }
 
 /// By the configuration alone.
 fn configured(text: &str, read: &mut Reader) -> Result<Settings, FactsError> {
     let config = parse_config(text).map_err(|why| invalid(CONFIG, text, &why));
     let unreadable = config.is_err();
-    let config = read.or(config, Config::default())?;
+    let (config, again) = read.or(config, Default::default())?;
+    let rest = text[first_document(text).len()..].trim();
+    if !["", "---", "..."].contains(&rest) {
+        read.warn(CONFIG, rest, "Kuma reads the first YAML document alone, and so does Sidestep");
+    }
+    for value in again {
+        let mut alone = Reader::default();
+        let settings = settings_of(value, false, &mut alone);
+        read.or(settings.and(alone.error.map_or(Ok(()), Err)), ())?;
+    }
+    settings_of(config, unreadable, read)
+}
+
+fn settings_of(
+    config: Config,
+    unreadable: bool,
+    read: &mut Reader,
+) -> Result<Settings, FactsError> {
     let redirect = config.redirect.unwrap_or_default();
     if let Some(networks) = redirect.vnet.and_then(|vnet| vnet.networks)
         && !networks.is_empty()
