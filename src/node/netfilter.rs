@@ -90,34 +90,41 @@ fn chains_translate() -> Result<Nat> {
     let mut found = Nat::default();
     loop {
         let received = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?;
-        let mut rest = &buffer[..received];
-        while !rest.is_empty() {
-            let header = NetlinkBuffer::new_checked(rest)?;
-            let message = header.payload();
-            match header.message_type() {
-                NLMSG_DONE => return Ok(found),
-                NLMSG_ERROR => {
-                    let code = message.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
-                    match -code {
-                        // It has no nftables.
-                        libc::EINVAL | libc::EOPNOTSUPP => return Ok(Nat::default()),
-                        errno => bail!(io::Error::from_raw_os_error(errno)),
-                    }
-                }
-                NFT_MSG_NEWCHAIN => {
-                    let chain = message.get(FAMILY..).unwrap_or_default();
-                    match hook_of_nat(chain) {
-                        Some(NF_INET_PRE_ROUTING) => found.inbound = true,
-                        Some(NF_INET_LOCAL_OUT) => found.outbound = true,
-                        _ => {}
-                    }
-                }
-                _ => {}
-            }
-            let len = (header.length() as usize).next_multiple_of(4);
-            rest = rest.get(len..).unwrap_or_default();
+        if read_answer(&buffer[..received], &mut found)? {
+            return Ok(found);
         }
     }
+}
+
+/// A part of the kernel's answer. Says whether it was the last one.
+fn read_answer(mut bytes: &[u8], found: &mut Nat) -> Result<bool> {
+    while !bytes.is_empty() {
+        let header = NetlinkBuffer::new_checked(bytes)?;
+        let message = header.payload();
+        match header.message_type() {
+            NLMSG_DONE => return Ok(true),
+            NLMSG_ERROR => {
+                let code = message.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
+                match code.wrapping_neg() {
+                    // It has no nftables.
+                    libc::EINVAL | libc::EOPNOTSUPP => return Ok(true),
+                    errno => bail!(io::Error::from_raw_os_error(errno)),
+                }
+            }
+            NFT_MSG_NEWCHAIN => {
+                let chain = message.get(FAMILY..).unwrap_or_default();
+                match hook_of_nat(chain) {
+                    Some(NF_INET_PRE_ROUTING) => found.inbound = true,
+                    Some(NF_INET_LOCAL_OUT) => found.outbound = true,
+                    _ => {}
+                }
+            }
+            _ => {}
+        }
+        let len = (header.length() as usize).next_multiple_of(4);
+        bytes = bytes.get(len..).unwrap_or_default();
+    }
+    Ok(false)
 }
 
 /// Where a chain, given as its attributes, translates: it is hooked there, and has rules.
@@ -133,4 +140,132 @@ fn hook_of_nat(chain: &[u8]) -> Option<u32> {
 fn attributes(bytes: &[u8]) -> BTreeMap<u16, Vec<u8>> {
     let all = NlasIterator::new(bytes).map_while(Result::ok);
     all.map(|one| (one.kind(), one.value().to_vec())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NESTED: u16 = 1 << 15;
+
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let mut bytes = (4 + value.len() as u16).to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    fn message(kind: u16, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = ((HEADER + payload.len()) as u32).to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.resize(HEADER, 0);
+        bytes.extend(payload);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    fn chain(of: &[u8], hook: u32, rules: u32) -> Vec<u8> {
+        let hook = attribute(NFTA_HOOK_HOOKNUM, &hook.to_be_bytes());
+        let attributes = [
+            attribute(3, b"a chain\0"),
+            attribute(NFTA_CHAIN_HOOK | NESTED, &hook),
+            attribute(NFTA_CHAIN_USE, &rules.to_be_bytes()),
+            attribute(NFTA_CHAIN_TYPE, of),
+        ];
+        message(NFT_MSG_NEWCHAIN, &[vec![2, 0, 0, 0], attributes.concat()].concat())
+    }
+
+    fn read(bytes: &[u8]) -> Result<(Nat, bool)> {
+        let mut found = Nat::default();
+        let is_last = read_answer(bytes, &mut found)?;
+        Ok((found, is_last))
+    }
+
+    #[test]
+    fn chains_that_translate() {
+        let (inbound, outbound) = (NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT);
+        let done = message(NLMSG_DONE, &[0; 4]);
+        let nat = |inbound, outbound| Nat { inbound, outbound };
+        let rows = [
+            (vec![], nat(false, false)),
+            (chain(b"nat\0", inbound, 1), nat(true, false)),
+            (chain(b"nat\0", outbound, 2), nat(false, true)),
+            ([chain(b"nat\0", inbound, 1), chain(b"nat\0", outbound, 1)].concat(), nat(true, true)),
+            // No rules; where it translates the source alone; not a chain that translates.
+            (chain(b"nat\0", inbound, 0), nat(false, false)),
+            (chain(b"nat\0", 4, 1), nat(false, false)),
+            (chain(b"filter\0", inbound, 1), nat(false, false)),
+            (chain(b"nat", inbound, 1), nat(false, false)),
+            (chain(b"nat64\0", inbound, 1), nat(false, false)),
+            (chain(b"", inbound, 1), nat(false, false)),
+            // Some other message comes first.
+            ([message(7, b"odd"), chain(b"nat\0", inbound, 1)].concat(), nat(true, false)),
+        ];
+        for (bytes, found) in rows {
+            assert_eq!(read(&bytes).expect("read"), (found, false), "{bytes:x?}");
+            let all = [bytes, done.clone(), chain(b"nat\0", inbound, 1)].concat();
+            assert_eq!(
+                read(&all).expect("read"),
+                (found, true),
+                "what is behind the end: {all:x?}"
+            );
+        }
+    }
+
+    /// A chain that is in no hook, as those that rules jump to, and attributes that make no sense.
+    #[test]
+    fn attributes_that_are_missing_or_cut() {
+        let chain =
+            |attributes: &[u8]| message(NFT_MSG_NEWCHAIN, &[&[0; FAMILY], attributes].concat());
+        let hook = attribute(NFTA_HOOK_HOOKNUM, &[0; 4]);
+        let short = attribute(NFTA_HOOK_HOOKNUM, &[0; 3]);
+        let nat = attribute(NFTA_CHAIN_TYPE, b"nat\0");
+        for attributes in [
+            vec![],
+            nat.clone(),
+            attribute(NFTA_CHAIN_HOOK, &hook),
+            [attribute(NFTA_CHAIN_HOOK, &[]), nat.clone()].concat(),
+            [attribute(NFTA_CHAIN_HOOK, &short), nat.clone()].concat(),
+            [attribute(NFTA_CHAIN_HOOK, &hook[..6]), nat.clone()].concat(),
+            [vec![0xff; 3], nat.clone()].concat(),
+            [vec![0; 4], nat].concat(),
+        ] {
+            assert_eq!(read(&chain(&attributes)).expect("read"), (Nat::default(), false));
+        }
+        assert_eq!(read(&message(NFT_MSG_NEWCHAIN, &[0; 2])).expect("read"), Default::default());
+    }
+
+    #[test]
+    fn an_answer_that_is_cut_or_lies_ends_in_an_error_or_nothing() {
+        let whole = chain(b"nat\0", NF_INET_PRE_ROUTING, 1);
+        for end in 1..whole.len() {
+            assert!(read(&whole[..end]).is_err(), "{end} bytes");
+        }
+        for length in [0u32, 1, HEADER as u32 - 1, whole.len() as u32 + 4, u32::MAX] {
+            let mut bytes = whole.clone();
+            bytes[..4].copy_from_slice(&length.to_ne_bytes());
+            assert!(read(&bytes).is_err(), "a length of {length}");
+        }
+        // Whatever one byte is changed to, it comes to an end.
+        for at in 0..whole.len() {
+            for value in [0, 1, 0x7f, 0x80, 0xff] {
+                let mut bytes = whole.clone();
+                bytes[at] = value;
+                let _ = read(&bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_refuses() {
+        let refused = |code: i32| read(&message(NLMSG_ERROR, &code.to_ne_bytes()));
+        for errno in [libc::EINVAL, libc::EOPNOTSUPP] {
+            assert_eq!(refused(-errno).expect("it has no nftables"), (Nat::default(), true));
+        }
+        let error = refused(-libc::EPERM).expect_err("not allowed");
+        assert!(format!("{error:#}").contains("not permitted"), "{error:#}");
+        assert!(refused(i32::MIN).is_err());
+        assert!(read(&message(NLMSG_ERROR, &[])).is_err());
+    }
 }
