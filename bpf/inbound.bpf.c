@@ -62,10 +62,8 @@ static __always_inline void ask_for_listeners(__u16 port)
       .port = port,
   };
 
-	/* The agent is being told already: a flood of refused connections adds nothing. */
-	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > 1024)
-		return;
-	bpf_ringbuf_output(&events, &event, sizeof(event), 0);
+	/* A flood of refused connections adds nothing to what the agent is being told already. */
+	event_send(&event.head, sizeof(event), port, 1);
 }
 
 /* Did connect capture this connection, which comes from the pod itself? */

@@ -14,7 +14,13 @@ use std::{
 };
 
 use common::*;
-use nix::sys::resource::{UsageWho, getrusage};
+use nix::{
+    sys::{
+        resource::{UsageWho, getrusage},
+        signal::{Signal, kill},
+    },
+    unistd::Pid,
+};
 use sidestep::{
     dataplane::{self, Dataplane, bpffs},
     mesh::{
@@ -173,6 +179,27 @@ fn f33_connections_that_are_refused_make_the_agent_look_ever_more_seldom() {
     // A proxy that starts is found all the same.
     let _sidecar = Sidecar::start(a);
     assert_original(&b.ask(PROXY, PROXY, target).expect("steered"), target);
+}
+
+/// F33: what one pod has to tell waits for the agent, and takes no other's room.
+#[test]
+fn f33_a_pod_whose_connections_are_refused_hides_no_other_pods() {
+    let mut scene = Scene::new("c-hides", &["hostile", "victim", "client"]);
+    for pod in &scene.pods[..2] {
+        scene.agent.add_pod(pod).expect("a manifest");
+        scene.agent.wait_enrolled(pod).expect("enrolled");
+    }
+    let [hostile, victim, client] = [0, 1, 2].map(|n| &scene.pods[n]);
+    let refuse = |pod: &Pod| {
+        client.ask(PROXY, PROXY, addr(pod.ipv4(), 8080)).expect_err("nobody listens");
+    };
+    let busy = Pid::from_raw(scene.agent.pid().expect("it runs") as i32);
+    kill(busy, Signal::SIGSTOP).expect("stopped");
+    (0..200).for_each(|_| refuse(hostile));
+    refuse(victim);
+    kill(busy, Signal::SIGCONT).expect("goes on");
+    let searches = || scene.metric("listener_searches_total") == 2;
+    wait_until("a search in each pod", SOON, searches).expect("both are looked after");
 }
 
 /// As many pods as a large node has (docs/scale.md).

@@ -276,7 +276,7 @@ fn handovers_are_for_handshakes_only() {
 /// bpf/mesh/handover.h.
 const HANDSHAKES: usize = 512;
 
-/// The errno of a connect that is refused with this one, where the kernel lets a program say so.
+/// F72: the errno of a connect that is refused with this one, where the kernel lets a program say so.
 fn refusal(errno: i32) -> i32 {
     if kernel_before(6, 1) { libc::EPERM } else { errno }
 }

@@ -16,7 +16,13 @@ use common::{
     APP, PROXY, REMOTE6, addr, ip, patience,
     splicing::{LARGE, Leg, Pair, SEAM, Splicing, TALK, events, get, put, say, say_rest, unsent},
 };
-use nix::sys::epoll::EpollFlags;
+use nix::{
+    sys::{
+        epoll::EpollFlags,
+        signal::{Signal, kill as kill_process},
+    },
+    unistd::Pid,
+};
 use sidestep_lab::{
     Pod,
     calls::{self, ReadCall, WriteCall},
@@ -350,6 +356,36 @@ fn closing_with_unread_bytes_over_ipv6() {
     };
     wait_until("the closed ends to go", patience(), || !waits(&node.a) && !waits(&node.b))
         .expect("they go");
+}
+
+/// F30: what one pod's ends have to tell fills no ring that another's need. The agent does not look
+/// meanwhile.
+#[test]
+fn f30_a_pod_that_closes_with_unread_bytes_takes_no_other_pods_resets() {
+    /// More events than the ring has room for.
+    const MANY: usize = 900;
+    let node = Splicing::start("resets", "all");
+    let victim = node.pair(Leg::App);
+    let hostile = node.pairs(Leg::Sidecar, MANY);
+    let close = |Pair { client, server }: Pair| {
+        put(&client, b"never read");
+        arrived(&server);
+        server.shutdown(Shutdown::Write).expect("shut down");
+        ended(&client);
+        client
+    };
+    let busy = Pid::from_raw(node.agent.pid().expect("it runs") as i32);
+    kill_process(busy, Signal::SIGSTOP).expect("stopped");
+    let clients: Vec<TcpStream> = hostile.into_iter().map(close).collect();
+    let client = close(victim);
+    kill_process(busy, Signal::SIGCONT).expect("goes on");
+    let seen = events(&client, EpollFlags::empty(), patience());
+    assert!(seen.contains(EpollFlags::EPOLLERR), "{seen:?}");
+    let told =
+        |client: &&TcpStream| !events(client, EpollFlags::empty(), Duration::ZERO).is_empty();
+    // Its own are reset as far as its share goes.
+    wait_until("some resets", patience(), || clients.iter().filter(told).count() >= 64)
+        .expect("reset");
 }
 
 /// Its sockets have the addresses of those before, and other sequence numbers.

@@ -70,14 +70,14 @@ static __always_inline __u64 redirect_target(struct sk_msg_md *msg)
 /* What went by TCP. */
 static __always_inline void splice_bulk(struct splice *s, __u32 size)
 {
-	struct event event = { .kind = EVENT_BULK };
+	struct event event = { .netns = s->share, .kind = EVENT_BULK };
 	bool was_bulky = s->bulk >= SPLICE_BULKY;
 
 	s->bulk += size;
 	if (was_bulky || s->bulk < SPLICE_BULKY)
 		return;
 	splices_wanted = 1;
-	bpf_ringbuf_output(&events, &event, sizeof(event), 0);
+	event_send(&event, sizeof(event), 0, 1);
 }
 
 /* One decision for each message of a spliced socket. */

@@ -14,6 +14,8 @@
 #include "lib/event.h"
 #include "splice/socket.h"
 
+#define RESETS 64 /* a pod's, that the agent has not sent yet; without, a second write tells */
+
 #define TCP_FIN 0x0001
 #define TCP_PSH 0x0008
 #define TCP_RST 0x0004
@@ -33,7 +35,7 @@ static __always_inline void ask_for_reset(struct bpf_sock *ctx, const struct spl
 		return;
 	event.sent = peek(tp, snd_nxt);
 	event.received = peek(tp, rcv_nxt);
-	bpf_ringbuf_output(&events, &event, sizeof(event), 0);
+	event_send(&event.head, sizeof(event), 0, RESETS);
 }
 
 /* The last time that a process has to do with a socket; then the kernel closes it. */

@@ -259,7 +259,7 @@ fn listeners() -> Vec<Draft> {
     all
 }
 
-/// Each kind of call that is captured.
+/// F68: each kind of call that is captured, to a proxy that may listen on localhost alone.
 fn calls_to_listeners(id: &str, proxy: &str) -> Vec<Draft> {
     let call = |call: &str, meshes, says: &str| {
         row(format!("{id}.{call}"), meshes, format!("{says}; {proxy}"))

@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn no_agent_refuses_unless_told_otherwise() {
+    fn f6_no_agent_refuses_unless_told_otherwise() {
         let socket = Path::new("/nonexistent/s");
         let error = run(&call("ADD", &config(socket, ""))).expect_err("refused");
         assert_eq!(error.code, code::TRY_AGAIN);

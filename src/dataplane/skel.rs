@@ -119,6 +119,7 @@ mod tests {
             "cidr_rules",
             "device_addrs",
             "dialled",
+            "event_shares",
             "events",
             "excluded_ifs",
             "handovers",
