@@ -47,7 +47,7 @@ impl Controller {
         let Source::Kubernetes(kubernetes, places) = &mut self.source else {
             return Err(AddError::Refused("this agent takes its pods from manifests".into()));
         };
-        if kubernetes.read().is_none() {
+        if !kubernetes.is_ready() {
             return Err(AddError::NotYet);
         }
         let pod = kubernetes.inherit(pod);

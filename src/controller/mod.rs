@@ -33,7 +33,7 @@ use crate::{
     ops::metrics::{Fill, Metrics},
     pace::{Backoff, Pace},
     problem::{Problem, Reason},
-    source::{Snapshot, SourcePod, kubernetes::Kubernetes, manifests::Manifests},
+    source::{PodSource, Snapshot, SourcePod, kubernetes::Kubernetes, manifests::Manifests},
     splice::Leg,
 };
 
@@ -52,6 +52,22 @@ pub enum Source {
     Manifests(Manifests),
     /// The API server; the container runtime or the pod's processes show the namespace.
     Kubernetes(Box<Kubernetes>, Places),
+}
+
+impl Source {
+    fn pods(&self) -> &dyn PodSource {
+        match self {
+            Self::Manifests(manifests) => manifests,
+            Self::Kubernetes(kubernetes, _) => &**kubernetes,
+        }
+    }
+
+    fn pods_mut(&mut self) -> &mut dyn PodSource {
+        match self {
+            Self::Manifests(manifests) => manifests,
+            Self::Kubernetes(kubernetes, _) => &mut **kubernetes,
+        }
+    }
 }
 
 /// What is to be looked at again.
@@ -213,9 +229,7 @@ impl Controller {
     fn say(&self, before: &BTreeSet<Problem>, now: &BTreeSet<Problem>) {
         for problem in now.difference(before) {
             error!("{problem}");
-            if let Source::Kubernetes(kubernetes, _) = &self.source {
-                kubernetes.event(problem);
-            }
+            self.source.pods().event(problem);
         }
         for problem in before.difference(now) {
             info!("resolved: {problem}");
@@ -285,10 +299,7 @@ impl Controller {
             let limits = self.dataplane.limits();
             Fill::all(goal, &limits)
         });
-        let api = match &self.source {
-            Source::Kubernetes(kubernetes, _) => kubernetes.errors(),
-            Source::Manifests(_) => BTreeMap::new(),
-        };
+        let api = self.source.pods().errors();
         self.metrics.set(meshes, &self.problems(), &fills.unwrap_or_default(), &api);
     }
 
@@ -345,21 +356,13 @@ impl Controller {
 
     /// Brings the kernel in step with the source, where that has spoken.
     fn try_sync(&mut self, look: Look, problems: &mut BTreeSet<Problem>) -> Result<Synced> {
-        let snapshot = match &mut self.source {
-            Source::Manifests(manifests) => Some(manifests.read()?),
-            Source::Kubernetes(kubernetes, _) => {
-                problems.extend(kubernetes.problems());
-                kubernetes.read()
-            }
-        };
-        let Some(snapshot) = snapshot else {
+        let pods = self.source.pods_mut();
+        problems.extend(pods.problems());
+        let Some(snapshot) = pods.snapshot()? else {
             return Ok(Synced::NotYet);
         };
         problems.extend(snapshot.errors.iter().cloned());
-        let leaves_pods_behind = match &self.source {
-            Source::Kubernetes(kubernetes, _) => kubernetes.leaves_pods_behind(),
-            Source::Manifests(_) => false,
-        };
+        let leaves_pods_behind = pods.leaves_pods_behind();
         let beside = Some((problems.clone(), snapshot.incomplete, leaves_pods_behind));
         let is_new = self.read(&snapshot);
         if look == Look::Source && !is_new && beside == self.beside && self.applied.is_some() {
@@ -467,10 +470,7 @@ impl Controller {
 
     /// The pods that stay intercepted while Sidestep is being uninstalled.
     fn left_behind(&self) -> Vec<Problem> {
-        let Source::Kubernetes(kubernetes, _) = &self.source else {
-            return Vec::new();
-        };
-        if !kubernetes.leaves_pods_behind() {
+        if !self.source.pods().leaves_pods_behind() {
             return Vec::new();
         }
         let text = "Sidestep is being uninstalled: the pod stays intercepted until it terminates, \

@@ -15,7 +15,7 @@ use k8s_openapi::api::core::v1::{Node, Pod};
 use serde_json::Value;
 use thiserror::Error;
 
-use super::{Snapshot, SourcePod, ZONE};
+use super::{PodSource, Snapshot, SourcePod, ZONE};
 use crate::{
     files,
     mesh::facts::pod_name,
@@ -110,6 +110,12 @@ fn looks(path: &Path) -> Option<Looks> {
     let changed = UNIX_EPOCH + Duration::from_secs(u64::try_from(found.ctime()).ok()?);
     let is_settled = changed.elapsed().is_ok_and(|age| age > LATELY);
     is_settled.then(|| (found.dev(), found.ino(), found.size(), found.ctime(), found.ctime_nsec()))
+}
+
+impl PodSource for Manifests {
+    fn snapshot(&mut self) -> Result<Option<Snapshot>> {
+        self.read().map(Some)
+    }
 }
 
 impl Manifests {

@@ -2,10 +2,10 @@
 
 pub mod kubernetes;
 pub mod manifests;
-mod services;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
+use anyhow::Result;
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::{
@@ -59,4 +59,32 @@ pub struct Snapshot {
     /// A pod that is missing may still run, as one does after `kubectl delete --force`: it leaves
     /// when its network namespace does.
     pub missing_may_run: bool,
+}
+
+/// Where pods come from.
+pub trait PodSource {
+    /// What the source knows now; none before it has spoken.
+    ///
+    /// # Errors
+    /// Where the source as a whole cannot be read. What is wrong with a part of it is in the
+    /// snapshot.
+    fn snapshot(&mut self) -> Result<Option<Snapshot>>;
+
+    /// What is wrong with reaching the source now.
+    fn problems(&self) -> Vec<Problem> {
+        Vec::new()
+    }
+
+    /// How often the source did not do what was asked, by what that was.
+    fn errors(&self) -> BTreeMap<&'static str, u64> {
+        BTreeMap::new()
+    }
+
+    /// Tells a pod what is wrong with it, and the node what is no pod's, where the source can.
+    fn event(&self, _: &Problem) {}
+
+    /// Whether Sidestep is being uninstalled, and leaves this node's mesh pods intercepted.
+    fn leaves_pods_behind(&self) -> bool {
+        false
+    }
 }

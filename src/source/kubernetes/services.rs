@@ -20,14 +20,15 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
 use super::{
-    ZONE,
-    kubernetes::{Failing, follow, relisting},
+    errors::Failing,
+    watch::{follow, relisting},
 };
 use crate::service::{
     Catalog,
     facts::{self, NoName, SELECTOR, ServiceFacts, SliceFacts},
     object::{EndpointSlice, Service},
 };
+use crate::source::ZONE;
 
 /// What the watches told that the catalog has not been told yet.
 #[derive(Debug, Default)]
@@ -95,7 +96,7 @@ impl<T> Feed<T> {
 }
 
 impl Services {
-    /// Starts watching, as [`super::kubernetes::Kubernetes`] does.
+    /// Starts watching, as [`super::Kubernetes`] does.
     pub(super) fn start(
         client: &Client,
         node: &str,
