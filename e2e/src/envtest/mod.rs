@@ -415,7 +415,7 @@ fn start_api(dir: &Path, netns: Option<&Path>, address: SocketAddr) -> Result<Pa
         ("authorization-mode", "RBAC"),
         // Nobody makes the namespaces' own accounts here.
         ("disable-admission-plugins", "ServiceAccount"),
-        ("endpoint-controller-type", "none"),
+        ("endpoint-reconciler-type", "none"),
         ("audit-policy-file", &at("audit.yaml")),
         ("audit-log-path", &at("audit.log")),
         ("profiling", "false"),
