@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
  * Inbound: one instance for each pod, linked to the pod's network namespace. An sk_lookup
- * program can't ask in which namespace it runs, and an address is no identity, so each instance
+ * program cannot ask in which namespace it runs, and an address is no identity, so each instance
  * is told its namespace's cookie when it is loaded. It shares the node's maps.
  *
  * What it reads of the kernel is its stable interface. Anything to relocate would have libbpf

@@ -1,4 +1,4 @@
-"""The changes that scripts/mutants.py makes: each must break a test, or say why it can't.
+"""The changes that scripts/mutants.py makes: each must break a test, or say why it cannot.
 
 `old` must be in the sources of bpf/ exactly once, or, of a `Within`, in that function or file.
 `tests` are `BINARY:FILTER`s of cargo test, the fastest first. `why`, of those that no test can
@@ -106,7 +106,7 @@ add(
     ("users of no class have ports too",
      "if (class && port_in_class(", "if (port_in_class(", "kuma:users",
      "class 0 has no entries: this saves a lookup"),
-    ("Kuma's addresses don't come first",
+    ("Kuma's addresses do not come first",
      "if (pod->flags & POD_CIDRS_FIRST && cidr_in(", "if (false && cidr_in(",
      "kuma:addresses"),
     ("Istio's addresses come first, as Kuma's do",
@@ -124,7 +124,7 @@ add(
      Within("tcp_decision", "if (!pod_captures(pod, &c->dst))"), "if (false)", "outbound:a_family"),
     ("multicast is captured",
      "if (addr_is_multicast(&c->dst))", "if (false)", "outbound:multicast"),
-    ("exclusions don't come first",
+    ("exclusions do not come first",
      "why = excluded_first(pod, c, within, false);",
      "why = REASON_NONE;",
      "outbound:annotations"),
@@ -664,7 +664,7 @@ add(
      "inbound:nat_rules", "other packets of a connection have the port of its SYN"),
     ("a closed slot ends the search", "\t\tif (!sk)\n\t\t\tcontinue;\n",
      "\t\tif (!sk)\n\t\t\treturn false;\n", "inbound:a_reuseport"),
-    ("a listener that can't take it counts as one that did",
+    ("a listener that cannot take it counts as one that did",
      "\t\tif (!err)\n\t\t\treturn true;\n", "\t\tif (!err || true)\n\t\t\treturn true;\n",
      "inbound:for_ipv6_alone"),
     ("another program's choice stays", "BPF_SK_LOOKUP_F_REPLACE", "0",
@@ -809,7 +809,7 @@ add(
     ("every address is on this node",
      "return !pod_owns(netns, &key->remote) && is_neighbour(&key->remote)", "return !pod_owns(netns, &key->remote)",
      "splice_endings:stay_out", "off this node there is no other end: nothing is redirected"),
-    ("a pod can't opt out", "if (pod && pod->flags & POD_SPLICE && (leg_on", "if (pod && (leg_on",
+    ("a pod cannot opt out", "if (pod && pod->flags & POD_SPLICE && (leg_on", "if (pod && (leg_on",
      "splice_agent:opt_out", "the sweep asks again: this saves the socket's state"),
     ("nothing is watched", "\t\tbpf_sock_ops_cb_flags_set(ctx,\n\t\t\t\t\t  ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_RTT_CB_FLAG);\n",
      "\t\treturn;\n", "splice_agent:each_message"),
@@ -830,7 +830,7 @@ add(
      "splice_endings:never_meet"),
     ("what was sent twice counts twice", "(__u32)(tp->bytes_sent - tp->bytes_retrans)",
      "(__u32)tp->bytes_sent", "splice_endings", "nothing is lost between pods of a node"),
-    ("counts that don't add up are believed", "return sent == acked || sent == acked + 1;",
+    ("counts that do not add up are believed", "return sent == acked || sent == acked + 1;",
      "return true;", "splice_endings", "the two ends would not meet: nothing is redirected"),
     ("the agent is not told", "= SPLICE_CANDIDATE;\n\tsplices_wanted = 1;\n",
      "= SPLICE_CANDIDATE;\n", "splice_agent:each_message",
@@ -864,7 +864,7 @@ add(
     ("the last page below a limit is taken",
      "room.usage + SPLICE_PAGES >= room.max", "room.usage >= room.max",
      "splice_agent:each_message", IN_MACHINES + "the_readers_pod_is_at_its_limit"),
-    ("limits that are not known don't count",
+    ("limits that are not known do not count",
      "\t\tcounter = room.parent;\n\t}\n\treturn false;\n",
      "\t\tcounter = room.parent;\n\t}\n\treturn true;\n",
      "splice_agent:each_message", IN_MACHINES + "a_reader_deep_below_the_root_stays_with_tcp"),
@@ -973,7 +973,7 @@ add(
      "it is not made before the packet has left the filter"),
     ("a device without an Ethernet header is treated as one that has it",
      " ||\n\t    proto != skb->protocol)", ")", ENDING,
-     "saves packets of tunnels, which the tests don't have"),
+     "saves packets of tunnels, which the tests do not have"),
     ("no reset over IPv4", "proto == bpf_htons(ETH_P_IP))", "proto == 1)", ENDING),
     ("no reset over IPv6", "proto == bpf_htons(ETH_P_IPV6) &&", "proto == 1 &&",
      UNREAD6),

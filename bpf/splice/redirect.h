@@ -116,7 +116,7 @@ static __always_inline void splice_redirect(struct sk_msg_md *msg)
 		return;
 	}
 	if (first) {
-		/* A redirection can't be taken back, only turned to this end's own TCP. */
+		/* A redirection cannot be taken back, only turned to this end's own TCP. */
 		key = s->key;
 		bpf_msg_redirect_hash(msg, &splice_sockets, &key, 0);
 	}

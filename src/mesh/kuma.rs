@@ -64,7 +64,7 @@ const FAMILY_MODE: &str = "kuma.io/transparent-proxying-ip-family-mode";
 const DNS: &str = "kuma.io/builtin-dns";
 const DNS_PORT: &str = "kuma.io/builtin-dns-port";
 
-/// What stands in for what is not said, or can't be read.
+/// What stands in for what is not said, or cannot be read.
 const DEFAULT_UID: u32 = 5678;
 const DEFAULT_OUTBOUND_PORT: u16 = 15001;
 const DEFAULT_INBOUND_PORT: u16 = 15006;
@@ -101,7 +101,7 @@ fn annotated(pod: &Pod, proxy: &Container, read: &mut Reader) -> Result<Settings
     let own_uid = read.or(container_id(proxy, "runAsUser"), None)?.unwrap_or(DEFAULT_UID);
     let uid = annotation(pod, SIDECAR_UID).map_or(Ok(own_uid), |text| parse_uid(SIDECAR_UID, text));
     let dns_port = read.or(port(pod, DNS_PORT), None)?.unwrap_or(DEFAULT_DNS_PORT);
-    // Where it can't be read, everything is captured.
+    // Where it cannot be read, everything is captured.
     let dns = read.or(switched_on(pod, DNS), true)?;
     let mode = annotation(pod, FAMILY_MODE).unwrap_or("dualstack");
     Ok(Settings {

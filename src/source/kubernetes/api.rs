@@ -92,7 +92,7 @@ impl ApiServer {
     /// mesh injects its sidecar into a static pod.
     ///
     /// # Errors
-    /// Where the API server doesn't know it, or doesn't answer in time.
+    /// Where the API server does not know it, or does not answer in time.
     pub async fn pod(&self, sandbox: &Sandbox) -> Result<Option<Arc<Pod>>> {
         let Sandbox { namespace, pod: name, uid, .. } = sandbox;
         let uid = uid.as_deref();
@@ -139,7 +139,7 @@ impl ApiServer {
         Ok(found)
     }
 
-    /// Tells the node why nothing works there, where the agent can't go on.
+    /// Tells the node why nothing works there, where the agent cannot go on.
     pub async fn tell_node(&self, text: &str) {
         let recorder = recorder(&self.client, &self.node);
         if let Err(error) = tell(&recorder, &Problem::node(text), &node_object(&self.node)).await {

@@ -89,8 +89,8 @@ impl Kubernetes {
     /// Starts watching; `changed` is told of every change, and of the first complete state.
     ///
     /// # Errors
-    /// Where the configuration can't be read, or the API server says that there is no such node.
-    /// An API server that can't be reached is no error: it is tried again for ever.
+    /// Where the configuration cannot be read, or the API server says that there is no such node.
+    /// An API server that cannot be reached is no error: it is tried again for ever.
     pub async fn start(config: &Config, changed: mpsc::Sender<()>) -> Result<Self> {
         let client = client(config).await?;
         find_node(&client, &config.node).await?;

@@ -20,7 +20,7 @@ use crate::mesh::facts;
 /// How long the API server may say nothing to a list or a watch: it ends each watch itself after
 /// 290 seconds.
 pub(super) const SILENCE: Duration = Duration::from_secs(300);
-/// A watch that can't be had fails more often than this: kube pauses for a minute at most.
+/// A watch that cannot be had fails more often than this: kube pauses for a minute at most.
 const QUIET: Duration = Duration::from_secs(SILENCE.as_secs() + 100);
 /// Before a list that the API server asks for by 410.
 const RELIST: Duration = Duration::from_secs(1);
@@ -95,7 +95,7 @@ fn watch_error(what: &str, error: &watcher::Error) -> String {
     }
 }
 
-/// Drops what [`facts::facts`] and the search for namespaces don't look at: a Pod object is some
+/// Drops what [`facts::facts`] and the search for namespaces do not look at: a Pod object is some
 /// 10 KB, most of it volumes, probes and conditions.
 pub(super) fn keep_needed(pod: &mut Pod) {
     let meta = &mut pod.metadata;
