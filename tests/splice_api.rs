@@ -10,14 +10,15 @@ use std::{
     io::Write,
     net::{Shutdown, TcpStream},
     os::fd::AsRawFd,
+    sync::LazyLock,
     time::Duration,
 };
 
 use common::{
     patience,
     splicing::{
-        LARGE, Leg, Pair, SEAM, Splicing, events, get, get_up_to, ioctl_int, put, ready, say,
-        say_rest, settled, unsent,
+        self, LARGE, Leg, Observed, Pair, SEAM, Splicing, events, get, get_up_to, ioctl_int, put,
+        ready, rows, say, say_rest, seen, settled, unsent,
     },
 };
 use nix::{
@@ -37,53 +38,32 @@ use socket2::SockRef;
 
 const NOSIG: MsgFlags = MsgFlags::MSG_NOSIGNAL;
 
-/// What is done to a connection, and what is seen then.
-struct Row {
-    name: &'static str,
-    /// The self-test's trial that finds out whether the kernel does this as without splicing.
-    trial: Option<&'static str>,
-    act: fn(&TcpStream, &TcpStream) -> String,
-}
+type Row = splicing::Row<fn(&TcpStream, &TcpStream) -> String>;
 
-const fn row(name: &'static str, act: fn(&TcpStream, &TcpStream) -> String) -> Row {
-    Row { name, trial: None, act }
-}
-
-const fn hazard(
-    name: &'static str,
-    trial: &'static str,
-    act: fn(&TcpStream, &TcpStream) -> String,
-) -> Row {
-    Row { name, trial: Some(trial), act }
-}
-
-const ROWS: &[Row] = &[
-    row("the server speaks first", |client, server| {
+rows![
+    each_call,
+    row(the_server_speaks_first, |client, server| {
         put(server, b"220 ready");
         let greeting = get(client, 9) == b"220 ready";
         put(client, b"EHLO");
         format!("{greeting} {}", get(server, 4) == b"EHLO")
     }),
-    row("poll", |w, r| waits(w, r, Wait::Poll)),
-    row("select", |w, r| waits(w, r, Wait::Select)),
-    row("epoll, level", |w, r| waits(w, r, Wait::Level)),
-    row("epoll, edge", |w, r| waits(w, r, Wait::Edge)),
-    hazard("epoll, edge, short reads", "short read taken for end of file", |w, r| {
+    row(poll, |w, r| waits(w, r, Wait::Poll)),
+    row(select, |w, r| waits(w, r, Wait::Select)),
+    row(epoll_level, |w, r| waits(w, r, Wait::Level)),
+    row(epoll_edge, |w, r| waits(w, r, Wait::Edge)),
+    row(epoll_edge_short_reads["short read taken for end of file"], |w, r| {
         waits(w, r, Wait::EdgeShort)
     }),
-    hazard(
-        "a short read while more is there",
-        "short read taken for end of file",
-        |writer, reader| {
-            SEAM.iter().for_each(|size| put(writer, &vec![7; *size]));
-            assert_eq!(settled(0, || unsent(writer)), 0, "all of it has arrived");
-            assert!(ready(reader, PollFlags::POLLIN, patience()));
-            let mut buffer = [0; 100_000];
-            let first = calls::read(reader, ReadCall::Read, &mut buffer).expect("bytes");
-            format!("{first} bytes at once")
-        },
-    ),
-    row("events while idle, with bytes, after the end", |writer, reader| {
+    row(a_short_read_while_more_is_there["short read taken for end of file"], |writer, reader| {
+        SEAM.iter().for_each(|size| put(writer, &vec![7; *size]));
+        assert_eq!(settled(0, || unsent(writer)), 0, "all of it has arrived");
+        assert!(ready(reader, PollFlags::POLLIN, patience()));
+        let mut buffer = [0; 100_000];
+        let first = calls::read(reader, ReadCall::Read, &mut buffer).expect("bytes");
+        format!("{first} bytes at once")
+    },),
+    row(events_while_idle_with_bytes_after_the_end, |writer, reader| {
         let some = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLPRI;
         let all = some | EpollFlags::EPOLLOUT;
         let idle = events(reader, all, Duration::ZERO);
@@ -96,7 +76,7 @@ const ROWS: &[Row] = &[
         let end = events(reader, all, Duration::ZERO);
         format!("{idle:?}; {bytes:?}; {read:?}; {end:?}")
     }),
-    row("epoll tells of each message by an edge", |writer, reader| {
+    row(epoll_tells_of_each_message_by_an_edge, |writer, reader| {
         let epoll = Epoll::new(EpollCreateFlags::empty()).expect("epoll");
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
         epoll.add(reader, EpollEvent::new(flags, 0)).expect("added");
@@ -112,7 +92,7 @@ const ROWS: &[Row] = &[
         }
         format!("{edges:?}")
     }),
-    row("a writer that waits for room is woken", |writer, reader| {
+    row(a_writer_that_waits_for_room_is_woken, |writer, reader| {
         let mut sent = fill(writer);
         let mut waiter = Waiter::new(writer, Wait::Edge).expect("epoll");
         waiter.wait(writer, false, true, Duration::ZERO).expect("what is there now");
@@ -124,18 +104,18 @@ const ROWS: &[Row] = &[
         format!("{woken:?} {}", sent > 4)
     }),
     // F42, this and the next.
-    hazard("zero-length read", "zero-length read", |writer, reader| {
+    row(zero_length_read["zero-length read"], |writer, reader| {
         put(writer, b"bytes");
         get(reader, 5);
         format!("{:?}", recv(reader.as_raw_fd(), &mut [], MsgFlags::empty()))
     }),
-    hazard("partly invalid buffer", "partly invalid buffer", |writer, reader| {
+    row(partly_invalid_buffer["partly invalid buffer"], |writer, reader| {
         put(writer, &[7; 200]);
         assert_eq!(settled(200, || unread_bytes(reader)), 200);
         let seen = half_bad(reader);
         format!("{seen}, then {} bytes", get_up_to(reader, 200).0.len())
     }),
-    row("MSG_PEEK", |writer, reader| {
+    row(msg_peek, |writer, reader| {
         put(writer, b"one");
         put(writer, b"two");
         let mut buffer = [0; 16];
@@ -144,7 +124,7 @@ const ROWS: &[Row] = &[
         let seen = [peek(), peek()];
         format!("{seen:?} {:?} {:?}", &buffer[..6], get(reader, 6))
     }),
-    row("readv, recv and recvmsg", |writer, reader| {
+    row(readv_recv_and_recvmsg, |writer, reader| {
         let mut seen = Vec::new();
         for call in ReadCall::ALL {
             put(writer, b"some bytes to read");
@@ -155,7 +135,7 @@ const ROWS: &[Row] = &[
         }
         format!("{seen:?}")
     }),
-    row("write, writev, send, sendmsg, sendfile and splice from a pipe", |writer, reader| {
+    row(write_writev_send_sendmsg_sendfile_and_splice_from_a_pipe, |writer, reader| {
         let mut seen = Vec::new();
         for call in WriteCall::ALL {
             for size in [1, 10, 5000, 60_000] {
@@ -170,7 +150,7 @@ const ROWS: &[Row] = &[
         }
         format!("{seen:?}")
     }),
-    row("recvmmsg", |writer, reader| {
+    row(recvmmsg, |writer, reader| {
         for text in [b"first ", b"second", b"third "] {
             put(writer, text);
         }
@@ -181,13 +161,13 @@ const ROWS: &[Row] = &[
         }
         String::from_utf8(bytes).expect("text")
     }),
-    row("an empty write", |writer, reader| {
+    row(an_empty_write, |writer, reader| {
         let sent = say((&*writer).write(b""));
         let seen = say(calls::read(reader, ReadCall::Read, &mut [0; 4]));
         put(writer, b"next");
         format!("{sent} {seen} {:?}", get(reader, 4))
     }),
-    hazard("FIONREAD", "FIONREAD", |writer, reader| {
+    row(fionread["FIONREAD"], |writer, reader| {
         let (mut sent, mut seen) = (0, Vec::new());
         for size in SEAM {
             put(writer, &vec![7; size]);
@@ -200,12 +180,12 @@ const ROWS: &[Row] = &[
         seen.push(settled(0, || pending(reader)));
         format!("{seen:?}")
     }),
-    row("SIOCOUTQ is none when all is read", |writer, reader| {
+    row(siocoutq_is_none_when_all_is_read, |writer, reader| {
         put(writer, &[1; 3000]);
         get(reader, 3000);
         settled(0, || unsent(writer)).to_string()
     }),
-    hazard("splice(2) to a pipe", "splice(2)", |writer, reader| {
+    row(splice_2_to_a_pipe["splice(2)"], |writer, reader| {
         put(writer, b"piped");
         let (from, to) = pipe2(OFlag::O_NONBLOCK).expect("a pipe");
         let spliced = settled(Ok(5), || {
@@ -215,7 +195,7 @@ const ROWS: &[Row] = &[
         let read = nix::unistd::read(&from, &mut buffer);
         format!("{spliced:?} {read:?}")
     }),
-    row("MSG_PEEK over the seam", |writer, reader| {
+    row(msg_peek_over_the_seam, |writer, reader| {
         SEAM.iter().for_each(|size| put(writer, &vec![7; *size]));
         assert_eq!(settled(0, || unsent(writer)), 0, "all of it has arrived");
         let mut buffer = vec![0; 100_000];
@@ -226,20 +206,20 @@ const ROWS: &[Row] = &[
         let read = get(reader, SEAM.iter().sum());
         format!("{first:?} {}", most > 6 && read[..most] == buffer[..most])
     }),
-    row("MSG_WAITALL without waiting", |writer, reader| {
+    row(msg_waitall_without_waiting, |writer, reader| {
         put(writer, b"half");
         assert!(ready(reader, PollFlags::POLLIN, patience()));
         let fd = reader.as_raw_fd();
         format!("{:?}", recv(fd, &mut [0; 8], MsgFlags::MSG_WAITALL))
     }),
-    row("MSG_TRUNC drops bytes", |writer, reader| {
+    row(msg_trunc_drops_bytes, |writer, reader| {
         put(writer, b"dropped, kept");
         assert!(ready(reader, PollFlags::POLLIN, patience()));
         let mut buffer = [b'-'; 9];
         let n = recv(reader.as_raw_fd(), &mut buffer, MsgFlags::MSG_TRUNC);
         format!("{n:?} {:?}", get(reader, 4))
     }),
-    hazard("MSG_OOB", "MSG_OOB", |writer, reader| {
+    row(msg_oob["MSG_OOB"], |writer, reader| {
         put(writer, b"ab");
         send(writer.as_raw_fd(), b"!", MsgFlags::MSG_OOB | NOSIG).expect("sent");
         put(writer, b"cd");
@@ -249,7 +229,7 @@ const ROWS: &[Row] = &[
         let (inline, _) = get_up_to(reader, 2);
         format!("{urgent} {oob:?} {byte:?} {inline:?} {:?}", get(reader, 2))
     }),
-    hazard("SO_RCVLOWAT", "SO_RCVLOWAT", |writer, reader| {
+    row(so_rcvlowat["SO_RCVLOWAT"], |writer, reader| {
         setsockopt_int(reader, libc::SO_RCVLOWAT, 1000);
         put(writer, &[1; 500]);
         let early = ready_exactly(reader, EpollFlags::EPOLLIN);
@@ -259,7 +239,7 @@ const ROWS: &[Row] = &[
         get(reader, 1100);
         format!("{early} {late}")
     }),
-    row("TCP_INFO and TCP_USER_TIMEOUT", |writer, reader| {
+    row(tcp_info_and_tcp_user_timeout, |writer, reader| {
         let socket = SockRef::from(writer);
         socket.set_tcp_user_timeout(Some(Duration::from_millis(300))).expect("set");
         put(writer, b"data");
@@ -268,7 +248,7 @@ const ROWS: &[Row] = &[
         let info = tcp_info(writer);
         format!("{hung} state {} unacked {} {:?}", info.0, info.1, get(reader, 4))
     }),
-    row("SO_KEEPALIVE on an idle connection", |writer, reader| {
+    row(so_keepalive_on_an_idle_connection, |writer, reader| {
         for end in [writer, reader] {
             let probes = socket2::TcpKeepalive::new()
                 .with_time(Duration::from_secs(1))
@@ -283,7 +263,7 @@ const ROWS: &[Row] = &[
         put(reader, b"still there");
         format!("{hung} {:?}", get(writer, 11))
     }),
-    row("TCP_CORK holds back, and lets go", |writer, reader| {
+    row(tcp_cork_holds_back_and_lets_go, |writer, reader| {
         let socket = SockRef::from(writer);
         socket.set_tcp_cork(true).expect("TCP_CORK");
         put(writer, b"head ");
@@ -291,12 +271,12 @@ const ROWS: &[Row] = &[
         socket.set_tcp_cork(false).expect("TCP_CORK");
         format!("{:?}", get(reader, 9))
     }),
-    row("a receive buffer that is tiny", |writer, reader| {
+    row(a_receive_buffer_that_is_tiny, |writer, reader| {
         SockRef::from(reader).set_recv_buffer_size(2048).expect("SO_RCVBUF");
         SockRef::from(writer).set_send_buffer_size(4096).expect("SO_SNDBUF");
         stream(writer, reader, 300_000)
     }),
-    row("io_uring", |writer, reader| {
+    row(io_uring, |writer, reader| {
         let mut ring = io_uring::IoUring::new(4).expect("a ring");
         let mut run = |entry: &io_uring::squeue::Entry| {
             // SAFETY: the buffers and sockets live until the completion is reaped.
@@ -316,7 +296,7 @@ const ROWS: &[Row] = &[
         let polled = run(&poll);
         format!("{sent} {received} {polled} {:?} {:?}", &buffer[..11], get(reader, 6))
     }),
-    row("many threads write records", |writer, reader| {
+    row(many_threads_write_records, |writer, reader| {
         const THREADS: u8 = 8;
         // All fits while nobody reads, so that each record is taken in one piece.
         const RECORDS: usize = 60;
@@ -333,7 +313,7 @@ const ROWS: &[Row] = &[
         }
         format!("{counts:?}")
     }),
-    row("half-close, either way", |client, server| {
+    row(half_close_either_way, |client, server| {
         put(client, b"request");
         client.shutdown(Shutdown::Write).expect("shut down");
         let request = say_rest(server);
@@ -343,7 +323,7 @@ const ROWS: &[Row] = &[
         server.shutdown(Shutdown::Write).expect("shut down");
         format!("{request}; {after}; {}", say_rest(client))
     }),
-    row("shutdown for reading", |client, server| {
+    row(shutdown_for_reading, |client, server| {
         client.shutdown(Shutdown::Read).expect("shut down");
         let read = say(calls::read(client, ReadCall::Read, &mut [0; 8]));
         put(client, b"still writes");
@@ -515,20 +495,21 @@ fn half_bad(stream: &TcpStream) -> String {
     format!("{:?}", nix::errno::Errno::result(read))
 }
 
-/// Runs all rows on connections of this leg.
-fn observe(node: &Splicing, leg: Leg) -> Vec<String> {
-    let pairs = node.pairs(leg, ROWS.len()).into_iter().map(Pair::roomy);
-    let observed = ROWS.iter().zip(pairs).map(|(row, Pair { client, server })| {
+static OBSERVED: LazyLock<Observed<String>> = LazyLock::new(|| {
+    let node = Splicing::start("api", "all");
+    let run = |row: &Row, leg: Leg, Pair { client, server }| {
         let redirected = (!leg.is_plain()).then(|| node.counter("splice_messages"));
         let seen = (row.act)(&client, &server);
         if let Some(before) = redirected {
-            let after = node.counter("splice_messages");
-            assert!(after > before, "{}: nothing was redirected", row.name);
+            assert!(node.counter("splice_messages") > before, "nothing was redirected");
         }
         seen
-    });
-    observed.collect()
-}
+    };
+    Observed::new(&node, |leg| {
+        let pairs = node.pairs(leg, ROWS.len()).into_iter().map(Pair::roomy);
+        ROWS.iter().zip(pairs).map(|(row, pair)| seen(|| run(row, leg, pair))).collect()
+    })
+});
 
 /// It waits for word of the pages that it sent, which only TCP gives.
 #[test]
@@ -548,30 +529,4 @@ fn who_sends_without_copying_stays_out() {
     put(&pair.server, b"answer");
     assert_eq!(get(&pair.client, 6), b"answer");
     assert_eq!(node.counter("splice_messages"), redirected);
-}
-
-#[test]
-fn each_call_is_as_on_plain_tcp_or_its_leg_is_off() {
-    let node = Splicing::start("api", "all");
-    let plain = observe(&node, Leg::PlainSidecar);
-    let [sidecar, app] = [Leg::Sidecar, Leg::App].map(|leg| observe(&node, leg));
-    // What the self-test found on this kernel.
-    let status = node.status();
-    let known = status["splice"]["legs"]["app"]["why"].as_str().expect("text");
-    let mut wrong = Vec::new();
-    for (n, row) in ROWS.iter().enumerate() {
-        for (leg, seen) in [("sidecar", &sidecar[n]), ("app", &app[n])] {
-            let found = row.trial.is_some_and(|trial| known.contains(&format!("{trial}: ")));
-            if *seen != plain[n] && !found {
-                wrong.push(format!(
-                    "{leg}, {}:\n  TCP      {}\n  spliced  {seen}",
-                    row.name, plain[n]
-                ));
-            }
-            if *seen == plain[n] && found {
-                eprintln!("{leg}, {}: no difference, though the self-test has one", row.name);
-            }
-        }
-    }
-    assert!(wrong.is_empty(), "the self-test knows of {known}\n{}", wrong.join("\n"));
 }

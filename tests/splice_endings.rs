@@ -8,13 +8,17 @@ use std::{
     net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::OwnedFd,
     process::{Child, Command},
+    sync::LazyLock,
     thread,
     time::{Duration, Instant},
 };
 
 use common::{
     APP, PROXY, REMOTE6, addr, ip, patience,
-    splicing::{LARGE, Leg, Pair, SEAM, Splicing, TALK, events, get, put, say, say_rest, unsent},
+    splicing::{
+        self, LARGE, Leg, Observed, Pair, SEAM, Splicing, TALK, events, get, put, rows, say,
+        say_rest, seen, unsent,
+    },
 };
 use nix::{
     sys::{
@@ -30,67 +34,50 @@ use sidestep_lab::{
 };
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-/// What is done to a connection, and what the other end sees then.
-struct Row {
-    name: &'static str,
-    /// The self-test's trial that finds out whether the kernel does this as without splicing.
-    trial: Option<&'static str>,
-    act: fn(TcpStream, TcpStream) -> String,
-}
-
-const fn row(name: &'static str, act: fn(TcpStream, TcpStream) -> String) -> Row {
-    Row { name, trial: None, act }
-}
-
-const fn hazard(
-    name: &'static str,
-    trial: &'static str,
-    act: fn(TcpStream, TcpStream) -> String,
-) -> Row {
-    Row { name, trial: Some(trial), act }
-}
+type Row = splicing::Row<fn(TcpStream, TcpStream) -> String>;
 
 const BLOCKS: &str = "blocking read woken without data";
 
-const ROWS: &[Row] = &[
-    row("end behind queued bytes", |writer, reader| {
+rows![
+    each_ending,
+    row(end_behind_queued_bytes, |writer, reader| {
         put(&writer, b"queued");
         drop(writer);
         ended(&reader);
         say_rest(&reader)
     }),
-    row("end behind bytes in the queue and in TCP", |writer, reader| {
+    row(end_behind_bytes_in_the_queue_and_in_tcp, |writer, reader| {
         SEAM.iter().for_each(|size| put(&writer, &vec![1; *size]));
         drop(writer);
         ended(&reader);
         say_rest(&reader)
     }),
-    row("end behind bytes in TCP alone", |writer, reader| {
+    row(end_behind_bytes_in_tcp_alone, |writer, reader| {
         put(&writer, &[1; LARGE]);
         drop(writer);
         ended(&reader);
         say_rest(&reader)
     }),
-    row("both ends at once", |writer, reader| {
+    row(both_ends_at_once, |writer, reader| {
         put(&writer, b"to the reader");
         put(&reader, b"to the writer");
         writer.shutdown(Shutdown::Write).expect("shut down");
         reader.shutdown(Shutdown::Write).expect("shut down");
         format!("{}; {}", say_rest(&reader), say_rest(&writer))
     }),
-    row("shutdown both ways with queued bytes", |writer, reader| {
+    row(shutdown_both_ways_with_queued_bytes, |writer, reader| {
         put(&writer, b"queued");
         writer.shutdown(Shutdown::Both).expect("shut down");
         let own = say(calls::read(&writer, ReadCall::Read, &mut [0; 8]));
         format!("{own}; {}", say_rest(&reader))
     }),
-    row("reset behind queued bytes", |writer, reader| {
+    row(reset_behind_queued_bytes, |writer, reader| {
         put(&writer, b"queued");
         reset(writer);
         ended(&reader);
         say_rest(&reader)
     }),
-    row("reset behind bytes in the queue and in TCP", |writer, reader| {
+    row(reset_behind_bytes_in_the_queue_and_in_tcp, |writer, reader| {
         SEAM.iter().for_each(|size| put(&writer, &vec![1; *size]));
         // What TCP has not sent by then, it never will.
         wait_until("all to be sent", patience(), || unsent(&writer) == 0).expect("sent");
@@ -98,7 +85,7 @@ const ROWS: &[Row] = &[
         ended(&reader);
         say_rest(&reader)
     }),
-    row("events and SO_ERROR after a reset", |writer, reader| {
+    row(events_and_so_error_after_a_reset, |writer, reader| {
         put(&writer, b"queued");
         reset(writer);
         ended(&reader);
@@ -106,13 +93,13 @@ const ROWS: &[Row] = &[
         let seen = events(&reader, all, Duration::ZERO);
         format!("{seen:?} {:?}", reader.take_error().expect("SO_ERROR"))
     }),
-    hazard("writes after a reset", "write after a reset", |writer, reader| {
+    row(writes_after_a_reset["write after a reset"], |writer, reader| {
         reset(writer);
         ended(&reader);
         let write = || say((&reader).write(b"x"));
         format!("{} {} {}", write(), write(), say_rest(&reader))
     }),
-    row("writes after the other end has closed", |writer, reader| {
+    row(writes_after_the_other_end_has_closed, |writer, reader| {
         drop(writer);
         ended(&reader);
         let first = say((&reader).write(b"x"));
@@ -120,39 +107,39 @@ const ROWS: &[Row] = &[
         let then = say((&reader).write(b"x"));
         format!("{first} {then} {}", say_rest(&reader))
     }),
-    row("the writer is killed with queued bytes", |writer, reader| {
+    row(the_writer_is_killed_with_queued_bytes, |writer, reader| {
         put(&writer, b"queued");
         kill(holder(writer));
         ended(&reader);
         say_rest(&reader)
     }),
-    row("the writer is killed with bytes in TCP", |writer, reader| {
+    row(the_writer_is_killed_with_bytes_in_tcp, |writer, reader| {
         put(&writer, &[1; LARGE]);
         kill(holder(writer));
         ended(&reader);
         say_rest(&reader)
     }),
-    row("the writer is killed with bytes in the queue and in TCP", |writer, reader| {
+    row(the_writer_is_killed_with_bytes_in_the_queue_and_in_tcp, |writer, reader| {
         SEAM.iter().for_each(|size| put(&writer, &vec![1; *size]));
         kill(holder(writer));
         ended(&reader);
         say_rest(&reader)
     }),
-    row("the reader closes with bytes in the queue and in TCP", |writer, reader| {
+    row(the_reader_closes_with_bytes_in_the_queue_and_in_tcp, |writer, reader| {
         SEAM.iter().for_each(|size| put(&writer, &vec![1; *size]));
         arrived(&reader);
         drop(reader);
         ended(&writer);
         say_rest(&writer)
     }),
-    row("the reader is killed when all is read", |writer, reader| {
+    row(the_reader_is_killed_when_all_is_read, |writer, reader| {
         put(&writer, b"read");
         get(&reader, 4);
         kill(holder(reader));
         ended(&writer);
         say_rest(&writer)
     }),
-    row("the reader closes with queued bytes", |writer, reader| {
+    row(the_reader_closes_with_queued_bytes, |writer, reader| {
         put(&writer, b"never read");
         arrived(&reader);
         drop(reader);
@@ -160,16 +147,15 @@ const ROWS: &[Row] = &[
         let rest = say_rest(&writer);
         format!("{rest}; {}", say((&writer).write(b"x")))
     }),
-    row("the reader is killed with queued bytes", |writer, reader| {
+    row(the_reader_is_killed_with_queued_bytes, |writer, reader| {
         put(&writer, b"never read");
         arrived(&reader);
         kill(holder(reader));
         ended(&writer);
         say_rest(&writer)
     }),
-    hazard(
-        "the reader closes with queued bytes, and the writer waits for an answer",
-        BLOCKS,
+    row(
+        the_reader_closes_with_queued_bytes_and_the_writer_waits_for_an_answer[BLOCKS],
         |writer, reader| {
             put(&writer, b"never read");
             arrived(&reader);
@@ -181,7 +167,7 @@ const ROWS: &[Row] = &[
             answer.join().expect("no panic")
         },
     ),
-    row("the reader answers, and closes with queued bytes", |writer, reader| {
+    row(the_reader_answers_and_closes_with_queued_bytes, |writer, reader| {
         put(&writer, b"never read");
         arrived(&reader);
         put(&reader, b"queued");
@@ -191,7 +177,7 @@ const ROWS: &[Row] = &[
         let seen = events(&writer, all, Duration::ZERO);
         format!("{seen:?} {}", say_rest(&writer))
     }),
-    row("the reader answers much, and closes with queued bytes", |writer, reader| {
+    row(the_reader_answers_much_and_closes_with_queued_bytes, |writer, reader| {
         put(&writer, b"never read");
         arrived(&reader);
         SEAM.iter().for_each(|size| put(&reader, &vec![1; *size]));
@@ -200,7 +186,7 @@ const ROWS: &[Row] = &[
         ended(&writer);
         say_rest(&writer)
     }),
-    row("the reader shuts down, then closes with queued bytes", |writer, reader| {
+    row(the_reader_shuts_down_then_closes_with_queued_bytes, |writer, reader| {
         put(&writer, b"never read");
         arrived(&reader);
         reader.shutdown(Shutdown::Write).expect("shut down");
@@ -209,21 +195,21 @@ const ROWS: &[Row] = &[
         let seen = events(&writer, EpollFlags::empty(), patience());
         format!("{seen:?} {} {}", say_rest(&writer), say((&writer).write(b"x")))
     }),
-    row("the reader closes with bytes in TCP", |writer, reader| {
+    row(the_reader_closes_with_bytes_in_tcp, |writer, reader| {
         put(&writer, &[1; LARGE]);
         arrived(&reader);
         drop(reader);
         ended(&writer);
         say_rest(&writer)
     }),
-    row("the reader closes while the writer has no room", |writer, reader| {
+    row(the_reader_closes_while_the_writer_has_no_room, |writer, reader| {
         while calls::write(&writer, WriteCall::Write, &[1; 4000]).is_ok() {}
         drop(reader);
         ended(&writer);
         let rest = say_rest(&writer);
         format!("{rest}; {}", say((&writer).write(b"x")))
     }),
-    row("close with SO_LINGER of two seconds", |writer, reader| {
+    row(close_with_so_linger_of_two_seconds, |writer, reader| {
         put(&writer, b"queued");
         SockRef::from(&writer).set_linger(Some(Duration::from_secs(2))).expect("SO_LINGER");
         let start = Instant::now();
@@ -264,37 +250,18 @@ fn kill(mut child: Child) {
     child.wait().expect("reaped");
 }
 
-/// Runs all rows on connections of this leg, with either end as the writer.
-fn observe(node: &Splicing, leg: Leg) -> Vec<[String; 2]> {
-    let mut pairs = node.pairs(leg, 2 * ROWS.len()).into_iter().map(Pair::roomy);
-    let mut run = |row: &Row, turned: bool| {
-        let Pair { client, server } = pairs.next().expect("a pair for each");
-        if turned { (row.act)(server, client) } else { (row.act)(client, server) }
-    };
-    ROWS.iter().map(|row| [false, true].map(|turned| run(row, turned))).collect()
-}
-
-#[test]
-fn each_ending_is_as_on_plain_tcp_or_its_leg_is_off() {
+/// What all rows see, with either end as the writer.
+static OBSERVED: LazyLock<Observed<[String; 2]>> = LazyLock::new(|| {
     let node = Splicing::start("endings", "all");
-    let plain = observe(&node, Leg::PlainSidecar);
-    let spliced = [Leg::Sidecar, Leg::App].map(|leg| (leg, observe(&node, leg)));
-    let status = node.status();
-    let known = status["splice"]["legs"]["app"]["why"].as_str().expect("text");
-    let mut wrong = Vec::new();
-    for (leg, seen) in &spliced {
-        for ((row, seen), plain) in ROWS.iter().zip(seen).zip(&plain) {
-            let found = row.trial.is_some_and(|trial| known.contains(&format!("{trial}: ")));
-            if seen != plain && !found {
-                wrong.push(format!(
-                    "{leg:?}, {}:\n  TCP      {plain:?}\n  spliced  {seen:?}",
-                    row.name
-                ));
-            }
-        }
-    }
-    assert!(wrong.is_empty(), "the self-test knows of {known}\n{}", wrong.join("\n"));
-}
+    Observed::new(&node, |leg| {
+        let mut pairs = node.pairs(leg, 2 * ROWS.len()).into_iter().map(Pair::roomy);
+        let mut run = |row: &Row, turned: bool| {
+            let Pair { client, server } = pairs.next().expect("a pair for each");
+            if turned { (row.act)(server, client) } else { (row.act)(client, server) }
+        };
+        ROWS.iter().map(|row| seen(|| [false, true].map(|turned| run(row, turned)))).collect()
+    })
+});
 
 /// The reset is made of a packet, which is another one here.
 #[test]

@@ -1,9 +1,11 @@
 //! Connections that are spliced, and the same ones that are not.
 
 use std::{
+    fmt::Debug,
     io::{self, ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd, AsRawFd},
+    panic::{self, AssertUnwindSafe},
     thread,
     time::{Duration, Instant},
 };
@@ -392,5 +394,83 @@ pub fn settled<T: PartialEq>(wanted: T, mut value: impl FnMut() -> T) -> T {
             return now;
         }
         thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// What is done to a connection, and what is seen then.
+pub struct Row<Act> {
+    pub name: &'static str,
+    /// The self-test's trial that finds out whether the kernel does this as without splicing.
+    pub trial: Option<&'static str>,
+    pub act: Act,
+}
+
+/// The table `ROWS`, and a test of each of its rows, by name, in a module of its own. The tests
+/// share the file's `OBSERVED`, for which all rows run once.
+macro_rules! rows {
+    (@trial) => { None };
+    (@trial $trial:expr) => { Some($trial) };
+    ($tests:ident, $(row($name:ident $([$trial:expr])?, $act:expr $(,)?)),* $(,)?) => {
+        const ROWS: &[Row] = &[$(Row {
+            name: stringify!($name),
+            trial: rows!(@trial $($trial)?),
+            act: $act,
+        }),*];
+
+        mod $tests {
+            $(#[test]
+            fn $name() {
+                super::OBSERVED.judge(super::ROWS, stringify!($name));
+            })*
+        }
+    };
+}
+pub(crate) use rows;
+
+/// What a row saw, or how it failed.
+pub type Seen<S> = Result<S, String>;
+
+/// A row that fails leaves the others to be seen.
+pub fn seen<S>(act: impl FnOnce() -> S) -> Seen<S> {
+    panic::catch_unwind(AssertUnwindSafe(act)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        text.or(panic.downcast_ref().copied()).unwrap_or("a panic").to_owned()
+    })
+}
+
+/// What all rows saw, in their order.
+pub struct Observed<S> {
+    pub plain: Vec<Seen<S>>,
+    pub spliced: [(Leg, Vec<Seen<S>>); 2],
+    /// What the self-test found on this kernel.
+    pub known: String,
+}
+
+impl<S: PartialEq + Debug> Observed<S> {
+    pub fn new(node: &Splicing, observe: impl Fn(Leg) -> Vec<Seen<S>>) -> Self {
+        let plain = observe(Leg::PlainSidecar);
+        let spliced = [Leg::Sidecar, Leg::App].map(|leg| (leg, observe(leg)));
+        let known = node.status()["splice"]["legs"]["app"]["why"].as_str().expect("text").into();
+        Self { plain, spliced, known }
+    }
+
+    /// A row sees what it sees on plain TCP, or the self-test has found that it does not.
+    pub fn judge<Act>(&self, rows: &[Row<Act>], name: &str) {
+        let n = rows.iter().position(|row| row.name == name).expect("a row of the table");
+        let trial = rows[n].trial;
+        let is_known = trial.is_some_and(|trial| self.known.contains(&format!("{trial}: ")));
+        let plain = &self.plain[n];
+        assert!(plain.is_ok(), "on plain TCP: {plain:?}");
+        for (leg, seen) in &self.spliced {
+            let seen = &seen[n];
+            assert!(
+                seen == plain || is_known,
+                "{leg:?}:\n  TCP      {plain:?}\n  spliced  {seen:?}\nthe self-test knows of {}",
+                self.known
+            );
+            if seen == plain && is_known {
+                eprintln!("{leg:?}: no difference, though the self-test has one");
+            }
+        }
     }
 }
