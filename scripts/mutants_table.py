@@ -982,3 +982,36 @@ add(
     ("a FIN that is sent again is made a reset again", Within("splice_reset", "\t\ts->state = SPLICE_OUT;\n"),
      "\t\t(void)s;\n", UNREAD6),
 )
+
+UNCONNECTED = "services:r5_unconnected"
+
+# Services.
+add(
+    ("a Service is translated for every namespace", "!bpf_map_lookup_elem(&service_netns, &netns) || ", "",
+     "services:r19_ services:r37_"),
+    ("a connection keeps the Service's port", "sockaddr_set(ctx, family, &to.backend.addr, to.backend.port);\n"
+     "\tservice_translated(&frontend);\n\treturn TAKEN;\n}\n\n/* A process sends",
+     "sockaddr_set(ctx, family, &to.backend.addr, frontend.port);\n"
+     "\tservice_translated(&frontend);\n\treturn TAKEN;\n}\n\n/* A process sends", "services:r2_"),
+    ("every call is TCP's", ".protocol = ctx->protocol,\n\t};", ".protocol = IPPROTO_TCP,\n\t};", "services:r5_"),
+    ("a Service without endpoints refuses as a policy would", Within("refuse_connect", "refuse(ECONNREFUSED)"),
+     "refuse(EPERM)", "services:r6_"),
+    ("a datagram to a Service without endpoints goes on", Within("service_sendmsg", "return refuse(ECONNREFUSED)"),
+     "return NOT_MINE", "services:r6_"),
+    ("getpeername does not look at the peer", "!peer || !backend_is(&peer->backend, a, port)", "!peer",
+     "services:r22_"),
+    ("a miss leaves what the socket dialled before", "\t\tsocket_forget(&service_peers, ctx->sk);\n", "",
+     "services:r22_"),
+    ("getpeername says the endpoint's port", Within("service_getpeername", "&vip.addr, vip.port)"),
+     "&vip.addr, bpf_ntohs(ctx->user_port))", "services:r2_"),
+    ("an unconnected socket stays with an endpoint that is not eligible",
+     " || !is_eligible(list, &to.backend)", "", "services:r5_an_unconnected"),
+    ("an unconnected socket has an endpoint for each datagram",
+     "!asked_backend(asked, &frontend, &to.backend) || ", "true || ", UNCONNECTED),
+    ("answers are the Service's that was asked last, whoever they are from",
+     Within("asked_vip", " || !backend_is(&one->to.backend, from, port)"), "", UNCONNECTED),
+    ("no affinity", "if (!of->affinity)", "if (true)", "services:r10_"),
+    ("a client stays with an endpoint that is not eligible",
+     " && is_eligible(list, &last->backend)", "", "services:r10_"),
+    ("Services of one address are one", " && to->vip_port == frontend->port", "", UNCONNECTED),
+)

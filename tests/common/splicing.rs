@@ -407,6 +407,7 @@ pub struct Row<Act> {
 
 /// The table `ROWS`, and a test of each of its rows, by name, in a module of its own. The tests
 /// share the file's `OBSERVED`, for which all rows run once.
+#[allow(unused_macros, reason = "each test file uses its part")]
 macro_rules! rows {
     (@trial) => { None };
     (@trial $trial:expr) => { Some($trial) };
@@ -425,6 +426,7 @@ macro_rules! rows {
         }
     };
 }
+#[allow(unused_imports, reason = "each test file uses its part")]
 pub(crate) use rows;
 
 /// What a row saw, or how it failed.
