@@ -53,7 +53,7 @@ pub fn probe() -> Vec<(String, bool)> {
     let mut found = Vec::new();
     let mut kinds: Vec<String> = Vec::new();
     // The library's probe for tracing programs needs a right that iterators do not: loading tells.
-    for hook in HOOKS.iter().filter(|hook| hook.attach != Attach::Iterator) {
+    for hook in HOOKS.iter().filter(|hook| hook.attach != Attach::Nothing) {
         let kind = format!("{:?}", hook.kind);
         if !kinds.contains(&kind) {
             found.push((format!("program type {kind}"), hook.kind.is_supported().unwrap_or(false)));

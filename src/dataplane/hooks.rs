@@ -13,8 +13,8 @@ pub(crate) enum Attach {
     Devices,
     /// The way into them: of the object that each pod has.
     DevicesIn,
-    /// Nothing: the agent runs it when it wants to know something, or to tell it.
-    Iterator,
+    /// The agent runs it when it wants to know something, or to tell it.
+    Nothing,
     /// A map of sockets: it sees what they send.
     Sockets,
 }
@@ -110,42 +110,42 @@ pub(crate) const HOOKS: &[Hook] = &[
     decides("connect6"),
     Hook {
         program: "count_storages",
-        attach: Attach::Iterator,
+        attach: Attach::Nothing,
         kind: ProgramType::Tracing,
         decides: false,
         helpers: &[],
     },
     Hook {
         program: "note_agent",
-        attach: Attach::Iterator,
+        attach: Attach::Nothing,
         kind: ProgramType::Syscall,
         decides: false,
         helpers: &[],
     },
     Hook {
         program: "find_listeners",
-        attach: Attach::Iterator,
+        attach: Attach::Nothing,
         kind: ProgramType::Tracing,
         decides: false,
         helpers: &[],
     },
     Hook {
         program: "find_listeners_by_file",
-        attach: Attach::Iterator,
+        attach: Attach::Nothing,
         kind: ProgramType::Tracing,
         decides: false,
         helpers: &[],
     },
     Hook {
         program: "sweep_splices",
-        attach: Attach::Iterator,
+        attach: Attach::Nothing,
         kind: ProgramType::Tracing,
         decides: false,
         helpers: &[],
     },
     Hook {
         program: "wake_writers",
-        attach: Attach::Iterator,
+        attach: Attach::Nothing,
         kind: ProgramType::Tracing,
         decides: false,
         helpers: &[],

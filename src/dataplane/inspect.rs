@@ -1,8 +1,8 @@
 //! What the pins alone tell, without an agent: `status` and the metrics read it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
 };
 
 use anyhow::{Context, Result};
@@ -15,11 +15,13 @@ use super::{
     links::{cgroup_of, steer_lives},
     pins::Pins,
     records::records,
+    services::frontend_from,
     splice, table,
 };
 use crate::{
     mesh::{self, entries::Record},
     node::{self, NetnsCookie},
+    service::Frontend,
     splice::LegState,
 };
 
@@ -60,6 +62,21 @@ pub(super) const SPLICE_COUNTERS: [&str; 13] = [
     "splice_no_peer",
 ];
 
+/// The names of the counters of Services, in the order of `enum service_counter`.
+pub(super) const SERVICE_COUNTERS: [&str; 11] = [
+    "service_tcp4",
+    "service_tcp6",
+    "service_udp4",
+    "service_udp6",
+    "service_missed",
+    "service_refused",
+    "service_passed",
+    "service_no_state",
+    "service_torn",
+    "service_affinity",
+    "service_forgotten",
+];
+
 /// What the kernel's maps say about an enrolled pod.
 #[derive(Debug, Clone)]
 pub struct Enrolled {
@@ -95,16 +112,13 @@ pub struct HookState {
 /// # Errors
 /// Where a pinned map cannot be read.
 pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
-    let open = |name: &str| {
-        MapHandle::from_pinned_path(pins.map(name))
-            .with_context(|| format!("cannot open map {}", pins.map(name).display()))
-    };
-    let (pods, listening) = (open("pods")?, open("listeners")?);
+    let (pods, listening) = (pins.open_map("pods")?, pins.open_map("listeners")?);
     let mut landings: BTreeMap<NetnsCookie, BTreeSet<IpAddr>> = BTreeMap::new();
-    for (key, ip) in table::read_as::<abi::device_key, abi::addr>(&open("device_addrs")?)? {
+    for (key, ip) in table::read_as::<abi::device_key, abi::addr>(&pins.open_map("device_addrs")?)?
+    {
         landings.entry(NetnsCookie(key.netns)).or_default().insert(ip.into());
     }
-    let records = records(&open("pod_records")?)?;
+    let records = records(&pins.open_map("pod_records")?)?;
     let rows = table::read_as::<NetnsCookie, abi::pod>(&pods)?;
     Ok(rows
         .into_iter()
@@ -163,18 +177,55 @@ pub fn counters(pins: &Pins) -> Result<BTreeMap<&'static str, BTreeMap<&'static 
     for (map, names) in
         [("mesh_counters", &MESH_COUNTERS[..]), ("splice_counters", &SPLICE_COUNTERS[..])]
     {
-        let at = MapHandle::from_pinned_path(pins.map(map)).with_context(|| format!("no {map}"))?;
+        let at = pins.open_map(map)?;
         for mesh in mesh::MESHES {
             let of_mesh = all.entry(mesh.name).or_default();
             for (n, name) in names.iter().enumerate() {
                 let index = u32::from(mesh.index) * names.len() as u32 + n as u32;
-                let values = at
-                    .lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)?
-                    .with_context(|| format!("no counter {name}"))?;
-                let sum = values.iter().map(|v| abi::from_bytes::<u64>(v)).sum::<Result<u64>>()?;
-                of_mesh.insert(*name, sum);
+                of_mesh.insert(*name, count(&at, index, name)?);
             }
         }
     }
     Ok(all)
+}
+
+/// A counter, summed over the processors.
+fn count(map: &MapHandle, index: u32, name: &str) -> Result<u64> {
+    let values = map.lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)?;
+    let values = values.with_context(|| format!("no counter {name}"))?;
+    values.iter().map(|value| abi::from_bytes::<u64>(value)).sum()
+}
+
+/// Services as the kernel has them: what can be dialled, and where that leads. None where an agent
+/// of an older build made the maps, which knows of no Services.
+///
+/// # Errors
+/// Where a pinned map cannot be read.
+pub fn services(pins: &Pins) -> Result<BTreeMap<Frontend, BTreeSet<SocketAddr>>> {
+    if !pins.map("services").exists() {
+        return Ok(BTreeMap::new());
+    }
+    let mut lists: HashMap<u32, BTreeSet<SocketAddr>> = HashMap::new();
+    let backends = pins.open_map("backends")?;
+    for (key, backend) in table::read_as::<abi::backend_key, abi::backend>(&backends)? {
+        lists.entry(key.list).or_default().insert(backend.into());
+    }
+    let services = table::read_as::<abi::frontend, u32>(&pins.open_map("services")?)?;
+    let found = services.into_iter().filter_map(|(frontend, number)| {
+        Some((frontend_from(&frontend)?, lists.get(&number).cloned().unwrap_or_default()))
+    });
+    Ok(found.collect())
+}
+
+/// The counters of Services, by name, summed over the processors. None, as for [`services`].
+///
+/// # Errors
+/// Where the pinned map cannot be read.
+pub fn service_counters(pins: &Pins) -> Result<BTreeMap<&'static str, u64>> {
+    if !pins.map("service_counts").exists() {
+        return Ok(BTreeMap::new());
+    }
+    let map = pins.open_map("service_counts")?;
+    let counters = (0..).zip(SERVICE_COUNTERS);
+    counters.map(|(index, name)| Ok((name, count(&map, index, name)?))).collect()
 }

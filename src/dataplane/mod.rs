@@ -44,12 +44,14 @@ pub use apply::{Applied, Failure};
 pub use cost::ProgramCost;
 pub use events::{Events, Seen};
 pub use features::probe;
-pub use inspect::{Enrolled, HookState, counters, enrolled, hook_states, spliced};
+pub use inspect::{
+    Enrolled, HookState, counters, enrolled, hook_states, service_counters, services, spliced,
+};
 pub use order::{Ahead, ahead};
 pub use pins::{LAYOUT, Pins};
 pub use policy::{Call, Decision, Policy, Question};
 pub use probe::{Loaded, log_libbpf, try_filters, try_load};
-pub use services::{ServicesApplied, service_counters, services};
+pub use services::ServicesApplied;
 pub use splice_selftest::self_test;
 pub use state::{Dataplane, Repair};
 pub use unload::{Unloaded, unload};
@@ -63,8 +65,7 @@ mod tests {
     use super::{
         abi,
         inbound::LISTENER_SLOTS,
-        inspect::{MESH_COUNTERS, SPLICE_COUNTERS},
-        services,
+        inspect::{MESH_COUNTERS, SERVICE_COUNTERS, SPLICE_COUNTERS},
         skel::{names_of, sidestep::SidestepSkelBuilder},
         splice_selftest, tables,
     };
@@ -84,7 +85,7 @@ mod tests {
             names.into_iter().take(how_many as usize).collect::<Vec<_>>()
         };
         assert_eq!(counters("mesh_counter", shared.mesh_counters.0), MESH_COUNTERS);
-        assert_eq!(counters("service_counter", shared.service_counters.0), services::COUNTERS);
+        assert_eq!(counters("service_counter", shared.service_counters.0), SERVICE_COUNTERS);
         assert_eq!(counters("splice_counter", shared.splice_counters.0), SPLICE_COUNTERS);
         assert!(shared.max_meshes as usize >= mesh::MESHES.len());
         assert_eq!(

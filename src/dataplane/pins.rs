@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
+use libbpf_rs::MapHandle;
 use nix::{
     fcntl::{Flock, FlockArg},
     unistd::geteuid,
@@ -76,6 +77,13 @@ impl Pins {
 
     pub(super) fn map(&self, name: &str) -> PathBuf {
         self.maps().join(name)
+    }
+
+    /// A pinned map, for whoever has no agent's.
+    pub(super) fn open_map(&self, name: &str) -> Result<MapHandle> {
+        let path = self.map(name);
+        MapHandle::from_pinned_path(&path)
+            .with_context(|| format!("cannot open map {}", path.display()))
     }
 
     pub(super) fn link(&self, name: &str) -> PathBuf {

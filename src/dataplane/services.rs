@@ -10,30 +10,14 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle};
+use libbpf_rs::{ErrorKind, MapCore, MapFlags};
 
 use super::{
     abi::{self, Wire},
-    pins::Pins,
     skel::sidestep::SidestepMaps,
     table,
 };
 use crate::service::{Family, Frontend, List, ListKey, Protocol};
-
-/// The names of the counters of Services, in the order of `enum service_counter`.
-pub(super) const COUNTERS: [&str; 11] = [
-    "service_tcp4",
-    "service_tcp6",
-    "service_udp4",
-    "service_udp6",
-    "service_missed",
-    "service_refused",
-    "service_passed",
-    "service_no_state",
-    "service_torn",
-    "service_affinity",
-    "service_forgotten",
-];
 
 /// A port of a Service in one family: what its lists share.
 type PortKey = (Arc<str>, Arc<str>, Protocol, Family);
@@ -396,7 +380,7 @@ impl From<Frontend> for abi::frontend {
 }
 
 /// None: another build's.
-fn frontend_from(frontend: &abi::frontend) -> Option<Frontend> {
+pub(super) fn frontend_from(frontend: &abi::frontend) -> Option<Frontend> {
     let protocol = match frontend.protocol {
         TCP => Protocol::Tcp,
         UDP => Protocol::Udp,
@@ -415,51 +399,4 @@ impl From<abi::backend> for SocketAddr {
     fn from(backend: abi::backend) -> Self {
         Self::new(IpAddr::from(backend.addr), backend.port)
     }
-}
-
-/// What the kernel holds: what can be dialled, and where that leads. Nothing where an agent of an
-/// older build made the maps, which knows of no Services.
-///
-/// # Errors
-/// Where a pinned map cannot be read.
-pub fn services(pins: &Pins) -> Result<BTreeMap<Frontend, BTreeSet<SocketAddr>>> {
-    let (Some(services), Some(backends)) = (open(pins, "services")?, open(pins, "backends")?)
-    else {
-        return Ok(BTreeMap::new());
-    };
-    let mut lists: HashMap<u32, BTreeSet<SocketAddr>> = HashMap::new();
-    for (key, backend) in table::read_as::<abi::backend_key, abi::backend>(&backends)? {
-        lists.entry(key.list).or_default().insert(backend.into());
-    }
-    let services = table::read_as::<abi::frontend, u32>(&services)?;
-    let found = services.into_iter().filter_map(|(frontend, number)| {
-        Some((frontend_from(&frontend)?, lists.get(&number).cloned().unwrap_or_default()))
-    });
-    Ok(found.collect())
-}
-
-/// A pinned map, where there is one.
-fn open(pins: &Pins, name: &str) -> Result<Option<MapHandle>> {
-    let path = pins.map(name);
-    if !path.exists() {
-        return Ok(None);
-    }
-    let map = MapHandle::from_pinned_path(&path);
-    map.map(Some).with_context(|| format!("cannot open map {}", path.display()))
-}
-
-/// The counters of Services, by name, summed over the processors.
-///
-/// # Errors
-/// Where the pinned map cannot be read.
-pub fn service_counters(pins: &Pins) -> Result<BTreeMap<&'static str, u64>> {
-    let mut all = BTreeMap::new();
-    let Some(map) = open(pins, "service_counts")? else { return Ok(all) };
-    for (index, name) in (0u32..).zip(COUNTERS) {
-        let values = map.lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)?;
-        let values = values.with_context(|| format!("no counter {name}"))?;
-        let sum = values.iter().map(|value| abi::from_bytes::<u64>(value)).sum::<Result<u64>>()?;
-        all.insert(name, sum);
-    }
-    Ok(all)
 }

@@ -5,7 +5,6 @@ use std::{
     collections::BTreeSet,
     mem::size_of,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
-    path::Path,
     thread,
     time::{Duration, Instant},
 };
@@ -217,15 +216,11 @@ pub(super) fn drain(pins: &Pins) -> Result<u32> {
 
 /// The legs, and how many sockets are spliced, from the pins alone.
 pub(super) fn state(pins: &Pins) -> Result<(Vec<LegState>, usize)> {
-    let open = |path: &Path| {
-        MapHandle::from_pinned_path(path)
-            .with_context(|| format!("cannot open map {}", path.display()))
-    };
-    let legs = open(&pins.map("splice_legs"))?;
+    let legs = pins.open_map("splice_legs")?;
     let mut states = Vec::new();
     for key in legs.keys() {
         let value = legs.lookup(&key, MapFlags::ANY)?.context("no such leg")?;
         states.push(LegState::from(&from_bytes::<abi::leg>(&value)?));
     }
-    Ok((states, open(&pins.map("splice_sockets"))?.keys().count()))
+    Ok((states, pins.open_map("splice_sockets")?.keys().count()))
 }

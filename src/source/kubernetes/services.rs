@@ -1,7 +1,6 @@
 //! Services from the API server: those of the whole cluster with their endpoints, and this node's zone.
 
 use std::{
-    borrow::Cow,
     fmt::Debug,
     mem,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -9,7 +8,11 @@ use std::{
 
 use futures_util::StreamExt;
 use k8s_openapi::{
-    NamespaceResourceScope, api::core::v1::Node, apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    api::{
+        core::{self, v1::Node},
+        discovery,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use kube::{
     Api, Client, Resource,
@@ -26,7 +29,7 @@ use super::{
 use crate::service::{
     Catalog,
     facts::{self, NoName, SELECTOR, ServiceFacts, SliceFacts},
-    object::{EndpointSlice, Service},
+    object,
 };
 use crate::source::ZONE;
 
@@ -184,60 +187,34 @@ fn zone(node: &PartialObjectMeta<Node>) -> Result<Option<Arc<str>>, NoName> {
     Ok(labels.and_then(|labels| labels.get(ZONE)).map(|zone| zone.as_str().into()))
 }
 
-impl Resource for Service {
-    type DynamicType = ();
-    type Scope = NamespaceResourceScope;
+/// [`object`] has what is read of the API's own types.
+macro_rules! stands_for {
+    ($($ours:ty => $api:ty;)*) => { $(
+        impl k8s_openapi::Resource for $ours {
+            const API_VERSION: &'static str = <$api as k8s_openapi::Resource>::API_VERSION;
+            const GROUP: &'static str = <$api as k8s_openapi::Resource>::GROUP;
+            const KIND: &'static str = <$api as k8s_openapi::Resource>::KIND;
+            const VERSION: &'static str = <$api as k8s_openapi::Resource>::VERSION;
+            const URL_PATH_SEGMENT: &'static str =
+                <$api as k8s_openapi::Resource>::URL_PATH_SEGMENT;
+            type Scope = <$api as k8s_openapi::Resource>::Scope;
+        }
 
-    fn kind((): &()) -> Cow<'_, str> {
-        "Service".into()
-    }
+        impl k8s_openapi::Metadata for $ours {
+            type Ty = ObjectMeta;
 
-    fn group((): &()) -> Cow<'_, str> {
-        "".into()
-    }
+            fn metadata(&self) -> &ObjectMeta {
+                &self.metadata
+            }
 
-    fn version((): &()) -> Cow<'_, str> {
-        "v1".into()
-    }
-
-    fn plural((): &()) -> Cow<'_, str> {
-        "services".into()
-    }
-
-    fn meta(&self) -> &ObjectMeta {
-        &self.metadata
-    }
-
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.metadata
-    }
+            fn metadata_mut(&mut self) -> &mut ObjectMeta {
+                &mut self.metadata
+            }
+        }
+    )* };
 }
 
-impl Resource for EndpointSlice {
-    type DynamicType = ();
-    type Scope = NamespaceResourceScope;
-
-    fn kind((): &()) -> Cow<'_, str> {
-        "EndpointSlice".into()
-    }
-
-    fn group((): &()) -> Cow<'_, str> {
-        "discovery.k8s.io".into()
-    }
-
-    fn version((): &()) -> Cow<'_, str> {
-        "v1".into()
-    }
-
-    fn plural((): &()) -> Cow<'_, str> {
-        "endpointslices".into()
-    }
-
-    fn meta(&self) -> &ObjectMeta {
-        &self.metadata
-    }
-
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.metadata
-    }
+stands_for! {
+    object::Service => core::v1::Service;
+    object::EndpointSlice => discovery::v1::EndpointSlice;
 }
