@@ -121,9 +121,12 @@ async fn serve(config: &Config) -> Result<()> {
     let cgroup = Cgroup::open(config.cgroup.as_deref());
     if let Ok(cgroup) = &cgroup {
         let whose = if cgroup.is_root() { "of this node" } else { "in it" };
+        let on = match config.services {
+            Some(_) => "enrolled pods and calls to Services only",
+            None => "enrolled pods only",
+        };
         info!(
-            "attaching BPF programs to {cgroup}: they run for every process {whose} and act on \
-             enrolled pods only"
+            "attaching BPF programs to {cgroup}: they run for every process {whose} and act on {on}"
         );
     }
     raise_open_files();
