@@ -993,9 +993,10 @@ add(
      "\tservice_translated(&frontend);\n\treturn TAKEN;\n}\n\n/* A process sends",
      "sockaddr_set(ctx, family, &to.backend.addr, frontend.port);\n"
      "\tservice_translated(&frontend);\n\treturn TAKEN;\n}\n\n/* A process sends", "services:r2_"),
-    ("every call is TCP's", ".protocol = ctx->protocol,\n\t};", ".protocol = IPPROTO_TCP,\n\t};", "services:r5_"),
+    ("every call is TCP's", ".protocol = ctx->protocol,\n\t};", ".protocol = IPPROTO_TCP,\n\t};",
+     "services:r18_a_port"),
     ("a Service without endpoints refuses as a policy would", Within("refuse_connect", "refuse(ECONNREFUSED)"),
-     "refuse(EPERM)", "services:r6_"),
+     "refuse(EACCES)", "services:r6_"),
     ("a datagram to a Service without endpoints goes on", Within("service_sendmsg", "return refuse(ECONNREFUSED)"),
      "return NOT_MINE", "services:r6_"),
     ("getpeername does not look at the peer", "!peer || !backend_is(&peer->backend, a, port)", "!peer",

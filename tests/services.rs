@@ -131,14 +131,20 @@ impl Cluster {
     /// Waits until the kernel has so many backends behind an address, for both protocols.
     #[track_caller]
     fn wait_backends(&self, vip: &str, count: usize) {
-        let behind = |protocol: &str| {
+        self.wait_backends_of("TCP", vip, count);
+        self.wait_backends_of("UDP", vip, count);
+    }
+
+    #[track_caller]
+    fn wait_backends_of(&self, protocol: &str, vip: &str, count: usize) {
+        let behind = || {
             let found = self.status().into_iter().find(|service| {
                 let at = SocketAddr::new(ip(vip), PORT);
                 service["address"] == at.to_string() && service["protocol"] == protocol
             })?;
             Some(found["backends"].as_array().expect("backends").len())
         };
-        let has = || (behind("TCP") == Some(count) && behind("UDP") == Some(count)).then_some(());
+        let has = || (behind() == Some(count)).then_some(());
         wait_for(&format!("{count} backends of {vip}"), SOON, has).unwrap_or_else(|error| {
             panic!("{error:#}: {:?}; {}", self.status(), self.agent.log_tail())
         });
@@ -488,6 +494,38 @@ fn r18_r39_what_is_no_services_goes_on_as_it_is() {
     let error = cluster.dial(addr(ip(VIP4), PORT + 1)).expect_err("an unknown port");
     assert!(!error.contains("refused"), "left to kube-proxy: {error}");
     assert!(cluster.counter("service_missed") >= 2);
+}
+
+#[test]
+fn r18_a_port_is_one_protocols_alone() {
+    let cluster = Cluster::new("s18p");
+    let _apps = cluster.backends.each_ref().map(Cluster::tcp_on);
+    let _echo = Echo::start(&cluster.backends[0], "udp");
+    let target = addr(ip(VIP4), PORT);
+    let mut web = service("web", &[VIP4, VIP6]);
+    web["spec"]["ports"].as_array_mut().expect("ports").remove(0);
+    cluster.endpoints(&[&cluster.backends[0]], &ready());
+    cluster.set("web", &web);
+    let is_udps = || {
+        let of: Vec<Value> =
+            cluster.status().into_iter().map(|one| one["protocol"].clone()).collect();
+        (of == ["UDP", "UDP"]).then_some(())
+    };
+    wait_for("the port to be UDP's alone", SOON, is_udps).expect("UDP's alone");
+    cluster.wait_backends_of("UDP", VIP4, 1);
+    let error = cluster.dial(target).expect_err("nobody has it over TCP");
+    assert!(!error.contains("refused"), "left to kube-proxy: {error}");
+    let asked = cluster.client.run(APP, APP, || {
+        let socket = udp_socket(target);
+        socket.send_to(b"?", target).expect("sent");
+        let sent = answer(&socket);
+        socket.connect(target).expect("connected");
+        socket.send(b"?").expect("sent");
+        (sent, answer(&socket))
+    });
+    let (sent, connected) = asked.expect("runs");
+    assert_eq!(sent.expect("an answer to sendto"), ("udp".into(), target));
+    assert_eq!(connected.expect("an answer to send").0, "udp");
 }
 
 #[test]
