@@ -340,6 +340,40 @@ fn r5_unconnected_udp_keeps_a_backend_for_each_service() {
 }
 
 #[test]
+fn r5_one_socket_asks_two_ports_of_a_service_and_knows_who_answers() {
+    let cluster = Cluster::new("s5t");
+    let _echoes =
+        [Echo::start(&cluster.backends[0], "one"), Echo::start(&cluster.backends[1], "two")];
+    let mut web = service("web", &[VIP4, VIP6]);
+    let more = json!({"name": "more", "protocol": "UDP", "port": PORT + 1});
+    web["spec"]["ports"].as_array_mut().expect("ports").push(more);
+    let mut others = slice("web-more", "web", &[cluster.backends[1].ipv4()], &ready());
+    others["ports"] = json!([{"name": "more", "protocol": "UDP", "port": TARGET}]);
+    cluster.endpoints(&[&cluster.backends[0]], &ready());
+    cluster.set("web", &web);
+    cluster.set("web-more", &others);
+    let targets = [PORT, PORT + 1].map(|port| addr(ip(VIP4), port));
+    cluster.wait_backends(VIP4, 1);
+    let second = || {
+        let all = cluster.status();
+        let one = all.iter().find(|one| one["address"] == targets[1].to_string())?;
+        (one["backends"].as_array()?.len() == 1).then_some(())
+    };
+    wait_for("the second port", SOON, second).expect("its endpoint");
+    let answers = cluster.client.run(APP, APP, || {
+        let socket = udp_socket(targets[0]);
+        // Both are asked before the first answer is read.
+        for target in targets {
+            socket.send_to(b"?", target).expect("sent");
+        }
+        targets.map(|_| answer(&socket).expect("an answer"))
+    });
+    let mut answers = answers.expect("runs");
+    answers.sort();
+    assert_eq!(answers, [("one".into(), targets[0]), ("two".into(), targets[1])]);
+}
+
+#[test]
 fn r5_an_unconnected_socket_leaves_a_backend_that_is_not_eligible() {
     let cluster = Cluster::new("s5g");
     let _echoes =
