@@ -104,6 +104,9 @@ check: ## formatting, lints, licences and the quick unit tests (no root)
 	cargo deny --log-level error check bans licenses sources
 	scripts/workflows.sh
 	scripts/contract.py
+	@awk 'FNR == 1 { code = 0 } /^ *```/ { code = !code } length > 110 && !code && !/^(    | *\|)|:\/\// { \
+		print "check: " FILENAME ":" FNR ": longer than 110 columns"; wrong = 1 } END { exit wrong }' \
+		$$(git ls-files '*.md') >&2
 	@packages=$$(cargo tree -p sidestep -e normal,build,dev --prefix none --no-dedupe | sort -u | wc -l); \
 	[ "$$packages" -le $(PACKAGES) ] || { \
 		echo "check: an integration test needs $$packages packages, more than $(PACKAGES): move it to a package" \

@@ -285,7 +285,8 @@ impl Report {
 
     /// The part of docs/conformance.md that a run writes.
     pub fn markdown(&self) -> String {
-        let mut text = format!("{}\n\n{}\n\n", self.summary(), self.native_summary());
+        let counts = self.summary().replace("; ", ";\n");
+        let mut text = format!("{counts}\n\n{}\n\n", self.native_summary().replace(": ", ":\n"));
         text +=
             "| row | address | what | iptables | Sidestep | verdict |\n|---|---|---|---|---|---|\n";
         let groups = self.grouped();
