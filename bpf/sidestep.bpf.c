@@ -13,6 +13,7 @@
 #include "mesh/listeners.h"
 #include "mesh/origdst.h"
 #include "mesh/source_route.h"
+#include "service/stale.h"
 #include "service/translate.h"
 #include "splice/mark.h"
 #include "splice/redirect.h"
@@ -27,6 +28,7 @@ const volatile struct shared {
 	struct listener_event listener_event;
 	struct unread_event unread_event;
 	struct swept swept;
+	struct stale_peer stale_peer;
 	enum mesh_counter mesh_counters; /* how many there are */
 	enum service_counter service_counters;
 	enum splice_counter splice_counters;
@@ -302,6 +304,13 @@ int note_agent(const void *ctx)
 {
 	(void)ctx;
 	agent_is_current();
+	return 0;
+}
+
+SEC("iter/bpf_sk_storage_map")
+int find_stale_peers(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	stale_look(ctx);
 	return 0;
 }
 

@@ -6,12 +6,13 @@ use std::{
 };
 
 use anyhow::Result;
-use tracing::debug;
+use tracing::{debug, info};
 
 use super::{Controller, Look, Source, is_done};
 use crate::{
+    dataplane::StalePeer,
     mesh::facts,
-    node::{self, Nat, Netns, NetnsCookie},
+    node::{self, Closed, Nat, Netns, NetnsCookie},
     problem::{Problem, Reason},
     service::{Catalog, Options},
     source::{Snapshot, SourcePod, manifests::NETNS_ANNOTATION},
@@ -29,11 +30,21 @@ pub(super) struct Services {
     /// Namespaces whose calls are translated, and whether the map has them.
     namespaces: BTreeSet<NetnsCookie>,
     are_namespaces_written: bool,
-    /// Pods of no mesh, by uid and name: their namespaces, and whether rules of theirs translate
-    /// what they send.
-    plain: BTreeMap<(String, String), (NetnsCookie, bool)>,
+    /// Pods of no mesh, by uid and name.
+    plain: BTreeMap<(String, String), Plain>,
+    /// Why connected UDP sockets whose endpoint is gone stay open.
+    cannot_close: Option<Problem>,
     /// What was wrong at the last sync: said once.
     problems: BTreeSet<Problem>,
+}
+
+/// A pod that no mesh has to do with.
+#[derive(Debug, Clone)]
+struct Plain {
+    cookie: NetnsCookie,
+    netns: PathBuf,
+    /// Rules of its own translate what it sends.
+    has_own_nat: bool,
 }
 
 impl Services {
@@ -46,6 +57,7 @@ impl Services {
             namespaces: BTreeSet::new(),
             are_namespaces_written: false,
             plain: BTreeMap::new(),
+            cannot_close: None,
             problems: BTreeSet::new(),
         }
     }
@@ -71,7 +83,8 @@ impl Controller {
         if let Err(error) = self.try_sync_services(look, &mut services) {
             services.problems.insert(Problem::node(format!("Services: {error:#}")));
         }
-        services.problems.extend(services.source.iter().chain(&services.full).cloned());
+        let more = services.source.iter().chain(&services.full).chain(&services.cannot_close);
+        services.problems.extend(more.cloned());
         services.problems.extend(services.catalog.problems());
         self.say(&before, &services.problems);
         let is_new = before != services.problems;
@@ -105,7 +118,8 @@ impl Controller {
         if services.is_applied {
             let again = look == Look::Everything && !services.full.is_empty();
             if changes.is_empty() && !again {
-                return Ok(());
+                // A namespace may have become known since the last change.
+                return if look == Look::Everything { self.close_stale(services) } else { Ok(()) };
             }
         } else {
             let all = services.catalog.lists();
@@ -121,6 +135,62 @@ impl Controller {
             Problem { reason: Reason::InvalidService, pod: None, text }
         });
         services.full = full.collect();
+        self.close_stale(services)
+    }
+
+    /// Closes the connected UDP sockets whose endpoint is gone: nothing else would tell them, and
+    /// what they send is lost. Between the look and the kernel's own comparison a socket can only
+    /// have gone, or have another peer.
+    fn close_stale(&self, services: &mut Services) -> Result<()> {
+        services.cannot_close = None;
+        let mut gone: BTreeMap<NetnsCookie, Vec<StalePeer>> = BTreeMap::new();
+        for found in self.dataplane.stale_peers()? {
+            if services.catalog.is_gone(found.socket.peer, found.frontend) {
+                gone.entry(found.netns).or_default().push(found);
+            }
+        }
+        for (cookie, sockets) in gone {
+            let close = || -> Vec<_> { sockets.iter().map(|one| one.socket.close()).collect() };
+            let closed = if self.host.contains(&cookie) {
+                close()
+            } else {
+                let plain = services.plain.values().find(|pod| pod.cookie == cookie);
+                let plain = plain.map(|pod| &pod.netns);
+                let mesh = self.pods.get(&cookie).map(|pod| &pod.netns.path);
+                // Nobody knows it yet, or its pod is gone.
+                let Some(path) = mesh.or(plain) else { continue };
+                Netns::open_as(path, cookie)?.inside(close)?
+            };
+            let mut count = 0;
+            for (found, closed) in sockets.iter().zip(closed) {
+                let StalePeer { frontend, socket, .. } = found;
+                match closed {
+                    Ok(Closed::Gone) => {}
+                    Ok(Closed::Now) => {
+                        count += 1;
+                        debug!(%cookie, ?socket, service = %frontend, "closed a UDP socket");
+                    }
+                    Ok(Closed::Never) => {
+                        services.cannot_close = Some(Problem::node(
+                            "Services: connected UDP sockets stay connected to endpoints that are \
+                             gone, since this kernel has no CONFIG_INET_DIAG_DESTROY",
+                        ));
+                    }
+                    Err(error) => {
+                        services.cannot_close = Some(Problem::node(format!(
+                            "Services: cannot close a connected UDP socket from {} to {}, the \
+                             endpoint of {frontend} that is gone: {error:#}",
+                            socket.local, socket.peer
+                        )));
+                    }
+                }
+            }
+            if count > 0 {
+                self.metrics.closed_udp(count);
+                let netns = cookie.0;
+                info!(netns, count, "closed connected UDP sockets whose endpoint is gone");
+            }
+        }
         Ok(())
     }
 
@@ -140,23 +210,22 @@ impl Controller {
         let mut chosen: BTreeSet<NetnsCookie> = self.host.iter().chain(enrolled).copied().collect();
         let mut plain = BTreeMap::new();
         for found in pods {
-            if !translates(found, problems) {
-                continue;
-            }
+            let is_on = translates(found, problems);
             let key = (found.uid().to_owned(), found.name());
-            let known = services.plain.get(&key).copied();
+            let known = services.plain.get(&key).cloned();
             let seen = match known.filter(|_| look != Look::Everything) {
                 Some(known) => Ok(Some(known)),
                 None => self.visit_plain(found),
             };
             match seen {
-                Ok(Some((cookie, has_own_nat))) => {
-                    if !has_own_nat && !self.host.contains(&cookie) {
-                        chosen.insert(cookie);
+                Ok(Some(pod)) => {
+                    if is_on && !pod.has_own_nat && !self.host.contains(&pod.cookie) {
+                        chosen.insert(pod.cookie);
                     }
-                    plain.insert(key, (cookie, has_own_nat));
+                    plain.insert(key, pod);
                 }
                 Ok(None) => {}
+                Err(_) if !is_on => {}
                 Err(error) => {
                     let text = format!("its calls to Services are left to kube-proxy: {error:#}");
                     problems.insert(found.problem(Reason::NetworkNamespace, &text));
@@ -184,9 +253,8 @@ impl Controller {
         })
     }
 
-    /// The namespace of a pod of no mesh, and whether rules of its own translate what it sends. None:
-    /// it is not known yet.
-    fn visit_plain(&self, found: &SourcePod) -> Result<Option<(NetnsCookie, bool)>> {
+    /// Looks into the namespace of a pod of no mesh. None: it is not known yet.
+    fn visit_plain(&self, found: &SourcePod) -> Result<Option<Plain>> {
         let (path, cookie) = match &self.source {
             Source::Manifests(_) => {
                 let annotations = found.pod.metadata.annotations.as_ref();
@@ -203,7 +271,8 @@ impl Controller {
         let (at, nat) = netns.inside(|| -> Result<(NetnsCookie, Nat)> {
             Ok((NetnsCookie::current()?, node::nat()?))
         })??;
-        Ok((cookie.is_none_or(|cookie| cookie == at)).then_some((at, nat.outbound)))
+        let pod = Plain { cookie: at, netns: path, has_own_nat: nat.outbound };
+        Ok((cookie.is_none_or(|cookie| cookie == at)).then_some(pod))
     }
 }
 

@@ -9,10 +9,10 @@ use anyhow::{Result, ensure};
 
 pub(crate) use super::skel::policy::types::{direction, owner, question};
 pub(crate) use super::skel::sidestep::types::{
-    addr, backend, backend_key, cidr_rule_key, device_family, device_key, event, event_kind,
-    frontend, if_key, leg, listener_event, listener_key, local_key, member, pod, pod_flag,
-    pod_record, port_rule_key, rule_set, service_list, splice, splice_counter, splice_key,
-    splice_leg, splice_state, swept, uid_rule_key, unread_event,
+    addr, backend, backend_key, cidr_rule_key, device_family, device_key, dialled_service, event,
+    event_kind, frontend, if_key, leg, listener_event, listener_key, local_key, member, pod,
+    pod_flag, pod_record, port_rule_key, rule_set, service_list, splice, splice_counter,
+    splice_key, splice_leg, splice_state, stale_peer, swept, uid_rule_key, unread_event,
 };
 use crate::{
     mesh::{
@@ -89,6 +89,8 @@ unsafe impl Wire for backend {}
 unsafe impl Wire for backend_key {}
 // SAFETY: as for `pod`.
 unsafe impl Wire for member {}
+// SAFETY: as for `pod`.
+unsafe impl Wire for stale_peer {}
 
 pub(crate) fn as_bytes<T: Wire>(value: &T) -> &[u8] {
     // SAFETY: a Wire type has no padding, so all of its bytes are initialised.

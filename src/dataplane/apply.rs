@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    os::fd::AsFd,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,7 +14,8 @@ use libbpf_rs::MapCore;
 use super::{
     abi,
     inbound::remove_inbound,
-    services::{Services, ServicesApplied},
+    iter::run,
+    services::{Services, ServicesApplied, StalePeer},
     skel::sidestep::SidestepMaps,
     state::Dataplane,
     table::{self, Diff, Entries},
@@ -71,6 +73,19 @@ impl Dataplane {
         let applied = services.apply(maps, changes)?;
         self.services = Some(services);
         Ok(applied)
+    }
+
+    /// The connected UDP sockets, in all network namespaces, whose endpoint is not eligible any
+    /// more for what they dialled. Those that dialled what is no Service's by now are not among
+    /// them.
+    ///
+    /// # Errors
+    /// Where the iterator fails.
+    pub fn stale_peers(&self) -> Result<Vec<StalePeer>> {
+        let peers = self.skel.maps.service_peers.as_fd();
+        let written = run(&self.skel.progs.find_stale_peers.attach_iter(peers)?)?;
+        let found = written.chunks_exact(size_of::<abi::stale_peer>());
+        found.map(|one| Ok(abi::from_bytes::<abi::stale_peer>(one)?.into())).collect()
     }
 
     /// Makes these the namespaces whose calls are translated.

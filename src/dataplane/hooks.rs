@@ -116,6 +116,13 @@ pub(crate) const HOOKS: &[Hook] = &[
         helpers: &[],
     },
     Hook {
+        program: "find_stale_peers",
+        attach: Attach::Nothing,
+        kind: ProgramType::Tracing,
+        decides: false,
+        helpers: &[],
+    },
+    Hook {
         program: "note_agent",
         attach: Attach::Nothing,
         kind: ProgramType::Syscall,

@@ -51,7 +51,7 @@ pub use order::{Ahead, ahead};
 pub use pins::{LAYOUT, Pins};
 pub use policy::{Call, Decision, Policy, Question};
 pub use probe::{Loaded, log_libbpf, try_filters, try_load};
-pub use services::ServicesApplied;
+pub use services::{ServicesApplied, StalePeer};
 pub use splice_selftest::self_test;
 pub use state::{Dataplane, Repair};
 pub use unload::{Unloaded, unload};

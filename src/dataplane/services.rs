@@ -17,7 +17,10 @@ use super::{
     skel::sidestep::SidestepMaps,
     table,
 };
-use crate::service::{Family, Frontend, List, ListKey, Protocol};
+use crate::{
+    node::{ConnectedUdp, NetnsCookie},
+    service::{Family, Frontend, List, ListKey, Protocol},
+};
 
 /// A port of a Service in one family: what its lists share.
 type PortKey = (Arc<str>, Arc<str>, Protocol, Family);
@@ -57,6 +60,33 @@ pub struct ServicesApplied {
     /// Lists that the maps have no room for, and the kernel's word: their addresses are
     /// kube-proxy's.
     pub failed: BTreeMap<ListKey, String>,
+}
+
+/// A connected UDP socket whose endpoint its Service has not any more, or not for this node.
+#[derive(Debug)]
+pub struct StalePeer {
+    /// The socket's network namespace.
+    pub netns: NetnsCookie,
+    /// The socket; its peer is the endpoint.
+    pub socket: ConnectedUdp,
+    /// What it dialled.
+    pub frontend: Frontend,
+}
+
+impl From<abi::stale_peer> for StalePeer {
+    fn from(found: abi::stale_peer) -> Self {
+        let abi::dialled_service { vip, backend, vip_port, .. } = found.to;
+        Self {
+            netns: NetnsCookie(found.netns),
+            socket: ConnectedUdp {
+                cookie: found.socket,
+                local: SocketAddr::new(found.local.into(), found.local_port),
+                peer: backend.into(),
+                device: found.device,
+            },
+            frontend: Frontend { ip: vip.into(), port: vip_port, protocol: Protocol::Udp },
+        }
+    }
 }
 
 impl Services {

@@ -8,6 +8,7 @@ mod netfilter;
 mod netns;
 pub mod pod_netns;
 mod sandbox;
+mod udp;
 
 pub use cgroup::Cgroup;
 pub use facts::{ADDRESSES, NetnsFacts, own_addresses};
@@ -16,3 +17,4 @@ pub use netfilter::{Nat, nat};
 pub use netns::{ANY, LO, LOCALHOST, Netns, NetnsCookie, host_cookies, in_new};
 pub use pod_netns::{Place, Places};
 pub use sandbox::Sandbox;
+pub use udp::{Closed, ConnectedUdp};

@@ -1,6 +1,11 @@
 //! What this kernel and machine offer, by asking them, never by reading versions.
 
-use std::{collections::BTreeMap, fmt::Write, path::Path};
+use std::{
+    collections::BTreeMap,
+    fmt::Write,
+    net::{Ipv4Addr, SocketAddr},
+    path::Path,
+};
 
 use anyhow::Result;
 use nix::{sys::utsname::uname, unistd::geteuid};
@@ -8,7 +13,7 @@ use serde::Serialize;
 
 use crate::{
     dataplane::{self, Pins, ProgramCost, bpffs},
-    node::{Cgroup, NetnsCookie},
+    node::{Cgroup, Closed, ConnectedUdp, NetnsCookie},
     splice::{self, Hazard, Leg, LegState, Mode},
     text::beside,
 };
@@ -79,6 +84,7 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
     if !programs.is_empty() {
         add("filters on devices", dataplane::try_filters().map(|()| String::new()));
     }
+    add("closing UDP sockets", closes_udp());
     add("network namespace identity", NetnsCookie::current().map(|_| String::new()));
     let kernel = uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
     let (mut splice, mut hazards) = (BTreeMap::new(), Vec::new());
@@ -108,6 +114,18 @@ fn order(pins: &Pins, cgroup: &Cgroup, can_be_first: bool) -> Result<String> {
          sidecars see the endpoint's address instead",
         ahead.join(", ")
     ))
+}
+
+/// Whether the kernel closes a UDP socket whose endpoint is gone. Services are translated without.
+fn closes_udp() -> Result<String> {
+    let nobody = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+    let socket = ConnectedUdp { cookie: 1, local: nobody, peer: nobody, device: 0 };
+    Ok(match socket.close()? {
+        Closed::Now | Closed::Gone => "this kernel does that for --services".into(),
+        Closed::Never => "WARNING: with --services, connected UDP sockets stay connected to \
+                          endpoints that are gone: the kernel lacks CONFIG_INET_DIAG_DESTROY"
+            .into(),
+    })
 }
 
 /// The capabilities that the agent needs and has.

@@ -87,6 +87,7 @@ pub struct Metrics {
     /// What of the node's is not in force, and cannot be put back.
     broken: Mutex<Option<String>>,
     forwarded: Counter,
+    closed_udp: Counter,
     syncs: AtomicU64,
     chained: AtomicBool,
     last_turn: Mutex<Instant>,
@@ -131,6 +132,9 @@ impl Metrics {
         let help = "Packets forwarded by enrolled pods, which bypass their sidecars";
         let forwarded = Counter::default();
         registry.register("forwarded_packets", help, forwarded.clone());
+        let help = "Connected UDP sockets closed because the Service's endpoint was gone";
+        let closed_udp = Counter::default();
+        registry.register("service_sockets_closed", help, closed_udp.clone());
         registry.register_collector(Box::new(Kernel { pins: pins.clone(), cgroup }));
         Self {
             registry,
@@ -149,6 +153,7 @@ impl Metrics {
             searches,
             broken: Mutex::new(None),
             forwarded,
+            closed_udp,
             syncs: AtomicU64::new(0),
             chained: AtomicBool::new(false),
             last_turn: Mutex::new(Instant::now()),
@@ -158,6 +163,11 @@ impl Metrics {
     /// Enrolled pods forwarded so many packets more.
     pub fn forwarded(&self, packets: u64) {
         self.forwarded.inc_by(packets);
+    }
+
+    /// So many connected UDP sockets were closed, whose endpoint was gone.
+    pub fn closed_udp(&self, count: u64) {
+        self.closed_udp.inc_by(count);
     }
 
     /// A sync with a complete source took so long.

@@ -222,6 +222,19 @@ impl Catalog {
         self.services.values().flat_map(|entry| entry.lists.iter().map(|(key, list)| (key, list)))
     }
 
+    /// Whether an endpoint has gone from what was dialled, by kube-proxy's rule for the entries of
+    /// conntrack: it does not serve any more, and another endpoint does. As of the last
+    /// [`Self::changes`].
+    pub fn is_gone(&self, endpoint: SocketAddr, dialled: Frontend) -> bool {
+        let owner = self.claims_of(dialled).next();
+        let lists = owner.and_then(|claim| self.services.get(&claim.service));
+        lists.iter().flat_map(|entry| &entry.lists).any(|(_, list)| {
+            list.frontends.contains(&dialled)
+                && !list.serving.is_empty()
+                && !list.serving.contains(&endpoint)
+        })
+    }
+
     /// What is wrong with Services, as of the last [`Self::changes`], and with slices.
     pub fn problems(&self) -> BTreeSet<Problem> {
         let texts = self.problems.values().flatten();

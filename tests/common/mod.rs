@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub mod programs;
+pub mod services;
 pub mod splicing;
 
 use std::{
