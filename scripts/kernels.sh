@@ -40,14 +40,14 @@ envoy: Envoy and its libraries are ten times as large as everything else
 bad_input a_missing_clang_is_explained_by_the_build: it is about the build, not about kernels
 edges beside_the_meshs_own_rules: iptables and the many modules that it takes are not in the machine
 resolvers: the programs that it runs are not in the machine
-dns sockets_see_what_they_see_beside_istios_rules: nor is Python
-splice_agent a_policy_that_comes_later_stops_a_spliced_connection: nftables and its modules are not in the machine
-splice_agent conntrack_does_not_forget_a_spliced_connection_that_talks: the same
+dns f50_f51_sockets_see_what_they_see_beside_istios_rules: nor is Python
+splice_agent f41_a_policy_that_comes_later_stops_a_spliced_connection: nftables and its modules are not in the machine
+splice_agent f40_conntrack_does_not_forget_a_spliced_connection_that_talks: the same
 services r37_a_pod_whose_own_rules_translate_is_left_alone: the same
-inbound nat_rules_of_the_pod_do_not_change_which_ports_are_excluded: the same
-inbound a_pod_that_forwards_packets_is_told_so: the same
-edges an_app_cannot_send_its_packets_by_another_way: the same
-sockets with_no_room_for_handovers_the_sidecar_is_told_nothing_rather_than_something_wrong: the same
+inbound f16_nat_rules_of_the_pod_do_not_change_which_ports_are_excluded: the same
+inbound f15_a_pod_that_forwards_packets_is_told_so: the same
+edges f18_an_app_cannot_send_its_packets_by_another_way: the same
+sockets f21_f30_with_no_room_for_handovers_the_sidecar_is_told_nothing_rather_than_something_wrong: the same
 edges hundreds_of_pods_and_ten_thousand_connections: it is about bulk, which takes too long when emulated
 @5.15 outbound a_call_within_the_pod_leaves_by_lo_whatever_the_routes_say: pods that exempt an interface are refused there
 @5.15 sockets sockets_bound_to_an_exempt_device_are_direct: the same

@@ -397,7 +397,7 @@ fn istios_excluded_ranges_are_not_about_dns() {
 }
 
 #[test]
-fn kumas_exclusions_and_dns() {
+fn f61_f62_kumas_exclusions_and_dns() {
     let with_dns = |node: &Node| annotated(kuma(&node.a), "kuma.io/builtin-dns", "enabled");
     let node = Node::with_manifest("kuma", kuma);
     let _resolver = Resolver::start_in(&node.a, 5678);
@@ -621,7 +621,7 @@ fn own_addresses(pod: &Pod) -> [(&'static str, IpAddr); 4] {
 
 /// F50, F51: beside Istio's own rules, in a pod of its own.
 #[test]
-fn sockets_see_what_they_see_beside_istios_rules() {
+fn f50_f51_sockets_see_what_they_see_beside_istios_rules() {
     let mut node = Node::new("oracle");
     for pod in [&node.a, &node.b] {
         let [_, (_, second4), _, (_, second6)] = own_addresses(pod);
@@ -653,7 +653,7 @@ fn sockets_see_what_they_see_beside_istios_rules() {
 
 /// F52: conntrack knows an answer by what came before.
 #[test]
-fn what_a_server_of_the_pod_answers_is_no_question() {
+fn f52_what_a_server_of_the_pod_answers_is_no_question() {
     let node = with_dns("server");
     let _resolver = Resolver::start(&node);
     for (client, other, own) in
@@ -720,7 +720,7 @@ fn impostor(pod: &Pod, uid: u32, at: SocketAddr) -> UdpSocket {
 
 /// F53: nobody but the sidecar, from its listener's address, speaks for a server.
 #[test]
-fn nobody_else_is_taken_for_the_dns_listener() {
+fn f53_nobody_else_is_taken_for_the_dns_listener() {
     let node = with_dns("forged");
     let resolver = Resolver::start(&node);
     let mut victims = Vec::new();
@@ -796,7 +796,7 @@ fn nobody_else_is_taken_for_the_dns_listener() {
 
 /// F54: every answer has the right source, or there is no question.
 #[test]
-fn more_servers_than_can_be_told_apart_are_refused() {
+fn f54_more_servers_than_can_be_told_apart_are_refused() {
     let node = with_dns("crowd");
     let _resolver = Resolver::start(&node);
     let crowd: Vec<_> = servers(100);

@@ -458,7 +458,7 @@ fn hundreds_of_pods_and_ten_thousand_connections() {
 
 /// F17: the sidecar is to see the Service's address, whoever translates it.
 #[test]
-fn another_programs_translation_comes_after() {
+fn f17_another_programs_translation_comes_after() {
     let lab = Lab::new("first").expect("a lab");
     let a = lab.pod("a", PodNet::V4).expect("a pod");
     // Of no other test: they share a cgroup, and so what is translated there.
@@ -531,7 +531,7 @@ fn set_route(socket: &Socket, stop: IpAddr) -> io::Result<()> {
 
 /// F18: packets of a source route go to its first stop, whatever address the app connects to.
 #[test]
-fn an_app_cannot_send_its_packets_by_another_way() {
+fn f18_an_app_cannot_send_its_packets_by_another_way() {
     let mut node = Node::new("route");
     let stops = [node.b.ipv4(), node.b.ipv6(), node.b.ipv4()];
     let targets = addresses(&node.a, 8080);

@@ -340,7 +340,7 @@ fn excluded_interfaces() {
 
 /// F16: the port that was dialled decides, whatever the pod's own rules make of it.
 #[test]
-fn nat_rules_of_the_pod_do_not_change_which_ports_are_excluded() {
+fn f16_nat_rules_of_the_pod_do_not_change_which_ports_are_excluded() {
     let key = "traffic.sidecar.istio.io/excludeInboundPorts";
     let mut node = Node::new("nat");
     let own_rules = |pod: &Pod| {
@@ -397,7 +397,7 @@ fn nat_rules_of_the_pod_do_not_change_which_ports_are_excluded() {
 
 /// F15: nothing intercepts what a pod forwards for others: it has no socket there. It is told.
 #[test]
-fn a_pod_that_forwards_packets_is_told_so() {
+fn f15_a_pod_that_forwards_packets_is_told_so() {
     let lab = Lab::new("forwards").expect("a lab");
     let [a, inner] = ["a", "inner"].map(|name| lab.pod(name, PodNet::V4).expect("a pod"));
     let agent = Agent::start_flags(binary(), &lab, &["--http", "127.0.0.1:0"]);

@@ -48,7 +48,7 @@ fn assert_validates(pod: &Pod, uid: u32, v6: bool, what: &str) {
 
 /// F1, F2: the meshes' validators, in every kind of pod, whoever comes first.
 #[test]
-fn validators_reach_their_own_listeners() {
+fn f1_f2_validators_reach_their_own_listeners() {
     let lab = Lab::new("validate").expect("a lab");
     let mut agent = Agent::start(binary(), &lab).expect("the agent");
     let kinds = [
@@ -92,7 +92,7 @@ fn validators_reach_their_own_listeners() {
 
 /// F1 under the real Istio: Go makes its listeners sockets of MPTCP, which no map takes.
 #[test]
-fn a_validator_of_mptcp_reaches_its_own_listeners() {
+fn f1_a_validator_of_mptcp_reaches_its_own_listeners() {
     let lab = Lab::new("mpvalidate").expect("a lab");
     let mut agent = Agent::start(binary(), &lab).expect("the agent");
     for before in [true, false] {
@@ -130,7 +130,7 @@ fn a_validator_of_mptcp_reaches_its_own_listeners() {
 /// F1, the reverse: localhost is nobody's off the pod, and the pod's address is not where its own
 /// calls are led.
 #[test]
-fn a_listener_is_reached_by_those_that_redirect_leads_to_it() {
+fn f1_a_listener_is_reached_by_those_that_redirect_leads_to_it() {
     let mut node = Node::new("reached");
     let own = [node.a.ipv4(), node.a.ipv6()];
     // The kernel lists the first IPv4 address first, but the last IPv6 one.
@@ -182,7 +182,7 @@ fn a_listener_is_reached_by_those_that_redirect_leads_to_it() {
 /// F30: the kernel's list is every pod's: only listeners that calls may be led to are in it,
 /// whether the hooks saw them or the agent looked for them, so that no pod fills it.
 #[test]
-fn only_listeners_that_calls_are_led_to_are_remembered() {
+fn f30_only_listeners_that_calls_are_led_to_are_remembered() {
     let mut node = Node::new("remembered");
     // IP_FREEBIND takes no right.
     let bind = |at: &str| {
@@ -220,7 +220,7 @@ fn only_listeners_that_calls_are_led_to_are_remembered() {
 
 /// F20: whoever listens elsewhere on the proxy's port is handed nothing, though he came first.
 #[test]
-fn a_listener_elsewhere_on_loopback_is_handed_nothing() {
+fn f20_a_listener_elsewhere_on_loopback_is_handed_nothing() {
     let node = Node::with_manifest("squat", linkerd);
     let elsewhere = (0..64).map(|n| ip(&format!("127.128.0.{n}"))).chain([ip("127.0.0.2")]);
     let squatter = listen(&node.a, APP + 1, 4140, &elsewhere.collect::<Vec<_>>());
@@ -237,7 +237,7 @@ fn a_listener_elsewhere_on_loopback_is_handed_nothing() {
 /// F2: a family that the pod has no address of is captured within the pod, but is not there off
 /// it: the app is to go on with the other one.
 #[test]
-fn a_family_without_an_address_leads_nowhere() {
+fn f2_f10_a_family_without_an_address_leads_nowhere() {
     let lab = Lab::new("nowhere").expect("a lab");
     let mut agent = Agent::start(binary(), &lab).expect("the agent");
     let pod = lab.pod("a", PodNet::V6).expect("a pod");

@@ -479,9 +479,9 @@ fn a_call_from_loopback_off_the_pod_fails_as_the_kernel_has_it() {
     }
 }
 
-/// F71
+/// F71: the kernel sends packets from loopback off the pod where this sysctl is set.
 #[test]
-fn a_call_from_loopback_off_the_pod_is_captured_where_the_kernel_lets_it_out() {
+fn f71_a_call_from_loopback_off_the_pod_is_captured_where_the_kernel_lets_it_out() {
     for device in ["all", "eth0"] {
         let node = Node::new(&format!("localnet-{device}"));
         let key = format!("net.ipv4.conf.{device}.route_localnet");

@@ -284,7 +284,7 @@ fn refusal(errno: i32) -> i32 {
 /// F30: a process that keeps connections under way for ever takes its own pod's share of the
 /// node's map, and no more.
 #[test]
-fn a_pod_with_too_many_handshakes_under_way_fails_alone() {
+fn f30_f72_a_pod_with_too_many_handshakes_under_way_fails_alone() {
     let node = Node::enrolled("hostile");
     let _victims = Sidecar::start(&node.b);
     // A queue that is full drops SYNs: their senders wait.
@@ -355,7 +355,7 @@ fn track_connections(pod: &sidestep_lab::Pod) {
 /// F21, F30: a connection whose SYN leaves after the others have taken the share. With conntrack in
 /// the pod, the kernel has an answer of its own: where the connection really went.
 #[test]
-fn with_no_room_for_handovers_the_sidecar_is_told_nothing_rather_than_something_wrong() {
+fn f21_f30_with_no_room_for_handovers_the_sidecar_is_told_nothing_rather_than_something_wrong() {
     use std::io::Write;
     let node = Node::enrolled("full");
     node.a.sysctl("net.ipv4.tcp_fastopen", "1543").expect("server and client, no cookie needed");

@@ -489,7 +489,7 @@ fn answered(Pair { client, server }: &Pair) -> bool {
 
 /// F41: all packets between the pods are dropped from some moment on, as a CNI's policy does.
 #[test]
-fn a_policy_that_comes_later_stops_a_spliced_connection() {
+fn f41_a_policy_that_comes_later_stops_a_spliced_connection() {
     let node = Splicing::start_refreshing("policy", "sidecar", 1);
     let pair = node.connect(Leg::Sidecar);
     node.wait_spliced(2);
@@ -526,7 +526,7 @@ fn a_policy_that_comes_later_stops_a_spliced_connection() {
 /// F40: connection tracking forgets a connection of which it sees no packet; what is sent by TCP
 /// again is then dropped by rules that let only known connections through.
 #[test]
-fn conntrack_does_not_forget_a_spliced_connection_that_talks() {
+fn f40_conntrack_does_not_forget_a_spliced_connection_that_talks() {
     let node = Splicing::start_refreshing("conntrack", "sidecar", 1);
     nft(
         &node.b,
@@ -562,7 +562,7 @@ fn conntrack_does_not_forget_a_spliced_connection_that_talks() {
 
 /// F43: a sidecar's socket that is in a sockmap of its own stays with TCP, and it is said why.
 #[test]
-fn a_socket_in_another_sockmap_stays_with_tcp() {
+fn f43_a_socket_in_another_sockmap_stays_with_tcp() {
     let splicing = Splicing::start("another-map", "sidecar");
     let another = sockmap();
     let pair = splicing.connect(Leg::Sidecar);
@@ -579,7 +579,7 @@ fn a_socket_in_another_sockmap_stays_with_tcp() {
 
 /// F30: a pod's connections that are spliced take its own share of the room, and no more.
 #[test]
-fn a_pod_with_too_many_spliced_sockets_takes_no_room_of_others() {
+fn f30_a_pod_with_too_many_spliced_sockets_takes_no_room_of_others() {
     let splicing = Splicing::start("share", "sidecar");
     let maps = splicing.agent.bpffs().join(LAYOUT).join("maps");
     let used = MapHandle::from_pinned_path(maps.join("splice_shares")).expect("a pinned map");

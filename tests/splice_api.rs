@@ -103,13 +103,12 @@ rows![
         get(reader, 4);
         format!("{woken:?} {}", sent > 4)
     }),
-    // F42, this and the next.
-    row(zero_length_read["zero-length read"], |writer, reader| {
+    row(f42_zero_length_read["zero-length read"], |writer, reader| {
         put(writer, b"bytes");
         get(reader, 5);
         format!("{:?}", recv(reader.as_raw_fd(), &mut [], MsgFlags::empty()))
     }),
-    row(partly_invalid_buffer["partly invalid buffer"], |writer, reader| {
+    row(f42_partly_invalid_buffer["partly invalid buffer"], |writer, reader| {
         put(writer, &[7; 200]);
         assert_eq!(settled(200, || unread_bytes(reader)), 200);
         let seen = half_bad(reader);

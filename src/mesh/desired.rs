@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn ipv6_is_captured_where_istio_would() {
+    fn f65_ipv6_is_captured_where_istio_would() {
         let mut dual = candidate("ns/a", 7, "10.0.0.7");
         let v6: IpAddr = "fd00::7".parse().expect("an address");
         Arc::make_mut(&mut dual.netns).addresses.push((v6, 2));
@@ -499,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn families_are_those_of_the_namespace() {
+    fn f2_f10_families_are_those_of_the_namespace() {
         let ip = |text: &str| -> IpAddr { text.parse().expect("an address") };
         // F10: an IPv6 pod of EKS has an IPv4 address that the API server does not know.
         let mut eks = candidate("ns/a", 7, "fd00::7");

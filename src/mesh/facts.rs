@@ -574,7 +574,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kuma_pod_without_a_configuration() {
+    fn f60_f62_a_kuma_pod_without_a_configuration() {
         let facts = kuma(|_| {}).expect("in the mesh").facts;
         assert_eq!((facts.mesh.name, facts.proxy_uid, facts.proxy_gid), ("kuma", Some(5678), None));
         assert_eq!((facts.inbound_port, facts.tcp_dns), (15006, TcpDns::Direct));

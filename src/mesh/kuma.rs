@@ -364,10 +364,9 @@ fn settings_of(
                    which Kuma takes the servers";
         read.warn(&format!("{CONFIG}: redirect.dns.captureAll"), "false", why);
     }
-    let dns_port = match captures_dns {
-        true => Some(read.or(flow_port("dns", dns.port, DEFAULT_DNS_PORT), DEFAULT_DNS_PORT)?),
-        false => None,
-    };
+    // Kuma's injector writes 0 where it has DNS switched off.
+    let dns_port = dns.port.filter(|port| captures_dns || *port != json!(0));
+    let dns_port = read.or(flow_port("dns", dns_port, DEFAULT_DNS_PORT), DEFAULT_DNS_PORT)?;
     let policy = configured_policy(&inbound, &outbound, read);
     Ok(Settings {
         proxy_uid: Some(read.or(user, DEFAULT_UID)?),
@@ -378,7 +377,7 @@ fn settings_of(
         )?,
         inbound_port: read
             .or(flow_port("inbound", inbound.port, DEFAULT_INBOUND_PORT), DEFAULT_INBOUND_PORT)?,
-        dns_port,
+        dns_port: captures_dns.then_some(dns_port),
         // The rule for DNS over TCP is appended: a jump that is inserted comes before it.
         tcp_dns: match outbound.insert_redirect_instead_of_append {
             Some(true) => TcpDns::AsAnyPort,
@@ -446,7 +445,8 @@ fn configured_policy(
     Ok(policy)
 }
 
-/// A `port` of the configuration: a number that is not zero.
+/// A `port` of the configuration. Kuma's `Port` refuses zero as it is read, so also where another
+/// spelling of the field overrides it.
 fn flow_port(flow: &str, value: Option<Value>, default: u16) -> Result<u16, FactsError> {
     let Some(value) = value else {
         return Ok(default);
@@ -599,7 +599,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_of_users() {
+    fn f67_ports_of_users() {
         let key = EXCLUDE_OUTBOUND_FOR_UIDS;
         let one = |protocol, ports: &[(u16, u16)], first_uid, last_uid| UidExclusion {
             protocol,
