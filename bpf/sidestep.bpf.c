@@ -45,6 +45,9 @@ const volatile struct shared {
 	__u32 dns4_net;
 	__u32 dns4_mask;
 	__u32 dns6_subnet;
+	__u32 canary4;
+	__u64 canary6_hi;
+	__u64 canary6_lo;
 	__u32 splice_large;
 	__u32 splice_limit;
 } shared = {
@@ -64,6 +67,9 @@ const volatile struct shared {
 	.dns4_net = DNS4_NET,
 	.dns4_mask = DNS4_MASK,
 	.dns6_subnet = DNS6_SUBNET,
+	.canary4 = CANARY4,
+	.canary6_hi = CANARY6_HI,
+	.canary6_lo = CANARY6_LO,
 	.splice_large = SPLICE_LARGE,
 	.splice_limit = SPLICE_LIMIT,
 };

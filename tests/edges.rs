@@ -338,7 +338,7 @@ fn others_go_on_working(node: &mut Node, cgroup: &Path) {
         assert_original(&probe.expect("steered"), inbound);
     };
     for _ in 0..2 {
-        let mut other = Agent::start_on(binary(), &node.lab, cgroup).expect("another agent");
+        let mut other = Agent::start_on(binary(), &node.lab, cgroup, &[]).expect("another agent");
         other.add_pod(&other_pod).expect("a manifest");
         other.wait_enrolled(&other_pod).expect("enrolled");
         works(&node.a);

@@ -57,9 +57,10 @@ impl Agent {
         Self::make(binary, lab, lab.cgroup(), None, flags, Some(pins.to_owned()))
     }
 
-    /// Like [`Agent::start`], on another cgroup than the lab's.
-    pub fn start_on(binary: &Path, lab: &Lab, cgroup: &Path) -> Result<Self> {
-        Self::make(binary, lab, cgroup, None, Vec::new(), None)
+    /// Like [`Agent::start`], on another cgroup than the lab's, with more flags for `run`.
+    pub fn start_on(binary: &Path, lab: &Lab, cgroup: &Path, flags: &[&str]) -> Result<Self> {
+        let flags = flags.iter().map(Into::into).collect();
+        Self::make(binary, lab, cgroup, None, flags, None)
     }
 
     /// Like [`Agent::start`] with other pods than those of a directory of manifests: `source` is

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use anyhow::Result;
@@ -12,9 +12,9 @@ use super::{Controller, Look, Source, is_done};
 use crate::{
     dataplane::StalePeer,
     mesh::facts,
-    node::{self, Closed, Nat, Netns, NetnsCookie},
+    node::{self, Closed, Nat, Netns, NetnsCookie, udp},
     problem::{Problem, Reason},
-    service::{Catalog, Options},
+    service::{Catalog, Options, canary},
     source::{Snapshot, SourcePod, manifests::NETNS_ANNOTATION},
 };
 
@@ -34,6 +34,10 @@ pub(super) struct Services {
     plain: BTreeMap<(String, String), Plain>,
     /// Why connected UDP sockets whose endpoint is gone stay open.
     cannot_close: Option<Problem>,
+    /// What is not translated, though it should be, by the node's namespace and by that of a pod.
+    dead: [Option<Problem>; 2],
+    /// The pod's.
+    dialled_in: NetnsCookie,
     /// What was wrong at the last sync: said once.
     problems: BTreeSet<Problem>,
 }
@@ -58,6 +62,8 @@ impl Services {
             are_namespaces_written: false,
             plain: BTreeMap::new(),
             cannot_close: None,
+            dead: [None, None],
+            dialled_in: NetnsCookie::NONE,
             problems: BTreeSet::new(),
         }
     }
@@ -84,6 +90,7 @@ impl Controller {
             services.problems.insert(Problem::node(format!("Services: {error:#}")));
         }
         let more = services.source.iter().chain(&services.full).chain(&services.cannot_close);
+        let more = more.chain(services.dead.iter().flatten());
         services.problems.extend(more.cloned());
         services.problems.extend(services.catalog.problems());
         self.say(&before, &services.problems);
@@ -118,12 +125,16 @@ impl Controller {
         if services.is_applied {
             let again = look == Look::Everything && !services.full.is_empty();
             if changes.is_empty() && !again {
-                // A namespace may have become known since the last change.
-                return if look == Look::Everything { self.close_stale(services) } else { Ok(()) };
+                if look == Look::Everything {
+                    self.dial_canaries(services);
+                    // A namespace may have become known since the last change.
+                    self.close_stale(services)?;
+                }
+                return Ok(());
             }
         } else {
-            let all = services.catalog.lists();
-            changes = all.map(|(key, list)| (key.clone(), Some(list.clone()))).collect();
+            let all = services.catalog.lists().map(|(key, list)| (key.clone(), list.clone()));
+            changes = all.chain(canary::lists()).map(|(key, list)| (key, Some(list))).collect();
         }
         let lists = changes.len();
         services.is_applied = false;
@@ -135,7 +146,44 @@ impl Controller {
             Problem { reason: Reason::InvalidService, pod: None, text }
         });
         services.full = full.collect();
+        self.dial_canaries(services);
         self.close_stale(services)
+    }
+
+    /// Sees that calls are translated, from the node's namespace and from that of one pod after the
+    /// other: that the programs are attached, and to what, proves nothing.
+    fn dial_canaries(&self, services: &mut Services) {
+        let dead = |from: &str, dialled: Result<()>| {
+            let error = dialled.err()?;
+            Some(Problem::node(format!(
+                "Services are not translated in {from}: {error:#}; another program may come \
+                 first, or cgroup {} may not be the one that processes are in",
+                self.cgroup
+            )))
+        };
+        if !services.are_namespaces_written {
+            return;
+        }
+        services.dead[0] = dead("the node's network namespace", canary::dial(udp::connect));
+        let pods = || services.namespaces.difference(&self.host).copied();
+        let next = pods().find(|cookie| *cookie > services.dialled_in).or_else(|| pods().next());
+        services.dialled_in = next.unwrap_or(NetnsCookie::NONE);
+        services.dead[1] = next.and_then(|cookie| {
+            let path = self.netns_path(services, cookie)?;
+            // One that is gone is found out elsewhere.
+            let dialled =
+                Netns::open_as(path, cookie).ok()?.inside(|| canary::dial(udp::connect)).ok()?;
+            dead(&format!("{}", path.display()), dialled)
+        });
+    }
+
+    /// Where the namespace of a pod is, if its pod is known.
+    fn netns_path<'a>(&'a self, services: &'a Services, cookie: NetnsCookie) -> Option<&'a Path> {
+        let mesh = self.pods.get(&cookie).map(|pod| &*pod.netns.path);
+        mesh.or_else(|| {
+            let plain = services.plain.values().find(|pod| pod.cookie == cookie);
+            plain.map(|pod| &*pod.netns)
+        })
     }
 
     /// Closes the connected UDP sockets whose endpoint is gone: nothing else would tell them, and
@@ -154,11 +202,7 @@ impl Controller {
             let closed = if self.host.contains(&cookie) {
                 close()
             } else {
-                let plain = services.plain.values().find(|pod| pod.cookie == cookie);
-                let plain = plain.map(|pod| &pod.netns);
-                let mesh = self.pods.get(&cookie).map(|pod| &pod.netns.path);
-                // Nobody knows it yet, or its pod is gone.
-                let Some(path) = mesh.or(plain) else { continue };
+                let Some(path) = self.netns_path(services, cookie) else { continue };
                 Netns::open_as(path, cookie)?.inside(close)?
             };
             let mut count = 0;

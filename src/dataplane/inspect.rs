@@ -21,7 +21,7 @@ use super::{
 use crate::{
     mesh::{self, entries::Record},
     node::{self, NetnsCookie},
-    service::Frontend,
+    service::{Frontend, canary::CANARIES},
     splice::LegState,
 };
 
@@ -196,7 +196,8 @@ fn count(map: &MapHandle, index: u32, name: &str) -> Result<u64> {
     values.iter().map(|value| abi::from_bytes::<u64>(value)).sum()
 }
 
-/// Services as the kernel has them: what can be dialled, and where that leads. None where an agent
+/// Services as the kernel has them: what can be dialled, and where that leads, without the agent's
+/// canaries. None where an agent
 /// of an older build made the maps, which knows of no Services.
 ///
 /// # Errors
@@ -212,7 +213,8 @@ pub fn services(pins: &Pins) -> Result<BTreeMap<Frontend, BTreeSet<SocketAddr>>>
     }
     let services = table::read_as::<abi::frontend, u32>(&pins.open_map("services")?)?;
     let found = services.into_iter().filter_map(|(frontend, number)| {
-        Some((frontend_from(&frontend)?, lists.get(&number).cloned().unwrap_or_default()))
+        let frontend = frontend_from(&frontend).filter(|one| !CANARIES.contains(&one.ip))?;
+        Some((frontend, lists.get(&number).cloned().unwrap_or_default()))
     });
     Ok(found.collect())
 }

@@ -58,7 +58,10 @@ pub use unload::{Unloaded, unload};
 
 #[cfg(test)]
 mod tests {
-    use std::mem::MaybeUninit;
+    use std::{
+        mem::MaybeUninit,
+        net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    };
 
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 
@@ -72,6 +75,7 @@ mod tests {
     use crate::{
         mesh::{self, desired},
         node::{ANY, LOCALHOST, lo},
+        service,
     };
 
     #[test]
@@ -109,6 +113,10 @@ mod tests {
         assert_eq!((u128::from(lo::VIA6.0), lo::VIA6.1), (via6, 64));
         let dns6 = via6 | u128::from(shared.dns6_subnet) << 32;
         assert_eq!((u128::from(lo::DNS6.0), lo::DNS6.1), (dns6, 96));
+        let canary6 = u128::from(shared.canary6_hi) << 64 | u128::from(shared.canary6_lo);
+        let canaries =
+            [IpAddr::from(Ipv4Addr::from(shared.canary4)), Ipv6Addr::from(canary6).into()];
+        assert_eq!(service::canary::CANARIES, canaries);
         assert_eq!(shared.splice_large as usize, splice_selftest::LARGE);
         assert_eq!(shared.splice_limit as usize, splice_selftest::LIMIT);
     }

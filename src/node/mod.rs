@@ -8,7 +8,7 @@ mod netfilter;
 mod netns;
 pub mod pod_netns;
 mod sandbox;
-mod udp;
+pub mod udp;
 
 pub use cgroup::Cgroup;
 pub use facts::{ADDRESSES, NetnsFacts, own_addresses};

@@ -1,8 +1,9 @@
-//! Closing a UDP socket of another process, as `ss --kill` does.
+//! Connected UDP sockets: which addresses one would have, and closing another process' as `ss --kill`
+//! does.
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     os::fd::AsRawFd,
 };
 
@@ -20,6 +21,19 @@ use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffe
 const SOCK_DESTROY: u16 = 21;
 /// The length of `struct nlmsghdr` with `struct inet_diag_req_v2`.
 const REQUEST: u32 = 16 + 56;
+
+/// A socket's own address and its peer's, of one that is connected to `to` from the calling thread's
+/// namespace. Nothing is sent.
+///
+/// # Errors
+/// Where the kernel refuses to connect.
+pub fn connect(to: SocketAddr) -> io::Result<(SocketAddr, SocketAddr)> {
+    let any: IpAddr =
+        if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(to)?;
+    Ok((socket.local_addr()?, socket.peer_addr()?))
+}
 
 /// A connected UDP socket, as the kernel finds it: one that has been connected elsewhere meanwhile,
 /// or another at the same addresses, is not it.

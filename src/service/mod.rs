@@ -3,6 +3,7 @@
 //! [`object`] is what the API server and manifests say, [`facts`] what of it matters here,
 //! [`endpoints`] which endpoints are eligible, and [`catalog`] all Services of the cluster.
 
+pub mod canary;
 pub mod catalog;
 pub mod endpoints;
 pub mod facts;

@@ -92,6 +92,12 @@ impl Cluster {
         cluster
     }
 
+    /// Another agent, in the node's network namespace as well.
+    pub fn restart_with(&mut self, flags: &[&str]) {
+        let Self { agent, lab, .. } = self;
+        lab.on_node(|| agent.restart_with(flags)).expect("runs").expect("restarted");
+    }
+
     pub fn set(&self, file: &str, object: &Value) {
         self.agent.add_manifest(file, object).expect("manifest");
     }
