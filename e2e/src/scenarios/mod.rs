@@ -8,6 +8,7 @@ mod life;
 mod load;
 mod mesh;
 mod pods;
+mod services;
 mod switch;
 
 use std::fs;
@@ -97,7 +98,9 @@ impl Of {
 pub fn all() -> Vec<Scenario> {
     let alone = [birth::SCENARIOS, changes::SCENARIOS, faults::SCENARIOS].concat();
     let alone = alone.into_iter().map(|(name, doc, run)| (name, doc, Body::Agent(run)));
-    let mesh = [mesh::SCENARIOS, load::SCENARIOS, switch::SCENARIOS, life::SCENARIOS].concat();
+    let mesh =
+        [mesh::SCENARIOS, load::SCENARIOS, switch::SCENARIOS, services::SCENARIOS, life::SCENARIOS]
+            .concat();
     let mesh = mesh.into_iter().map(|(name, doc, of, run)| (name, doc, Body::Mesh(of, run)));
     alone.chain(mesh).map(|(name, doc, run)| Scenario { name, doc, run }).collect()
 }

@@ -1,0 +1,109 @@
+//! Services by Sidestep, where kube-proxy is not.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use sidestep_e2e::mesh::{Answered, Cluster};
+
+use super::{MeshRow, Of};
+
+pub const SCENARIOS: &[MeshRow] = &[(
+    "services-alone",
+    "Services are reached on a node that has no kube-proxy, in the mesh and beside it",
+    Of::All,
+    alone,
+)];
+
+/// A node with this label has no kube-proxy.
+const LABEL: &str = "sidestep-e2e/no-kube-proxy";
+const KUBE_PROXY: [&str; 4] = ["-n", "kube-system", "daemonset", "kube-proxy"];
+
+fn alone(cluster: &Cluster) -> Result<()> {
+    let result = without_kube_proxy(cluster);
+    // Others want the node as it was, also when that failed.
+    let back = kube_proxy_on(cluster, cluster.worker(0)?, true);
+    cluster.install_agent(&[])?;
+    result.and(back)
+}
+
+fn without_kube_proxy(cluster: &Cluster) -> Result<()> {
+    let (here, elsewhere) = (cluster.worker(0)?, cluster.worker(1)?);
+    let space = cluster.space("services-alone")?;
+    let outside = cluster.plain_space("services-outside")?;
+    outside.server("plain", elsewhere, json!({}))?;
+    space.server("server", elsewhere, json!({}))?;
+    outside.client("client", here, json!({}))?;
+    outside.wait_ready("plain")?;
+    outside.wait_ready("client")?;
+    space.wait_ready("server")?;
+    let name = format!("http://plain.{}/", outside.name());
+    let address = format!("http://{}/", cluster_ip(cluster, outside.name(), "plain")?);
+    let answers = |answered: &Answered| !answered.is_refused();
+    let fails = |answered: &Answered| matches!(answered, Answered::Not(_));
+    outside.get_until("client", &name, "kube-proxy to lead there", answers)?;
+
+    kube_proxy_on(cluster, here, false)?;
+    for url in [&name, &address] {
+        outside.get_until("client", url, "nobody to lead there", fails)?;
+    }
+    let api = cluster_ip(cluster, "default", "kubernetes")?;
+    let dial = format!("exec 3<>/dev/tcp/{api}/443");
+    let from_node = || cluster.shell(here).run(&["timeout", "3", "bash", "-c", &dial]);
+    ensure!(from_node().is_err(), "kube-proxy's rules are there still");
+
+    cluster.install_agent(&["--set", "services.enabled=true"])?;
+    // The name by kube-dns' address over UDP, the Service over TCP.
+    for url in [&name, &address] {
+        outside.get_until("client", url, "Sidestep to lead there", answers)?;
+    }
+    cluster.soon("the node to reach the API server by its Service", from_node)?;
+    // A pod that is new: its sidecar asks for the control plane by its Service.
+    space.client("late", here, json!({}))?;
+    space.wait_ready("late")?;
+    space.ensure_first_try("late")?;
+    space.get_known("late", "http://server/")?;
+    let status = cluster.status(here)?;
+    let counters = &status["service_counters"];
+    for counter in ["service_tcp4", "service_udp4"] {
+        ensure!(counters[counter].as_u64() > Some(0), "{counter}: {counters}");
+    }
+    ensure!(status["service_counters"]["service_torn"] == 0, "{counters}");
+    Ok(())
+}
+
+/// A Service's first address, as it is in a URL.
+fn cluster_ip(cluster: &Cluster, namespace: &str, name: &str) -> Result<String> {
+    let args = ["-n", namespace, "get", "service", name, "-o", "jsonpath={.spec.clusterIP}"];
+    let ip = cluster.kubectl(&args)?;
+    Ok(if ip.contains(':') { format!("[{}]", ip.trim()) } else { ip.trim().to_owned() })
+}
+
+/// Takes kube-proxy and its rules from a node, or has it come back there.
+fn kube_proxy_on(cluster: &Cluster, node: &str, is_wanted: bool) -> Result<()> {
+    let affinity = json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {
+        "nodeSelectorTerms": [{"matchExpressions": [{"key": LABEL, "operator": "DoesNotExist"}]}],
+    }}});
+    let affinity = if is_wanted { Value::Null } else { affinity };
+    let patch = json!({"spec": {"template": {"spec": {"affinity": affinity}}}}).to_string();
+    let [n, namespace, kind, name] = KUBE_PROXY;
+    let label = if is_wanted { format!("{LABEL}-") } else { format!("{LABEL}=") };
+    cluster.kubectl(&["label", "node", node, "--overwrite", &label])?;
+    cluster.kubectl(&[n, namespace, "patch", kind, name, "--type", "merge", "--patch", &patch])?;
+    let rollout = [n, namespace, "rollout", "status", kind, name, "--timeout", "180s"];
+    cluster.kubectl(&rollout)?;
+    if is_wanted {
+        return Ok(());
+    }
+    let field = format!("spec.nodeName={node}");
+    let pods =
+        ["get", "pods", "-l", "k8s-app=kube-proxy", "--field-selector", &field, "-o", "name"];
+    cluster.soon("kube-proxy to be gone", || {
+        let left = cluster.kubectl(&[&[n, namespace], &pods[..]].concat())?;
+        ensure!(left.trim().is_empty(), "{left}");
+        Ok(())
+    })?;
+    // It leaves its rules.
+    let clean = "for table in iptables ip6tables; do \
+                 $table-save | grep -v KUBE | $table-restore || exit; done; \
+                 for family in ip ip6; do nft delete table $family kube-proxy 2>/dev/null; done; true";
+    cluster.shell(node).script(clean, &[]).context("taking kube-proxy's rules away").map(drop)
+}
