@@ -1,5 +1,5 @@
-//! Directories that are watched for changes, where the kernel has watches left; else they are
-//! looked at with everything else.
+//! Directories watched for changes. If the kernel grants no watch, the agent looks at them in every
+//! round.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,26 +12,27 @@ use tokio::sync::mpsc;
 
 use crate::problem::Problem;
 
-/// What is watched.
+/// The purpose of a watch, for messages.
 #[derive(Debug)]
 pub struct Watches {
     changed: mpsc::Sender<()>,
-    /// None: it could not be had yet.
+    /// The watch; `None` while the kernel has not granted one.
     watched: BTreeMap<PathBuf, Option<RecommendedWatcher>>,
 }
 
 impl Watches {
-    /// None yet; `changed` is told of changes: a second one while the first is unread adds nothing.
+    /// Without watches at first. `changed` gets a message for each change; a second one while the
+    /// first is unread is dropped.
     pub fn new(changed: mpsc::Sender<()>) -> Self {
         Self { changed, watched: BTreeMap::new() }
     }
 
-    /// Watches a directory from now on, or from when that is possible.
+    /// Watches a directory from now on, or as soon as the kernel allows it.
     pub fn add(&mut self, dir: &Path) {
         self.watched.insert(dir.to_owned(), None);
     }
 
-    /// Tries again what could not be had; says what cannot.
+    /// Retries the watches that the kernel refused, and reports those that it still refuses.
     pub fn ensure(&mut self) -> BTreeSet<Problem> {
         let mut problems = BTreeSet::new();
         for (dir, watcher) in &mut self.watched {
@@ -108,7 +109,7 @@ mod tests {
         }
     }
 
-    /// F7: what cannot be watched is a problem until it can.
+    /// F7: a directory that cannot be watched is a problem until it can be.
     #[tokio::test]
     async fn f7_a_directory_is_watched_as_soon_as_it_can_be() {
         let dir = tempfile::tempdir().expect("a directory");

@@ -1,5 +1,4 @@
-//! How a Pod object is read: its annotations, labels, variables and lists, and what is wrong with
-//! them.
+//! Reads a Pod object: annotations, labels, variables and lists, and the errors in them.
 
 use std::{net::IpAddr, str::FromStr};
 
@@ -7,31 +6,31 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use thiserror::Error;
 
-/// What is wrong with a Pod object.
+/// An error in a Pod object.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum FactsError {
     /// A required field is missing.
     #[error("{0} is missing")]
     Missing(&'static str),
-    /// A field that cannot be read.
+    /// A field's value is invalid.
     #[error("{key}: {text:?}: {why}")]
     Invalid {
-        /// The annotation or field, and the field of an annotation that has such.
+        /// The annotation or field, and the field within an annotation that has several.
         key: String,
         /// The offending text.
         text: String,
-        /// What was expected.
+        /// The expected format.
         why: String,
     },
-    /// A mode of the mesh that is not implemented.
+    /// The pod asks for a mode of the mesh that is not implemented.
     #[error("{key}: {text:?} is not supported yet: the pod is not intercepted")]
     Unsupported {
-        /// The annotation, and the field of it where it has such.
+        /// The annotation, and the field within an annotation that has several.
         key: String,
         /// Its value.
         text: String,
     },
-    /// A pod of Istio's ambient mode that Istio's own agents have not taken.
+    /// The pod is in Istio's ambient mode, but Istio's own agents have not redirected it.
     #[error(
         "{DATAPLANE_MODE}: \"ambient\" is not supported yet, and Istio's own node agent has not \
          redirected the pod: it is not intercepted"
@@ -43,18 +42,18 @@ pub enum FactsError {
 pub(super) const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 pub(super) const AMBIENT: &str = "ambient";
 
-/// Keeps the first thing that cannot be read, and what the mesh does not care for.
+/// Collects the first error, and the items that the mesh ignores.
 #[derive(Default)]
 pub(crate) struct Reader {
     pub error: Option<FactsError>,
     pub warnings: Vec<FactsError>,
 }
 
-/// So many items that a mesh skips are named; the whole text has them all.
+/// The maximum number of skipped items that are named; the annotation itself has them all.
 const NAMED: usize = 8;
 
 impl Reader {
-    /// The value, or `default` where it is invalid. What is not supported stays an error.
+    /// The value, or `default` if it is invalid. An unsupported mode remains an error.
     pub fn or<T>(&mut self, read: Result<T, FactsError>, default: T) -> Result<T, FactsError> {
         match read {
             Err(error @ FactsError::Invalid { .. }) => {
@@ -65,12 +64,13 @@ impl Reader {
         }
     }
 
-    /// Something that changes nothing, and that the pod should know of.
+    /// Warns the pod of a value that has no effect.
     pub fn warn(&mut self, key: &str, text: &str, why: &str) {
         self.warnings.push(invalid(key, text, why));
     }
 
-    /// Items of a list that the mesh skips; `what` says what they are not.
+    /// Warns the pod of list items that the mesh skips; `what` is the kind of item that was
+    /// expected.
     pub fn skipped(&mut self, key: &str, text: &str, items: &[&str], what: &str) {
         if items.is_empty() {
             return;
@@ -92,8 +92,8 @@ pub(crate) fn label<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
     pod.metadata.labels.as_ref()?.get(key).map(String::as_str)
 }
 
-/// A container's environment variable, where it is there: of several with one name the last, and
-/// one that takes its value from elsewhere is empty, as for the meshes.
+/// A container's environment variable, if it is set: of several with one name the last. A variable
+/// that takes its value from elsewhere is empty, as for the meshes.
 pub(crate) fn env<'a>(container: &'a Container, name: &str) -> Option<&'a str> {
     let variables = container.env.as_deref().unwrap_or_default();
     let last = variables.iter().rfind(|variable| variable.name == name)?;
@@ -128,12 +128,12 @@ pub(crate) fn user(text: &str) -> Option<u32> {
     digits(text).filter(|id| *id != u32::MAX)
 }
 
-/// A number as the meshes write it: FromStr takes a sign as well.
+/// Parses a number as the meshes do; FromStr would accept a sign as well.
 pub(crate) fn digits<T: FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
-/// Sidestep's own switch.
+/// One of Sidestep's own switches.
 pub(crate) fn switch(key: &str, text: &str) -> Result<bool, FactsError> {
     match text {
         "enabled" => Ok(true),
@@ -142,7 +142,7 @@ pub(crate) fn switch(key: &str, text: &str) -> Result<bool, FactsError> {
     }
 }
 
-/// A container's user or group, where it is set and not zero.
+/// A container's user or group, if it is set and not zero.
 pub(crate) fn container_id(proxy: &Container, field: &str) -> Result<Option<u32>, FactsError> {
     let id = proxy.security_context.as_ref().and_then(|context| match field {
         "runAsUser" => context.run_as_user,

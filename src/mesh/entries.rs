@@ -14,44 +14,44 @@ use crate::node::{
     lo::{self, DnsRoute},
 };
 
-/// Everything that the maps should hold for one pod.
+/// The desired contents of the maps for one pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodEntries {
-    /// Its row, by which its connections are captured.
+    /// The row in `pods`, which makes the pod's connections captured.
     pub row: PodRow,
-    /// Who it is.
+    /// The pod's name, uid and namespace path.
     pub record: Record,
-    /// Its own addresses.
+    /// The pod's own addresses.
     pub locals: BTreeSet<IpAddr>,
-    /// Those of them by which other pods of the node may be spliced with it.
+    /// The addresses by which other pods of the node may be spliced with this one.
     pub spliced: BTreeSet<IpAddr>,
-    /// Where iptables' REDIRECT would lead what comes in by a device: the first address that it
-    /// has, by the device's index.
+    /// The target of iptables' REDIRECT for packets that a device receives: the device's first
+    /// address, by the device's index.
     pub device_addrs: BTreeMap<(u32, DeviceFamily), IpAddr>,
-    /// Port lists.
+    /// The port lists.
     pub port_rules: BTreeSet<PortRule>,
-    /// Address lists, and whether a range is a member: the longest that matches decides.
+    /// The address lists, and whether a range is a member: the longest match decides.
     pub cidr_rules: BTreeMap<CidrRule, bool>,
-    /// Users with ports of their own.
+    /// The users with port exclusions of their own.
     pub uid_rules: BTreeSet<UidRule>,
-    /// Exempt interfaces, by index.
+    /// The indices of exempt interfaces.
     pub excluded_ifs: BTreeSet<u32>,
 }
 
 /// The row of the kernel's `pods` map; see `struct pod` of bpf/lib/pod.h.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodRow {
-    /// The sidecar's user, which is exempt; none: no user is.
+    /// The sidecar's user, which is exempt, if any.
     pub proxy_uid: Option<u32>,
-    /// The sidecar's group, where it is exempt as well.
+    /// The sidecar's group, if it is exempt as well.
     pub proxy_gid: Option<u32>,
-    /// The pod's IPv4 address; none: it has none.
+    /// The pod's IPv4 address, if it has one.
     pub ip4: Option<Ipv4Addr>,
-    /// The pod's IPv6 address, a link-local one where it has no other; none: it has none.
+    /// The pod's IPv6 address, if it has one; a link-local one only if it has no other.
     pub ip6: Option<Ipv6Addr>,
-    /// IPv4 is captured: within the pod also where it has no such address.
+    /// Whether IPv4 is captured; within the pod that is possible without an IPv4 address.
     pub capture_v4: bool,
-    /// IPv6 is captured.
+    /// Whether IPv6 is captured.
     pub capture_v6: bool,
     /// The sidecar's calls to its own pod go to the inbound listener.
     pub self_inbound: bool,
@@ -69,32 +69,32 @@ pub struct PodRow {
     pub exclude_ifs: bool,
     /// Its connections within the node may skip the TCP/IP stack.
     pub splice: bool,
-    /// What is bound to 127.0.0.0/8 may call off the pod.
+    /// Whether sockets bound to 127.0.0.0/8 may call off the pod.
     pub route_localnet: bool,
-    /// The pod's own rules translate what comes in.
+    /// Whether the pod's own rules translate incoming connections.
     pub own_nat: bool,
-    /// DNS over TCP, where DNS is captured.
+    /// The treatment of DNS over TCP, if DNS is captured.
     pub tcp_dns: TcpDns,
-    /// The lists that have entries.
+    /// The lists that are not empty.
     pub sets: BTreeSet<RuleSet>,
-    /// The sidecar's outbound listener.
+    /// The port of the sidecar's outbound listener.
     pub out_port: u16,
-    /// The sidecar's inbound listener.
+    /// The port of the sidecar's inbound listener.
     pub in_port: u16,
-    /// Port never redirected from the sidecar to its own pod; 0: none.
+    /// The port that is never redirected from the sidecar to its own pod; 0 for none.
     pub hbone_port: u16,
-    /// The sidecar's DNS listener; 0: DNS is not captured.
+    /// The port of the sidecar's DNS listener; 0 if DNS is not captured.
     pub dns_port: u16,
-    /// Index into the counters.
+    /// The mesh's index into the counters.
     pub mesh: u16,
-    /// The device that has its address, by index; 0: it is not known.
+    /// The index of the device with the pod's address; 0 if unknown.
     pub device: u32,
-    /// Where captured DNS goes, by each device.
+    /// The routes for captured DNS, one per device.
     pub dns_routes: Vec<DnsRoute>,
 }
 
 impl PodRow {
-    /// What it takes of the pod's lo.
+    /// The additions to the pod's lo that this row needs.
     pub fn needs_of_lo(&self) -> lo::Needs {
         lo::Needs {
             ip4: self.ip4,
@@ -105,30 +105,30 @@ impl PodRow {
     }
 }
 
-/// A kind of addresses of which a device has a first one; `enum device_family` of
+/// A kind of address, of which each device has a first one; `enum device_family` of
 /// bpf/mesh/inbound.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DeviceFamily {
     /// IPv4.
     V4,
-    /// IPv6, whatever its scope: the kernel lists what is global first.
+    /// IPv6 of any scope: the kernel lists global addresses first.
     V6,
-    /// IPv6, link-local.
+    /// IPv6 link-local.
     V6Link,
 }
 
-/// What userspace remembers about an enrolled pod, beside its row.
+/// The agent's record of an enrolled pod, beside its row.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Record {
-    /// `namespace/name`.
+    /// The pod, as `namespace/name`.
     pub pod: String,
-    /// `metadata.uid`.
+    /// Its `metadata.uid`.
     pub uid: String,
-    /// Path of the network namespace.
+    /// The path of its network namespace.
     pub netns: PathBuf,
 }
 
-/// Which list a rule belongs to; `enum rule_set` of bpf/mesh/rules.h.
+/// The list that a rule belongs to; `enum rule_set` of bpf/mesh/rules.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RuleSet {
     /// Destination ports never captured outbound.
@@ -149,50 +149,50 @@ pub enum RuleSet {
     OutExcludeTcpUids(u32),
     /// UDP ports never captured outbound for this class of users.
     OutExcludeUdpUids(u32),
-    /// Every route of the pod; a member leads to an interface that is exempt.
+    /// Every route of the pod; a member leads to an exempt interface.
     OutExcludeRoutes,
 }
 
 /// An aligned power-of-two range of ports: all that share the first `bits` bits with `port`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PortRule {
-    /// The pod.
+    /// The pod's namespace.
     pub cookie: NetnsCookie,
-    /// The list.
+    /// The list that the rule belongs to.
     pub set: RuleSet,
-    /// First port of the range.
+    /// The first port of the range.
     pub port: u16,
-    /// 16 for one port, 0 for all.
+    /// The prefix length: 16 for one port, 0 for all.
     pub bits: u8,
 }
 
 /// An aligned power-of-two range of users: all that share the first `bits` bits with `uid`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct UidRule {
-    /// The pod.
+    /// The pod's namespace.
     pub cookie: NetnsCookie,
-    /// First user of the range.
+    /// The first user of the range.
     pub uid: u32,
-    /// 32 for one user, 0 for all.
+    /// The prefix length: 32 for one user, 0 for all.
     pub bits: u8,
-    /// Which class these users are in, from 1.
+    /// The class of these users, from 1.
     pub class: u32,
 }
 
 /// An address range, IPv4 in v4-mapped form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CidrRule {
-    /// The pod.
+    /// The pod's namespace.
     pub cookie: NetnsCookie,
-    /// The list.
+    /// The list that the range belongs to.
     pub set: RuleSet,
     /// The range; its host bits are zero.
     pub net: Ipv6Net,
-    /// It is one of IPv6 itself.
+    /// Whether it is a range of IPv6 itself.
     pub v6: bool,
 }
 
-/// How long the texts of a [`Record`] may be; `struct pod_record` of bpf/lib/records.h.
+/// The maximum lengths of the texts of a [`Record`]; `struct pod_record` of bpf/lib/records.h.
 pub const MAX_POD: usize = 320;
 /// See [`MAX_POD`].
 pub const MAX_UID: usize = 64;

@@ -1,4 +1,4 @@
-//! What a Pod object says about itself, parsed once. Pure.
+//! Facts about a pod, parsed once from the Pod object. Pure.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -15,75 +15,77 @@ use super::{
     policy::{Ipv6, Policy, TcpDns},
 };
 
-/// A pod that is in a mesh.
+/// A pod in a mesh.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodFacts {
-    /// `namespace/name`.
+    /// The pod, as `namespace/name`.
     pub name: String,
-    /// See [`pod_uid`]; may be empty.
+    /// Its uid, see [`pod_uid`]; may be empty.
     pub uid: String,
-    /// Its mesh.
+    /// The pod's mesh.
     pub mesh: &'static Mesh,
-    /// The sidecar's user, which is exempt; none: no user is.
+    /// The sidecar's user, which is exempt, if any.
     pub proxy_uid: Option<u32>,
-    /// The sidecar's group, where it is exempt as well.
+    /// The sidecar's group, if it is exempt as well.
     pub proxy_gid: Option<u32>,
-    /// The sidecar's outbound listener.
+    /// The port of the sidecar's outbound listener.
     pub outbound_port: u16,
-    /// The sidecar's inbound listener.
+    /// The port of the sidecar's inbound listener.
     pub inbound_port: u16,
-    /// The sidecar's DNS listener, where DNS is captured.
+    /// The port of the sidecar's DNS listener, if DNS is captured.
     pub dns_port: Option<u16>,
-    /// DNS over TCP, where DNS is captured.
+    /// The treatment of DNS over TCP, if DNS is captured.
     pub tcp_dns: TcpDns,
-    /// `status.podIPs`, may be empty.
+    /// The addresses in `status.podIPs`; may be empty.
     pub ips: Vec<IpAddr>,
-    /// When IPv6 is captured.
+    /// The condition for capturing IPv6.
     pub ipv6: Ipv6,
-    /// What its annotations include and exclude.
+    /// The includes and excludes of its annotations.
     pub policy: Policy,
-    /// Its connections within the node may skip the TCP/IP stack.
+    /// Whether its connections within the node may bypass the TCP/IP stack.
     pub splice: bool,
 }
 
-/// A pod's facts, and what is wrong with its annotations.
+/// A pod's facts, and the errors in its annotations.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Parsed {
-    /// The facts.
+    /// The pod's facts.
     pub facts: PodFacts,
-    /// A field or annotation that cannot be read. The policy then captures everything: a pod
-    /// whose exclusions are unknown must not send anything past its proxy.
+    /// A field or annotation is invalid. The policy then captures everything: a pod whose
+    /// exclusions are unknown must not send anything past its proxy.
     pub policy_error: Option<FactsError>,
-    /// What the mesh itself skips or ignores, and so do we: the rest of the policy holds.
+    /// Items that the mesh itself skips or ignores, as Sidestep does; the rest of the policy
+    /// applies.
     pub warnings: Vec<FactsError>,
-    /// `sidestep.io/splice` cannot be read. The pod's connections then stay with TCP.
+    /// `sidestep.io/splice` is invalid. The pod's connections then stay on TCP.
     pub splice_error: Option<FactsError>,
 }
 
-/// `namespace/name`, with Kubernetes' default namespace.
+/// The pod's name as `namespace/name`, with Kubernetes' default namespace.
 pub fn pod_name(pod: &Pod) -> Result<String, FactsError> {
     let name = pod.metadata.name.as_deref().filter(|name| !name.is_empty());
     let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
     Ok(format!("{namespace}/{}", name.ok_or(FactsError::Missing("metadata.name"))?))
 }
 
-/// The kubelet writes these into the mirror of a static pod: what it calls the pod itself, as its
-/// cgroups and `K8S_POD_UID` of CNI do. Source: kubernetes `pkg/kubelet/types/pod_update.go`.
+/// Annotations that the kubelet writes into the mirror of a static pod: the uid that it uses for
+/// the pod itself, in cgroups and in CNI's `K8S_POD_UID`. Source: kubernetes
+/// `pkg/kubelet/types/pod_update.go`.
 const STATIC_UID: [&str; 2] = ["kubernetes.io/config.mirror", "kubernetes.io/config.hash"];
 
-/// The uid that the node knows a pod by: `metadata.uid`, and of a static pod's mirror that of the
-/// static pod. May be empty.
+/// The uid that the node uses for a pod: `metadata.uid`, or for a static pod's mirror the static
+/// pod's. May be empty.
 pub fn pod_uid(pod: &Pod) -> &str {
     static_uid(pod).or(pod.metadata.uid.as_deref()).unwrap_or_default()
 }
 
-/// The uid of the static pod whose mirror this object says that it is.
+/// The uid of the static pod whose mirror this object claims to be.
 pub fn static_uid(pod: &Pod) -> Option<&str> {
     STATIC_UID.iter().find_map(|key| annotation(pod, key)).filter(|uid| !uid.is_empty())
 }
 
-/// Whether a uid is one that a kubelet gives to a static pod, the MD5 sum of its manifest: the API
-/// server's have dashes.
+/// Whether a uid has the form that a kubelet gives to a static pod, the MD5 sum of its manifest:
+/// the API server's uids have dashes.
 pub fn is_static_uid(uid: &str) -> bool {
     uid.len() == 32 && uid.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
@@ -97,8 +99,8 @@ pub fn own_iptables(pod: &Pod) -> Option<&'static Mesh> {
     MESHES.iter().copied().find(|mesh| has(mesh.init_container))
 }
 
-/// `sidestep.io/intercept`: `disabled` takes a pod out of Sidestep's hands, `enabled` keeps it
-/// there though its namespace says otherwise. A pod's annotation, a namespace's label.
+/// `sidestep.io/intercept`: `disabled` excludes a pod from Sidestep, `enabled` includes it although
+/// its namespace is excluded. A pod's annotation, a namespace's label.
 pub const INTERCEPT: &str = "sidestep.io/intercept";
 
 /// `sidestep.io/splice`: `disabled` keeps the pod's connections on TCP, `enabled` is the default.
@@ -109,8 +111,8 @@ pub const SPLICE: &str = "sidestep.io/splice";
 /// the default. A pod's annotation, a namespace's label.
 pub const SERVICES: &str = "sidestep.io/services";
 
-/// The pod as its namespace makes it: what the namespace says and the pod itself does not. Of a
-/// mesh's annotations that is what the mesh itself takes from there ([`Mesh::of_namespace`]).
+/// The pod, completed by the settings of its namespace that the pod does not set itself. Of a
+/// mesh's annotations, only those are inherited that the mesh inherits ([`Mesh::of_namespace`]).
 pub fn inherit(mut pod: Arc<Pod>, namespace: &ObjectMeta) -> Arc<Pod> {
     for key in [INTERCEPT, SPLICE, SERVICES] {
         let value = namespace.labels.as_ref().and_then(|labels| labels.get(key));
@@ -124,7 +126,7 @@ pub fn inherit(mut pod: Arc<Pod>, namespace: &ObjectMeta) -> Arc<Pod> {
             annotate(&mut pod, key, value);
         }
     }
-    // In a namespace of ambient mode every pod is in it that does not say "none".
+    // In a namespace of ambient mode, every pod is ambient that does not say "none".
     let mode = namespace.labels.as_ref().and_then(|labels| labels.get(DATAPLANE_MODE));
     if mode.is_some_and(|mode| mode == AMBIENT)
         && !matches!(label(&pod, DATAPLANE_MODE), Some(AMBIENT | "none"))
@@ -140,8 +142,7 @@ fn annotate(pod: &mut Arc<Pod>, key: &str, value: &str) {
     annotations.get_or_insert_default().insert(key.into(), value.into());
 }
 
-/// The facts of a pod that is in a mesh; `None` for one that is not, or that was taken out of
-/// Sidestep's hands.
+/// The facts of a pod in a mesh; `None` for a pod in no mesh, or excluded from Sidestep.
 pub fn facts(pod: &Pod) -> Result<Option<Parsed>, FactsError> {
     let name = pod_name(pod)?;
     if pod.spec.as_ref().is_some_and(|spec| spec.host_network == Some(true)) {
@@ -155,14 +156,13 @@ pub fn facts(pod: &Pod) -> Result<Option<Parsed>, FactsError> {
     if is_ambient(pod) { Err(FactsError::Ambient) } else { Ok(None) }
 }
 
-/// Whether Sidestep has something to do for the pod: it is in a mesh, or says so in a way that
-/// cannot be read.
+/// Whether Sidestep has to handle the pod: it is in a mesh, or its mesh settings are invalid.
 pub fn is_in_mesh(pod: &Pod) -> bool {
     !matches!(facts(pod), Ok(None) | Err(FactsError::Ambient))
 }
 
-/// Whether no mesh has to do with the pod: neither a sidecar, nor rules of its own, nor the node's
-/// proxy. What Sidestep was told to keep out of is a mesh's still.
+/// Whether the pod belongs to no mesh: it has no sidecar, no mesh rules of its own, and the node's
+/// proxy does not serve it. A pod that is excluded from Sidestep still belongs to its mesh.
 pub fn is_no_meshs(pod: &Pod) -> bool {
     let has_proxy = MESHES.iter().any(|mesh| (mesh.proxy_of)(pod).is_some());
     let redirection = annotation(pod, "ambient.istio.io/redirection");
@@ -170,16 +170,16 @@ pub fn is_no_meshs(pod: &Pod) -> bool {
     !has_proxy && own_iptables(pod).is_none() && !is_ambient
 }
 
-/// Whether the pod's calls to Services may be translated, as it says itself.
+/// Whether the pod's annotation allows translating its calls to Services.
 ///
 /// # Errors
-/// Where the annotation cannot be read: they are not translated then.
+/// If the annotation cannot be read: they are not translated then.
 pub fn translates_services(pod: &Pod) -> Result<bool, FactsError> {
     annotation(pod, SERVICES).map_or(Ok(true), |text| switch(SERVICES, text))
 }
 
-/// A pod whose traffic Istio means to go through the node's proxy, that runs, and that Istio's own
-/// CNI agent did not redirect. Source: istio/istio `cni/pkg/util/podutil.go`.
+/// Whether Istio should redirect the pod's traffic to the node's proxy, the pod runs, and Istio's
+/// CNI agent has not redirected it. Source: istio/istio `cni/pkg/util/podutil.go`.
 fn is_ambient(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     label(pod, DATAPLANE_MODE) == Some(AMBIENT)
@@ -195,8 +195,8 @@ fn facts_of(
     pod: &Pod,
     proxy: &Container,
 ) -> Result<Option<Parsed>, FactsError> {
-    // What cannot be read must not open a hole: the mesh's default stands in for it, and the
-    // policy captures everything.
+    // An invalid value must not open a hole: the mesh's default replaces it, and the policy
+    // captures everything.
     let mut read = Reader::default();
     let intercept = annotation(pod, INTERCEPT);
     if !read.or(intercept.map_or(Ok(true), |text| switch(INTERCEPT, text)), true)? {
@@ -230,7 +230,7 @@ fn facts_of(
     }))
 }
 
-/// Whether any mesh looks at this variable.
+/// Whether any mesh reads this variable.
 pub(crate) fn reads_env(name: &str) -> bool {
     MESHES.iter().any(|mesh| mesh.env.contains(&name))
 }

@@ -18,7 +18,7 @@ use super::{
     policy::{Ipv6, Policy, PortRange, Ports, Ranges, TcpDns},
 };
 
-/// The row.
+/// Istio's row of the table of meshes.
 pub const ISTIO: Mesh = Mesh {
     name: "istio",
     index: 0,
@@ -139,7 +139,7 @@ fn on(proxy: &Container, name: &str, read: &mut Reader) -> bool {
     })
 }
 
-/// Go's strconv.ParseBool.
+/// Parses a boolean as Go's strconv.ParseBool does.
 fn go_bool(text: &str) -> Option<bool> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),

@@ -23,7 +23,7 @@ use super::{
     policy::{Ipv6, Policy, PortRange, Ports, Protocol, Ranges, TcpDns, UidExclusion},
 };
 
-/// The row.
+/// Kuma's row of the table of meshes.
 pub const KUMA: Mesh = Mesh {
     name: "kuma",
     index: 2,

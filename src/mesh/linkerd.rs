@@ -17,7 +17,7 @@ use super::{
     policy::{Ipv6, Policy, PortRange, TcpDns},
 };
 
-/// The row.
+/// Linkerd's row of the table of meshes.
 pub const LINKERD: Mesh = Mesh {
     name: "linkerd",
     index: 1,

@@ -1,52 +1,53 @@
-//! What a mesh's rules say about a pod's traffic, whichever the mesh and however the pod says so.
+//! The policy of a mesh's rules for a pod's traffic, independent of the mesh and of the
+//! annotations' syntax.
 
 use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-/// What becomes of DNS over TCP in a pod whose DNS is captured.
+/// The treatment of DNS over TCP in a pod whose DNS is captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TcpDns {
-    /// It goes to the sidecar's DNS listener.
+    /// DNS over TCP goes to the sidecar's DNS listener.
     Captured,
-    /// The app's is never captured; the sidecar's is as to any port.
+    /// The app's DNS over TCP is never captured; the sidecar's is treated as TCP to any other port.
     Direct,
-    /// It is TCP as to any port.
+    /// Port 53 is treated as any other TCP port.
     AsAnyPort,
 }
 
-/// When a pod's IPv6 is captured, given that it has an IPv6 address.
+/// The condition for capturing IPv6 in a pod that has an IPv6 address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ipv6 {
-    /// In any case.
+    /// IPv6 is always captured.
     Always,
-    /// Where its first address is an IPv6 one.
+    /// IPv6 is captured if the pod's first address is an IPv6 one.
     WhereFirst,
-    /// Never.
+    /// IPv6 is never captured.
     Never,
 }
 
-/// What an exclusion is about.
+/// The protocols of an exclusion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
-    /// TCP alone.
+    /// Only TCP.
     Tcp,
-    /// UDP alone.
+    /// Only UDP.
     Udp,
-    /// Both.
+    /// TCP and UDP.
     Both,
 }
 
-/// Ports never captured for some users.
+/// Ports that are never captured for some users.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UidExclusion {
-    /// Of this protocol.
+    /// The protocols of the exclusion.
     pub protocol: Protocol,
-    /// These ports.
+    /// The excluded ports.
     pub ports: BTreeSet<PortRange>,
-    /// From this user,
+    /// The first user of the range.
     pub first_uid: u32,
-    /// to this one, both included.
+    /// The last user of the range, included.
     pub last_uid: u32,
 }
 
@@ -72,46 +73,46 @@ impl PortRange {
 /// Included ports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ports {
-    /// `*`
+    /// All ports: `*`.
     All,
-    /// These only; may be none.
+    /// Only these ports; the list may be empty.
     Only(BTreeSet<PortRange>),
 }
 
 /// Included address ranges.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ranges {
-    /// `*`
+    /// All ranges: `*`.
     All,
-    /// These only; may be none.
+    /// Only these ranges; the list may be empty.
     Only(BTreeSet<IpNet>),
 }
 
-/// What is captured, in the terms of the mesh's own rules.
+/// The mesh's rules: which traffic of a pod is captured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
-    /// Beats everything outbound.
+    /// Excluded destination ports; they beat every other outbound rule.
     pub exclude_outbound_ports: BTreeSet<PortRange>,
-    /// Beats the outbound includes.
+    /// Excluded destination ranges; they beat the outbound includes.
     pub exclude_outbound_ranges: BTreeSet<IpNet>,
-    /// Adds to `include_outbound_ranges`.
+    /// Included destination ports, added to `include_outbound_ranges`.
     pub include_outbound_ports: BTreeSet<PortRange>,
-    /// Adds to `include_outbound_ports`.
+    /// Included destination ranges, added to `include_outbound_ports`.
     pub include_outbound_ranges: Ranges,
-    /// With `Only`, `exclude_inbound_ports` is ignored.
+    /// Included ports of the pod; with `Only`, `exclude_inbound_ports` is ignored.
     pub include_inbound_ports: Ports,
-    /// Added to the mesh's own.
+    /// Excluded ports of the pod, added to the mesh's own.
     pub exclude_inbound_ports: BTreeSet<PortRange>,
-    /// Sources never captured.
+    /// Sources that are never captured.
     pub exclude_inbound_ranges: BTreeSet<IpNet>,
-    /// Ports of users; beat everything outbound.
+    /// Excluded ports of users; they beat every other outbound rule.
     pub exclude_outbound_for_uids: Vec<UidExclusion>,
-    /// Names of interfaces whose traffic is never captured, either way.
+    /// Names of interfaces whose traffic is never captured, in either direction.
     pub exclude_interfaces: BTreeSet<String>,
 }
 
 impl Default for Policy {
-    /// Everything is captured, but for what the mesh itself exempts.
+    /// Captures everything that the mesh itself does not exempt.
     fn default() -> Self {
         Self {
             exclude_outbound_ports: BTreeSet::new(),

@@ -1,4 +1,4 @@
-//! What a pod may take of the maps that all pods share, and why a pod is not enrolled.
+//! A pod's quota in the maps that all pods share, and the reasons for not enrolling a pod.
 
 use std::path::PathBuf;
 
@@ -7,95 +7,95 @@ use thiserror::Error;
 use super::entries::PodEntries;
 use crate::node::ADDRESSES;
 
-/// Why a pod with valid facts cannot be enrolled.
+/// The reason why a pod with valid facts cannot be enrolled.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Refusal {
-    /// A pod's namespace cannot be the node's own: every process of the node would be captured.
+    /// The namespace is the node's own: every process of the node would be captured.
     #[error("network namespace {0} is the node's own: hostNetwork pods are never enrolled")]
     HostNetns(PathBuf),
     /// Two pods name the same namespace.
     #[error("network namespace {netns} is already claimed by pod {owner}")]
     Claimed {
-        /// The namespace.
+        /// The namespace's path.
         netns: PathBuf,
-        /// The pod that has it.
+        /// The pod that owns it.
         owner: String,
     },
-    /// Nothing to intercept.
+    /// The pod has no address, so there is nothing to intercept.
     #[error("the pod has no IP address, neither in status.podIPs nor in network namespace {0}")]
     NoAddress(PathBuf),
-    /// The record of a pod has room for so much only.
+    /// A text does not fit into the pod's record.
     #[error("{what} {text:?} is longer than {limit} bytes")]
     TooLong {
-        /// Which text.
+        /// The name of the text.
         what: &'static str,
-        /// The text.
+        /// The text itself.
         text: String,
-        /// How long it may be.
+        /// Its maximum length.
         limit: usize,
     },
-    /// The kernel's maps are full, but for what every other pod may need.
+    /// A map is full, except for the entries reserved for other pods.
     #[error("the {map} map is full: it has {limit} entries, and {share} are reserved for each pod")]
     Full {
-        /// The map.
+        /// The map's name.
         map: &'static str,
-        /// Its size.
+        /// The map's capacity.
         limit: usize,
-        /// What is there for each pod.
+        /// The number of entries reserved for each pod.
         share: usize,
     },
-    /// The pod asks for more than any may have.
+    /// The pod asks for more entries than any pod may have.
     #[error("its policy needs more than the {most} entries of the {map} map that a pod may have")]
     TooMany {
-        /// The map.
+        /// The map's name.
         map: &'static str,
-        /// What a pod may have.
+        /// The maximum for a pod.
         most: usize,
     },
-    /// The pod exempts interfaces, and the kernel has no way to know one.
+    /// The pod exempts interfaces, but the kernel does not tell programs the interface.
     #[error(
         "{key} {names:?}: this kernel cannot tell by which interface a connection arrives; \
          excluding interfaces needs Linux 5.17 or later"
     )]
     Interfaces {
-        /// The annotation.
+        /// The annotation that names the interfaces.
         key: &'static str,
-        /// The interfaces.
+        /// The names of the interfaces.
         names: String,
     },
 }
 
-/// What the kernel can do: the sizes of its maps, and what not every kernel has.
+/// The kernel's limits: the capacities of the maps, and a feature that not every kernel has.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Pods.
+    /// Capacity for pods.
     pub pods: usize,
-    /// Addresses of all pods.
+    /// Capacity for addresses of all pods.
     pub locals: usize,
-    /// Port rules of all pods.
+    /// Capacity for port rules of all pods.
     pub port_rules: usize,
-    /// Address rules of all pods.
+    /// Capacity for address rules of all pods.
     pub cidr_rules: usize,
-    /// User rules of all pods.
+    /// Capacity for user rules of all pods.
     pub uid_rules: usize,
-    /// Exempt interfaces of all pods.
+    /// Capacity for exempt interfaces of all pods.
     pub excluded_ifs: usize,
-    /// Whether it tells from which interface a new connection comes.
+    /// Whether programs see the interface of a new connection.
     pub tells_interface: bool,
 }
 
-/// What a pod may take of a map that all pods share.
+/// A pod's quota in a map that all pods share.
 #[derive(Debug, Clone, Copy)]
 pub struct Quota {
-    /// The map.
+    /// The map's name.
     pub map: &'static str,
-    /// No pod has more.
+    /// The maximum for a pod.
     pub most: usize,
-    /// As much is there for every pod that may come, whatever others have.
+    /// The number of entries reserved for every pod, whatever the others have.
     pub share: usize,
-    /// How many entries a pod takes.
+    /// Counts a pod's entries.
     pub entries: fn(&PodEntries) -> usize,
-    /// How many the map has room for.
+    /// The map's capacity.
     pub limit: fn(&Limits) -> usize,
 }
 
@@ -163,7 +163,8 @@ impl Quota {
 }
 
 impl Refusal {
-    /// Whether it is about the pod's policy alone: the pod can be enrolled without.
+    /// Whether the refusal concerns only the pod's policy, so that the pod can be enrolled without
+    /// it.
     pub(super) fn is_about_policy(&self) -> bool {
         match self {
             Self::TooMany { .. } => true,

@@ -22,10 +22,10 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// The cgroup at `path`, or the root of the hierarchy where there is none given.
+    /// The cgroup at `path`, or the root of the hierarchy without a path.
     ///
     /// # Errors
-    /// Where the path cannot be opened or is not cgroup v2, or no cgroup v2 is mounted.
+    /// If the path cannot be opened or is not cgroup v2, or no cgroup v2 is mounted.
     pub fn open(path: Option<&Path>) -> Result<Self> {
         match path {
             Some(path) => Self::at(path.to_owned()),
@@ -65,7 +65,7 @@ impl Cgroup {
         self.id == 1
     }
 
-    /// The kernel's id of it.
+    /// The kernel's id of the cgroup.
     pub fn id(&self) -> u64 {
         self.id
     }

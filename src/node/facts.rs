@@ -1,4 +1,4 @@
-//! What a network namespace says about itself.
+//! Reads a network namespace's addresses, interfaces, routes and NAT rules.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,33 +22,33 @@ use super::{
     netns::{Netns, NetnsCookie, netlink},
 };
 
-/// How many addresses of each family count as a pod's own.
+/// The number of addresses of each family that count as a pod's own.
 pub const ADDRESSES: usize = 64;
-/// The table that routing daemons and CNI plugins use.
+/// The main routing table, which routing daemons and CNI plugins use.
 const MAIN_TABLE: u32 = 254;
 
-/// What an enrolled pod's network namespace says about itself.
+/// The state of an enrolled pod's network namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetnsFacts {
-    /// Where the namespace is found.
+    /// The namespace's path.
     pub path: PathBuf,
     /// The kernel's identity of the namespace.
     pub cookie: NetnsCookie,
     /// The addresses of its interfaces, but for loopback, in the order of the kernel's list, which
     /// has IPv4 first; each with the index of its interface. Empty: they are not known.
     pub addresses: Vec<(IpAddr, u32)>,
-    /// It has more addresses than count.
+    /// Whether the namespace has more addresses than count.
     pub more_addresses: bool,
-    /// Its interfaces, by name: their indices.
+    /// The indices of its interfaces, by name.
     pub interfaces: BTreeMap<String, u32>,
     /// Its main table's routes, and the index of the interface that each leads to.
     pub routes: Vec<(IpNet, u32)>,
     /// Its sysctl `net.ipv4.conf.*.route_localnet` is set, of some device but lo: what is bound to
     /// 127.0.0.0/8 may call off the pod.
     pub route_localnet: bool,
-    /// It has rules of its own that translate what comes in.
+    /// Whether the pod's own rules translate incoming connections.
     pub own_nat: bool,
-    /// Packets that it has forwarded for others, since it was made.
+    /// The number of packets forwarded since the namespace was made.
     pub forwarded: u64,
 }
 
@@ -69,15 +69,15 @@ impl NetnsFacts {
 }
 
 impl Netns {
-    /// What the namespace says about itself.
+    /// The namespace's state.
     ///
     /// # Errors
-    /// Where it is no network namespace, or cannot be entered.
+    /// If it is no network namespace, or cannot be entered.
     pub fn facts(&self) -> Result<NetnsFacts> {
         self.inside(|| self.facts_here())?
     }
 
-    /// See [`Netns::facts`]; the calling thread is inside.
+    /// See [`Netns::facts`]; the calling thread must be inside the namespace.
     fn facts_here(&self) -> Result<NetnsFacts> {
         let interfaces = interfaces()?;
         let facts = NetnsFacts {
@@ -98,7 +98,7 @@ impl Netns {
     /// DNS; and where `with_routes` says so, with the main table's routes.
     ///
     /// # Errors
-    /// Where the namespace cannot be entered, or does not answer.
+    /// If the namespace cannot be entered, or does not answer.
     pub fn look(&self, with_routes: bool, with_dns: bool) -> Result<(NetnsFacts, Lo)> {
         let look = || -> Result<(NetnsFacts, Lo)> {
             let mut facts = self.facts_here()?;
@@ -137,7 +137,7 @@ const KUBE_IPVS: &str = "kube-ipvs0";
 /// given a device of its own.
 ///
 /// # Errors
-/// Where they cannot be read.
+/// If they cannot be read.
 pub fn own_addresses() -> Result<BTreeSet<IpAddr>> {
     let all = getifaddrs().context("cannot read interface addresses")?;
     let ips =
@@ -173,7 +173,7 @@ fn own_nat() -> bool {
     })
 }
 
-/// How many packets the calling thread's namespace has forwarded.
+/// The number of packets that the calling thread's namespace has forwarded.
 fn forwarded() -> Result<u64> {
     let read = |name: &str| {
         let path = format!("/proc/thread-self/net/{name}");
@@ -183,7 +183,7 @@ fn forwarded() -> Result<u64> {
     Ok(forwarded4(&read("snmp")?) + forwarded6(&read("snmp6").unwrap_or_default()))
 }
 
-/// Of the text of /proc/net/snmp: a line of names, and one of values.
+/// Parses /proc/net/snmp: a line of names, and a line of values.
 fn forwarded4(text: &str) -> u64 {
     let mut lines = text.lines().filter_map(|line| line.strip_prefix("Ip:"));
     let names = lines.next().unwrap_or_default().split_whitespace();
@@ -192,7 +192,7 @@ fn forwarded4(text: &str) -> u64 {
     found.and_then(|(_, value)| value.parse().ok()).unwrap_or(0)
 }
 
-/// Of the text of /proc/net/snmp6: a name and a value on each line.
+/// Parses /proc/net/snmp6: a name and a value per line.
 fn forwarded6(text: &str) -> u64 {
     let value = |line: &str| line.strip_prefix("Ip6OutForwDatagrams")?.trim().parse().ok();
     text.lines().find_map(value).unwrap_or(0)

@@ -1,5 +1,5 @@
-//! What a pod's lo needs for captured connections: local routes, and the address that the proxy
-//! calls the app from over IPv6.
+//! The additions to a pod's lo that captured connections need: local routes, and the address from
+//! which the proxy calls the app over IPv6.
 
 use std::{
     collections::BTreeSet,
@@ -35,27 +35,27 @@ pub const PASSTHROUGH_V6: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
 /// The kernel's table of local addresses.
 const LOCAL_TABLE: u32 = 255;
 
-/// What a pod's interception takes.
+/// The additions that a pod needs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// The pod's IPv4 address, from which it sends to captured connections; none: it has none.
+    /// The pod's IPv4 address, the source of captured connections, if it has one.
     pub ip4: Option<Ipv4Addr>,
-    /// The same for IPv6, a link-local one where it has no other.
+    /// The pod's IPv6 address, if it has one; a link-local one only if it has no other.
     pub ip6: Option<Ipv6Addr>,
-    /// IPv6 is captured.
+    /// Whether IPv6 is captured.
     pub capture_v6: bool,
-    /// Where captured DNS goes, by each device.
+    /// The routes for captured DNS, one per device.
     pub dns_routes: Vec<DnsRoute>,
 }
 
-/// A route for captured DNS: one by each device, as a socket may name the one that it sends by.
+/// A route for captured DNS. Each device has one, because a socket may name its device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DnsRoute {
-    /// The device, by index.
+    /// The device's index.
     pub device: u32,
-    /// The address of it that becomes the source.
+    /// The device's address that becomes the source.
     pub source: IpAddr,
-    /// It is the pod's own address: sockets that name no device get it.
+    /// Whether that is the pod's own address, which sockets use that name no device.
     pub own: bool,
 }
 
@@ -66,28 +66,28 @@ impl Netns {
     /// own init adds that one too). Idempotent.
     ///
     /// # Errors
-    /// Where the kernel refuses a route or the address.
+    /// If the kernel refuses a route or the address.
     pub fn prepare(&self, needs: &Needs) -> Result<()> {
         self.inside(|| netlink(|handle| prepare(handle, needs)))?
             .with_context(|| format!("cannot prepare {}", self.path().display()))
     }
 }
 
-/// What a pod's lo has for captured connections.
+/// The additions that a pod's lo has.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Lo {
-    /// The source of what is sent to [`VIA4`], where that is local.
+    /// The source of packets to [`VIA4`], if that range is local.
     source4: Option<IpAddr>,
-    /// The source of what is sent to [`VIA6`], where that is local.
+    /// The source of packets to [`VIA6`], if that range is local.
     source6: Option<IpAddr>,
-    /// It has the address that the proxy calls the app from over IPv6.
+    /// Whether lo has the address from which the proxy calls the app over IPv6.
     passthrough6: bool,
-    /// The source of what is sent to [`DNS4`] or [`DNS6`] by each device, where that is local.
+    /// The source of packets to [`DNS4`] or [`DNS6`] by each device, if that range is local.
     dns: BTreeSet<(u32, IpAddr)>,
 }
 
 impl Lo {
-    /// As [`Netns::prepare`] leaves it.
+    /// The state after [`Netns::prepare`].
     pub fn prepared(needs: &Needs) -> Self {
         Self {
             source4: needs.ip4.map(IpAddr::V4),
@@ -103,7 +103,7 @@ impl Lo {
         }
     }
 
-    /// Whether nothing of what a pod needs is missing.
+    /// Whether every addition that a pod needs is there.
     pub fn serves(&self, needs: &Needs) -> bool {
         let needed = Self::prepared(needs);
         let source6 = match needs.ip6 {
@@ -152,7 +152,7 @@ pub(super) async fn lo(handle: rtnetlink::Handle, dns_by: &[(IpAddr, u32)]) -> R
     Ok(Lo { source4, source6, passthrough6, dns })
 }
 
-/// The source of packets to a destination, where that is local; an unreachable one is not.
+/// The source that the kernel picks for a destination, if the destination is local and reachable.
 async fn local_source(handle: &rtnetlink::Handle, to: RouteMessage) -> Option<IpAddr> {
     let found = handle.route().get(to).execute().try_next().await.ok()??;
     let source = found.attributes.iter().find_map(|attribute| match attribute {

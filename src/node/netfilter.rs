@@ -42,12 +42,12 @@ const HEADER: usize = 16;
 /// The length of `struct nfgenmsg`.
 const FAMILY: usize = 4;
 
-/// What is translated.
+/// The direction whose addresses are translated.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Nat {
-    /// Connections that come in.
+    /// Incoming connections.
     pub inbound: bool,
-    /// Connections that the namespace's own processes make.
+    /// Outgoing connections of the namespace's own processes.
     pub outbound: bool,
 }
 
@@ -55,7 +55,7 @@ pub struct Nat {
 /// table of iptables' older kind counts as both, though it is empty.
 ///
 /// # Errors
-/// Where the kernel does not tell.
+/// If the kernel does not tell.
 pub fn nat() -> Result<Nat> {
     if !Path::new(CONNTRACK).exists() {
         return Ok(Nat::default());

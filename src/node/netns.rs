@@ -23,9 +23,9 @@ use crate::files;
 
 /// The index of lo, in every network namespace.
 pub const LO: u32 = 1;
-/// What a socket is bound to that takes connections to all addresses.
+/// The wildcard addresses: a socket bound to them accepts connections to all addresses.
 pub const ANY: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
-/// Where REDIRECT leads what a pod sends.
+/// The addresses to which REDIRECT leads the pod's own packets.
 pub const LOCALHOST: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
@@ -40,13 +40,13 @@ sockopt_impl!(
 pub struct NetnsCookie(pub u64);
 
 impl NetnsCookie {
-    /// No namespace's.
+    /// A value that no namespace has.
     pub const NONE: Self = Self(0);
 
-    /// Of the namespace that the calling thread is in.
+    /// The cookie of the calling thread's namespace.
     ///
     /// # Errors
-    /// Where no socket can be made, or the kernel has no cookies (before 5.14).
+    /// If no socket can be made, or the kernel has no cookies (before 5.14).
     pub fn current() -> Result<Self> {
         let (family, kind) = (AddressFamily::Unix, SockType::Datagram);
         let socket = socket(family, kind, SockFlag::SOCK_CLOEXEC, None);
@@ -75,21 +75,21 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// The namespace at `path`.
+    /// Opens the namespace at `path`.
     ///
     /// # Errors
-    /// Where there is nothing at the path.
+    /// If there is nothing at the path.
     pub fn open(path: &Path) -> Result<Self> {
         let file = files::open(path)
             .with_context(|| format!("cannot open network namespace {}", path.display()))?;
         Ok(Self { path: path.to_owned(), file })
     }
 
-    /// The namespace at `path`, if it is the one with this cookie: a process' number may have
-    /// become another's.
+    /// Opens the namespace at `path`, if it is the one with this cookie: a process number may
+    /// belong to another process by now.
     ///
     /// # Errors
-    /// Where there is nothing at the path, or another namespace.
+    /// If there is nothing at the path, or another namespace.
     pub fn open_as(path: &Path, cookie: NetnsCookie) -> Result<Self> {
         let netns = Self::open(path)?;
         let found = netns.cookie()?;
@@ -97,7 +97,7 @@ impl Netns {
         Ok(netns)
     }
 
-    /// Where it was opened.
+    /// The path at which the namespace was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -105,7 +105,7 @@ impl Netns {
     /// The kernel's identity of the namespace.
     ///
     /// # Errors
-    /// Where it is no network namespace, or cannot be entered.
+    /// If it is no network namespace, or cannot be entered.
     pub fn cookie(&self) -> Result<NetnsCookie> {
         self.inside(NetnsCookie::current)?
     }
@@ -113,7 +113,7 @@ impl Netns {
     /// Runs `work` on a thread of its own inside the namespace.
     ///
     /// # Errors
-    /// Where the namespace cannot be entered.
+    /// If the namespace cannot be entered.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -137,7 +137,7 @@ impl AsRawFd for Netns {
 /// with the thread.
 ///
 /// # Errors
-/// Where the namespace cannot be made.
+/// If the namespace cannot be made.
 pub fn in_new<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
     let made = || -> Result<T> {
         unshare(CloneFlags::CLONE_NEWNET).context("cannot create a network namespace")?;
@@ -163,11 +163,10 @@ pub(super) fn netlink<T, F: Future<Output = Result<T>>>(
     })
 }
 
-/// The cookies of the namespaces that cannot be a pod's: the agent's own, which is the node's,
-/// and the init process' where that may be looked at.
+/// The cookies of the namespaces that can never be a pod's: the agent's own, which is the node's,
 ///
 /// # Errors
-/// Where the agent's own cannot be read.
+/// If the agent's own cannot be read.
 pub fn host_cookies() -> Result<BTreeSet<NetnsCookie>> {
     let init = Netns::open(Path::new("/proc/1/ns/net")).and_then(|netns| netns.cookie());
     Ok(init.into_iter().chain([NetnsCookie::current()?]).collect())

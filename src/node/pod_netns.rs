@@ -1,5 +1,4 @@
-//! Which network namespace is a pod's: what the container runtime told, or what the pod's
-//! processes show.
+//! Finds a pod's network namespace: the container runtime names it, or the pod's processes show it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,14 +12,14 @@ use anyhow::{Context, Result};
 
 use super::netns::{Netns, NetnsCookie};
 
-/// Where a pod's network namespace is found.
+/// The place of a pod's network namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
-    /// A path that leads there: a bind mount, or a process of the pod.
+    /// A path to the namespace: a bind mount, or a process of the pod.
     pub path: PathBuf,
     /// The kernel's identity of the namespace. A path may come to lead elsewhere.
     pub cookie: NetnsCookie,
-    /// The sandbox's id, where the runtime told.
+    /// The sandbox's id, if the runtime has named it.
     pub container: Option<String>,
 }
 
@@ -39,7 +38,7 @@ impl Places {
         Self { proc: proc.to_owned(), pins: pins.to_owned(), known: BTreeMap::new() }
     }
 
-    /// Takes in what somebody knows for sure.
+    /// Records a pod's place that the runtime has named.
     pub fn remember(&mut self, uid: &str, place: Place) {
         if !uid.is_empty() {
             self.known.insert(uid.to_owned(), place);
@@ -51,24 +50,24 @@ impl Places {
         self.known.get(uid)
     }
 
-    /// Forgets where a pod is: it is not there any more.
+    /// Forgets the place of a pod that is gone.
     pub fn lost(&mut self, uid: &str) {
         self.known.remove(uid);
     }
 
-    /// Forgets a sandbox; one that has taken its place since is kept.
+    /// Forgets a sandbox, unless another one has replaced it.
     pub fn forget(&mut self, container: &str) {
         self.known.retain(|_, place| place.container.as_deref() != Some(container));
     }
 
-    /// Forgets the sandboxes that the runtime told of and that are not among these.
+    /// Forgets the sandboxes that the runtime has named, except these.
     pub fn keep_only(&mut self, containers: &BTreeSet<String>) {
         self.known.retain(|_, place| {
             place.container.as_ref().is_none_or(|container| containers.contains(container))
         });
     }
 
-    /// Forgets the pods that are not among these.
+    /// Forgets all pods except these.
     pub fn retain(&mut self, uids: &BTreeSet<String>) {
         self.known.retain(|uid, _| uids.contains(uid));
     }
@@ -78,7 +77,7 @@ impl Places {
     /// not show it, and why.
     ///
     /// # Errors
-    /// Where the processes cannot be listed, or those of a pod may not be looked at. One that is
+    /// If the processes cannot be listed, or those of a pod may not be looked at. One that is
     /// gone is passed over: they come and go.
     pub fn search(
         &mut self,
@@ -172,7 +171,7 @@ struct Process {
     user: Option<Namespace>,
 }
 
-/// What tells namespaces apart for as long as they live: device and inode number.
+/// The device and inode number of a namespace, unique while it lives.
 type Namespace = (u64, u64);
 
 /// The namespace at a path. Nothing is opened: it may be anything.
@@ -188,7 +187,7 @@ fn namespace(path: &Path) -> io::Result<Namespace> {
 /// without making a user namespace first is privileged. Of several processes the oldest.
 ///
 /// # Errors
-/// Where that does not tell, the reason.
+/// The reason why no process shows it.
 fn of_sandbox(
     mut processes: Vec<Process>,
     pinned: &BTreeSet<Namespace>,
@@ -307,7 +306,7 @@ mod tests {
         assert_eq!(pod_of_cgroups(&path).as_deref(), Some(UID));
     }
 
-    /// F19: what a pod's processes do to themselves is not believed.
+    /// F19: a pod's processes cannot choose another namespace for the pod.
     #[test]
     fn f19_only_the_sandboxs_own_namespace_counts() {
         let (node, inner) = (Some((4, 1)), Some((4, 2)));

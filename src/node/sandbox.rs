@@ -1,4 +1,4 @@
-//! What the container runtime tells of a pod.
+//! The container runtime's description of a pod.
 
 use std::path::PathBuf;
 
@@ -7,14 +7,14 @@ use serde::{Deserialize, Serialize};
 /// A pod's sandbox, as the container runtime made it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sandbox {
-    /// Its id.
+    /// The sandbox's id.
     pub container: String,
-    /// Its network namespace.
+    /// The path of its network namespace.
     pub netns: PathBuf,
-    /// The pod's namespace.
+    /// The Kubernetes namespace of its pod.
     pub namespace: String,
     /// The pod's name.
     pub pod: String,
-    /// The pod's uid, where the runtime tells it.
+    /// The pod's uid, if the runtime passes it.
     pub uid: Option<String>,
 }

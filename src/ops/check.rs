@@ -1,4 +1,4 @@
-//! What this kernel and machine offer, by asking them, never by reading versions.
+//! Checks the kernel and the machine by asking them, never by reading versions.
 
 use std::{
     collections::BTreeMap,
@@ -18,12 +18,12 @@ use crate::{
     text::beside,
 };
 
-/// The answers.
+/// The result of `sidestep check`.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// Version of this structure.
     pub version: u32,
-    /// Nothing is missing.
+    /// Whether nothing is missing.
     pub ok: bool,
     /// The running kernel, for the reader: nothing is decided by it.
     pub kernel: String,
@@ -41,7 +41,7 @@ pub struct Report {
 /// One thing that was looked for.
 #[derive(Debug, Serialize)]
 pub struct Item {
-    /// What.
+    /// The name of the requirement.
     pub name: String,
     /// Whether it is there.
     pub ok: bool,

@@ -17,9 +17,9 @@ use tracing::{debug, warn};
 
 use super::metrics::Metrics;
 
-/// Whoever connects and says nothing does not stay.
+/// A client that sends nothing is disconnected after this time.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Connections at the same time: each is a descriptor.
+/// The maximum of simultaneous connections; each takes a descriptor.
 const CONNECTIONS: usize = 64;
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -27,7 +27,7 @@ const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=
 /// address with the port that it got.
 ///
 /// # Errors
-/// Where the address cannot be listened on.
+/// If the address cannot be listened on.
 pub async fn serve(address: SocketAddr, metrics: Arc<Metrics>) -> Result<SocketAddr> {
     let listener = TcpListener::bind(address)
         .await
@@ -111,7 +111,7 @@ mod tests {
     use super::*;
     use crate::dataplane::{LAYOUT, Pins};
 
-    /// F32: connections that ask for nothing, or never end what they ask, keep nobody else out.
+    /// F32: clients that send nothing, or never complete a request, do not lock others out.
     #[tokio::test]
     async fn f32_those_who_only_connect_keep_nobody_out() {
         let metrics = Arc::new(Metrics::new(&Pins::new(Path::new("/nonexistent"), LAYOUT), 1));

@@ -47,7 +47,7 @@ type Labels = [(&'static str, String); 2];
 /// How full a map of the kernel is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fill {
-    /// Its name.
+    /// The map's name.
     pub map: &'static str,
     /// Entries that the agent wrote.
     pub entries: usize,
@@ -249,7 +249,7 @@ impl Metrics {
     /// Whether the agent's loop goes round.
     ///
     /// # Errors
-    /// Where it does not.
+    /// If it does not.
     pub fn health(&self) -> Result<()> {
         let last = *self.last_turn.lock().unwrap_or_else(PoisonError::into_inner);
         let idle = last.elapsed();
@@ -265,7 +265,7 @@ impl Metrics {
     /// is the node's is in force, and the source's first complete list is in the maps.
     ///
     /// # Errors
-    /// What is missing.
+    /// Names the missing part.
     pub fn ready(&self) -> Result<()> {
         if let Some(broken) = &*self.broken.lock().unwrap_or_else(PoisonError::into_inner) {
             bail!("{broken}");
@@ -293,7 +293,7 @@ impl Metrics {
     /// All of it, in OpenMetrics' text format.
     ///
     /// # Errors
-    /// Where it cannot be put into words.
+    /// If it cannot be put into words.
     pub fn text(&self) -> Result<String> {
         let mut text = String::new();
         encode(&mut text, &self.registry).context("cannot encode the metrics")?;

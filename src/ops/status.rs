@@ -20,18 +20,18 @@ use crate::{
     text::beside,
 };
 
-/// How long an agent may take to say what is wrong.
+/// The time limit for the agent's answer.
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// Names of pods that are longer have a line of their own.
+/// Longer names of pods get a line of their own.
 const NAME: usize = 34;
-/// How wide the column of the counters' names is.
+/// The width of the column of counter names.
 const COUNTER: usize = 24;
 
 /// The state of the node's data plane.
 #[derive(Debug, Serialize)]
 pub struct Status {
-    /// Version of this structure; moves when a field is renamed or removed.
+    /// The version of this structure; it changes when a field is renamed or removed.
     pub version: u32,
     /// Whether a data plane is installed at all.
     pub installed: bool,
@@ -43,36 +43,36 @@ pub struct Status {
     pub hooks: Vec<HookStatus>,
     /// Counters since the maps were made: mesh -> name -> value.
     pub counters: BTreeMap<&'static str, BTreeMap<&'static str, u64>>,
-    /// The same of Services: name -> value.
+    /// Counters of Services since the maps were made: name -> value.
     pub service_counters: BTreeMap<&'static str, u64>,
-    /// Services as the kernel has them, with `--services` alone.
+    /// The Services in the kernel's maps; only with `--services`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub services: Option<Vec<ServiceStatus>>,
-    /// What is wrong, says the agent; null: none answers.
+    /// The problems that the agent reports; null without an agent.
     pub problems: Option<Vec<ProblemStatus>>,
 }
 
-/// An address that leads to endpoints.
+/// An address that is translated to endpoints.
 #[derive(Debug, Serialize)]
 pub struct ServiceStatus {
-    /// What is dialled: `IP:port`.
+    /// The dialled address: `IP:port`.
     pub address: SocketAddr,
-    /// TCP or UDP.
+    /// The protocol, TCP or UDP.
     pub protocol: String,
-    /// Its endpoints; none: connections are refused.
+    /// The endpoints; if the list is empty, connections are refused.
     pub backends: BTreeSet<SocketAddr>,
 }
 
 /// An enrolled pod.
 #[derive(Debug, Serialize)]
 pub struct PodStatus {
-    /// `namespace/name`.
+    /// The pod, as `namespace/name`.
     pub pod: String,
     /// `metadata.uid`, may be empty.
     pub uid: String,
-    /// Name of its mesh.
+    /// The name of its mesh.
     pub mesh: &'static str,
-    /// Path of its network namespace.
+    /// The path of its network namespace.
     pub netns: PathBuf,
     /// The kernel's identity of the namespace, in decimal: JSON numbers cannot hold all of it.
     pub netns_cookie: String,
@@ -80,38 +80,38 @@ pub struct PodStatus {
     pub captured: Vec<IpAddr>,
     /// Whether the inbound program is attached to the namespace.
     pub inbound: bool,
-    /// Inbound listeners of the proxy that are known (of each SO_REUSEPORT group, up to 16).
+    /// The number of known inbound listeners of the proxy (of each SO_REUSEPORT group, up to 16).
     pub listeners: usize,
-    /// The sidecar's DNS listener; null: the pod's DNS is not captured.
+    /// The port of the sidecar's DNS listener; null if the pod's DNS is not captured.
     pub dns_port: Option<u16>,
 }
 
-/// Something that is wrong.
+/// A problem.
 #[derive(Debug, Serialize)]
 pub struct ProblemStatus {
     /// Of which kind: docs/metrics.md has them.
     pub reason: &'static str,
-    /// The pod it is about, as `namespace/name`; null: no single one.
+    /// The pod concerned, as `namespace/name`; null if it is not a single one.
     pub pod: Option<String>,
-    /// For people.
+    /// A sentence for people.
     pub text: String,
 }
 
-/// What is spliced.
+/// The state of splicing.
 #[derive(Debug, Default, Serialize)]
 pub struct SpliceStatus {
-    /// By name, `sidecar` and `app`: whether it is on, and why not.
+    /// The legs by name, `sidecar` and `app`: whether each is on, and why not.
     pub legs: BTreeMap<&'static str, LegState>,
-    /// Sockets that are spliced now; a connection has two.
+    /// The number of spliced sockets; a connection has two.
     pub sockets: usize,
 }
 
 /// A hook of the node.
 #[derive(Debug, Serialize)]
 pub struct HookStatus {
-    /// Name of the program.
+    /// The name of the program.
     pub name: &'static str,
-    /// Attached to a cgroup that exists.
+    /// Whether it is attached to an existing cgroup.
     pub attached: bool,
     /// That cgroup's id: the inode number of its directory. 0: not attached.
     pub cgroup_id: u64,
@@ -121,7 +121,7 @@ pub struct HookStatus {
 /// is one, what is wrong. `with_services` lists Services.
 ///
 /// # Errors
-/// Where a pinned map cannot be read.
+/// If a pinned map cannot be read.
 pub fn status(pins: &Pins, socket: &Path, with_services: bool) -> Result<Status> {
     let problems = problems(socket);
     if !pins.exist() {
@@ -179,7 +179,7 @@ pub fn status(pins: &Pins, socket: &Path, with_services: bool) -> Result<Status>
     })
 }
 
-/// Services as the kernel has them.
+/// Reads the Services from the kernel's maps.
 fn services(pins: &Pins) -> Result<Vec<ServiceStatus>> {
     let all = dataplane::services(pins)?.into_iter().map(|(frontend, backends)| ServiceStatus {
         address: SocketAddr::new(frontend.ip, frontend.port),
@@ -189,7 +189,7 @@ fn services(pins: &Pins) -> Result<Vec<ServiceStatus>> {
     Ok(all.collect())
 }
 
-/// What an agent says that listens there.
+/// Asks the agent that listens there for its problems.
 fn problems(socket: &Path) -> Option<Vec<ProblemStatus>> {
     let reply = plugin::ask(socket, &Request::Problems, ANSWER).ok()?;
     let told = |problem: Problem| ProblemStatus {
@@ -201,7 +201,7 @@ fn problems(socket: &Path) -> Option<Vec<ProblemStatus>> {
 }
 
 impl Status {
-    /// For people, in lines of at most [`crate::text::WIDTH`] columns.
+    /// The report for people, in lines of at most [`crate::text::WIDTH`] columns.
     pub fn text(&self) -> String {
         let mut text = String::new();
         for problem in self.problems.iter().flatten() {

@@ -1,4 +1,4 @@
-//! Logs.
+//! Logging.
 
 use std::io::IsTerminal;
 
@@ -11,13 +11,13 @@ use crate::dataplane;
 /// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Lines for people.
     Human,
-    /// One JSON object a line.
+    /// A JSON object per line.
     Json,
 }
 
-/// Each failed request, without saying what failed: the agent says it better.
+/// Targets that log each failed request without naming it: the agent logs these errors itself.
 const NOISE: &str = "kube_client::client::builder=off";
 
 /// Starts logging to standard error. `RUST_LOG` sets the level, `info` by default.
