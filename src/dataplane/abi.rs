@@ -1,4 +1,4 @@
-//! The kernel's structs as bytes, and between them and the agent's own types.
+//! The kernel's structs as bytes, and their conversion from and to the agent's own types.
 
 use std::{
     mem::size_of,
@@ -164,15 +164,15 @@ fn set_of(set: RuleSet) -> rule_set {
     }
 }
 
-/// Where the class of users is in a list's number; `UID_CLASS_SHIFT` of bpf/mesh/rules.h.
+/// The position of the class of users in a list's number; `UID_CLASS_SHIFT` of bpf/mesh/rules.h.
 pub(super) const UID_CLASS_SHIFT: u32 = 8;
 
-/// A list of one class of users.
+/// The number of the list of a class of users.
 fn of_class(set: rule_set, class: u32) -> rule_set {
     rule_set(set.0 | class << UID_CLASS_SHIFT)
 }
 
-/// Bits in front of the port or the address in a rule's key: the set and the cookie.
+/// The number of bits before the port or the address in a rule's key: the list and the cookie.
 const RULE_BITS: u32 = 96;
 
 pub(crate) fn port_key(rule: &PortRule) -> port_rule_key {
@@ -194,7 +194,7 @@ pub(crate) fn cidr_key(rule: &CidrRule) -> cidr_rule_key {
     }
 }
 
-/// Keeps the families apart; `CIDR_V6` of bpf/mesh/rules.h.
+/// The bit that separates the families; `CIDR_V6` of bpf/mesh/rules.h.
 pub(super) const CIDR_V6: u32 = 1 << 8;
 
 pub(crate) fn if_of(cookie: NetnsCookie, ifindex: u32) -> if_key {
@@ -277,7 +277,7 @@ fn untext(bytes: &[u8]) -> String {
 
 const _: () = assert!(size_of::<pod_record>() == MAX_POD + MAX_UID + MAX_NETNS);
 
-/// Fails when a field is too long for the kernel's record.
+/// Fails if a field is too long for the kernel's record.
 pub(crate) fn record_of(record: &Record) -> Result<pod_record> {
     Ok(pod_record {
         pod: text("pod name", &record.pod)?,
@@ -296,7 +296,7 @@ impl From<&pod_record> for Record {
     }
 }
 
-/// A reason that is longer than the record is cut, and says so: it is for people.
+/// Cuts a reason that is too long for the record, and marks the cut: it is for people.
 pub(crate) fn leg_of(state: &LegState) -> leg {
     let mut why = [0; 2044];
     let text = text::cut(&state.why, why.len(), " ... (`sidestep check -v` has the rest)");

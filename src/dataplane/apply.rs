@@ -1,5 +1,5 @@
-//! Makes the maps hold what is desired: what differs is written, pod by pod, and a pod that stays
-//! as it is costs nothing.
+//! Writes the desired contents into the maps: only differences, pod by pod. An unchanged pod costs
+//! nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,26 +30,26 @@ use crate::{
     service::{List, ListKey},
 };
 
-/// How soon the maps are read anew where something could not be written.
+/// The time after which the maps are read again if a write has failed.
 const READ_AGAIN: Duration = Duration::from_secs(60);
 
-/// What became of a goal.
+/// The result of a write.
 #[derive(Debug, Default)]
 pub struct Applied {
-    /// Entries that were written.
+    /// The number of written entries.
     pub written: usize,
-    /// Entries that were deleted.
+    /// The number of deleted entries.
     pub deleted: usize,
-    /// By cookie: pods whose entries could not be written.
+    /// The pods whose entries could not be written, by cookie.
     pub failed: BTreeMap<NetnsCookie, Failure>,
 }
 
-/// Why a pod's entries could not be written.
+/// The reason why a pod's entries could not be written.
 #[derive(Debug)]
 pub struct Failure {
-    /// The kernel's word.
+    /// The kernel's error.
     pub error: anyhow::Error,
-    /// The pod has a row by which everything of it is captured.
+    /// Whether the pod has a row that captures all of its traffic.
     pub is_captured: bool,
 }
 
@@ -59,7 +59,7 @@ impl Dataplane {
     /// is no room is taken away as a whole, and tried again next time.
     ///
     /// # Errors
-    /// Where a map cannot be read, or an entry cannot be deleted: what the maps hold is not known
+    /// If a map cannot be read, or an entry cannot be deleted: what the maps hold is not known
     /// then, and the next call needs all lists.
     pub fn apply_services(
         &mut self,
@@ -80,7 +80,7 @@ impl Dataplane {
     /// them.
     ///
     /// # Errors
-    /// Where the iterator fails.
+    /// If the iterator fails.
     pub fn stale_peers(&self) -> Result<Vec<StalePeer>> {
         let peers = self.skel.maps.service_peers.as_fd();
         let written = run(&self.skel.progs.find_stale_peers.attach_iter(peers)?)?;
@@ -88,10 +88,10 @@ impl Dataplane {
         found.map(|one| Ok(abi::from_bytes::<abi::stale_peer>(one)?.into())).collect()
     }
 
-    /// Makes these the namespaces whose calls are translated.
+    /// Sets the namespaces whose calls are translated.
     ///
     /// # Errors
-    /// Where the map cannot be written.
+    /// If the map cannot be written.
     pub fn translate_for(&mut self, namespaces: &BTreeSet<NetnsCookie>) -> Result<()> {
         let map = &self.skel.maps.service_netns;
         let mut holds = table::read(map)?;
@@ -103,13 +103,13 @@ impl Dataplane {
         table.upsert(&diff)
     }
 
-    /// Makes the maps hold what is desired, pod by pod: what is one pod's fault is no other's.
-    /// Those that leave come first, their rows before their rules; of the others, additions come
-    /// before the rows that need them, removals after. What belongs to the namespaces in `keep` is
-    /// not removed.
+    /// Writes the desired contents into the maps, pod by pod: a fault of one pod does not affect
+    /// another. Pods that leave come first, their rows before their rules; for the others,
+    /// additions come before the rows that need them, removals after. Entries of the namespaces in
+    /// `keep` are not removed.
     ///
     /// # Errors
-    /// Where a map cannot be read or written, named.
+    /// If a map cannot be read or written, named.
     pub fn apply(&mut self, desired: &Desired, keep: &BTreeSet<NetnsCookie>) -> Result<Applied> {
         let mut held = match self.known.take() {
             Some(held) => held,
@@ -121,27 +121,27 @@ impl Dataplane {
         let pods: BTreeSet<NetnsCookie> = desired.pods.keys().chain(keep).copied().collect();
         self.share_out(&pods)?;
         let applied = self.change(&mut held, desired, pods);
-        // Others may have put there what takes the room.
+        // Another program may have added entries that take the room.
         let is_failed = applied.as_ref().map_or(true, |applied| !applied.failed.is_empty());
         if !is_failed || self.read.elapsed() < READ_AGAIN {
             self.known = Some(held);
         }
         let applied = applied?;
         if applied.written + applied.deleted > 0 {
-            // What became of a pod may hold for its open connections.
+            // A failure may concern the pod's open connections.
             self.want_sweep(true)?;
         }
         Ok(applied)
     }
 
-    /// See [`Dataplane::apply`]; `pods` are those that are there afterwards.
+    /// See [`Dataplane::apply`]; `pods` are those that remain.
     fn change(
         &mut self,
         held: &mut Held,
         desired: &Desired,
         pods: BTreeSet<NetnsCookie>,
     ) -> Result<Applied> {
-        // An inbound program without its pod's row would pass everything: it goes first.
+        // An inbound program without its pod's row would pass everything, so it goes first.
         for cookie in self.links.steered() {
             if !pods.contains(&cookie) {
                 remove_inbound(&mut self.links, &self.pins, cookie)?;
@@ -192,7 +192,7 @@ impl Dataplane {
                 held.written.insert(*cookie, Arc::clone(pod));
                 continue;
             }
-            // There is room where the pod's former rules are gone. Meanwhile all is captured.
+            // Removing the pod's former rules makes room. Until then everything is captured.
             let is_captured = upsert(loaded, holds, &row_of(*cookie, &closed(pod))?).is_ok();
             let again = delete(loaded, holds, &diffs)
                 .and_then(|()| upsert(loaded, holds, &diffs))
@@ -209,8 +209,8 @@ impl Dataplane {
         Ok(applied)
     }
 
-    /// Gives these pods a share of what counts a pod's sockets, and takes it from others, once
-    /// nothing of theirs is in use: sockets of a pod that has left may have some still.
+    /// Gives these pods a quota in the maps that count a pod's sockets, and takes it from others
+    /// once none of their sockets is in use: a pod that has left may still have some.
     fn share_out(&mut self, pods: &BTreeSet<NetnsCookie>) -> Result<()> {
         if self.sharing.as_ref() == Some(pods) {
             return Ok(());
@@ -225,7 +225,7 @@ impl Dataplane {
     }
 }
 
-/// Says whether no other pods have a share any more.
+/// Returns whether no other pods have a quota any more.
 fn share_out(map: &impl MapCore, pods: &BTreeSet<NetnsCookie>) -> Result<bool> {
     let mut shares = table::read(map)?;
     let mut wanted: Entries = pods.iter().map(|cookie| table::entry(cookie, &0u32)).collect();
@@ -271,7 +271,7 @@ fn upsert(
     })
 }
 
-/// Deletes from the maps, the other way round.
+/// Deletes from the maps, in reverse order.
 fn delete(
     loaded: &SidestepMaps<'_>,
     holds: &mut [Entries; TABLES],
@@ -283,7 +283,7 @@ fn delete(
     })
 }
 
-/// A pod of which everything is captured, whatever its lists hold.
+/// A row that captures all of a pod's traffic, whatever its lists hold.
 fn closed(pod: &PodEntries) -> PodEntries {
     let row = PodRow {
         out_all: true,
@@ -296,7 +296,7 @@ fn closed(pod: &PodEntries) -> PodEntries {
     PodEntries { row, ..pod.clone() }
 }
 
-/// What writes a pod's record and row, which are last.
+/// The writes of a pod's record and row, which come last.
 fn row_of(cookie: NetnsCookie, pod: &PodEntries) -> Result<[Diff; TABLES]> {
     let mut diffs: [Diff; TABLES] = Default::default();
     for (table, diff) in ALL.iter().zip(&mut diffs).skip(TABLES - 2) {

@@ -1,4 +1,4 @@
-//! Puts the node's programs in force on its cgroup, before those of others.
+//! Attaches the node's programs to its cgroup, before those of others.
 
 use std::{
     os::fd::{AsFd, AsRawFd},
@@ -18,16 +18,16 @@ use super::{
 };
 use crate::node::Cgroup;
 
-/// How often the first place is taken back: whoever wants it too is told of, and not fought with.
+/// The interval at which Sidestep moves to the front: a rival program is reported, not fought with.
 const AGAIN: Duration = Duration::from_secs(60);
 
 impl Dataplane {
-    /// Puts the loaded programs in force on the cgroup: a hook that is there already is switched
-    /// over in one step, so that no connection finds it missing. What decides in an agent's place
-    /// whose maps have another layout goes on until [`Dataplane::take_over`].
+    /// Attaches the loaded programs to the cgroup. An existing hook is switched in one step, so
+    /// that no connection finds it missing. If an agent with another layout is in place, its
+    /// programs that decide stay until [`Dataplane::take_over`].
     ///
     /// # Errors
-    /// Where the kernel refuses to attach.
+    /// If the kernel refuses to attach.
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<()> {
         self.attach_redirect()?;
         let others = self.pins.others()?;
@@ -43,7 +43,8 @@ impl Dataplane {
         self.remove_strangers()
     }
 
-    /// Takes away what a build with more programs attached: nobody looks after it any more.
+    /// Removes the programs of a build that had more of them, because no agent looks after them any
+    /// more.
     fn remove_strangers(&self) -> Result<()> {
         for pin in children(&self.pins.links())? {
             let name = pin.file_name().unwrap_or_default().to_string_lossy();
@@ -70,8 +71,8 @@ impl Dataplane {
         self.attach_anew(hook, cgroup)
     }
 
-    /// Attaches a program, whether it is attached already or not. The new one first: two hooks for
-    /// a moment do no harm, none would.
+    /// Attaches a program, even if it is attached already, before the old one is removed: two hooks
+    /// for a moment do no harm, a missing one would.
     fn attach_anew(&mut self, hook: &Hook, cgroup: &Cgroup) -> Result<()> {
         let pin = self.pins.link(hook.program);
         let program = self.program(hook)?;
@@ -85,13 +86,13 @@ impl Dataplane {
         all.find(|program| program.name() == hook.program).context("no such program")
     }
 
-    /// Sees to it that Sidestep's programs have the first word on the cgroup, and says whose come
-    /// before them all the same.
+    /// Moves Sidestep's programs to the front on the cgroup, and returns the programs that still
+    /// come before them.
     ///
     /// # Errors
-    /// Where the kernel does not tell, or refuses to attach.
+    /// If the kernel does not tell, or refuses to attach.
     pub fn keep_first(&mut self, cgroup: &Cgroup) -> Result<Vec<Ahead>> {
-        // Who decides for now is an agent with another layout.
+        // An agent with another layout decides for now.
         if self.to_take_over {
             return Ok(Vec::new());
         }

@@ -1,4 +1,4 @@
-//! The file system that pins live in.
+//! The file system of the pins.
 
 use std::{
     fs,
@@ -14,14 +14,14 @@ use nix::{
 
 use super::pins::Pins;
 
-/// Where pins go unless a flag says otherwise.
+/// The default directory of the pins.
 pub const DEFAULT_ROOT: &str = "/sys/fs/bpf/sidestep";
 
-/// The pins below `root`, which has to be on a bpffs; it need not exist yet. `layout` names the
-/// maps' layout.
+/// The pins below `root`, which must be on a bpffs but need not exist yet. `layout` names the maps'
+/// layout.
 ///
 /// # Errors
-/// Where `root` is on another file system.
+/// If `root` is on another file system.
 pub fn pins(root: &Path, layout: &str) -> Result<Pins> {
     let existing: PathBuf = root
         .ancestors()
@@ -40,10 +40,10 @@ pub fn pins(root: &Path, layout: &str) -> Result<Pins> {
     Ok(Pins::new(root, layout))
 }
 
-/// Where the file system of a directory is mounted.
+/// The mount point of a directory's file system.
 ///
 /// # Errors
-/// Where it cannot be looked at.
+/// If it cannot be looked at.
 pub fn mount_point(dir: &Path) -> Result<PathBuf> {
     let device = |path: &Path| {
         let found = fs::metadata(path);
@@ -59,10 +59,10 @@ pub fn mount_point(dir: &Path) -> Result<PathBuf> {
     Ok(mount_point.to_owned())
 }
 
-/// Mounts a new bpffs, where there is none, as systemd does.
+/// Mounts a new bpffs, as systemd does, if there is none.
 ///
 /// # Errors
-/// Where the kernel refuses.
+/// If the kernel refuses.
 pub fn ensure_mounted(mount_point: &Path) -> Result<()> {
     if statfs(mount_point).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC) {
         return Ok(());

@@ -1,4 +1,4 @@
-//! What the kernel's verifier had to do.
+//! The kernel verifier's cost of each program.
 
 use std::{
     io,
@@ -10,15 +10,15 @@ use anyhow::{Context, Result};
 use libbpf_rs::{Program, libbpf_sys};
 use serde::Serialize;
 
-/// A program's length, and what it took to verify it.
+/// A program's length, and the cost of verifying it.
 #[derive(Debug, Clone, Serialize)]
 pub struct ProgramCost {
-    /// Name of the program.
+    /// The program's name.
     pub name: String,
-    /// Its instructions.
+    /// The number of its instructions.
     pub instructions: usize,
-    /// Instructions that the verifier went through, on all paths; none where the kernel does
-    /// not tell (before 5.16).
+    /// The number of instructions that the verifier processed, on all paths; `None` if the kernel
+    /// does not tell (before 5.16).
     pub verified: Option<u32>,
 }
 
@@ -31,7 +31,7 @@ pub(crate) fn of(program: &Program<'_>) -> Result<ProgramCost> {
     Ok(ProgramCost { name, instructions: program.insn_cnt(), verified })
 }
 
-/// What the kernel says about a program.
+/// The kernel's information about a program.
 pub(super) fn info(program: BorrowedFd<'_>) -> io::Result<libbpf_sys::bpf_prog_info> {
     let mut info = libbpf_sys::bpf_prog_info::default();
     let mut len = size_of_val(&info) as u32;

@@ -1,4 +1,4 @@
-//! What the programs tell the agent, by the ring buffer.
+//! Events from the programs, through the ring buffer.
 
 use std::{
     cell::RefCell,
@@ -15,19 +15,19 @@ use tokio::io::unix::AsyncFd;
 use super::{abi, state::Dataplane};
 use crate::{node::NetnsCookie, splice::Reset};
 
-/// What the programs had to say.
+/// The events since the last read.
 #[derive(Debug, Default)]
 pub struct Seen {
-    /// Pods whose proxy was looked for in vain, by cookie, and which of its listeners, by port.
+    /// Pods whose connections found no listener, by cookie, and the ports of these listeners.
     pub missed: BTreeSet<(NetnsCookie, u16)>,
-    /// A spliced connection carries bulk, and is better off without.
+    /// Whether a spliced connection carries bulk, which is faster without splicing.
     pub bulk: bool,
-    /// Connections that are to be reset, by the cookie of the closed end's namespace.
+    /// Connections to reset, by the cookie of the closed end's namespace.
     pub unread: BTreeMap<NetnsCookie, Vec<Reset>>,
 }
 
 impl Seen {
-    /// An event: its header says what follows.
+    /// An event: its header names the kind of the following fields.
     fn add(&mut self, bytes: &[u8]) -> Result<()> {
         let header = bytes.get(..size_of::<abi::event>()).unwrap_or(bytes);
         let head: abi::event = abi::from_bytes(header)?;
@@ -41,14 +41,14 @@ impl Seen {
                 let event: abi::unread_event = abi::from_bytes(bytes)?;
                 self.unread.entry(NetnsCookie(head.netns)).or_default().push(event.into());
             }
-            // Another build's program.
+            // Events of another build's program are ignored.
             _ => {}
         }
         Ok(())
     }
 }
 
-/// The programs' words to the agent.
+/// The reader of the ring buffer.
 pub struct Events {
     ring: RingBuffer<'static>,
     seen: Rc<RefCell<Seen>>,
@@ -68,7 +68,7 @@ impl Events {
     /// Waits for events.
     ///
     /// # Errors
-    /// Where the ring cannot be read.
+    /// If the ring cannot be read.
     pub async fn next(&self) -> Result<Seen> {
         self.ready.readable().await?.clear_ready();
         self.ring.consume()?;
@@ -80,7 +80,7 @@ impl Dataplane {
     /// The kernel's events.
     ///
     /// # Errors
-    /// Where the ring cannot be mapped; panics outside a tokio runtime.
+    /// If the ring cannot be mapped; panics outside a tokio runtime.
     pub fn events(&self) -> Result<Events> {
         let seen = Rc::new(RefCell::new(Seen::default()));
         let mut builder = RingBufferBuilder::new();

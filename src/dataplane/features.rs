@@ -1,4 +1,4 @@
-//! What this kernel can do: what the programs need, and what not every kernel has.
+//! The kernel's features: those that the programs need, and those that not every kernel has.
 
 use std::sync::OnceLock;
 
@@ -13,16 +13,17 @@ use libbpf_rs::{
 
 use super::hooks::{Attach, HOOKS, MAP_TYPES};
 
-/// What not every kernel can do, by its own types.
+/// Optional features, read from the kernel's own types.
 pub(super) struct Kernel {
-    /// A program is told from which interface a new connection comes (Linux 5.17).
+    /// Programs see the interface of a new connection (Linux 5.17).
     pub tells_interface: bool,
-    /// iter/tcp holds no spin lock while a program looks at a socket. The function that is asked
-    /// for came with that, in Linux 6.5; kernels with the correction alone are taken for older.
+    /// iter/tcp holds no spin lock while a program looks at a socket. The function that is looked
+    /// for came with that change, in Linux 6.5; kernels with only the fix backported count as
+    /// older.
     pub iterates_unlocked: bool,
     /// Filters can be links to devices (tcx, Linux 6.6).
     pub links_filters: bool,
-    /// A program may say with which error connect() fails (Linux 6.1).
+    /// A program can choose the error of connect() (Linux 6.1).
     pub sets_error: bool,
 }
 
@@ -47,12 +48,14 @@ pub(super) fn kernel() -> &'static Kernel {
     })
 }
 
-/// Asks the kernel for each program type, map type and helper that the programs need:
+/// Asks the kernel for each program type, map type and helper that the programs need, and returns
+/// `(name, whether it exists)`.
 /// `(what, whether it is there)`.
 pub fn probe() -> Vec<(String, bool)> {
     let mut found = Vec::new();
     let mut kinds: Vec<String> = Vec::new();
-    // The library's probe for tracing programs needs a right that iterators do not: loading tells.
+    // The library's probe for tracing programs needs a capability that iterators do not, so only
+    // loading tells.
     for hook in HOOKS.iter().filter(|hook| hook.attach != Attach::Nothing) {
         let kind = format!("{:?}", hook.kind);
         if !kinds.contains(&kind) {
@@ -74,7 +77,7 @@ pub fn probe() -> Vec<(String, bool)> {
     found
 }
 
-/// What may have made the kernel refuse the programs.
+/// Possible reasons why the kernel refused the programs.
 pub(super) fn refusal() -> String {
     let lacks: Vec<String> =
         probe().into_iter().filter(|(_, there)| !there).map(|(what, _)| what).collect();

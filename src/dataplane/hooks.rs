@@ -1,37 +1,38 @@
-//! The hook table: every program, what it is attached to, and what it needs of the kernel.
+//! The hook table: every program, its attachment, and the kernel features that it needs.
 
 use libbpf_rs::{MapType, ProgramType, libbpf_sys};
 
-/// What a program is attached to.
+/// The attachment of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Attach {
-    /// The node's cgroup; pinned under the program's name.
+    /// The node's cgroup; the link is pinned under the program's name.
     Cgroup,
-    /// A pod's network namespace; pinned under the namespace's cookie.
+    /// A pod's network namespace; the link is pinned under the namespace's cookie.
     Netns,
-    /// The way out of a pod's network devices.
+    /// Egress of a pod's network devices.
     Devices,
-    /// The way into them: of the object that each pod has.
+    /// Ingress of a pod's network devices; the program is in the object that each pod has.
     DevicesIn,
-    /// The agent runs it when it wants to know something, or to tell it.
+    /// None: the agent runs the program itself.
     Nothing,
-    /// A map of sockets: it sees what they send.
+    /// A map of sockets: the program sees the messages that they send.
     Sockets,
 }
 
-/// A program and its needs.
+/// A program and its requirements.
 #[derive(Debug)]
 pub(crate) struct Hook {
-    /// Name of the C function, and of the pin.
+    /// The name of the C function, and of the pin.
     pub program: &'static str,
-    /// What it is attached to.
+    /// The attachment.
     pub attach: Attach,
-    /// Its type, for the probes.
+    /// The program type, for the probes.
     pub kind: ProgramType,
-    /// It decides about new connections, and others answer about those: where the maps' layout
-    /// moves, it is switched over once the new maps are filled, and the others stay beside.
+    /// Whether it decides about new connections, for which the other programs answer: when the
+    /// maps' layout changes, it is switched once the new maps are filled, and the others stay
+    /// beside.
     pub decides: bool,
-    /// Helpers that it cannot do without, by the kernel's number and name.
+    /// The helpers that it requires, by the kernel's number and name.
     pub helpers: &'static [(libbpf_sys::bpf_func_id, &'static str)],
 }
 
@@ -62,8 +63,8 @@ const fn decides(program: &'static str) -> Hook {
     Hook { decides: true, ..sock_addr(program, &[NETNS_COOKIE, STORAGE, READ_KERNEL]) }
 }
 
-/// All programs. The order is that of attaching: first what answers about a captured
-/// connection, last what captures one.
+/// All programs, in the order of attachment: first those that answer for a captured connection,
+/// last those that capture one.
 pub(crate) const HOOKS: &[Hook] = &[
     Hook {
         program: "sock_ops",

@@ -24,15 +24,15 @@ use super::{
 };
 use crate::node::{Netns, NetnsCookie};
 
-/// Slots for a pod's listeners; `LISTENER_SLOTS` of bpf/mesh/inbound.h.
+/// The slots for a pod's listeners; `LISTENER_SLOTS` of bpf/mesh/inbound.h.
 pub(super) const LISTENER_SLOTS: u16 = 8;
 
 impl Dataplane {
-    /// Links this build's inbound program to a pod's namespace; one that is there already is
-    /// switched over in one step.
+    /// Links this build's inbound program to a pod's namespace; an existing link is switched in one
+    /// step.
     ///
     /// # Errors
-    /// Where the kernel refuses to load or to attach.
+    /// If the kernel refuses to load or to attach.
     pub fn attach_inbound(&mut self, cookie: NetnsCookie, netns: &Netns) -> Result<()> {
         let mut storage = MaybeUninit::uninit();
         let skel = self.load_inbound(&mut storage, cookie, "steer")?;
@@ -72,11 +72,11 @@ impl Dataplane {
         self.links.get(&steer(cookie)).is_some_and(|link| netns_of(link).is_ok_and(|ino| ino != 0))
     }
 
-    /// Records the pod's listeners on a port that the hooks did not see, at those of these
-    /// addresses where none is known.
+    /// Records the pod's listeners on a port that the hooks did not see, at the given addresses
+    /// without a known listener.
     ///
     /// # Errors
-    /// Where the namespace cannot be entered, or the iterator fails.
+    /// If the namespace cannot be entered, or the iterator fails.
     pub fn find_listeners(
         &mut self,
         cookie: NetnsCookie,
@@ -110,14 +110,14 @@ impl Dataplane {
 
 pub(super) fn remove_inbound(links: &mut Links, pins: &Pins, cookie: NetnsCookie) -> Result<()> {
     if let Some(link) = links.release(&steer(cookie)) {
-        // Fails where its namespace is gone.
+        // Fails if the namespace is gone.
         let _ = link.detach();
     }
     let pin = pins.steer(cookie);
     if pin.exists() { remove_link(&pin) } else { Ok(()) }
 }
 
-/// How many of a pod's listeners at an address are recorded.
+/// The number of a pod's listeners recorded at an address.
 pub(super) fn listeners(map: &impl MapCore, cookie: NetnsCookie, at: IpAddr, port: u16) -> usize {
     (0..LISTENER_SLOTS)
         .filter(|slot| {

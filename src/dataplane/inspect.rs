@@ -1,4 +1,4 @@
-//! What the pins alone tell, without an agent: `status` and the metrics read it.
+//! The state that the pins alone show, without an agent, for `status` and the metrics.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -45,7 +45,7 @@ pub(super) const MESH_COUNTERS: [&str; 16] = [
     "dns_forged",
 ];
 
-/// The names of splicing's, in the order of `enum splice_counter`.
+/// The names of splicing's counters, in the order of `enum splice_counter`.
 pub(super) const SPLICE_COUNTERS: [&str; 13] = [
     "splice_sockets",
     "splice_not_safe",
@@ -77,40 +77,40 @@ pub(super) const SERVICE_COUNTERS: [&str; 11] = [
     "service_forgotten",
 ];
 
-/// What the kernel's maps say about an enrolled pod.
+/// An enrolled pod, as the kernel's maps describe it.
 #[derive(Debug, Clone)]
 pub struct Enrolled {
-    /// Network namespace cookie.
+    /// The network namespace's cookie.
     pub cookie: NetnsCookie,
-    /// Name, uid and namespace path.
+    /// The pod's name, uid and namespace path.
     pub record: Record,
-    /// Name of the mesh.
+    /// The name of its mesh.
     pub mesh: &'static str,
     /// The addresses whose families are captured.
     pub captured: Vec<IpAddr>,
     /// Whether the inbound program is linked to a namespace that still exists.
     pub inbound: bool,
-    /// Inbound listeners that are known.
+    /// The number of known inbound listeners.
     pub listeners: usize,
-    /// Where DNS goes; none: it is not captured.
+    /// The port of the DNS listener, if DNS is captured.
     pub dns_port: Option<u16>,
 }
 
-/// A hook of the node and whether it is in force.
+/// A hook of the node, and whether it is attached.
 #[derive(Debug, Clone)]
 pub struct HookState {
-    /// Name of the program.
+    /// The program's name.
     pub name: &'static str,
-    /// Attached to a cgroup that still exists.
+    /// Whether it is attached to a cgroup that still exists.
     pub attached: bool,
-    /// That cgroup's id (its inode number), 0 where not attached.
+    /// The cgroup's id (its inode number); 0 if not attached.
     pub cgroup_id: u64,
 }
 
 /// The enrolled pods, from the pins alone: no agent is needed.
 ///
 /// # Errors
-/// Where a pinned map cannot be read.
+/// If a pinned map cannot be read.
 pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
     let (pods, listening) = (pins.open_map("pods")?, pins.open_map("listeners")?);
     let mut landings: BTreeMap<NetnsCookie, BTreeSet<IpAddr>> = BTreeMap::new();
@@ -147,10 +147,11 @@ pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
         .collect())
 }
 
-/// Which legs are spliced and why not, and how many sockets are, from the pins alone.
+/// The legs, each with the reason if it is off, and the number of spliced sockets, read from the
+/// pins alone.
 ///
 /// # Errors
-/// Where a pinned map cannot be read.
+/// If a pinned map cannot be read.
 pub fn spliced(pins: &Pins) -> Result<(Vec<LegState>, usize)> {
     splice::state(pins)
 }
@@ -171,7 +172,7 @@ pub fn hook_states(pins: &Pins) -> Vec<HookState> {
 /// The kernel's counters, by mesh and name, summed over the processors.
 ///
 /// # Errors
-/// Where the pinned map cannot be read.
+/// If the pinned map cannot be read.
 pub fn counters(pins: &Pins) -> Result<BTreeMap<&'static str, BTreeMap<&'static str, u64>>> {
     let mut all: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
     for (map, names) in
@@ -189,19 +190,18 @@ pub fn counters(pins: &Pins) -> Result<BTreeMap<&'static str, BTreeMap<&'static 
     Ok(all)
 }
 
-/// A counter, summed over the processors.
+/// A counter's value, summed over the processors.
 fn count(map: &MapHandle, index: u32, name: &str) -> Result<u64> {
     let values = map.lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)?;
     let values = values.with_context(|| format!("no counter {name}"))?;
     values.iter().map(|value| abi::from_bytes::<u64>(value)).sum()
 }
 
-/// Services as the kernel has them: what can be dialled, and where that leads, without the agent's
-/// canaries. None where an agent
-/// of an older build made the maps, which knows of no Services.
+/// The Services in the kernel's maps, without the agent's canaries: each address that can be
+/// dialled, and its endpoints. `None` if an older build made the maps, which knows no Services.
 ///
 /// # Errors
-/// Where a pinned map cannot be read.
+/// If a pinned map cannot be read.
 pub fn services(pins: &Pins) -> Result<BTreeMap<Frontend, BTreeSet<SocketAddr>>> {
     if !pins.map("services").exists() {
         return Ok(BTreeMap::new());
@@ -219,10 +219,10 @@ pub fn services(pins: &Pins) -> Result<BTreeMap<Frontend, BTreeSet<SocketAddr>>>
     Ok(found.collect())
 }
 
-/// The counters of Services, by name, summed over the processors. None, as for [`services`].
+/// The counters of Services, by name, summed over the processors. `None` as for [`services`].
 ///
 /// # Errors
-/// Where the pinned map cannot be read.
+/// If the pinned map cannot be read.
 pub fn service_counters(pins: &Pins) -> Result<BTreeMap<&'static str, u64>> {
     if !pins.map("service_counts").exists() {
         return Ok(BTreeMap::new());

@@ -1,5 +1,5 @@
-//! The links that the agent holds beside their pins, so that nothing is out of force for a moment
-//! where somebody removes a pin.
+//! The links that the agent holds beside their pins, so that removing a pin detaches nothing, even
+//! for a moment.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,7 @@ use libbpf_rs::{Link, Program, libbpf_sys, query::LinkTypeInfo};
 use super::pins::{Pins, children, steered_by};
 use crate::node::NetnsCookie;
 
-/// A link, and the program that it had when the agent last attached or adopted it.
+/// A link, and its program when the agent last attached or adopted it.
 struct Held {
     link: Link,
     program: u32,
@@ -29,7 +29,7 @@ struct Held {
 pub(super) struct Links(BTreeMap<String, Held>);
 
 impl Links {
-    /// The inbound links that an earlier agent left: their pods may live.
+    /// The inbound links of an earlier agent, whose pods may be alive.
     pub fn adopt(pins: &Pins) -> Result<Self> {
         let mut links = Self::default();
         for pin in children(&pins.links())? {
@@ -43,19 +43,19 @@ impl Links {
         Ok(links)
     }
 
-    /// Takes a link in, which has this build's program or one that is to stay.
+    /// Adds a link that has this build's program, or one that must stay.
     pub fn hold(&mut self, name: &str, link: Link) -> Result<()> {
         let program = link.info()?.prog_id;
         self.0.insert(name.to_owned(), Held { link, program });
         Ok(())
     }
 
-    /// Gives a link out of hand; it lives by its pin.
+    /// Stops holding a link; it lives on by its pin.
     pub fn release(&mut self, name: &str) -> Option<Link> {
         self.0.remove(name).map(|held| held.link)
     }
 
-    /// Switches a link over to another program in one step.
+    /// Switches a link to another program in one step.
     pub fn update(&mut self, name: &str, program: &Program<'_>) -> Result<()> {
         let held = self.0.get_mut(name).context("the agent holds no descriptor of its link")?;
         held.link.update_prog(program)?;
@@ -78,7 +78,7 @@ impl Links {
     }
 }
 
-/// Pins an object in the place of whatever is there.
+/// Pins an object, in place of an existing pin.
 pub(super) fn replace_pin(object: BorrowedFd<'_>, at: &Path) -> Result<()> {
     let mut fresh = OsString::from(at);
     fresh.push("-new");
@@ -87,7 +87,7 @@ pub(super) fn replace_pin(object: BorrowedFd<'_>, at: &Path) -> Result<()> {
     fs::rename(&fresh, at).with_context(|| format!("cannot pin {}", at.display()))
 }
 
-/// Pins an object where nothing is.
+/// Pins an object at a path without a pin.
 pub(super) fn pin(object: BorrowedFd<'_>, at: &Path) -> Result<()> {
     let path = CString::new(at.as_os_str().as_bytes())?;
     // SAFETY: the descriptor is open, and the path ends with a NUL.
@@ -97,7 +97,7 @@ pub(super) fn pin(object: BorrowedFd<'_>, at: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The pinned object at a path, of whatever kind.
+/// Opens the pinned object at a path, of any kind.
 pub(super) fn pinned(at: &Path) -> Result<OwnedFd> {
     let path = CString::new(at.as_os_str().as_bytes())?;
     // SAFETY: the path ends with a NUL.
@@ -110,12 +110,12 @@ pub(super) fn pinned(at: &Path) -> Result<OwnedFd> {
 
 pub(super) fn remove_link(pin: &Path) -> Result<()> {
     let link = Link::open(pin).with_context(|| format!("cannot open {}", pin.display()))?;
-    // Detached at once, whoever else still holds it; fails where its target is gone already.
+    // Detaches at once, even if others hold the link; fails if its target is gone.
     let _ = link.detach();
     fs::remove_file(pin).with_context(|| format!("cannot remove {}", pin.display()))
 }
 
-/// The id of the cgroup that a link is attached to; 0: that cgroup is gone.
+/// The id of the cgroup that a link is attached to; 0 if that cgroup is gone.
 pub(super) fn cgroup_of(link: &Link) -> Result<u64> {
     match link.info()?.info {
         LinkTypeInfo::Cgroup(info) => Ok(info.cgroup_id),
@@ -123,7 +123,7 @@ pub(super) fn cgroup_of(link: &Link) -> Result<u64> {
     }
 }
 
-/// The inode of the network namespace that a link is attached to; 0: it is gone.
+/// The inode of the network namespace that a link is attached to; 0 if it is gone.
 pub(super) fn netns_of(link: &Link) -> Result<u32> {
     match link.info()?.info {
         LinkTypeInfo::NetNs(info) => Ok(info.ino),

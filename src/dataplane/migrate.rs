@@ -1,4 +1,4 @@
-//! Taking over from an agent whose maps have another layout.
+//! Takes over from an agent whose maps have another layout.
 
 use std::{fs, os::fd::AsFd};
 
@@ -16,16 +16,16 @@ use super::{
 use crate::node::{Cgroup, NetnsCookie};
 
 impl Dataplane {
-    /// Whether an agent with another layout of the maps decides still.
+    /// Whether an agent with another layout of the maps still decides.
     pub fn is_taking_over(&self) -> bool {
         self.to_take_over
     }
 
-    /// How many pods that an agent with another layout enrolled, and that live, are not enrolled
-    /// in this one's maps.
+    /// The number of living pods that an agent with another layout has enrolled, and that are
+    /// missing in this layout's maps.
     ///
     /// # Errors
-    /// Where the pins cannot be read.
+    /// If the pins cannot be read.
     pub fn not_taken_over(&self) -> Result<usize> {
         let mut missing = 0;
         for other in self.pins.others()? {
@@ -37,12 +37,12 @@ impl Dataplane {
         Ok(missing)
     }
 
-    /// Takes over from an agent whose maps have another layout, once this one's are filled: what
-    /// decides is switched over in one step. What answers about connections that were decided
-    /// before stays beside, until [`Dataplane::retire`].
+    /// Takes over from an agent whose maps have another layout, once this layout's maps are filled:
+    /// the programs that decide are switched in one step. Those that answer for connections decided
+    /// earlier stay beside, until [`Dataplane::retire`].
     ///
     /// # Errors
-    /// Where the kernel refuses.
+    /// If the kernel refuses.
     pub fn take_over(&mut self, cgroup: &Cgroup) -> Result<()> {
         if !self.to_take_over {
             return Ok(());
@@ -71,11 +71,11 @@ impl Dataplane {
         Ok(())
     }
 
-    /// Takes away what agents with other layouts left and no socket needs any more. Says whether
-    /// some is left.
+    /// Removes the parts of other layouts that no socket needs any more. Returns whether any are
+    /// left.
     ///
     /// # Errors
-    /// Where the kernel refuses.
+    /// If the kernel refuses.
     pub fn retire(&mut self) -> Result<bool> {
         if self.to_take_over {
             return Ok(true);
@@ -91,7 +91,7 @@ impl Dataplane {
         Ok(left)
     }
 
-    /// Whether a socket has state of that layout, or is about to.
+    /// Whether a socket has state of that layout, or is about to get it.
     fn is_needed(&mut self, other: &Pins) -> Result<bool> {
         let Ok(handovers) = MapHandle::from_pinned_path(other.map("handovers")) else {
             return Ok(false);

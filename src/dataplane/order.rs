@@ -1,6 +1,6 @@
-//! Whose program has the first word at the hooks that decide. Where another one translates a
-//! Service's address before (Cilium, Calico), sidecars see an endpoint, and the mesh's rules for
-//! the Service do not hold.
+//! The order of programs at the hooks that decide. If another program translates a Service's
+//! address first (Cilium, Calico), sidecars see an endpoint, and the mesh's rules for the Service
+//! do not apply.
 
 use std::{
     collections::BTreeSet,
@@ -19,21 +19,21 @@ use super::{
 };
 use crate::node::Cgroup;
 
-/// The flags that put a program before others, the best first: before all of the hierarchy (Linux
-/// 6.15), and of those that are so too before the others of the same cgroup (Linux 6.17).
+/// The flags that put a program first, the best first: before all programs of the hierarchy (Linux
+/// 6.15), and among those before the others of the same cgroup (Linux 6.17).
 const FIRST: [u32; 2] =
     [libbpf_sys::BPF_F_PREORDER | libbpf_sys::BPF_F_BEFORE, libbpf_sys::BPF_F_PREORDER];
-/// No kernel lets so many programs be attached to a cgroup and those above it.
+/// More programs than any kernel allows on a cgroup and those above it.
 const MANY: usize = 1024;
 
-/// Another's program that comes before Sidestep's.
+/// Another program that runs before Sidestep's.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ahead {
-    /// At which hook, by the name of Sidestep's program.
+    /// The hook, by the name of Sidestep's program.
     pub hook: &'static str,
-    /// The kernel's number of the program.
+    /// The kernel's id of the program.
     pub id: u32,
-    /// Its name, which the kernel cuts at 15 bytes.
+    /// The program's name, which the kernel cuts at 15 bytes.
     pub name: String,
 }
 
@@ -43,7 +43,7 @@ impl fmt::Display for Ahead {
     }
 }
 
-/// The hooks that decide, and how the kernel numbers them.
+/// The hooks that decide, and the kernel's numbers for them.
 fn deciding() -> impl Iterator<Item = (&'static Hook, libbpf_sys::bpf_attach_type)> {
     HOOKS.iter().filter(|hook| hook.decides).filter_map(|hook| {
         let kind = match hook.program {
@@ -57,8 +57,8 @@ fn deciding() -> impl Iterator<Item = (&'static Hook, libbpf_sys::bpf_attach_typ
     })
 }
 
-/// The flags that put a program first on this kernel; 0: it has none, and programs run in the order
-/// of attaching.
+/// The flags that put a program first on this kernel; 0 if it has none: programs then run in the
+/// order of attachment.
 fn first(program: BorrowedFd<'_>, kind: libbpf_sys::bpf_attach_type) -> u32 {
     let takes = |flags: &u32| {
         let options = libbpf_sys::bpf_link_create_opts {
@@ -66,8 +66,7 @@ fn first(program: BorrowedFd<'_>, kind: libbpf_sys::bpf_attach_type) -> u32 {
             flags: *flags,
             ..Default::default()
         };
-        // The flags are looked at before the cgroup, which is none here.
-        // SAFETY: the program's descriptor is open, and the options live across the call.
+        // The kernel checks the flags before the cgroup, which is invalid here.
         let rc = unsafe {
             libbpf_sys::bpf_link_create(program.as_raw_fd(), -1, kind, &raw const options)
         };
@@ -76,7 +75,7 @@ fn first(program: BorrowedFd<'_>, kind: libbpf_sys::bpf_attach_type) -> u32 {
     FIRST.into_iter().find(takes).unwrap_or(0)
 }
 
-/// Attaches a program to a cgroup; one that decides, before others where the kernel can.
+/// Attaches a program to a cgroup: if it decides, before others where the kernel allows it.
 pub(super) fn attach(program: &ProgramMut<'_>, cgroup: RawFd, hook: &Hook) -> Result<Link> {
     let kind = deciding().find(|(one, _)| one.program == hook.program).map(|(_, kind)| kind);
     let options = libbpf_sys::bpf_cgroup_opts {
@@ -114,7 +113,7 @@ fn effective(cgroup: &Cgroup, kind: libbpf_sys::bpf_attach_type) -> Result<Vec<u
     Ok(ids)
 }
 
-/// Name and tag of a program; none: it is gone.
+/// A program's name and tag; `None` if it is gone.
 fn named(id: u32) -> Option<(String, [u8; 8])> {
     let fd = Program::fd_from_id(id).ok()?;
     let info = cost::info(fd.as_fd()).ok()?;
@@ -123,16 +122,16 @@ fn named(id: u32) -> Option<(String, [u8; 8])> {
     Some((name, info.tag))
 }
 
-/// Programs of others that come before Sidestep's at the hooks that decide, or would: where it has
-/// none attached, on a kernel that does not let it come first.
+/// Programs of others that run before Sidestep's at the hooks that decide. Without attached
+/// programs of Sidestep, those that would, on a kernel that does not let it come first.
 ///
 /// # Errors
-/// Where the kernel does not tell.
+/// If the kernel does not tell.
 pub fn ahead(pins: &Pins, cgroup: &Cgroup) -> Result<Vec<Ahead>> {
     ahead_of(pins, cgroup, |_| None)
 }
 
-/// The same, where these programs of Sidestep's are known beside those of the pinned links.
+/// The same as [`ahead`], with these programs of Sidestep known beside those of the pinned links.
 pub(super) fn ahead_of(
     pins: &Pins,
     cgroup: &Cgroup,
@@ -146,7 +145,7 @@ pub(super) fn ahead_of(
         let own: BTreeSet<u32> = linked.chain(loaded(hook.program)).collect();
         let tags: BTreeSet<[u8; 8]> = own.iter().filter_map(|id| Some(named(*id)?.1)).collect();
         for id in effective(cgroup, kind)?.into_iter().take_while(|id| !own.contains(id)) {
-            // Another Sidestep's program takes what is its own pods' alone.
+            // Another instance of Sidestep affects only its own pods.
             let Some((name, _)) = named(id).filter(|(_, tag)| !tags.contains(tag)) else {
                 continue;
             };
@@ -156,7 +155,7 @@ pub(super) fn ahead_of(
     Ok(found)
 }
 
-/// Whether this kernel lets a program come first, by one of the loaded ones.
+/// Whether this kernel lets a program come first, tried with one of the loaded programs.
 pub(super) fn can_be_first(program: &Program<'_>) -> bool {
     first(program.as_fd(), libbpf_sys::BPF_CGROUP_INET4_CONNECT) != 0
 }

@@ -1,5 +1,5 @@
-//! Where maps and links are pinned, and under which names. ARCHITECTURE.md has the layout below the
-//! pin root.
+//! The names and places of pinned maps and links. ARCHITECTURE.md has the layout below the pin
+//! root.
 
 use std::{
     fmt,
@@ -17,19 +17,19 @@ use nix::{
 
 use crate::node::NetnsCookie;
 
-/// Moves when the layout of a pinned map moves: a `v` and a number.
+/// The layout of the pinned maps, a `v` and a number. It changes when a map's layout changes.
 pub const LAYOUT: &str = "v5";
 
-/// `tc_namespaces`, as builds before layout v5 call it. Each layout has it by this name as well.
+/// The name of `tc_namespaces` in builds before layout v5. Each layout pins the map by this name as
+/// well.
 pub(super) const FORMER_TC_NAMESPACES: &str = "filtered";
-/// `splice_sockets`, as builds before layout v5 call it.
+/// The name of `splice_sockets` in builds before layout v5.
 pub(super) const FORMER_SPLICE_SOCKETS: &str = "spliced";
-/// What builds before layout v5 call these maps: by that name they look for them when they are
-/// rolled back to.
+/// The names of these maps in builds before layout v5, which look for them after a rollback.
 pub(super) const FORMER_NAMES: [(&str, &str); 2] =
     [("tc_namespaces", FORMER_TC_NAMESPACES), ("splice_sockets", FORMER_SPLICE_SOCKETS)];
 
-/// Where maps and links are pinned.
+/// The directories of pinned maps and links.
 #[derive(Debug, Clone)]
 pub struct Pins {
     pub(super) root: PathBuf,
@@ -37,7 +37,7 @@ pub struct Pins {
 }
 
 impl Pins {
-    /// Below this directory of a bpffs, with maps of this layout.
+    /// The pins below this directory of a bpffs, for maps of this layout.
     pub fn new(root: &Path, layout: &str) -> Self {
         Self { root: root.to_owned(), layout: layout.to_owned() }
     }
@@ -46,14 +46,14 @@ impl Pins {
         self.root.join(&self.layout)
     }
 
-    /// Everything that is there, of any layout.
+    /// The pins of every layout that exists.
     pub(super) fn layouts(&self) -> Result<Vec<Self>> {
         let layouts = children(&self.root)?;
         let names = layouts.iter().filter_map(|path| path.file_name()?.to_str());
         Ok(names.map(|name| Self::new(&self.root, name)).collect())
     }
 
-    /// What agents of other builds left there, whose maps this build cannot read.
+    /// The pins of other layouts, whose maps this build cannot read.
     pub(super) fn others(&self) -> Result<Vec<Self>> {
         let mut others = self.layouts()?;
         others.retain(|other| other.layout != self.layout);
@@ -79,7 +79,7 @@ impl Pins {
         self.maps().join(name)
     }
 
-    /// A pinned map, for whoever has no agent's.
+    /// Opens a pinned map; for callers that have no loaded data plane.
     pub(super) fn open_map(&self, name: &str) -> Result<MapHandle> {
         let path = self.map(name);
         MapHandle::from_pinned_path(&path)
@@ -94,18 +94,18 @@ impl Pins {
         self.link(&steer(cookie))
     }
 
-    /// Whether anything is installed.
+    /// Whether any pin exists.
     pub fn exist(&self) -> bool {
         self.map("pods").exists()
     }
 
-    /// Keeps other agents and `unload` away for as long as the result lives.
+    /// Locks the pins against other agents and `unload` while the result lives.
     ///
     /// # Errors
-    /// Where another process has it, or the directory cannot be made.
+    /// If another process has it, or the directory cannot be made.
     pub fn lock(&self) -> Result<Flock<File>> {
         let root = self.root.display();
-        // Anybody may make directories in a bpffs' root.
+        // Every user can make directories in a bpffs' root.
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -133,7 +133,7 @@ impl fmt::Display for Pins {
     }
 }
 
-/// A directory's entries; none where there is no directory.
+/// A directory's entries; empty if the directory does not exist.
 pub(super) fn children(dir: &Path) -> Result<Vec<PathBuf>> {
     if !dir.exists() {
         return Ok(Vec::new());
@@ -148,7 +148,7 @@ pub(super) fn steer(cookie: NetnsCookie) -> String {
     format!("steer-{cookie:x}")
 }
 
-/// The cookie of the namespace whose inbound link has a pin of this name.
+/// The cookie in the name of an inbound link's pin.
 pub(super) fn steered_by(pin: &str) -> Option<NetnsCookie> {
     u64::from_str_radix(pin.strip_prefix("steer-")?, 16).ok().map(NetnsCookie)
 }

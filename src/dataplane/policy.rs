@@ -1,5 +1,5 @@
-//! What the policy says about a connection, asked of the policy itself: bpf/policy.bpf.c runs the
-//! headers that decide for the hooks, on maps of its own.
+//! Asks the policy about a connection: bpf/policy.bpf.c runs the headers that decide for the hooks,
+//! on maps of its own.
 
 use std::{mem::MaybeUninit, net::IpAddr};
 
@@ -19,10 +19,10 @@ use super::{
 };
 use crate::{mesh::desired::Desired, node::NetnsCookie};
 
-/// IPPROTO_TCP and IPPROTO_UDP.
+/// The protocol numbers IPPROTO_TCP and IPPROTO_UDP.
 const PROTOCOLS: [u16; 2] = [6, 17];
 
-/// What a connection, or a datagram, is about to do.
+/// The call that a connection or a datagram begins with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call {
     /// A pod's process connects a TCP socket.
@@ -33,54 +33,54 @@ pub enum Call {
     Arrive,
 }
 
-/// A connection that the policy is asked about.
+/// A question to the policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
-    /// Cookie of the pod's network namespace.
+    /// The cookie of the pod's network namespace.
     pub cookie: NetnsCookie,
-    /// What happens.
+    /// The call.
     pub call: Call,
-    /// The source; of a socket that is not bound, the unspecified address.
+    /// The source; for a socket that is not bound, the unspecified address.
     pub source: IpAddr,
     /// The destination.
     pub destination: IpAddr,
-    /// Its port. Of what arrives, 0: it is not known.
+    /// The destination's port, or 0 if it is unknown for an arriving connection.
     pub port: u16,
-    /// Who made the socket, as the pod's user namespace numbers users.
+    /// The user who made the socket, numbered as in the pod's user namespace.
     pub uid: u32,
-    /// Its group.
+    /// The group that made the socket.
     pub gid: u32,
-    /// The index of the device that the socket is bound to, or that the connection comes by; 0:
+    /// The index of the device that the socket is bound to or the connection arrives at; 0 for
     /// none.
     pub device: u32,
 }
 
-/// What the policy decides. The words are those of bpf/lib/reason.h, in small letters.
+/// The policy's decision, in the words of bpf/lib/reason.h in lower case.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision {
-    /// `direct`, `outbound`, `inbound`, `dns` or `nowhere`.
+    /// The verdict: `direct`, `outbound`, `inbound`, `dns` or `nowhere`.
     pub verdict: String,
-    /// Why.
+    /// The reason.
     pub reason: String,
 }
 
-/// The policy, and the maps that it decides by.
+/// The policy, and the maps that it uses.
 pub struct Policy {
     skel: PolicySkel<'static>,
     verdicts: Vec<String>,
     reasons: Vec<String>,
 }
 
-/// An address in this object's type.
+/// Converts an address to this object's type.
 fn wire_of(ip: IpAddr) -> types::addr {
     types::addr { w: addr::from(ip).w }
 }
 
 impl Policy {
-    /// With maps of its own, which hold what is desired.
+    /// Loads the policy with maps of its own, which hold the desired contents.
     ///
     /// # Errors
-    /// Where the kernel refuses.
+    /// If the kernel refuses.
     pub fn of(desired: &Desired) -> Result<Self> {
         // A skeleton borrows its object, which lasts as long as the process.
         let storage = Box::leak(Box::new(MaybeUninit::uninit()));
@@ -101,10 +101,10 @@ impl Policy {
         Ok(Self { skel, verdicts, reasons })
     }
 
-    /// Asks it.
+    /// Runs the program on a question.
     ///
     /// # Errors
-    /// Where the kernel does not run the program.
+    /// If the kernel does not run the program.
     pub fn ask(&self, asked: &Question) -> Result<Decision> {
         let [tcp, udp] = PROTOCOLS;
         let (way, protocol) = match asked.call {

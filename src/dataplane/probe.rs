@@ -1,4 +1,4 @@
-//! Whether this kernel takes the programs: by its own word, for `check`.
+//! Loads the programs to learn whether this kernel accepts them, for `check`.
 
 use std::{
     mem::MaybeUninit,
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::node::{self, NetnsCookie};
 
-/// Routes libbpf's messages to the log: its warnings explain errors, so they are debug lines
+/// Routes libbpf's messages to the log: its warnings explain errors, so they become debug lines
 /// beside the error that the caller reports.
 pub fn log_libbpf() {
     libbpf_rs::set_print(Some((PrintLevel::Debug, |level, text| match level {
@@ -34,10 +34,11 @@ pub fn log_libbpf() {
     })));
 }
 
-/// Which program a kernel's verifier refused last, and why: libbpf's error is a number alone.
+/// The program that a kernel's verifier refused last, and the reason; libbpf's error is only a
+/// number.
 static LAST_WORD: Mutex<Option<String>> = Mutex::new(None);
 
-/// The program's name, and the verifier's last word about it, of libbpf's message with its log.
+/// The program's name, and the last line of the verifier's log, from libbpf's message.
 fn last_word(text: &str) -> Option<String> {
     let (head, log) = text.split_once("-- BEGIN PROG LOAD LOG --")?;
     let name = head.split('\'').nth(1)?;
@@ -46,19 +47,19 @@ fn last_word(text: &str) -> Option<String> {
     Some(format!("{name}: {words}"))
 }
 
-/// What the kernel says about programs that it took.
+/// The kernel's information about the accepted programs.
 pub struct Loaded {
-    /// What each cost its verifier.
+    /// The verifier's cost of each program.
     pub costs: Vec<ProgramCost>,
-    /// Whether those that decide can come before all others' at their hooks.
+    /// Whether the programs that decide can run before all others at their hooks.
     pub can_be_first: bool,
 }
 
-/// Loads every program and map once, unpinned and unattached, and drops them: the kernel's own
-/// word on whether it can run this build.
+/// Loads every program and map once, unpinned and unattached, and drops them, to learn whether the
+/// kernel can run this build.
 ///
 /// # Errors
-/// The kernel's refusal.
+/// Returns the kernel's error.
 pub fn try_load() -> Result<Loaded> {
     load_all().map_err(|error| {
         let word = LAST_WORD.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -81,10 +82,10 @@ fn load_all() -> Result<Loaded> {
     Ok(Loaded { costs, can_be_first: order::can_be_first(&node.progs.connect4) })
 }
 
-/// Attaches the filters to the lo of a network namespace that is made for that and goes at once.
+/// Attaches the filters to the lo of a temporary network namespace.
 ///
 /// # Errors
-/// Where the kernel refuses: what it takes may be in modules that are not there.
+/// If the kernel refuses: it may lack modules.
 pub fn try_filters() -> Result<()> {
     let mut storage = MaybeUninit::uninit();
     let node = open_node_in(&mut storage)?.load()?;

@@ -1,4 +1,4 @@
-//! The maps that name the pods of namespaces.
+//! The maps with the names of the namespaces' pods.
 
 use std::collections::BTreeMap;
 

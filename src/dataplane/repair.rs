@@ -1,5 +1,5 @@
-//! Looks in the kernel whether what the agent thinks is in force is in force, and puts back what
-//! others have taken away: whoever may do so is root of the node, by mistake or to get past a mesh.
+//! Asks the kernel whether everything is attached and written as the agent left it, and restores
+//! what others have removed. Only root of the node can remove it, by mistake or to bypass a mesh.
 
 use std::{
     fs::{self, Metadata},
@@ -25,12 +25,12 @@ use super::{
 };
 use crate::node::{Cgroup, Netns, NetnsCookie};
 
-/// As many entries of maps are looked at each time.
+/// The number of map entries that are checked each time.
 const LOOKED_AT: usize = 1024;
 
 impl Dataplane {
-    /// Looks at what is the node's: the pins and their file system, the hooks, and the entries of
-    /// maps, of some in turn.
+    /// Checks the parts of the node: the pins and their file system, the hooks, and some entries of
+    /// the maps in turn.
     pub fn repair(&mut self, cgroup: &Cgroup) -> Vec<Repair> {
         let mut repairs = Vec::new();
         repairs.extend(self.repair_directory());
@@ -43,8 +43,8 @@ impl Dataplane {
         repairs
     }
 
-    /// Looks at the pins' directory: its file system may have been unmounted, or the directory
-    /// removed. The lock's descriptor leads to the former one, with all of its pins.
+    /// Checks the pins' directory: its file system may have been unmounted, or the directory
+    /// removed. The lock's descriptor leads to the former directory, with all of its pins.
     fn repair_directory(&mut self) -> Option<Repair> {
         let root = self.pins.root.clone();
         let held = match self.lock.metadata() {
@@ -95,7 +95,7 @@ impl Dataplane {
 
     fn repair_hook(&mut self, hook: &Hook, cgroup: &Cgroup) -> Option<Repair> {
         let name = hook.program;
-        // Not held: an agent with another layout decides still.
+        // The link is not held: an agent with another layout still decides.
         let link = self.links.get(name)?;
         let program = self.links.program(name);
         match link.info() {
@@ -119,7 +119,7 @@ impl Dataplane {
         self.links.update(name, &program)
     }
 
-    /// Looks at the pin of a link that is in force.
+    /// Checks the pin of an attached link.
     fn repair_pin(&self, name: &str, at: &Path, link: &LinkInfo) -> Option<Repair> {
         if Link::open(at).and_then(|there| there.info()).is_ok_and(|there| there.id == link.id) {
             return None;
@@ -129,8 +129,8 @@ impl Dataplane {
         Some(Repair::new("pin", text, replace_pin(held.as_fd(), at)))
     }
 
-    /// Looks at the program of spliced sockets, which is attached to their map. Kernels that do not
-    /// tell (before Linux 5.18) are not asked.
+    /// Checks the program of spliced sockets, which is attached to their map. Kernels before Linux
+    /// 5.18 do not tell and are not asked.
     fn repair_redirect(&self) -> Option<Repair> {
         let map = self.skel.maps.splice_sockets.as_fd().as_raw_fd();
         let (mut id, mut count, mut flags) = (0u32, 1u32, 0u32);
@@ -153,9 +153,9 @@ impl Dataplane {
         Some(Repair::new("hook", text, self.attach_redirect()))
     }
 
-    /// Asks for what was written to the maps: all of `pods`, and the next so many entries of the
-    /// others. Of rules that a longer one is part of, the longer one may answer: as it does when a
-    /// connection is decided.
+    /// Checks the written entries of the maps: all of `pods`, and the next batch of the others. A
+    /// look-up of a rule may return a longer rule within it, as it does when a connection is
+    /// decided.
     fn repair_entries(&mut self) -> Vec<Repair> {
         let Some(known) = &self.known else {
             return Vec::new();
@@ -172,7 +172,7 @@ impl Dataplane {
         });
         let (cookie, n, key) = &self.looked_at;
         let last = (*cookie, *n, key);
-        // From where the last look ended, and then from the beginning: each entry once, at most.
+        // Continues where the last check ended, then from the beginning: each entry at most once.
         let (before, behind): (Vec<_>, Vec<_>) = all.partition(|(place, _)| *place <= last);
         let next: Vec<_> = behind.into_iter().chain(before).take(LOOKED_AT).collect();
         let end = next.last().map(|((cookie, n, key), _)| (*cookie, *n, (*key).clone()));
@@ -185,8 +185,8 @@ impl Dataplane {
         repairs
     }
 
-    /// Looks at a namespace's inbound link. None where it is in force, or the namespace is gone, or
-    /// there was none.
+    /// Checks a namespace's inbound link. `None` if it is attached, the namespace is gone, or it
+    /// had no link.
     pub fn repair_inbound(&mut self, cookie: NetnsCookie, netns: &Path) -> Option<Repair> {
         let name = steer(cookie);
         let link = self.links.get(&name)?;
@@ -213,7 +213,7 @@ fn map_id(map: impl AsFd) -> Option<u32> {
     MapInfo::new(map.as_fd()).ok().map(|info| info.info.id)
 }
 
-/// Puts those of a map's entries back that are not as they were written.
+/// Restores the entries of a map that differ from what was written.
 fn repair_in<'a>(
     map: &impl MapCore,
     goal: impl Iterator<Item = (&'a Vec<u8>, &'a Vec<u8>)>,
@@ -231,7 +231,7 @@ fn repair_in<'a>(
     Some(Repair::new("entry", text, done))
 }
 
-/// Pins in another directory what is pinned in one, but for what has a pin there already.
+/// Pins the objects of one directory in another, except those that have a pin there already.
 fn copy_pins(from: &Path, to: &Path) -> Result<()> {
     for former in children(from)? {
         let now = to.join(former.file_name().unwrap_or_default());

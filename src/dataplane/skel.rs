@@ -1,4 +1,4 @@
-//! The objects that `build.rs` compiles, and what is set in them before they are loaded.
+//! The objects that `build.rs` compiles, and the variables that are set before they are loaded.
 
 #[allow(clippy::all, clippy::unwrap_used, clippy::undocumented_unsafe_blocks, missing_docs)]
 pub(super) mod sidestep {
@@ -52,11 +52,10 @@ pub(super) fn open_inbound(
     Ok(open)
 }
 
-/// The names of an enum's values in an object, in small letters and without their prefix; in order,
-/// as they count from 0.
+/// The names of an enum's values in an object, in lower case without their prefix, in order from 0.
 ///
 /// # Errors
-/// Where the object has no such enum.
+/// If the object has no such enum.
 pub(super) fn names_of(
     object: &impl AsRawLibbpf<LibbpfType = libbpf_sys::bpf_object>,
     of: &str,
@@ -75,14 +74,14 @@ pub(super) fn names_of(
         .collect()
 }
 
-/// Has the programs translate Services, or has nothing of that in them.
+/// Switches the translation of Services on or off in the programs.
 pub(super) fn set_services(open: &mut sidestep::OpenSidestepSkel<'_>, on: bool) -> Result<()> {
     let constants = open.maps.rodata_data.as_mut().context("the object has no rodata")?;
     constants.services_on = u8::from(on);
     Ok(())
 }
 
-/// Sets how long a spliced connection's messages may do without TCP.
+/// Sets the longest time that a spliced connection's messages bypass TCP without a message by TCP.
 pub(super) fn set_refresh(
     open: &mut sidestep::OpenSidestepSkel<'_>,
     every: Duration,

@@ -1,5 +1,5 @@
-//! The agent's part in splicing: which legs are on, and which sockets are in the map.
-//! bpf/splice/ decides about the rest.
+//! The agent's part in splicing: which legs are on, and which sockets are in the map. bpf/splice/
+//! decides the rest.
 
 use std::{
     collections::BTreeSet,
@@ -24,36 +24,36 @@ use crate::{
     splice::LegState,
 };
 
-/// Where spliced bytes are: a socket's queue goes with the map that it is in.
+/// The map with the spliced bytes: removing a socket from it drops the socket's queue.
 pub(super) const MAPS: [&str; 3] = ["splice_sockets", FORMER_SPLICE_SOCKETS, "splices"];
-/// How long `unload` waits for redirected data to be read.
+/// The time that `unload` waits until redirected data is read.
 const DRAIN: Duration = Duration::from_secs(10);
-/// How often it looks.
+/// The interval at which it checks.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// What a sweep left.
+/// The result of a sweep, as the program counts it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Swept {
     /// Connections that are too young, or may become eligible.
     pub left: u32,
-    /// Sockets on their way out of the map.
+    /// Sockets that are leaving the map.
     pub leaving: u32,
-    /// Sockets with redirected data that is not read.
+    /// Sockets with unread redirected data.
     pub unread: u32,
-    /// Ends of connections that may be taken out when the other end may, as the map's keys.
+    /// Ends of connections that can leave when their other end can, as keys of the map.
     pub leave: BTreeSet<Vec<u8>>,
-    /// Cookies of namespaces with writers that are to be woken.
+    /// Cookies of namespaces with writers that need waking.
     pub stuck: BTreeSet<NetnsCookie>,
 }
 
-/// What a sweep leaves to the agent.
+/// The work that a sweep leaves to the agent.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Unfinished {
-    /// Connections are on their way out of the map: that takes several looks, and bulk is slow
-    /// meanwhile.
+    /// Whether connections are leaving the map: that takes several sweeps, and bulk transfers are
+    /// slow in the meantime.
     pub leaving: bool,
-    /// Network namespaces, by cookie, with writers that were told to wait for memory, and that
-    /// nobody else wakes: [`Dataplane::wake_writers`] does.
+    /// The cookies of network namespaces with writers that wait for memory and that the kernel does
+    /// not wake: [`Dataplane::wake_writers`] does.
     pub stuck: BTreeSet<NetnsCookie>,
 }
 
@@ -73,17 +73,17 @@ fn other_end(end: &[u8]) -> Result<Vec<u8>> {
 }
 
 impl Dataplane {
-    /// Makes the map's sockets subject to this build's program; those that an earlier agent put
-    /// there keep its program until they close.
+    /// Attaches this build's program to the map's sockets. Sockets that an earlier agent put there
+    /// keep its program until they close.
     pub(super) fn attach_redirect(&self) -> Result<()> {
         let map = self.skel.maps.splice_sockets.as_fd().as_raw_fd();
         self.skel.progs.redirect.attach_sockmap(map).context("cannot attach redirect")
     }
 
-    /// Says which legs are spliced; it holds for every connection at the next sweep.
+    /// Sets which legs are spliced; it applies to every connection at the next sweep.
     ///
     /// # Errors
-    /// Where the map cannot be written.
+    /// If the map cannot be written.
     pub fn set_legs(&mut self, states: &[LegState]) -> Result<()> {
         for (index, state) in states.iter().enumerate() {
             let leg = abi::leg_of(state);
@@ -93,7 +93,7 @@ impl Dataplane {
         self.want_sweep(true)
     }
 
-    /// Whether a connection wants to be looked at.
+    /// Whether a connection asks for a sweep.
     pub fn wants_sweep(&self) -> bool {
         self.skel.maps.bss_data.as_ref().is_some_and(|variables| {
             // SAFETY: a valid, aligned u32 in a page that the kernel's side writes to.
@@ -101,10 +101,10 @@ impl Dataplane {
         })
     }
 
-    /// Whether the next sweep is to be made.
+    /// Whether the next sweep is due.
     ///
     /// # Errors
-    /// Where the object has no variables.
+    /// If the object has no variables.
     pub fn want_sweep(&mut self, wanted: bool) -> Result<()> {
         let variables = self.skel.maps.bss_data.as_mut().context("the object has no variables")?;
         // SAFETY: as in `wants_sweep`; the kernel's side only ever writes 1.
@@ -112,13 +112,13 @@ impl Dataplane {
         Ok(())
     }
 
-    /// Puts connections that have settled and are eligible into the map, takes those out that are
-    /// better off without, and takes what changed about their pods over.
+    /// Sweeps: puts settled and eligible connections into the map, removes those that are faster
+    /// without, and applies changes of their pods.
     ///
     /// # Errors
-    /// Where the iterator fails.
+    /// If the iterator fails.
     pub fn sweep(&mut self) -> Result<Unfinished> {
-        // What comes while it runs is for the next one.
+        // Connections marked while the sweep runs are for the next one.
         self.want_sweep(false)?;
         let map = self.skel.maps.splices.as_fd().try_clone_to_owned()?;
         let swept = self.sweep_once(map.as_fd())?;
@@ -128,10 +128,10 @@ impl Dataplane {
         Ok(Unfinished { leaving: swept.leaving > 0, stuck: swept.stuck })
     }
 
-    /// Has a pod's writers try again that were told to wait for memory, and that nobody wakes.
+    /// Makes a pod's writers retry that wait for memory and that the kernel does not wake.
     ///
     /// # Errors
-    /// Where the namespace cannot be entered, or the iterator fails.
+    /// If the namespace cannot be entered, or the iterator fails.
     pub fn wake_writers(&self, netns: &Netns) -> Result<()> {
         let link = self.skel.progs.wake_writers.attach()?;
         netns.inside(|| run(&link).map(drop))?
@@ -142,9 +142,9 @@ impl Dataplane {
         let spliced = &self.skel.maps.splice_sockets;
         for end in &swept.leave {
             let other = other_end(end)?;
-            // Without the other end, nothing comes to this one: only a sweep puts it there.
+            // Without the other end, nothing is redirected to this one: only a sweep puts it back.
             if swept.leave.contains(&other) || spliced.lookup(&other, MapFlags::ANY)?.is_none() {
-                // An end that has closed meanwhile is out.
+                // An end that has closed in the meantime has left the map.
                 let _ = spliced.delete(end);
             }
         }
@@ -186,8 +186,8 @@ fn run_sweep(
     }
 }
 
-/// Sends everything by TCP from now on, and waits until what was redirected is read: with the map
-/// it would be gone. Says how many sockets still have some, in any layout.
+/// Switches all connections to TCP, and waits until the redirected data is read, which would be
+/// lost with the map. Returns the number of sockets that still have some, in any layout.
 pub(super) fn drain(pins: &Pins) -> Result<u32> {
     let maps: Vec<MapHandle> = children(&pins.root)?
         .iter()
@@ -214,7 +214,7 @@ pub(super) fn drain(pins: &Pins) -> Result<u32> {
     }
 }
 
-/// The legs, and how many sockets are spliced, from the pins alone.
+/// The legs, and the number of spliced sockets, read from the pins alone.
 pub(super) fn state(pins: &Pins) -> Result<(Vec<LegState>, usize)> {
     let legs = pins.open_map("splice_legs")?;
     let mut states = Vec::new();

@@ -1,6 +1,5 @@
-//! What this kernel does to spliced sockets: tried on sockets of the agent's own, in a network
-//! namespace that is made for that and goes at once. Known hazards each have a trial; what goes
-//! wrong is a [`Hazard`].
+//! Tests this kernel's behaviour towards spliced sockets, with sockets of the agent's own in a
+//! temporary network namespace. Each known hazard has a trial; a failed trial is a [`Hazard`].
 
 use std::{
     cell::Cell,
@@ -39,16 +38,16 @@ use crate::{
     splice::{Hazard, Hurts},
 };
 
-/// How long a byte, an end or a wake-up may take; loopback needs microseconds.
+/// The time limit for a byte, an end or a wake-up; loopback needs microseconds.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// `SPLICE_LARGE` of bpf/splice/redirect.h: messages above it go by TCP.
+/// `SPLICE_LARGE` of bpf/splice/redirect.h: larger messages use TCP.
 pub(super) const LARGE: usize = 32 * 1024;
-/// `SPLICE_LIMIT` of bpf/splice/redirect.h: what is unread above it goes by TCP.
+/// `SPLICE_LIMIT` of bpf/splice/redirect.h: messages use TCP while more than this is unread.
 pub(super) const LIMIT: usize = 64 * 1024;
-/// More than any default of TCP's buffers lets a writer get ahead of its reader.
+/// More bytes than TCP's default buffers let a writer get ahead of its reader.
 const FAR_AHEAD: usize = 64 << 20;
 
-/// A trial fails with what it saw.
+/// A trial's error is the observed behaviour.
 type Trial = fn(&Bench) -> Result<()>;
 
 const TRIALS: &[(&str, Hurts, Trial)] = &[
@@ -71,10 +70,10 @@ const TRIALS: &[(&str, Hurts, Trial)] = &[
     ("partly invalid buffer", Hurts::Apps, bad_buffer),
 ];
 
-/// What this kernel does wrong to spliced sockets; takes some 100 ms.
+/// Runs the trials, and returns this kernel's hazards; takes some 100 ms.
 ///
 /// # Errors
-/// Where the trials could not be made, or would have proven nothing.
+/// If the trials could not run, or would prove nothing.
 pub fn self_test() -> Result<Vec<Hazard>> {
     node::in_new(|| {
         let mut storage = MaybeUninit::uninit();
@@ -90,7 +89,7 @@ pub fn self_test() -> Result<Vec<Hazard>> {
     })?
 }
 
-/// The program and maps of the trials' own.
+/// The program and the maps of the trials.
 struct Bench<'a> {
     skel: SidestepSkel<'a>,
     pairs: Cell<u32>,
@@ -99,7 +98,7 @@ struct Bench<'a> {
 impl<'a> Bench<'a> {
     fn new(storage: &'a mut MaybeUninit<libbpf_rs::OpenObject>) -> Result<Self> {
         let mut open = SidestepSkelBuilder::default().open(storage)?;
-        // The trials say themselves what goes by TCP.
+        // The trials themselves decide which messages use TCP.
         set_refresh(&mut open, Duration::MAX)?;
         for mut program in open.open_object_mut().progs_mut() {
             program.set_autoload(program.name() == "redirect");
@@ -119,7 +118,7 @@ impl<'a> Bench<'a> {
         for (end, socket) in [(1, &client), (2, &server)] {
             socket.set_nonblocking(true)?;
             socket.set_nodelay(true)?;
-            // No real ones, but each the other's other end, and nobody else's.
+            // Invented keys: each is the other's other end, and no real socket's.
             let key = abi::splice_key {
                 lport: end,
                 rport: 3 - end,
@@ -141,7 +140,7 @@ impl<'a> Bench<'a> {
         Ok((client, server))
     }
 
-    /// Bytes that skipped TCP so far.
+    /// The number of bytes that have bypassed TCP.
     fn redirected(&self) -> Result<u64> {
         let index = abi::splice_counter::SPLICE_BYTES.0.to_ne_bytes();
         let values = self.skel.maps.splice_counters.lookup_percpu(&index, MapFlags::ANY)?;
@@ -150,7 +149,7 @@ impl<'a> Bench<'a> {
     }
 }
 
-/// The byte at a position: a period that no buffer has.
+/// The byte at a position: its period differs from every buffer's size.
 fn byte(at: usize) -> u8 {
     (at % 251) as u8 ^ (at / 251) as u8
 }
@@ -159,14 +158,14 @@ fn bytes(from: usize, len: usize) -> Vec<u8> {
     (from..from + len).map(byte).collect()
 }
 
-/// Sends all in one message, where the other end has room for it.
+/// Sends everything in one message, if the other end has room for it.
 fn put(to: &mut TcpStream, data: &[u8]) -> Result<()> {
     let sent = to.write(data).context("send")?;
     ensure!(sent == data.len(), "{sent} of {} bytes were accepted", data.len());
     Ok(())
 }
 
-/// What there is to read: at most `most` bytes, some at the least; nothing at the end.
+/// Reads available bytes: at most `most`, at least one, or none at the end.
 fn get(from: &mut TcpStream, most: usize) -> Result<Vec<u8>> {
     let mut data = vec![0; most];
     let start = Instant::now();
@@ -209,7 +208,7 @@ fn expect_end(from: &mut TcpStream) -> Result<()> {
 fn order(bench: &Bench) -> Result<()> {
     let (mut one, mut other) = bench.pair()?;
     let sizes = [1, 64, LARGE + 1, 64, 5000, LARGE * 2, 1, 1, LARGE, LARGE + 1, 700, 64];
-    // The first message is where a socket gets to know the other end.
+    // A socket learns its other end with the first message.
     put(&mut one, &bytes(0, LARGE + 1))?;
     expect(&mut other, 0, LARGE + 1)?;
     for _ in 0..2 {
@@ -225,7 +224,7 @@ fn order(bench: &Bench) -> Result<()> {
                 }
             }
         }
-        // The other way round: each direction has a state of its own.
+        // The reverse direction: each has a state of its own.
         std::mem::swap(&mut one, &mut other);
     }
     Ok(())
@@ -253,7 +252,7 @@ fn half_close(bench: &Bench) -> Result<()> {
     writer.shutdown(Shutdown::Write)?;
     expect(&mut reader, 0, 100)?;
     expect_end(&mut reader)?;
-    // The other direction is open still.
+    // The other direction is still open.
     put(&mut reader, &bytes(0, 100))?;
     drop(reader);
     expect(&mut writer, 0, 100)?;
@@ -280,7 +279,7 @@ fn after_shutdown(bench: &Bench) -> Result<()> {
     expect_end(&mut reader)
 }
 
-/// Waits for an edge; whether there was one.
+/// Waits for an edge, and returns whether there was one.
 fn edge(epoll: &Epoll, within: Duration) -> Result<bool> {
     let mut events = [EpollEvent::empty()];
     let timeout = EpollTimeout::try_from(within)?;
@@ -293,7 +292,7 @@ fn watched(socket: &TcpStream) -> Result<Epoll> {
     Ok(epoll)
 }
 
-/// Reads until there is no more.
+/// Reads until nothing is left.
 fn read_all(from: &mut TcpStream) -> Result<usize> {
     let (mut data, mut total) = ([0; 16384], 0);
     loop {
@@ -345,8 +344,8 @@ fn peek(bench: &Bench) -> Result<()> {
     Ok(())
 }
 
-/// Runs a blocking call on a thread and `then` once the thread sleeps in it; the call's result.
-/// The call has to end by itself: the socket has a time limit.
+/// Runs a blocking call on a thread, and `then` once the thread sleeps in it; returns the call's
+/// result. The call must end by itself: the socket has a time limit.
 fn while_blocked<T: Send>(
     call: impl FnOnce() -> T + Send,
     then: impl FnOnce(&dyn Fn() -> bool) -> Result<()>,
@@ -372,7 +371,7 @@ fn while_blocked<T: Send>(
     })
 }
 
-/// A reader that waits, but not for ever.
+/// A reader that waits, with a time limit.
 fn make_blocking(reader: &TcpStream) -> Result<()> {
     reader.set_nonblocking(false)?;
     Ok(reader.set_read_timeout(Some(PATIENCE))?)
@@ -386,7 +385,7 @@ fn blocking(bench: &Bench) -> Result<()> {
     let read = while_blocked(
         || reader.read(&mut data),
         |finished| {
-            // The answer to our FIN wakes whoever waits for data.
+            // The acknowledgement of our FIN wakes readers.
             other.shutdown(Shutdown::Write)?;
             let start = Instant::now();
             while !finished() && start.elapsed() < Duration::from_millis(50) {
@@ -412,7 +411,7 @@ fn wait_all(bench: &Bench) -> Result<()> {
     Ok(())
 }
 
-/// The bytes that one of FIONREAD and TIOCOUTQ tells of.
+/// The number of bytes that FIONREAD or TIOCOUTQ returns.
 fn ioctl(socket: &TcpStream, request: libc::Ioctl) -> Result<usize> {
     let mut count: libc::c_int = 0;
     // SAFETY: the descriptor is open, and both requests write one int.
@@ -531,7 +530,7 @@ fn short_read(bench: &Bench) -> Result<()> {
         put(&mut writer, &bytes(sent, 1000))?;
         sent += 1000;
     }
-    // What was spilled has to be there before the reader begins.
+    // Spilled bytes must have arrived before the reader begins.
     let start = Instant::now();
     while ioctl(&writer, libc::TIOCOUTQ)? > 0 {
         ensure!(start.elapsed() < PATIENCE, "the data that went by TCP did not arrive");

@@ -1,4 +1,5 @@
-//! What the parts of the data plane share: the loaded programs, and what is known of the maps.
+//! The state that the parts of the data plane share: the loaded programs, and the known contents of
+//! the maps.
 
 use std::{
     cell::RefCell,
@@ -31,41 +32,41 @@ use crate::{
     node::NetnsCookie,
 };
 
-/// The loaded programs and the pinned maps: what the agent writes to.
+/// The loaded programs and the pinned maps that the agent writes.
 pub struct Dataplane {
     pub(super) skel: SidestepSkel<'static>,
     pub(super) pins: Pins,
-    /// Keeps others away from the pins, and what is pinned there alive where the file system is
+    /// The lock on the pins; its descriptor also keeps pinned objects alive if the file system is
     /// unmounted.
     pub(super) lock: Flock<File>,
-    /// Where the pins' file system is mounted.
+    /// The mount point of the pins' file system.
     pub(super) mount_point: PathBuf,
-    /// The links that are in force: they outlive the loss of their pins.
+    /// The attached links, which survive the loss of their pins.
     pub(super) links: Links,
-    /// An agent with another layout decides still.
+    /// Whether an agent with another layout still decides.
     pub(super) to_take_over: bool,
-    /// What the maps of the mesh hold, once that is known for sure.
+    /// The contents of the mesh's maps, once they are known.
     pub(super) known: Option<Held>,
-    /// What the maps of Services hold, once that is known for sure.
+    /// The contents of the maps of Services, once they are known.
     pub(super) services: Option<Services>,
-    /// The pods that have a share of what counts their sockets, where no others have one.
+    /// The pods with a quota in the maps that count a pod's sockets, if no others have one.
     pub(super) sharing: Option<BTreeSet<NetnsCookie>>,
-    /// No pod but these has filters, or an entry that says so.
+    /// The only pods that have filters or an entry in `tc_namespaces`, once that is known.
     pub(super) filtering: RefCell<Option<BTreeSet<NetnsCookie>>>,
-    /// When another's programs were last put behind.
+    /// The time when Sidestep's programs were last moved to the front.
     pub(super) went_first: Option<Instant>,
-    /// When they were last read as a whole.
+    /// The time when the maps were last read completely.
     pub(super) read: Instant,
-    /// Up to where they were looked at: which map, and its last key.
+    /// The position of the last check: the map, and its last key.
     pub(super) looked_at: (NetnsCookie, usize, Vec<u8>),
 }
 
 impl Dataplane {
-    /// Loads the programs, with the pinned maps where there are any; attaches nothing. Keeps other
-    /// agents and `unload` away for as long as the result lives.
+    /// Loads the programs with the pinned maps, if there are any, and attaches nothing. Locks the
+    /// pins against other agents and `unload` while the result lives.
     ///
     /// # Errors
-    /// Where another process has the pins, the kernel refuses a program, or a pinned map has
+    /// If another process has the pins, the kernel refuses a program, or a pinned map has
     /// another layout.
     pub fn load(pins: &Pins, splice_refresh: Duration, with_services: bool) -> Result<Self> {
         let lock = pins.lock()?;
@@ -82,7 +83,7 @@ impl Dataplane {
             }
         }
         let skel = open.load().with_context(|| {
-            // Those that were just made hold nothing: `status` should not take them for more.
+            // New records are emptied, so that `status` does not count them as pods.
             for dir in [pins.links(), pins.maps(), pins.layout()] {
                 let _ = fs::remove_dir(dir);
             }
@@ -113,7 +114,7 @@ impl Dataplane {
         Ok(dataplane)
     }
 
-    /// Tells the programs which process is the agent: its own calls are not translated.
+    /// Tells the programs the agent's process, whose calls are not translated.
     fn note_agent(&self) -> Result<()> {
         let done = self.skel.progs.note_agent.test_run(ProgramInput::default());
         let done = done.context("cannot run program note_agent")?;
@@ -121,7 +122,7 @@ impl Dataplane {
         Ok(())
     }
 
-    /// The sizes of the maps.
+    /// The capacities of the maps.
     pub fn limits(&self) -> Limits {
         let maps = &self.skel.maps;
         Limits {
@@ -135,21 +136,21 @@ impl Dataplane {
         }
     }
 
-    /// Which pod has which namespace, by cookie.
+    /// The pod of each namespace, by cookie.
     ///
     /// # Errors
-    /// Where the map cannot be read.
+    /// If the map cannot be read.
     pub fn records(&self) -> Result<BTreeMap<NetnsCookie, Record>> {
         records(&self.skel.maps.pod_records)
     }
 }
 
-/// Something that was not in force any more.
+/// A part that was no longer in force.
 #[derive(Debug)]
 pub struct Repair {
-    /// Of which kind: the label of the metric.
+    /// The kind of part: the label of the metric.
     pub what: &'static str,
-    /// What was missing or changed.
+    /// What was missing or changed, for the problem's text.
     pub text: String,
     /// Whether it is in force again.
     pub done: Result<()>,

@@ -7,10 +7,10 @@ use libbpf_rs::{ErrorKind, MapCore, MapFlags};
 
 use super::abi::{Wire, as_bytes, from_bytes};
 
-/// A map's contents, or what they should be, as the kernel's bytes.
+/// A map's contents, present or desired, as the kernel's bytes.
 pub(crate) type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
 
-/// What has to be done to a map; upserts come first, deletes last.
+/// The changes to a map; upserts come first, deletes last.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Diff {
     pub upserts: Entries,
@@ -44,14 +44,14 @@ pub(crate) fn read_as<K: Wire, V: Wire>(map: &impl MapCore) -> Result<Vec<(K, V)
     read(map)?.iter().map(|(key, value)| Ok((from_bytes(key)?, from_bytes(value)?))).collect()
 }
 
-/// A map, and what it holds.
+/// A map, and its known contents.
 pub(crate) struct Table<'a, M> {
     pub map: &'a M,
     pub holds: &'a mut Entries,
 }
 
 impl<M: MapCore> Table<'_, M> {
-    /// Writes what is not there yet; `holds` is right whatever fails.
+    /// Writes the missing entries; `holds` stays correct if a write fails.
     pub fn upsert(&mut self, diff: &Diff) -> Result<()> {
         for (key, value) in &diff.upserts {
             if self.holds.get(key) != Some(value) {
@@ -63,7 +63,7 @@ impl<M: MapCore> Table<'_, M> {
         Ok(())
     }
 
-    /// Deletes what is still there; `holds` is right whatever fails.
+    /// Deletes the remaining entries; `holds` stays correct if a deletion fails.
     pub fn delete(&mut self, diff: &Diff) -> Result<()> {
         for key in &diff.deletes {
             if self.holds.contains_key(key) {

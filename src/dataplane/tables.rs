@@ -1,4 +1,4 @@
-//! The maps that the agent alone writes, a row each: a map's contents are rows of it for each pod.
+//! The maps that only the agent writes, a row each; a row makes a pod's entries.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,22 +17,22 @@ use super::{
 };
 use crate::{mesh::entries::PodEntries, node::NetnsCookie};
 
-/// A map, and what a pod has in it.
+/// A map, and the function that makes a pod's entries.
 pub(super) struct Table {
-    /// Its name.
+    /// The map's name.
     pub name: &'static str,
-    /// Finds it among the loaded ones.
+    /// Finds the map among the loaded ones.
     pub map: for<'a, 'map> fn(&'a SidestepMaps<'map>) -> &'a MapMut<'map>,
-    /// Where the cookie is in its keys.
+    /// The cookie's offset in the map's keys.
     pub cookie_at: usize,
-    /// What it should hold for a pod.
+    /// Makes a pod's entries.
     pub rows: fn(NetnsCookie, &PodEntries) -> Result<Entries>,
 }
 
-/// How many there are.
+/// The number of tables.
 pub(super) const TABLES: usize = 8;
 
-/// In the order of writing; deletes go the other way round. The last is the one that makes a pod's
+/// The tables in the order of writing; deletes go in reverse. The last one makes a pod's
 /// connections captured.
 pub(super) const ALL: [Table; TABLES] = [
     Table {
@@ -109,7 +109,7 @@ pub(super) const ALL: [Table; TABLES] = [
     },
 ];
 
-/// What an entry of `locals` is; `enum local` of bpf/lib/pod.h.
+/// The kinds of entry of `locals`; `enum local` of bpf/lib/pod.h.
 pub(super) const LOCAL_OWN: u8 = 1;
 /// See [`LOCAL_OWN`].
 pub(super) const LOCAL_LANDING: u8 = 2;
@@ -123,7 +123,7 @@ fn locals(cookie: NetnsCookie, pod: &PodEntries) -> Result<Entries> {
     Ok(locals.collect())
 }
 
-/// What the maps should hold for no pod and all: the addresses that may be spliced with.
+/// The desired entries that belong to no single pod: the addresses that may be spliced with.
 pub(super) fn shared(spliced: &BTreeSet<IpAddr>) -> [Entries; TABLES] {
     let key = |ip: &IpAddr| table::entry(&abi::local_of(NetnsCookie::NONE, *ip), &LOCAL_OWN);
     let mut all: [Entries; TABLES] = Default::default();
@@ -131,7 +131,7 @@ pub(super) fn shared(spliced: &BTreeSet<IpAddr>) -> [Entries; TABLES] {
     all
 }
 
-/// What the maps should hold for a pod.
+/// The desired entries of a pod.
 pub(super) fn of_pod(cookie: NetnsCookie, pod: &PodEntries) -> Result<[Entries; TABLES]> {
     let mut all: [Entries; TABLES] = Default::default();
     for (table, entries) in ALL.iter().zip(&mut all) {
@@ -140,19 +140,19 @@ pub(super) fn of_pod(cookie: NetnsCookie, pod: &PodEntries) -> Result<[Entries; 
     Ok(all)
 }
 
-/// What the maps hold.
+/// The known contents of the maps.
 #[derive(Default)]
 pub(super) struct Held {
-    /// By pod; of [`NetnsCookie::NONE`] what is all pods'.
+    /// The entries by pod; [`NetnsCookie::NONE`] has those that belong to no single pod.
     pub pods: BTreeMap<NetnsCookie, [Entries; TABLES]>,
-    /// Pods of which they hold exactly this.
+    /// The pods whose desired entries are exactly in the maps.
     pub written: BTreeMap<NetnsCookie, Arc<PodEntries>>,
-    /// They hold exactly these as what is all pods'.
+    /// The entries of no single pod that are exactly in the maps.
     pub spliced: Option<BTreeSet<IpAddr>>,
 }
 
 impl Held {
-    /// Asks the kernel.
+    /// Reads the contents from the kernel.
     pub fn read(loaded: &SidestepMaps<'_>) -> Result<Self> {
         let mut held = Self::default();
         for (n, table) in ALL.iter().enumerate() {

@@ -1,6 +1,6 @@
-//! The filters on the way out of a pod's network devices: links (tcx, Linux 6.6), which are pinned
-//! like others, or filters of a clsact qdisc. To make or remove such a qdisc loses packets that are
-//! under way at that moment: so it is made once, and stays with its device.
+//! The filters on a pod's network devices: links (tcx, Linux 6.6), pinned like others, or filters
+//! of a clsact qdisc. Making or removing such a qdisc loses packets in flight, so it is made once
+//! and stays with its device.
 
 use std::{
     fs, io,
@@ -32,24 +32,24 @@ use crate::{
     node::{LO, Netns, NetnsCookie},
 };
 
-/// Layouts that have filters of their own in qdiscs, by number.
+/// The layouts that have filters of their own in qdiscs, by number.
 const LAYOUTS: Range<u32> = 0..16;
 
-/// A filter, by its program.
+/// A filter, named by its program.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Filter {
-    /// `dns_nat`: questions to the pod's DNS listener and its answers, on lo.
+    /// `dns_nat`: queries to the pod's DNS listener and its answers, on lo.
     Dns,
-    /// `reset`: ends of spliced connections that are closed with unread bytes.
+    /// `reset`: endings of spliced connections that are closed with unread bytes.
     Reset,
-    /// `note_dialled`: the ports that connections into a pod with NAT rules are dialled to.
+    /// `note_dialled`: the dialled ports of connections into a pod with NAT rules.
     Dialled,
 }
 
 impl Filter {
     const ALL: [Self; 3] = [Self::Dns, Self::Reset, Self::Dialled];
 
-    /// What its pins' names begin with.
+    /// The prefix of the names of its pins.
     const fn name(self) -> &'static str {
         match self {
             Self::Dns => "dns",
@@ -58,7 +58,7 @@ impl Filter {
         }
     }
 
-    /// Where it is put: on the way in or out.
+    /// The direction of the filter: ingress or egress.
     const fn point(self) -> (TcAttachPoint, libbpf_sys::bpf_attach_type) {
         match self {
             Self::Dns | Self::Reset => (TC_EGRESS, libbpf_sys::BPF_TCX_EGRESS),
@@ -66,7 +66,8 @@ impl Filter {
         }
     }
 
-    /// Its handle and priority in a qdisc, plus the layout's number: behind what others put first.
+    /// The filter's handle and priority in a qdisc, plus the layout's number: behind the filters
+    /// that others put first.
     const fn place(self) -> u32 {
         match self {
             Self::Dns => 0x5353,
@@ -83,13 +84,13 @@ impl Filter {
     }
 }
 
-/// Whether a pin of that name is a filter's.
+/// Whether the pin of this name is a filter's.
 pub(super) fn is_filter(name: &str) -> bool {
     Filter::ALL.iter().any(|filter| name.starts_with(&format!("{}-", filter.name())))
 }
 
 impl Pins {
-    /// This layout's number among those that have filters in qdiscs.
+    /// This layout's number among those with filters in qdiscs.
     fn number(&self) -> u32 {
         let number = self.layout.strip_prefix('v').and_then(|number| number.parse().ok());
         number.unwrap_or(0) % LAYOUTS.end
@@ -101,18 +102,18 @@ impl Pins {
 }
 
 impl Dataplane {
-    /// Puts this build's filter for DNS in force on the pod's lo; one that is there
-    /// already is replaced in one step.
+    /// Attaches this build's filter for DNS to the pod's lo; an existing one is replaced in one
+    /// step.
     ///
     /// # Errors
-    /// Where the namespace cannot be entered, or the kernel refuses.
+    /// If the namespace cannot be entered, or the kernel refuses.
     pub fn attach_dns(&self, cookie: NetnsCookie, netns: &Netns) -> Result<()> {
         self.filter(Filter::Dns, &self.skel.progs.dns_nat, cookie, netns, LO)
             .context("cannot attach the DNS filter to lo")
     }
 
-    /// Puts this build's filter for spliced connections that are closed with unread bytes in force
-    /// on these devices of the pod, by index; those that are there already are replaced.
+    /// Attaches this build's filter for spliced connections that are closed with unread bytes to
+    /// these devices of the pod, by index; existing ones are replaced.
     ///
     /// # Errors
     /// As of [`Dataplane::attach_dns`].
@@ -125,8 +126,8 @@ impl Dataplane {
         })
     }
 
-    /// Puts the program in force that notes which ports connections are dialled to, where they come
-    /// into these devices of the pod, by index; those that are there already are replaced.
+    /// Attaches the program that notes the dialled ports of connections that arrive at these
+    /// devices of the pod, by index; existing ones are replaced.
     ///
     /// # Errors
     /// As of [`Dataplane::attach_dns`].
@@ -158,7 +159,7 @@ impl Dataplane {
         let record = Record { netns: netns.path().to_owned(), ..Record::default() };
         let (key, value) = table::entry(&cookie, &abi::record_of(&record)?);
         self.skel.maps.tc_namespaces.update(&key, &value, MapFlags::ANY)?;
-        // A pod that does not come to be enrolled loses it again.
+        // A pod that is not enrolled after all loses the entry again.
         self.filtering.take();
         if !kernel().links_filters {
             let layout = self.pins.number();
@@ -176,8 +177,8 @@ impl Dataplane {
         pin(link.as_fd(), &at)
     }
 
-    /// Looks whether the filters of a pod are in force, for DNS answers where `dns` says so, and
-    /// for spliced connections on these devices; puts back those that are not.
+    /// Checks the filters of a pod, for DNS answers if `dns` is set, and for spliced connections on
+    /// these devices; restores those that are missing.
     pub fn repair_filters(
         &self,
         cookie: NetnsCookie,
@@ -215,14 +216,13 @@ impl Dataplane {
         if found == Some(own) {
             return None;
         }
-        // Not there any more: its filters are gone with it.
+        // The device is gone, and its filters with it.
         let netns = open().ok()?;
         let text = format!("the {} filter was removed from device {device}", filter.name());
         Some(Repair::new("filter", text, self.filter(filter, program, cookie, &netns, device)))
     }
 
-    /// Looks whether dialled ports are noted on these devices of a pod, and has them noted again
-    /// where they are not.
+    /// Checks that dialled ports are noted on these devices of a pod, and restores missing filters.
     pub fn repair_dialled(
         &self,
         cookie: NetnsCookie,
@@ -233,7 +233,7 @@ impl Dataplane {
             kernel().links_filters && self.linked(Filter::Dialled, cookie, **device).is_none()
         };
         let repair = |device: &u32| {
-            // Not there any more: its filters are gone with it.
+            // The device is gone, and its filters with it.
             let netns = Netns::open_as(netns, cookie).ok()?;
             let text =
                 format!("the {} filter was removed from device {device}", Filter::Dialled.name());
@@ -242,16 +242,17 @@ impl Dataplane {
         devices.iter().filter(is_gone).filter_map(repair).collect()
     }
 
-    /// What the kernel says about a filter's link; none: there is none, or its device is gone.
+    /// The kernel's information about a filter's link; `None` if there is no link, or its device is
+    /// gone.
     fn linked(&self, filter: Filter, cookie: NetnsCookie, device: u32) -> Option<LinkInfo> {
         let link = Link::open(self.pins.filter(filter, cookie, device)).ok()?;
         link.info().ok().filter(|info| device_of(info).is_ok_and(|at| at == device))
     }
 
-    /// Takes the filter for DNS off a pod's lo, where there is one.
+    /// Removes the filter for DNS from a pod's lo, if there is one.
     ///
     /// # Errors
-    /// Where the namespace cannot be entered, or the kernel refuses.
+    /// If the namespace cannot be entered, or the kernel refuses.
     pub fn detach_dns(&self, cookie: NetnsCookie, netns: &Netns) -> Result<()> {
         let pin = self.pins.filter(Filter::Dns, cookie, LO);
         if pin.exists() {
@@ -263,9 +264,9 @@ impl Dataplane {
         netns.inside(|| remove(Filter::Dns, LAYOUTS, LO))
     }
 
-    /// Takes filters off devices of pods that are not enrolled. A pod's open connections are
-    /// spliced until they end, also where it has left: their filter goes with its device. Says
-    /// whether no such pod has any left.
+    /// Removes filters from devices of pods that are not enrolled. A pod's open connections are
+    /// spliced until they end, even if the pod has left the mesh: their filter goes with its
+    /// device. Returns whether no such pod has any left.
     pub(super) fn remove_filters(&self, enrolled: impl Fn(NetnsCookie) -> bool) -> Result<bool> {
         let filtered = &self.skel.maps.tc_namespaces;
         let mut none_left = true;
@@ -309,10 +310,10 @@ impl Dataplane {
         Ok(none_left)
     }
 
-    /// A namespace whose devices have or had filters, also where its pod is not enrolled any more.
+    /// Opens a namespace whose devices have or had filters, also if its pod is no longer enrolled.
     ///
     /// # Errors
-    /// Where it is not known, or gone.
+    /// If it is not known, or gone.
     pub fn filtered(&self, cookie: NetnsCookie) -> Result<Netns> {
         let value = self.skel.maps.tc_namespaces.lookup(&cookie.0.to_ne_bytes(), MapFlags::ANY)?;
         let value = value.with_context(|| {
@@ -326,7 +327,7 @@ impl Dataplane {
     }
 }
 
-/// The device of a filter's link; 0: it is gone.
+/// The device of a filter's link; 0 if it is gone.
 fn device_of(link: &LinkInfo) -> Result<u32> {
     match &link.info {
         LinkTypeInfo::Tcx(info) => Ok(info.ifindex),
@@ -334,7 +335,7 @@ fn device_of(link: &LinkInfo) -> Result<u32> {
     }
 }
 
-/// Links a filter to a device of the calling thread's namespace, behind those of others.
+/// Links a filter to a device of the calling thread's namespace, behind the filters of others.
 fn link(filter: Filter, program: BorrowedFd<'_>, device: u32) -> Result<OwnedFd> {
     // SAFETY: the program's descriptor is open, and options may be none.
     let fd = unsafe {
@@ -367,7 +368,7 @@ pub(super) fn try_on_lo(filter: Filter, program: BorrowedFd<'_>) -> Result<()> {
     }
 }
 
-/// Takes a layout's filters out of the qdiscs of all pods' devices, also of those that have left.
+/// Removes a layout's filters from the qdiscs of all pods' devices, including pods that have left.
 pub(super) fn empty_qdiscs(pins: &Pins) {
     if kernel().links_filters {
         return;
@@ -398,9 +399,9 @@ pub(super) fn empty_qdiscs(pins: &Pins) {
 
 fn remove(filter: Filter, layouts: Range<u32>, device: u32) {
     for layout in layouts {
-        // The kernel finds the filter by its place; the descriptor is not looked at.
+        // The kernel finds the filter by its place and ignores the descriptor.
         let mut hook = filter.hook(io::stderr().as_fd(), layout, device);
-        // There may be none.
+        // The filter may not exist.
         let _ = hook.detach();
     }
 }

@@ -1,4 +1,4 @@
-//! Taking everything away.
+//! Removes everything that Sidestep has attached and pinned.
 
 use std::{fmt, fs};
 
@@ -10,13 +10,13 @@ use super::{
     splice, tc,
 };
 
-/// What `unload` did.
+/// The result of `unload`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Unloaded {
-    /// Pins that were removed.
+    /// The number of removed pins.
     pub removed: usize,
-    /// Spliced sockets with bytes that are not read yet and would be lost with the maps: these
-    /// stay, with no program, until the next `unload`.
+    /// The number of spliced sockets with unread bytes, which would be lost with the maps: these
+    /// stay, without a program, until the next `unload`.
     pub unread: u32,
 }
 
@@ -34,10 +34,10 @@ impl fmt::Display for Unloaded {
     }
 }
 
-/// Takes every link, program and map of any layout away.
+/// Removes every link, program and map of every layout.
 ///
 /// # Errors
-/// Where a pin cannot be removed.
+/// If a pin cannot be removed.
 pub fn unload(pins: &Pins) -> Result<Unloaded> {
     let unread = splice::drain(pins)?;
     let mut removed = 0;
@@ -52,13 +52,13 @@ pub fn unload(pins: &Pins) -> Result<Unloaded> {
     Ok(Unloaded { removed, unread })
 }
 
-/// Takes a layout's filters, links and maps away, but for the maps in `keep`. Says how many pins
-/// there were.
+/// Removes a layout's filters, links and maps, except the maps in `keep`. Returns the number of
+/// pins.
 pub(super) fn remove_layout(pins: &Pins, keep: &[&str]) -> Result<usize> {
     let mut removed = 0;
     let mut kept = false;
     tc::empty_qdiscs(pins);
-    // Links before maps: a program without its map's contents would decide wrongly.
+    // Links go before maps: a program without its map's contents would decide wrongly.
     for link in children(&pins.links())? {
         remove_link(&link)?;
         removed += 1;

@@ -1,18 +1,18 @@
-//! Which legs of the path are spliced: the mode that was asked for, and what the self-test found
-//! out about this kernel. Pure. docs/splice.md has the whole picture.
+//! Decides which legs of the path are spliced, by the requested mode and the self-test's findings
+//! on this kernel. Pure. docs/splice.md has the whole picture.
 
 use std::fmt;
 
 use clap::ValueEnum;
 use serde::Serialize;
 
-/// What the agent was told to splice.
+/// The requested mode of splicing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
-    /// Each leg for which the self-test finds nothing wrong on this kernel.
+    /// Each leg on which the self-test finds no fault.
     #[default]
     Auto,
-    /// Nothing; all data goes by TCP.
+    /// No leg; all data uses TCP.
     Off,
     /// Connections between sidecars only, if the self-test finds nothing wrong.
     Sidecar,
@@ -33,10 +33,10 @@ pub enum Leg {
 }
 
 impl Leg {
-    /// All, in the order of the kernel's map.
+    /// All legs, in the order of the kernel's map.
     pub const ALL: [Self; 2] = [Self::Sidecar, Self::App];
 
-    /// Its name in flags, `status` and `check`.
+    /// The leg's name in flags, `status` and `check`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Sidecar => "sidecar",
@@ -45,23 +45,23 @@ impl Leg {
     }
 }
 
-/// Whom a hazard hurts.
+/// The programs that a hazard affects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hurts {
-    /// Everybody: bytes, their order or their end. Nothing is spliced.
+    /// All programs: bytes, their order or their end are wrong. Nothing is spliced.
     Everybody,
     /// Programs that use a socket in other ways than a sidecar does.
     Apps,
 }
 
-/// One thing that the self-test found wrong with spliced sockets on this kernel.
+/// A fault of spliced sockets on this kernel, found by the self-test.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hazard {
-    /// What was tried.
+    /// The name of the trial.
     pub name: &'static str,
-    /// Whom it hurts.
+    /// The programs that it affects.
     pub hurts: Hurts,
-    /// What happened.
+    /// The observed behaviour.
     pub found: String,
 }
 
@@ -71,19 +71,19 @@ impl fmt::Display for Hazard {
     }
 }
 
-/// What the self-test found; where it could not be made, its error.
+/// The self-test's findings, or the error that prevented it.
 pub type Found = Result<Vec<Hazard>, String>;
 
-/// Whether a leg is spliced, and why it is not.
+/// Whether a leg is spliced, and the reason.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct LegState {
-    /// It is.
+    /// Whether the leg is on.
     pub on: bool,
-    /// Why it is not; where it is, what is known to be wrong all the same. May be empty.
+    /// The reason why it is off, or the known hazards if it is on. May be empty.
     pub why: String,
 }
 
-/// What to splice, in the order of [`Leg::ALL`].
+/// The decision for each leg, in the order of [`Leg::ALL`].
 pub fn decide(mode: Mode, found: &Found) -> [LegState; 2] {
     Leg::ALL.map(|leg| decide_leg(mode, leg, found))
 }
@@ -111,8 +111,8 @@ fn decide_leg(mode: Mode, leg: Leg, found: &Found) -> LegState {
     off(failed)
 }
 
-/// What speaks against splicing this leg: what hurts everybody; where there is no such thing, what
-/// hurts those at the leg's ends.
+/// The reason against splicing this leg: a hazard for all programs; without one, a hazard for the
+/// programs at the leg's ends.
 pub fn against(leg: Leg, hazards: &[Hazard]) -> Vec<&Hazard> {
     let that_hurt = |whom| hazards.iter().filter(move |hazard| hazard.hurts == whom).collect();
     match (that_hurt(Hurts::Everybody), leg) {

@@ -1,4 +1,4 @@
-//! Splicing: which legs of the path are spliced, and the resets of connections that end.
+//! Splicing: the decision which legs of the path are spliced, and resets of closed connections.
 //! bpf/splice/ has the kernel's part, and docs/splice.md the whole picture.
 
 mod decide;

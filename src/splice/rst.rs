@@ -1,5 +1,5 @@
-//! Resets that TCP itself did not send: of connections that were shut down, and then closed with
-//! unread bytes that TCP knows nothing of. bpf/splice/rst.h tells of them.
+//! Sends the resets that TCP itself did not send: for connections that were shut down, and then
+//! closed with unread bytes that TCP does not know about. bpf/splice/rst.h reports them.
 
 use std::net::SocketAddr;
 
@@ -7,24 +7,24 @@ use anyhow::{Context, Result, bail};
 use etherparse::TcpHeader;
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// A reset, as the end that was closed would have sent it.
+/// A reset, as the closed end would have sent it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reset {
-    /// The end that was closed.
+    /// The closed end.
     pub from: SocketAddr,
-    /// The end that is to be told.
+    /// The other end, which receives the reset.
     pub to: SocketAddr,
-    /// The next sequence number that the closed end would have sent.
+    /// The next sequence number of the closed end.
     pub sent: u32,
-    /// And the next one that it would have received.
+    /// The next sequence number that the closed end expected.
     pub received: u32,
 }
 
 impl Reset {
-    /// Sends it, in the calling thread's network namespace.
+    /// Sends the reset, in the calling thread's network namespace.
     ///
     /// # Errors
-    /// Where the kernel refuses: it takes CAP_NET_RAW.
+    /// If the kernel refuses: it takes CAP_NET_RAW.
     pub fn send(&self) -> Result<()> {
         let Self { from, to, .. } = self;
         self.try_send().with_context(|| format!("cannot send a reset to {to} on behalf of {from}"))
@@ -34,20 +34,20 @@ impl Reset {
         let packet = self.packet()?;
         let domain = Domain::for_address(self.from);
         let raw = Socket::new(domain, Type::RAW, Some(Protocol::TCP))?;
-        // Of captured connections' addresses, a route alone says that they are local.
+        // The addresses of captured connections are local only by a route.
         if domain == Domain::IPV4 {
             raw.set_freebind_v4(true)?;
         } else {
             raw.set_freebind_v6(true)?;
         }
-        // Where a raw socket's address has a port, the kernel takes it for a protocol.
+        // The kernel reads a port in a raw socket's address as a protocol.
         let [from, to] = [self.from.ip(), self.to.ip()].map(|ip| SocketAddr::new(ip, 0));
         raw.bind(&from.into())?;
         raw.send_to(&packet, &to.into())?;
         Ok(())
     }
 
-    /// A TCP header, and nothing behind it.
+    /// A TCP header without data.
     fn packet(&self) -> Result<Vec<u8>> {
         let mut header = TcpHeader::new(self.from.port(), self.to.port(), self.sent, 0);
         header.rst = true;
