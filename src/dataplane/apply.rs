@@ -128,7 +128,7 @@ impl Dataplane {
         }
         let applied = applied?;
         if applied.written + applied.deleted > 0 {
-            // A failure may concern the pod's open connections.
+            // A changed pod may have open connections that are spliced.
             self.want_sweep(true)?;
         }
         Ok(applied)

@@ -24,7 +24,7 @@ use crate::{
     splice::LegState,
 };
 
-/// The map with the spliced bytes: removing a socket from it drops the socket's queue.
+/// The maps that spliced bytes depend on: a socket's queue is lost with the map that it is in.
 pub(super) const MAPS: [&str; 3] = ["splice_sockets", FORMER_SPLICE_SOCKETS, "splices"];
 /// The time that `unload` waits until redirected data is read.
 const DRAIN: Duration = Duration::from_secs(10);

@@ -83,7 +83,7 @@ impl Dataplane {
             }
         }
         let skel = open.load().with_context(|| {
-            // New records are emptied, so that `status` does not count them as pods.
+            // The directories are empty: `status` would report them as an installation.
             for dir in [pins.links(), pins.maps(), pins.layout()] {
                 let _ = fs::remove_dir(dir);
             }
