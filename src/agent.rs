@@ -1,4 +1,4 @@
-//! The agent: makes the source and the data plane, and goes round between what may happen.
+//! The agent: creates the source and the data plane, and runs the event loop.
 
 use std::{
     collections::BTreeSet, net::SocketAddr, path::PathBuf, sync::Arc, thread, time::Duration,
@@ -34,26 +34,26 @@ use crate::{
     watches::Watches,
 };
 
-/// What the agent was told on the command line.
+/// The agent's settings from the command line.
 #[derive(Debug)]
 pub struct Config {
-    /// Where pods come from.
+    /// The source of pods.
     pub source: SourceConfig,
-    /// Cgroup to attach to; none: the root.
+    /// The cgroup to attach to; the root by default.
     pub cgroup: Option<PathBuf>,
-    /// Where maps and links are pinned.
+    /// The directory for pins.
     pub pins: Pins,
-    /// What is spliced.
+    /// The requested mode of splicing.
     pub splice: splice::Mode,
-    /// How long a spliced connection's messages may do without TCP.
+    /// The longest time that a spliced connection's messages bypass TCP without a message by TCP.
     pub splice_refresh: Duration,
-    /// Services' addresses are translated; none: they are not.
+    /// The settings of Services, if their addresses are translated.
     pub services: Option<service::Options>,
-    /// Where health and metrics are served; none: nowhere.
+    /// The address for health and metrics, if they are served.
     pub http: Option<SocketAddr>,
 }
 
-/// Where pods come from.
+/// The source of pods.
 #[derive(Debug)]
 pub enum SourceConfig {
     /// A directory of manifests.
@@ -62,53 +62,54 @@ pub enum SourceConfig {
     Kubernetes(Box<Cluster>),
 }
 
-/// A node of a cluster.
+/// The settings of a node of a cluster.
 #[derive(Debug)]
 pub struct Cluster {
-    /// How to reach the API server.
+    /// The access to the API server.
     pub api: kubernetes::Config,
-    /// The node's procfs.
+    /// The mount point of the node's procfs.
     pub proc: PathBuf,
-    /// Where the container runtime keeps network namespaces by mounts.
+    /// The directory where the container runtime mounts network namespaces.
     pub netns_dir: PathBuf,
-    /// The CNI plugin; none: it is not installed.
+    /// The CNI plugin's settings, if it is installed.
     pub cni: Option<cni::Config>,
-    /// The node's startup taint is taken off.
+    /// Whether the node's startup taint is removed.
     pub remove_startup_taint: bool,
 }
 
-/// A namespace can appear, go or change its addresses with no change in the source.
+/// The interval of full rounds: a namespace can appear, vanish or change its addresses without a
+/// change in the source.
 const RESYNC: Duration = Duration::from_secs(3);
-/// A burst of changes is one change.
+/// The time for which changes are collected: a burst is one change.
 const SETTLE: Duration = Duration::from_millis(20);
-/// The agent spends one part of so many on changes of the source, as long as none waits longer than
+/// The share of its time that the agent spends on changes of the source, one part in this many.
 const SHARE: u32 = 10;
-/// this.
+/// The longest time that a change waits for that.
 const LONGEST: Duration = Duration::from_millis(500);
-/// Events about listeners that are missing are looked at this often at most: whoever is refused may
-/// try all the time.
+/// The shortest interval between looks at events about missing listeners: a refused client may
+/// retry all the time.
 const MISSED: Duration = Duration::from_millis(10);
-/// How soon the agent tries again to take the startup taint off, and how often it looks once that
-/// is done.
+/// The interval at which the agent retries to remove the startup taint, and at which it checks the
+/// taint once it is removed.
 const TAINT_RETRY: Duration = Duration::from_secs(2);
 /// See [`TAINT_RETRY`].
 const TAINT_AGAIN: Duration = Duration::from_secs(60);
-/// Requests of the CNI plugin that may wait.
+/// The maximum of waiting requests of the CNI plugin.
 const REQUESTS: usize = 64;
-/// As many descriptors as the agent asks for, and how few it needs with its pods, connections and
-/// requests at once.
+/// The number of descriptors that the agent asks for, and the number that it needs with its pods,
+/// connections and requests at once.
 const OPEN_FILES: u64 = 65_536;
 /// See [`OPEN_FILES`].
 const FEW_FILES: u64 = 1024;
-/// How long an agent that leaves for good waits for spliced connections to be TCP's again.
+/// The time that an exiting agent waits for spliced connections to return to TCP.
 const LEAVE: Duration = Duration::from_secs(10);
 
-/// Runs until SIGTERM or SIGINT, and leaves the data plane in force, unless Sidestep is being
+/// Runs until SIGTERM or SIGINT. The data plane stays in force, unless Sidestep is being
 /// uninstalled.
 ///
 /// # Errors
-/// Where the data plane cannot be installed, the directory of manifests cannot be read at start,
-/// or the configuration of the API server cannot be used. A bad pod is no error: it is logged.
+/// If the data plane cannot be installed, the directory of manifests cannot be read at start, or
+/// the configuration of the API server cannot be used. A bad pod is not an error: it is logged.
 pub fn run(config: &Config) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(serve(config))
@@ -156,8 +157,8 @@ async fn serve(config: &Config) -> Result<()> {
     done
 }
 
-/// Takes as many descriptors as the agent may have. What others can make it open is bounded far
-/// below that: see `http.rs` and `cni/server.rs`.
+/// Raises the limit of descriptors to the maximum. The descriptors that others can make the agent
+/// open are bounded far below that: see `http.rs` and `cni/server.rs`.
 fn raise_open_files() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
         let wanted = hard.min(OPEN_FILES).max(soft);
@@ -175,7 +176,7 @@ fn raise_open_files() {
     }
 }
 
-/// What the agent's loop waits for, but for what the data plane and the CNI plugin say.
+/// The inputs of the event loop, except the data plane's and the CNI plugin's.
 struct Happenings {
     terminate: Signal,
     interrupt: Signal,
@@ -183,7 +184,7 @@ struct Happenings {
     watches: Watches,
 }
 
-/// Intercepts the source's pods until the agent is told to end.
+/// Intercepts the source's pods until the agent is told to exit.
 async fn intercept(
     config: &Config,
     cgroup: Result<Cgroup>,
@@ -263,16 +264,16 @@ async fn intercept(
                 }
             }
             Some(first) = requests.recv() => {
-                // Whatever waits meanwhile shares a sync with it.
+                // Requests that wait in the meantime share a sync with it.
                 let mut batch = vec![first];
                 while let Ok(asked) = requests.try_recv() {
                     batch.push(asked);
                 }
                 answer(&mut controller, batch, &metrics, &more);
-                // Those who wrote to the socket, and the watches, have their turn.
+                // Clients of the socket, and the watches, get their turn.
                 task::yield_now().await;
             }
-            // A sandbox does not wait for it.
+            // A sandbox does not wait for the interval.
             Some(()) = changes.recv(), if !settling => {
                 let wait = LONGEST.min(controller.took() * (SHARE - 1)).max(SETTLE);
                 settle.as_mut().reset(Instant::now() + wait);
@@ -310,7 +311,7 @@ async fn intercept(
     }
     match removed {
         Removed::Uninstalled(why) if keeps_pods(&config.source) => {
-            // Pods that have ended meanwhile are forgotten.
+            // Pods that have ended in the meantime are forgotten.
             controller.sync(Look::Everything, &BTreeSet::new());
             let living = controller.living();
             if living > 0 {
@@ -334,8 +335,8 @@ async fn intercept(
     Ok(())
 }
 
-/// Takes the startup taint off the node whenever pods can be intercepted there. A node that has
-/// registered anew may have it again.
+/// Removes the startup taint from the node whenever pods can be intercepted there. A node that has
+/// registered again may have it again.
 async fn remove_startup_taint(api: ApiServer, metrics: Arc<Metrics>) {
     loop {
         let done = metrics.can_intercept() && api.remove_startup_taint().await;
@@ -351,8 +352,8 @@ fn keeps_pods(source: &SourceConfig) -> bool {
     }
 }
 
-/// Leaves the data plane to itself, for good. Spliced connections need an agent when they end, so
-/// they go back to TCP first.
+/// Leaves the data plane without an agent for good. Spliced connections need an agent when they
+/// end, so they return to TCP first.
 async fn leave(controller: &mut Controller, pins: &Pins) {
     controller.splice(splice::Mode::Off, &Ok(Vec::new()));
     let start = Instant::now();
@@ -365,12 +366,12 @@ async fn leave(controller: &mut Controller, pins: &Pins) {
     }
 }
 
-/// Tries what this kernel does to spliced sockets. No pod waits for that: until it is known, what
-/// an earlier agent decided stands, or nothing is spliced.
+/// Tests this kernel's behaviour towards spliced sockets. No pod waits for the result: until it is
+/// known, an earlier agent's decision stands, or nothing is spliced.
 fn try_splices(mode: splice::Mode) -> oneshot::Receiver<splice::Found> {
     let (tell, told) = oneshot::channel();
     thread::spawn(move || {
-        // Nothing is to be known where nothing is asked for.
+        // No self-test is needed if nothing is to be spliced.
         let found = match mode {
             splice::Mode::Off => Ok(Vec::new()),
             _ => dataplane::self_test().map_err(|error| format!("{error:#}")),
@@ -380,7 +381,7 @@ fn try_splices(mode: splice::Mode) -> oneshot::Receiver<splice::Found> {
     told
 }
 
-/// Sees to the watched directories and to the CNI configuration; what is wrong with them.
+/// Maintains the watches of directories and the CNI configuration, and returns their problems.
 fn look_after(
     watches: &mut Watches,
     installer: Option<&mut Installer>,

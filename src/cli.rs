@@ -64,7 +64,7 @@ impl Paths {
     }
 }
 
-/// A `v` and a number.
+/// Parses the name of a layout, a `v` and a number.
 fn layout(text: &str) -> Result<String, String> {
     let number = text.strip_prefix('v').and_then(|number| number.parse::<u16>().ok());
     number.map(|_| text.to_owned()).ok_or_else(|| "expected v and a number, such as v7".into())
@@ -222,7 +222,7 @@ struct SocketArgs {
     cni_socket: PathBuf,
 }
 
-/// `NAMESPACE/NAME`.
+/// Parses `NAMESPACE/NAME`.
 fn namespaced(text: &str) -> Result<(String, String), String> {
     match text.split_once('/') {
         Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => {
@@ -266,9 +266,9 @@ impl Run {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Output {
-    /// For people.
+    /// Text for people.
     Text,
-    /// For programs.
+    /// JSON for programs.
     Json,
 }
 
@@ -314,10 +314,10 @@ struct Unload {
 }
 
 impl Cli {
-    /// Does what the command line says.
+    /// Runs the command.
     ///
     /// # Errors
-    /// Whatever keeps the command from being done, for standard error.
+    /// Any error of the command, for standard error.
     pub fn run(self) -> Result<ExitCode> {
         match self.command {
             Command::Run(args) => {
@@ -353,7 +353,7 @@ impl Cli {
                 let pins = args.paths.pins()?;
                 let root = args.paths.bpffs.display();
                 let installed = args.paths.bpffs.exists();
-                // Before anything is touched: an agent that runs would put it back.
+                // Checked before anything is removed: a running agent would restore it.
                 let _lock = installed.then(|| pins.lock()).transpose()?;
                 let cni = &args.cni;
                 let socket = &cni.socket.cni_socket;
@@ -383,7 +383,7 @@ fn print<T: serde::Serialize>(
         Output::Json => serde_json::to_string_pretty(value).context("cannot print JSON")? + "\n",
     };
     match std::io::stdout().write_all(text.as_bytes()) {
-        // The reader has seen enough: `sidestep status | head`.
+        // The reader has closed the pipe: `sidestep status | head`.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other.context("cannot print"),
     }

@@ -1,4 +1,4 @@
-//! Files that other people name: they may be anything.
+//! Reads files named by others, which may be of any kind.
 
 use std::{
     fs::{File, FileType, OpenOptions},
@@ -7,14 +7,14 @@ use std::{
     path::Path,
 };
 
-/// No configuration and no manifest is longer.
+/// The maximum size of a configuration or manifest.
 const LONGEST: u64 = 16 << 20;
 
-/// Opens a file for reading that is to be a regular one. Another kind is refused and not waited
-/// for: a FIFO would keep the agent until somebody writes to it.
+/// Opens a file for reading that must be a regular one. Any other kind is refused without waiting:
+/// a FIFO would block the agent until somebody writes to it.
 ///
 /// # Errors
-/// As [`File::open`]; where it is of another kind, that names it.
+/// As [`File::open`]; names the kind if it is not a regular file.
 pub fn open(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let kind = file.metadata()?.file_type();
@@ -28,7 +28,7 @@ pub fn open(path: &Path) -> io::Result<File> {
 /// Reads all of a regular file.
 ///
 /// # Errors
-/// As [`open`]; where it is no UTF-8, or too long.
+/// As [`open`]; if the file is not UTF-8, or too long.
 pub fn read(path: &Path) -> io::Result<String> {
     let mut text = String::new();
     open(path)?.take(LONGEST + 1).read_to_string(&mut text)?;
@@ -56,7 +56,7 @@ mod tests {
 
     use super::*;
 
-    /// F34: each of these would be waited for, or never end.
+    /// F34: reading any of these would block, or never end.
     #[test]
     fn f34_what_is_no_regular_file_is_refused_by_name() {
         let dir = tempfile::tempdir().expect("a directory");

@@ -1,5 +1,5 @@
-//! The rules of the house that its own text can hold: who knows whom, and where `unsafe` may be.
-//! ARCHITECTURE.md has the picture.
+//! Unit tests of the rules that the source text itself shows: which module imports which, and where
+//! `unsafe` may be. ARCHITECTURE.md has the picture.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,12 +7,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The one room that talks to libbpf, and that has `unsafe`.
+/// The only module with libbpf and `unsafe`.
 const DATAPLANE: &str = "dataplane";
-/// Rooms of one concern each, which know neither each other nor the data plane.
+/// Modules of one concern each, which import neither each other nor the data plane.
 const DOMAINS: [&str; 3] = ["mesh", "service", "splice"];
 
-/// From below: a room knows those of the lines above its own in this table, and no others.
+/// The layers of modules, from the lowest: a module imports only from the lines above its own in
+/// this table.
 const LAYERS: [&[&str]; 9] = [
     &["files", "pace", "problem", "splice", "text"],
     &["node", "service", "watches"],
@@ -25,8 +26,8 @@ const LAYERS: [&[&str]; 9] = [
     &["cli"],
 ];
 
-/// A source file: its room, which is the module below the crate's root that it belongs to, and its
-/// text, without comments and unit tests.
+/// A source file: its room, the top-level module that it belongs to, and its text without comments
+/// and unit tests.
 struct Source {
     path: PathBuf,
     room: String,
@@ -51,7 +52,7 @@ fn sources() -> Vec<Source> {
             let text = text.split("#[cfg(test)]").next().unwrap_or_default();
             let code = text.lines().map(|line| line.split("//").next().unwrap_or_default());
             let text = code.collect::<Vec<_>>().join("\n");
-            // These two hold the house together, and this one is about it.
+            // `main` and `lib` only join the modules, and this file is about them.
             if !["main", "lib", "imports"].contains(&room.as_str()) {
                 found.push(Source { path, room, text });
             }
@@ -91,7 +92,7 @@ fn imports(text: &str, prefix: &str) -> BTreeSet<String> {
     found
 }
 
-/// Which modules each module knows.
+/// The modules that each module imports.
 type Knows = BTreeMap<String, BTreeSet<String>>;
 
 fn rooms() -> Knows {
@@ -127,9 +128,9 @@ fn domains_know_neither_each_other_nor_the_data_plane() {
     assert!(!node.contains("mesh") && !node.contains(DATAPLANE), "{node:?}");
 }
 
-/// The modules that know themselves by way of others, or that know such.
+/// The modules in an import cycle, and those that import them.
 fn in_circles(modules: &Knows) -> Knows {
-    // Takes away whoever knows nobody that is left, until nobody is: what stays is in a circle.
+    // Repeatedly removes modules that import none of the rest; those that remain are in a cycle.
     let mut left = modules.clone();
     while let Some(ground) = {
         let knows_none = |knows: &BTreeSet<String>| !knows.iter().any(|one| left.contains_key(one));
@@ -162,7 +163,7 @@ fn the_data_planes_files_are_in_layers() {
         })
         .collect();
     for (file, knows) in &files {
-        // What `mod.rs` hands out is for other rooms.
+        // The re-exports of `mod.rs` are for other modules.
         let strangers: Vec<_> = knows.iter().filter(|one| !files.contains_key(*one)).collect();
         assert!(
             strangers.is_empty(),

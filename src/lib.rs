@@ -1,5 +1,5 @@
-//! Sidestep moves a service mesh's traffic interception from iptables to eBPF at the socket
-//! layer. One way for data: facts -> desired -> diff -> maps. ARCHITECTURE.md is the map of it.
+//! Sidestep moves a service mesh's traffic interception from iptables to eBPF at the socket layer.
+//! Data flows one way: facts -> desired -> diff -> maps. ARCHITECTURE.md has the map of the code.
 
 pub mod agent;
 pub mod cli;

@@ -1,24 +1,23 @@
-//! How often something may be done for one pod, whatever its processes or whoever writes its object
-//! do.
+//! Rate limits, so that no pod's processes, and no writer of its object, can keep the agent busy.
 
 use std::time::{Duration, Instant};
 
-/// Lets a burst pass, and then one more for each period.
+/// Allows a burst, and then one more in each period.
 #[derive(Debug, Clone, Copy)]
 pub struct Pace {
     period: Duration,
     burst: u32,
-    /// When all of the burst is there again.
+    /// The time when the whole burst is available again.
     full: Option<Instant>,
 }
 
 impl Pace {
-    /// Nothing was done yet.
+    /// A full burst.
     pub const fn new(period: Duration, burst: u32) -> Self {
         Self { period, burst, full: None }
     }
 
-    /// Whether one may pass now: it is counted then.
+    /// Whether one more is allowed now, and counts it.
     pub fn pass(&mut self, now: Instant) -> bool {
         let full = self.full.map_or(now, |full| full.max(now));
         let passes = full + self.period <= now + self.period * self.burst;
@@ -29,7 +28,7 @@ impl Pace {
     }
 }
 
-/// Lets something pass ever more seldom, until it was not asked for in a while.
+/// Allows something at growing intervals, until it has not been asked for in a while.
 #[derive(Debug, Clone, Copy)]
 pub struct Backoff {
     first: Duration,
@@ -39,12 +38,12 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Nothing was done yet; the first pause is so long, and none longer than that.
+    /// The initial state, with the first and the longest pause.
     pub const fn new(first: Duration, longest: Duration) -> Self {
         Self { first, longest, wait: first, last: None }
     }
 
-    /// Whether it may be done now.
+    /// Whether it is allowed now.
     pub fn pass(&mut self, now: Instant) -> bool {
         let since = self.last.map(|last| now.saturating_duration_since(last));
         match since {

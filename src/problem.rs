@@ -1,15 +1,15 @@
-//! What is wrong: said once in the log, counted in the metrics, told to a pod as an Event.
+//! Problems: each is logged once, counted in the metrics, and reported to its pod as an Event.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Why something is not as it should be. The names are those of Events and of the metrics' label.
+/// The reason of a problem. The names are those of Events and of the metrics' label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Reason {
-    /// A field or annotation cannot be read: everything is captured, or nothing spliced.
+    /// A field or annotation is invalid: everything is captured, or nothing spliced.
     InvalidPolicy,
-    /// What the pod asks for is not implemented: it is left alone.
+    /// The pod asks for a mode that is not implemented: it is left alone.
     Unsupported,
     /// The pod's object cannot be used at all.
     InvalidPod,
@@ -23,20 +23,20 @@ pub enum Reason {
     OwnIptables,
     /// The pod forwards packets of others, which nothing intercepts.
     Forwards,
-    /// Another's program sees connections before Sidestep's.
+    /// Another program sees connections before Sidestep's.
     NotFirst,
     /// Sidestep is being uninstalled, and the pod stays intercepted.
     StaysIntercepted,
-    /// Somebody took away or changed what the agent had put in force, and it was put back.
+    /// Somebody removed or changed a part of the data plane, and it was restored.
     Repaired,
-    /// A Service or an EndpointSlice, or a part of it, cannot be used: it is left to kube-proxy.
+    /// A Service or an EndpointSlice, or a part of it, is invalid: it is left to kube-proxy.
     InvalidService,
-    /// A manifest, the API server, the CNI configuration or the kernel's maps.
+    /// A problem with a manifest, the API server, the CNI configuration or the kernel's maps.
     Node,
 }
 
 impl Reason {
-    /// All of them.
+    /// All reasons.
     pub const ALL: [Self; 13] = [
         Self::InvalidPolicy,
         Self::Unsupported,
@@ -53,7 +53,7 @@ impl Reason {
         Self::Node,
     ];
 
-    /// Its name in Events and metrics.
+    /// The reason's name in Events and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::InvalidPolicy => "InvalidPolicy",
@@ -73,19 +73,19 @@ impl Reason {
     }
 }
 
-/// One thing that is wrong.
+/// A problem.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Problem {
-    /// Of which kind.
+    /// The problem's reason.
     pub reason: Reason,
-    /// The pod it is about, as `namespace/name`, and its uid.
+    /// The pod concerned, as `namespace/name`, and its uid.
     pub pod: Option<(String, String)>,
-    /// For people; names the pod, the key and the offending text.
+    /// A sentence for people, which names the pod, the key and the offending text.
     pub text: String,
 }
 
 impl Problem {
-    /// Something that is about no single pod.
+    /// A problem that concerns no single pod.
     pub fn node(text: impl Into<String>) -> Self {
         Self { reason: Reason::Node, pod: None, text: text.into() }
     }

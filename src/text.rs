@@ -1,12 +1,12 @@
-//! Text for people.
+//! Wraps and cuts text for people.
 
 use textwrap::{Options, WordSplitter};
 
-/// How many columns a printed line has at most.
+/// The maximum width of a printed line, in columns.
 pub const WIDTH: usize = 100;
 
-/// `text` beside `label`, in lines of at most [`WIDTH`] columns, the further ones below the text. A
-/// word that is longer than a line is broken, never cut off.
+/// `text` beside `label`, in lines of at most [`WIDTH`] columns; further lines are below the text.
+/// A word that is longer than a line is broken, never cut off.
 pub fn beside(label: &str, text: &str) -> String {
     let room = label.len() <= if text.is_empty() { WIDTH } else { WIDTH / 2 };
     let (first, indent) = if room { (label, label.len()) } else { ("  ", 6) };
@@ -28,8 +28,8 @@ pub fn beside(label: &str, text: &str) -> String {
     lines.iter().fold(String::new(), |all, line| all + line.trim_end() + "\n")
 }
 
-/// `text` in at most `most` bytes: what is longer is cut, and ends with `more`, which says where the
-/// rest is.
+/// `text` in at most `most` bytes. Longer text is cut and ends with `more`, which says where to
+/// find the rest.
 pub fn cut(text: &str, most: usize, more: &str) -> String {
     if text.len() <= most {
         return text.to_owned();

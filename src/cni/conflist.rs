@@ -1,4 +1,4 @@
-//! The plugin in the node's CNI configuration: put there, put back, taken away.
+//! Adds the plugin to the node's CNI configuration, restores it, and removes it.
 
 use std::{
     fs,
@@ -15,9 +15,10 @@ use tracing::{info, warn};
 use super::{Config, PLUGIN, Settings, VERSIONS};
 use crate::files;
 
-/// Rewrites in a row that are no fight yet: others install themselves at the same time.
+/// The number of rewrites in a row that are not yet a fight: others install themselves at the same
+/// time.
 const PATIENT: u32 = 10;
-/// The longest pause between rewrites, while somebody else keeps writing the configuration.
+/// The longest pause between rewrites while another program keeps writing the configuration.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// The node's CNI directories.
@@ -27,7 +28,7 @@ pub struct Installer {
     fight: Fight,
 }
 
-/// How often somebody else has written the configuration anew, after it had been put right.
+/// The number of times that another program has rewritten the configuration after it was corrected.
 #[derive(Debug, Default)]
 struct Fight {
     rounds: u32,
@@ -35,7 +36,7 @@ struct Fight {
 }
 
 impl Fight {
-    /// How long the configuration stays as the other one wrote it.
+    /// The time for which the configuration stays as the other program wrote it.
     fn pause(&self) -> Duration {
         let doublings = self.rounds.saturating_sub(PATIENT);
         match doublings {
@@ -44,7 +45,8 @@ impl Fight {
         }
     }
 
-    /// Whether somebody fights. It is over when the configuration was left alone for a while.
+    /// Whether another program fights over the configuration. A fight ends when the configuration
+    /// has been left alone for a while.
     fn goes_on(&mut self, now: Instant) -> bool {
         if self.last.is_none_or(|last| now - last > 2 * LONGEST_PAUSE) {
             *self = Self::default();
@@ -52,7 +54,7 @@ impl Fight {
         self.rounds > PATIENT
     }
 
-    /// Whether the configuration may be written at this time; if so, that counts.
+    /// Whether the configuration may be written now; if so, the write is counted.
     fn strikes(&mut self, now: Instant) -> bool {
         self.goes_on(now);
         if self.last.is_some_and(|last| now - last < self.pause()) {
@@ -64,15 +66,15 @@ impl Fight {
 }
 
 impl Installer {
-    /// For these directories and settings.
+    /// The installer for these directories and settings.
     pub fn new(config: &Config) -> Self {
         Self { config: config.clone(), fight: Fight::default() }
     }
 
-    /// Copies the running executable to the directory of plugins, where it is another one.
+    /// Copies the running executable to the directory of plugins, unless it is there already.
     ///
     /// # Errors
-    /// Where it cannot be written.
+    /// If it cannot be written.
     pub fn install_plugin(&self) -> Result<()> {
         let target = self.config.bin_dir.join(PLUGIN);
         let failed = || format!("cannot install {} (--cni-bin-dir)", target.display());
@@ -83,13 +85,13 @@ impl Installer {
         write(&target, &own, 0o755).with_context(failed)
     }
 
-    /// Sees to it that the configuration that the container runtime uses ends with the plugin:
-    /// another agent may have written it anew. Where one does so again and again, with pauses that
-    /// grow to a minute.
+    /// Makes sure that the configuration that the container runtime uses ends with the plugin:
+    /// another agent may have rewritten it. If one does so again and again, the pauses grow to a
+    /// minute.
     ///
     /// # Errors
-    /// Where there is no such file, or it cannot be read, understood or written: it is left alone.
-    /// Where another program keeps writing it.
+    /// If there is no such file, or it cannot be read, parsed or written: it is left alone. If
+    /// another program keeps writing it.
     pub fn ensure(&mut self) -> Result<()> {
         self.ensure_at(Instant::now())
     }
@@ -128,11 +130,11 @@ impl Installer {
     }
 }
 
-/// Takes the plugin out of every configuration in `conf_dir` and off `bin_dir`, and the agent's
-/// socket away. Says how many files that changed.
+/// Removes the plugin from every configuration in `conf_dir` and from `bin_dir`, and the agent's
+/// socket. Returns the number of changed files.
 ///
 /// # Errors
-/// Where a file cannot be written or removed. One that is no JSON is passed over.
+/// If a file cannot be written or removed. Files that are not JSON are skipped.
 pub fn uninstall(conf_dir: &Path, bin_dir: &Path, socket: &Path) -> Result<usize> {
     let mut changed = 0;
     for path in configurations(conf_dir)? {
@@ -158,7 +160,7 @@ pub fn uninstall(conf_dir: &Path, bin_dir: &Path, socket: &Path) -> Result<usize
     Ok(changed)
 }
 
-/// The configuration with the plugin at its end; none: it is as it should be.
+/// The configuration with the plugin at its end; `None` if it needs no change.
 fn chained(text: &str, settings: &Settings) -> Result<Option<String>> {
     let mut entry = Map::new();
     entry.insert("type".into(), PLUGIN.into());
@@ -185,7 +187,7 @@ fn chained(text: &str, settings: &Settings) -> Result<Option<String>> {
     Ok(Some(pretty(&config)?))
 }
 
-/// The configuration without the plugin; none: it does not have it.
+/// The configuration without the plugin; `None` if the plugin is not in it.
 fn unchained(text: &str) -> Result<Option<String>> {
     let (mut config, mut plugins) = parse(text)?;
     let before = plugins.len();
@@ -206,9 +208,9 @@ fn parse(text: &str) -> Result<(Value, Vec<Value>)> {
     Ok((config, plugins))
 }
 
-/// Whether the plugin takes every version that the runtime may call it with: `cniVersion`, or the
-/// newest that it knows of `cniVersions` (CNI 1.1). Chained to another one, it would refuse every
-/// pod of the node. None is 0.1.0, and works.
+/// Whether the plugin supports every version that the runtime may call it with: `cniVersion`, or
+/// the newest of `cniVersions` that the runtime knows (CNI 1.1). With an unsupported version it
+/// would refuse every pod of the node. No version means 0.1.0, and works.
 fn check_versions(config: &Value) -> Result<()> {
     let single = config.get("cniVersion").into_iter();
     let several = match config.get("cniVersions") {
@@ -231,7 +233,7 @@ fn pretty(config: &Value) -> Result<String> {
     Ok(serde_json::to_string_pretty(config)? + "\n")
 }
 
-/// The file that the container runtime takes: the first by name.
+/// The file that the container runtime uses: the first by name.
 fn primary(dir: &Path) -> Result<Option<PathBuf>> {
     let found = files(dir)?;
     let taken = |path: &PathBuf| has_extension(path, &["conf", "conflist", "json"]);
@@ -263,10 +265,10 @@ fn rewrite(path: &Path, text: &str) -> Result<()> {
     write(path, text.as_bytes(), mode)
 }
 
-/// Writes a file in one step: whoever reads it sees the old one or the new one, whole.
+/// Writes a file in one step: readers see either the old or the new text, whole.
 fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     let name = path.file_name().context("no file name")?.to_string_lossy();
-    // Runtimes pass names of other kinds over.
+    // Runtimes ignore names with other extensions.
     let fresh = path.with_file_name(format!(".{name}.{PLUGIN}-new"));
     match fs::remove_file(&fresh) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),

@@ -1,6 +1,5 @@
-//! The plugin's end: what the container runtime starts for each sandbox. CNI 1.1 and earlier,
-//! <https://www.cni.dev/docs/spec/>. It is chained: the result of the plugins before it is its
-//! own.
+//! The plugin's side: the container runtime starts it for each sandbox. CNI 1.1 and earlier,
+//! <https://www.cni.dev/docs/spec/>. It is chained: its result is that of the plugins before it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,9 +18,9 @@ use serde_json::{Value, json};
 use super::{OnAgentAway, Reply, Request, Settings, VERSIONS};
 use crate::node::Sandbox;
 
-/// Between two attempts to reach the agent.
+/// The pause between two attempts to reach the agent.
 const PAUSE: Duration = Duration::from_millis(200);
-/// How long the agent may take where its answer changes nothing.
+/// The time limit for the agent where its answer changes nothing.
 const COURTESY: Duration = Duration::from_secs(2);
 
 /// The specification's error codes.
@@ -32,11 +31,11 @@ mod code {
     pub const DECODING: u32 = 6;
     pub const CONFIG: u32 = 7;
     pub const TRY_AGAIN: u32 = 11;
-    /// The first of those that a plugin may give a meaning: the pod cannot be enrolled.
+    /// The first code that a plugin may define: the pod cannot be enrolled.
     pub const REFUSED: u32 = 100;
 }
 
-/// An error as the runtime wants it.
+/// An error in the runtime's format.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CniError {
@@ -45,12 +44,12 @@ pub struct CniError {
     msg: String,
 }
 
-/// What a plugin is told: its environment and its configuration.
+/// The plugin's input: its environment and its configuration.
 #[derive(Debug, Clone, Default)]
 pub struct Call {
-    /// `CNI_*`.
+    /// The variables `CNI_*`.
     pub environment: BTreeMap<String, String>,
-    /// Standard input.
+    /// The configuration from standard input.
     pub input: String,
 }
 
@@ -80,10 +79,10 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Does what the call says; the text for standard output.
+/// Executes the call, and returns the text for standard output.
 ///
 /// # Errors
-/// What is wrong, in the specification's terms.
+/// The error, in the specification's terms.
 pub fn run(call: &Call) -> Result<String, CniError> {
     let variable = |name: &str| call.environment.get(name).map_or("", String::as_str);
     let command = variable("CNI_COMMAND");
@@ -145,7 +144,7 @@ pub fn run(call: &Call) -> Result<String, CniError> {
         }
     }
     let Some(sandbox) = sandbox(call) else {
-        // Not Kubernetes' doing: somebody tries the network by hand.
+        // Not called by Kubernetes: somebody tries the network by hand.
         return Ok(passed);
     };
     let excluded = settings.exclude_namespaces.contains(&sandbox.namespace);
@@ -166,7 +165,7 @@ fn versions(version: &str) -> String {
     json!({ "cniVersion": version, "supportedVersions": VERSIONS }).to_string()
 }
 
-/// The sandbox that the call is about; none where no pod is named.
+/// The sandbox that the call concerns; `None` if it names no pod.
 fn sandbox(call: &Call) -> Option<Sandbox> {
     let variable = |name: &str| call.environment.get(name).cloned();
     let text = variable("CNI_ARGS")?;
@@ -200,7 +199,7 @@ fn take_away(command: &str, call: &Call) -> Result<()> {
     reply.error.map_or(Ok(()), |error| Err(anyhow::anyhow!(error)))
 }
 
-/// Asks until there is an answer, or the time is up.
+/// Repeats the request until there is an answer, or the time is up.
 fn insist(settings: &Settings, request: &Request) -> Reply {
     let limit = Duration::from_secs(settings.timeout_seconds);
     let start = Instant::now();
@@ -221,10 +220,10 @@ fn insist(settings: &Settings, request: &Request) -> Reply {
     }
 }
 
-/// Asks once.
+/// Sends the request once.
 ///
 /// # Errors
-/// Where nobody listens on the socket, or the answer does not come in time or cannot be read.
+/// If nobody listens on the socket, or the answer does not arrive in time or cannot be read.
 pub fn ask(socket: &Path, request: &Request, limit: Duration) -> Result<Reply> {
     let mut stream = UnixStream::connect(socket)
         .with_context(|| format!("cannot connect to {}", socket.display()))?;

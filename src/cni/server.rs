@@ -1,4 +1,4 @@
-//! The agent's end of the plugin's socket.
+//! The agent's side of the plugin's socket.
 
 use std::{
     fs,
@@ -24,33 +24,33 @@ use tracing::{debug, warn};
 use super::{Reply, Request};
 use crate::source::kubernetes::ApiServer;
 
-/// A request is one line, no longer than this.
+/// The maximum length of a request, which is one line.
 const LONGEST: u64 = 64 << 10;
-/// Connections at the same time: each is a descriptor.
+/// The maximum of simultaneous connections; each takes a descriptor.
 const CONNECTIONS: usize = 256;
-/// How long the plugin may take to say it.
+/// The time limit for the plugin's request.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A request with the pod that it is about, where it is about one.
+/// A request, and the pod that it concerns, if any.
 #[derive(Debug)]
 pub struct Asked {
     /// The request.
     pub request: Request,
-    /// The pod, as the API server has it; none: it has none yet, and the pod is in no mesh.
+    /// The pod from the API server; `None` if it has none yet, and the pod is in no mesh.
     pub pod: Option<Arc<Pod>>,
-    /// Takes the answer.
+    /// The channel for the answer.
     pub answer: oneshot::Sender<Reply>,
 }
 
-/// Listens on a socket that root alone may use, and hands requests over.
+/// Listens on a socket that only root can use, and passes requests on.
 ///
 /// # Errors
-/// Where the socket cannot be made.
+/// If the socket cannot be made.
 pub fn serve(socket: &Path, api: ApiServer, asked: mpsc::Sender<Asked>) -> Result<()> {
     let listener = listen(socket)
         .with_context(|| format!("cannot listen on {} (--cni-socket)", socket.display()))?;
     task::spawn(async move {
-        // Root alone connects, but a runtime may start many pods at once: the others wait.
+        // Only root connects, but a runtime may start many pods at once: the others wait.
         let places = Arc::new(Semaphore::new(CONNECTIONS));
         while let Ok(place) = Arc::clone(&places).acquire_owned().await {
             match listener.accept().await {
@@ -77,7 +77,7 @@ fn listen(socket: &Path) -> Result<UnixListener> {
     if let Some(dir) = socket.parent() {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     }
-    // Left by an agent that was killed: there is one agent for each set of pins.
+    // A killed agent left the socket: there is one agent for each set of pins.
     match fs::remove_file(socket) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
         _ => {}

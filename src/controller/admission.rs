@@ -1,4 +1,4 @@
-//! The CNI plugin's questions: may a sandbox start, and is its pod still enrolled.
+//! Answers the CNI plugin: may a sandbox start, and is its pod still enrolled?
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -17,11 +17,11 @@ use crate::{
 pub struct Announced {
     uid: String,
     cookie: NetnsCookie,
-    /// Of none: it may run whatever becomes of it.
+    /// Whether the pod is in a mesh; a pod in none may run in any case.
     is_in_mesh: bool,
 }
 
-/// Why a sandbox may not start yet.
+/// The reason why a sandbox may not start yet.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum AddError {
     /// The agent has just started.
@@ -33,11 +33,11 @@ pub enum AddError {
 }
 
 impl Controller {
-    /// Takes in a pod whose sandbox was just made, for the next sync; none where it is in no mesh
-    /// and needs nothing.
+    /// Adds a pod whose sandbox was just made to the next sync; `None` if it is in no mesh and
+    /// needs nothing.
     ///
     /// # Errors
-    /// Where its namespace cannot be entered, or the source has not spoken yet.
+    /// If its namespace cannot be entered, or the source has no complete list yet.
     pub fn announce(
         &mut self,
         pod: Arc<Pod>,
@@ -51,7 +51,7 @@ impl Controller {
             return Err(AddError::NotYet);
         }
         let pod = kubernetes.inherit(pod);
-        // What is wrong with the pod itself, the sync says.
+        // The sync reports problems of the pod itself.
         let is_in_mesh = facts::is_in_mesh(&pod);
         if !is_in_mesh && (self.services.is_none() || !facts::is_no_meshs(&pod)) {
             return Ok(None);
@@ -67,7 +67,7 @@ impl Controller {
     /// Whether an announced pod is enrolled, after a sync.
     ///
     /// # Errors
-    /// Where it is in a mesh and cannot be enrolled: it must not run then.
+    /// If it is in a mesh and cannot be enrolled: then it must not run.
     pub fn admitted(&self, announced: &Announced) -> Result<(), AddError> {
         let Announced { uid, cookie, is_in_mesh } = announced;
         if !is_in_mesh {
@@ -90,7 +90,7 @@ impl Controller {
     /// Whether a pod of a mesh is still enrolled as it was added.
     ///
     /// # Errors
-    /// Where it is not.
+    /// If it is not.
     pub fn check(&mut self, pod: &Arc<Pod>, sandbox: &Sandbox) -> Result<(), AddError> {
         let Source::Kubernetes(kubernetes, _) = &mut self.source else {
             return Ok(());
@@ -111,7 +111,7 @@ impl Controller {
         }
     }
 
-    /// The container runtime has these sandboxes and no others.
+    /// The container runtime's complete list of sandboxes.
     pub fn keep_only(&mut self, containers: &BTreeSet<String>) {
         if let Source::Kubernetes(_, places) = &mut self.source {
             places.keep_only(containers);
@@ -119,7 +119,7 @@ impl Controller {
     }
 }
 
-/// A pod that is not enrolled must not run: what is wrong with it says why.
+/// A pod that is not enrolled must not run: its problems are the reason.
 fn verdict(is_enrolled: bool, uid: &str, problems: &BTreeSet<Problem>) -> Result<(), AddError> {
     if is_enrolled {
         return Ok(());

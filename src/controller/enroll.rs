@@ -1,4 +1,4 @@
-//! A pod's desired state into its namespace and the maps: lo, filters, the inbound program.
+//! Applies a pod's desired state to its namespace and the maps: lo, filters, the inbound program.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,21 +25,21 @@ use crate::{
     splice::Leg,
 };
 
-/// A pod whose proxy does not listen is looked at this often at most, and ever more seldom,
+/// The first pause between searches for the listener of a pod whose proxy does not listen.
 const SEARCH: Duration = Duration::from_millis(100);
-/// to this.
+/// The longest one: pauses grow.
 const SEARCH_AGAIN: Duration = Duration::from_secs(3);
 
 /// An enrolled pod, as the agent last left it.
 pub(super) struct Enrolled {
     pub netns: Arc<NetnsFacts>,
     pub entries: Arc<PodEntries>,
-    /// Devices with the filter for spliced connections, by index.
+    /// The indices of devices with the filter for spliced connections.
     pub filtered: Vec<u32>,
 }
 
 impl Enrolled {
-    /// The devices that spliced connections have on these legs: apps and their sidecars talk over
+    /// The devices that spliced connections use on these legs: apps and their sidecars talk over
     /// lo, sidecars with each other over the others.
     fn spliced_devices(&self, legs: &BTreeMap<Leg, bool>) -> Vec<u32> {
         let leg = |device| if device == LO { Leg::App } else { Leg::Sidecar };
@@ -50,13 +50,13 @@ impl Enrolled {
     }
 }
 
-/// The listeners that connections are handed to: inbound, outbound, DNS.
+/// The ports of the listeners that connections are handed to: inbound, outbound, DNS.
 fn steered_ports(row: &PodRow) -> [Option<u16>; 3] {
     let dns = Some(row.dns_port).filter(|port| *port != 0);
     [Some(row.in_port), Some(row.out_port), dns]
 }
 
-/// What listeners may be bound to that connections are handed to.
+/// The addresses that such listeners may be bound to.
 fn redirected_to(pod: &PodEntries) -> BTreeSet<IpAddr> {
     let fixed = node::ANY.into_iter().chain(node::LOCALHOST);
     fixed.chain(pod.device_addrs.values().copied()).collect()
@@ -78,8 +78,8 @@ impl Controller {
     ) -> Result<()> {
         let limits = self.dataplane.limits();
         let mut goal = self.planner.desired(&candidates, &self.host, &self.owners, &limits);
-        // A pod whose namespace cannot be prepared is not enrolled: its connections would get
-        // lost. What it had before stays.
+        // A pod whose namespace cannot be prepared is not enrolled: its connections would get lost.
+        // Its earlier state stays.
         let unprepared = self.prepare(&goal, problems);
         if !unprepared.is_empty() {
             candidates.retain(|candidate| !unprepared.contains(&candidate.netns.cookie));
@@ -93,8 +93,8 @@ impl Controller {
             let text = format!("all its traffic is captured until there is room: {refusal}");
             problems.insert(problem(Reason::Refused, &of(&candidates, pod), &text));
         }
-        // A pod that an earlier agent enrolled, and that may be in what cannot be read now.
-        // Or one that runs on though its object is gone, or that nothing is known of for now.
+        // An earlier agent has enrolled this pod, which may be in an unreadable part of the source.
+        // Or it runs on although its object is gone, or the source knows nothing of it for now.
         let refused: BTreeSet<&str> = goal.refused.iter().map(|(pod, _)| pod.as_str()).collect();
         let present: BTreeSet<&str> = snapshot.pods.iter().map(SourcePod::uid).collect();
         let keep: BTreeSet<NetnsCookie> = self
@@ -113,7 +113,7 @@ impl Controller {
         let state = (goal, keep);
         let mut failed = BTreeMap::new();
         if self.applied.as_ref() != Some(&state) {
-            // Whatever fails half-way is compared with the maps themselves next time.
+            // After a failure, the next round compares with the maps themselves.
             self.applied = None;
             let applied = self.dataplane.apply(&state.0, &state.1)?;
             self.metrics.wrote(applied.written + applied.deleted);
@@ -161,9 +161,9 @@ impl Controller {
         Ok(())
     }
 
-    /// Prepares the namespaces of pods that are new or whose addresses changed, and of those that
-    /// have lost what they were given; the cookies of those that cannot be enrolled because that
-    /// failed.
+    /// Prepares the namespaces of pods that are new, whose addresses have changed, or that have
+    /// lost their additions. Returns the cookies of those for which that failed and that cannot be
+    /// enrolled.
     pub(super) fn prepare(
         &mut self,
         goal: &Desired,
@@ -183,7 +183,7 @@ impl Controller {
                 if !serves {
                     netns.prepare(&row.needs_of_lo())?;
                 }
-                // Before any question is captured, which gets nowhere without.
+                // Before any query is captured, which would get nowhere without it.
                 if dns_is_new { self.dataplane.attach_dns(*cookie, &netns) } else { Ok(()) }
             });
             let given = |row: &PodRow| (row.ip4, row.ip6, row.capture_v6, row.dns_routes.clone());
@@ -204,7 +204,7 @@ impl Controller {
                 Err(error) => {
                     let text = format!("{error:#}");
                     problems.insert(problem(Reason::NetworkNamespace, record, &text));
-                    // What is enrolled already stays so: it must not get past its proxy.
+                    // An enrolled pod stays so: its traffic must not bypass its proxy.
                     if !self.dataplane.netns_lives(*cookie) {
                         failed.insert(*cookie);
                     }
@@ -214,7 +214,7 @@ impl Controller {
         failed
     }
 
-    /// Links the inbound program of this build to every pod that this agent has not done yet.
+    /// Links the inbound program of this build to every pod that this agent has not handled yet.
     pub(super) fn link(
         &mut self,
         goal: &Desired,
@@ -264,8 +264,8 @@ impl Controller {
         }
     }
 
-    /// Puts the filter in force that spliced connections need when they end, on devices that do
-    /// not have it yet. It stays for as long as the pod: some may be spliced still.
+    /// Attaches the filter that spliced connections need when they end, to devices that do not have
+    /// it yet. It stays as long as the pod: some connections may still be spliced.
     pub(super) fn filter(&mut self, problems: &mut BTreeSet<Problem>) {
         for (cookie, pod) in &mut self.pods {
             let devices = pod.spliced_devices(&self.legs);
@@ -294,8 +294,8 @@ impl Controller {
         self.noted.get(&cookie).is_some_and(|devices| devices.contains(&device))
     }
 
-    /// Has the ports noted that connections into pods with NAT rules of their own are dialled to,
-    /// before those decide. It goes on for as long as the pod: the rules may come back.
+    /// Attaches the program that notes the dialled ports of connections into pods with NAT rules of
+    /// their own, before those rules apply. It stays as long as the pod: the rules may come back.
     pub(super) fn note_dialled(
         &mut self,
         candidates: &[Candidate],
@@ -327,7 +327,7 @@ impl Controller {
         }
     }
 
-    /// Looks for listeners that were missed when a connection came.
+    /// Searches for listeners that connections have missed.
     pub fn find_listeners(&mut self, missed: &BTreeSet<(NetnsCookie, u16)>) {
         let now = Instant::now();
         for missing @ (cookie, port) in missed {

@@ -1,4 +1,4 @@
-//! Which network namespace a pod has, and what that says about itself.
+//! Finds each pod's network namespace, and reads its state.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,28 +18,27 @@ use crate::{
     source::{SourcePod, manifests::NETNS_ANNOTATION},
 };
 
-/// A pod that starts or ends may have no process for a moment, or its object may lag behind: that
-/// none is found is said at this look at everything.
+/// The number of full rounds after which a pod without processes is reported: one that starts or
+/// ends may have none for a moment, or its object may lag behind.
 const MISSES: u32 = 2;
 
-/// The search for namespaces that the container runtime told nothing about, by their pods' uids.
+/// The search for namespaces that the container runtime has not named, by their pods' uids.
 #[derive(Debug, Default)]
 pub(super) struct Search {
-    /// Looked for in vain; at how many looks at everything.
+    /// The number of full rounds in which the pod was not found.
     missing: BTreeMap<String, u32>,
-    /// Their processes do not show it, and why.
+    /// The reason why the pod's processes do not show the namespace.
     disputed: BTreeMap<String, String>,
 }
 
 impl Search {
-    /// Which of those that are unknown are to be looked for: once when a pod is new, then whenever
-    /// everything is looked at.
+    /// The unknown pods to search for: once when a pod is new, then in every full round.
     fn wanted(&self, unknown: &BTreeSet<String>, again: bool) -> BTreeSet<String> {
         let wanted = unknown.iter().filter(|uid| again || !self.missing.contains_key(*uid));
         wanted.cloned().collect()
     }
 
-    /// They were looked for.
+    /// Records the results of a search.
     fn done(
         &mut self,
         unknown: &BTreeSet<String>,
@@ -56,20 +55,20 @@ impl Search {
         }
     }
 
-    /// Whether a pod was looked for often enough to say that it has no process here.
+    /// Whether a pod was searched for often enough to report that it has no process here.
     fn is_lost(&self, uid: &str) -> bool {
         self.missing.get(uid) >= Some(&MISSES) && !self.disputed.contains_key(uid)
     }
 
-    /// Forgets other pods.
+    /// Forgets all pods except these.
     pub fn retain(&mut self, uids: &BTreeSet<String>) {
         self.missing.retain(|uid, _| uids.contains(uid));
     }
 }
 
 impl Controller {
-    /// Looks for the namespaces of pods that the container runtime told nothing about, by their
-    /// processes: once when a pod is new, then whenever everything is looked at.
+    /// Searches for the namespaces of pods that the container runtime has not named, by their
+    /// processes: once when a pod is new, then in every full round.
     pub(super) fn search(
         &mut self,
         look: Look,
@@ -98,8 +97,8 @@ impl Controller {
         }
     }
 
-    /// A pod's namespace. None: there is none yet, or no more. A path that is gone says nothing
-    /// about the namespace: a terminating pod is intercepted for as long as that lives.
+    /// A pod's namespace; `None` if there is none yet, or no more. A path that is gone says nothing
+    /// about the namespace: a terminating pod is intercepted while its namespace lives.
     pub(super) fn netns(
         &mut self,
         look: Look,
@@ -176,7 +175,7 @@ impl Controller {
             )));
         }
         match visit {
-            // Its processes are gone, or it has another namespace by now: it is looked for again.
+            // Its processes are gone, or it has another namespace by now: it is searched for again.
             Some(error) if cookie.is_some() && is_gone(&error) => Ok(None),
             Some(error) => Err(error.context(what)),
             None if is_running(&found.pod) && self.search.is_lost(found.uid()) => {
@@ -190,7 +189,7 @@ impl Controller {
     }
 }
 
-/// What the namespace says about itself, if it is the expected one.
+/// The namespace's state, if it is the expected one.
 fn visit(path: &Path, cookie: Option<NetnsCookie>, facts: &PodFacts) -> Result<(NetnsFacts, Lo)> {
     let with_routes = !facts.policy.exclude_interfaces.is_empty();
     let (found, lo) = Netns::open(path)?.look(with_routes, facts.dns_port.is_some())?;
@@ -202,13 +201,13 @@ fn visit(path: &Path, cookie: Option<NetnsCookie>, facts: &PodFacts) -> Result<(
     Ok((found, lo))
 }
 
-/// Whether there is nothing any more where a namespace was.
+/// Whether nothing exists any more at a namespace's path.
 fn is_gone(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().map(io::Error::kind) == Some(io::ErrorKind::NotFound)
 }
 
-/// Whether the pod's object says that its containers run and shall go on: one that is being
-/// deleted has none soon, and its object may stay for a while.
+/// Whether the pod's object says that its containers run and will go on: a pod that is being
+/// deleted soon has none, and its object may stay for a while.
 fn is_running(pod: &Pod) -> bool {
     let deleted = pod.metadata.deletion_timestamp.is_some();
     !deleted && pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running")

@@ -1,4 +1,4 @@
-//! Brings the kernel in step with what the source knows: facts -> desired -> diff -> maps.
+//! Synchronizes the kernel with the source: facts -> desired -> diff -> maps.
 
 mod admission;
 mod enroll;
@@ -37,16 +37,16 @@ use crate::{
     splice::Leg,
 };
 
-/// How long the pods of an agent with other maps may be missing.
+/// The time for which pods of an agent with another layout may be missing.
 const TAKE_OVER: Duration = Duration::from_secs(15);
-/// How many changes of a pod are taken in at once,
+/// The number of changes of a pod that are applied at once,
 const CHANGES: u32 = 4;
-/// and how soon there is room for one more; what is above that waits for the next such round.
+/// and the time after which one more is allowed; further changes wait for the next such round.
 const CHANGES_AGAIN: Duration = Duration::from_secs(10);
 /// See [`CHANGES_AGAIN`].
 const ROUND: Duration = Duration::from_secs(1);
 
-/// Where pods come from, and what tells their network namespaces.
+/// The source of pods, and of their network namespaces.
 pub enum Source {
     /// A directory; an annotation names the namespace.
     Manifests(Manifests),
@@ -70,12 +70,12 @@ impl Source {
     }
 }
 
-/// What is to be looked at again.
+/// The extent of a sync.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Look {
-    /// What the source says, where that is new.
+    /// The changes of the source.
     Source,
-    /// What is new to the agent.
+    /// The changes that the agent does not know yet.
     Changes,
     /// Every pod's namespace, which may have changed its addresses or be gone.
     Everything,
@@ -88,57 +88,59 @@ pub struct Controller {
     cgroup: Cgroup,
     metrics: Arc<Metrics>,
     host: BTreeSet<NetnsCookie>,
-    /// Which pod has which namespace, as the kernel's records say.
+    /// The pod of each namespace, from the kernel's records.
     owners: BTreeMap<NetnsCookie, Record>,
-    /// What the maps hold, once this agent has written them, and whose entries were kept beside.
+    /// The contents of the maps once this agent has written them, and the namespaces whose entries
+    /// were kept.
     applied: Option<(Desired, BTreeSet<NetnsCookie>)>,
-    /// What the maps should hold, pod by pod, as it was last reckoned.
+    /// The desired contents of the maps, pod by pod, as last computed.
     planner: Planner,
-    /// By namespace cookie; holds only pods whose enrollment was completed by this agent.
+    /// The enrolled pods, by namespace cookie; only those whose enrollment this agent has
+    /// completed.
     pods: BTreeMap<NetnsCookie, Enrolled>,
-    /// When a pod's listeners may be looked for.
+    /// The rate limits of searches for pods' listeners.
     searched: BTreeMap<(NetnsCookie, u16), Backoff>,
     /// The pods' objects as they were last read.
     read: BTreeMap<Key, Read>,
-    /// When pods that change all the time have their turn.
+    /// The rate limit of pods that change constantly.
     round: Instant,
-    /// Some of them wait for it.
+    /// Whether some of them wait for their turn.
     is_waited_for: bool,
-    /// What else the last sync went by.
+    /// The other inputs of the last sync.
     beside: Option<Beside>,
-    /// How long the last sync took.
+    /// The duration of the last sync.
     took: Duration,
-    /// Which legs are spliced; empty: that is not known yet.
+    /// The legs that are spliced; empty until that is decided.
     legs: BTreeMap<Leg, bool>,
-    /// When connections to splice are looked at.
+    /// The schedule of sweeps.
     sweeps: Sweeps,
-    /// Since when an agent with other maps could be taken over from.
+    /// The time since which an agent with another layout could be replaced.
     taking_over: Option<Instant>,
-    /// What the namespaces said when they were last visited, by the pod's uid.
+    /// The namespaces' states at the last visit, by the pod's uid.
     visited: BTreeMap<String, Arc<NetnsFacts>>,
-    /// What the pods' lo had when they were last visited or prepared.
+    /// The states of the pods' lo at the last visit or preparation.
     lo: BTreeMap<NetnsCookie, Lo>,
-    /// Pods whose namespace is looked for.
+    /// The pods whose namespace is searched for.
     search: Search,
-    /// Devices where dialled ports are noted, by the namespace's cookie.
+    /// The devices where dialled ports are noted, by the namespace's cookie.
     noted: BTreeMap<NetnsCookie, Vec<u32>>,
-    /// How many packets the pods' namespaces have forwarded, by cookie.
+    /// The number of packets that the pods' namespaces have forwarded, by cookie.
     forwarded: BTreeMap<NetnsCookie, u64>,
-    /// Others' programs that come before Sidestep's.
+    /// The programs of others that run before Sidestep's.
     ahead: BTreeSet<Problem>,
-    /// What was not in force at the last look at everything.
+    /// The parts that were not in force at the last full round.
     repaired: BTreeSet<Problem>,
-    /// What was wrong at the last sync: said once, not every time.
+    /// The problems of the last sync, so that each is reported once.
     problems: BTreeSet<Problem>,
-    /// Services; none: they are not translated.
+    /// The state of Services, if they are translated.
     services: Option<Services>,
 }
 
 impl Controller {
-    /// Takes over what the kernel holds.
+    /// Adopts the kernel's state.
     ///
     /// # Errors
-    /// Where the kernel's records or the node's own namespace cannot be read.
+    /// If the kernel's records or the node's own namespace cannot be read.
     pub fn new(
         mut source: Source,
         dataplane: Dataplane,
@@ -183,7 +185,7 @@ impl Controller {
         })
     }
 
-    /// How many pods an earlier agent left.
+    /// The number of pods that an earlier agent left.
     pub fn adopted(&self) -> usize {
         self.owners.len()
     }
@@ -193,12 +195,12 @@ impl Controller {
         &mut self.source
     }
 
-    /// Brings the kernel in step with the source; `more` is what else is wrong on this node.
-    /// Never fails: what cannot be done is logged, and tried again at the next sync.
+    /// Synchronizes the kernel with the source; `more` are the node's other problems. Never fails:
+    /// errors are logged, and retried at the next sync.
     pub fn sync(&mut self, look: Look, more: &BTreeSet<Problem>) {
         let start = Instant::now();
         let mut problems = more.clone();
-        // A spliced socket may have begun to block: nothing but a look tells.
+        // A spliced socket may have become blocking, which only a sweep notices.
         if look == Look::Everything
             && let Err(error) = self.dataplane.want_sweep(true)
         {
@@ -225,7 +227,7 @@ impl Controller {
         self.report();
     }
 
-    /// Says what is wrong now and was not, and the other way round.
+    /// Reports new problems, and those that have ended.
     fn say(&self, before: &BTreeSet<Problem>, now: &BTreeSet<Problem>) {
         for problem in now.difference(before) {
             error!("{problem}");
@@ -236,8 +238,8 @@ impl Controller {
         }
     }
 
-    /// Looks in the kernel whether what this agent and those before it put in force is in force,
-    /// and puts back what is not; what that was.
+    /// Asks the kernel whether everything that this agent and earlier ones attached and wrote is in
+    /// force, restores what is not, and returns it.
     fn repair(&mut self) -> BTreeSet<Problem> {
         let mut found = BTreeSet::new();
         let mut broken = None;
@@ -275,7 +277,7 @@ impl Controller {
         found
     }
 
-    /// What was not in force, as a problem: of this reason where it could not be put back.
+    /// A missing part as a problem, with this reason if it could not be restored.
     fn repaired(&self, repair: &Repair, reason: Reason, owner: Option<&Record>) -> Problem {
         let (reason, text) = match &repair.done {
             Ok(()) => {
@@ -292,7 +294,7 @@ impl Controller {
         }
     }
 
-    /// Says how things stand to whoever asks the metrics.
+    /// Updates the metrics.
     fn report(&self) {
         let meshes = self.pods.values().map(|pod| pod.entries.row.mesh);
         let fills = self.applied.as_ref().map(|(goal, _)| {
@@ -303,19 +305,19 @@ impl Controller {
         self.metrics.set(meshes, &self.problems(), &fills.unwrap_or_default(), &api);
     }
 
-    /// How long the last sync took.
+    /// The duration of the last sync.
     pub fn took(&self) -> Duration {
         self.took
     }
 
-    /// When a pod that changes all the time has its turn, where one waits for that.
+    /// The time of the next turn of pods that change constantly, if one waits.
     pub fn waited_for(&self) -> Option<Instant> {
         self.is_waited_for.then_some(self.round)
     }
 
-    /// Reads the objects of pods that are new or have changed. One that changes all the time waits
-    /// for the next round, with those like it: until then it is as it was. Says whether there is
-    /// something new.
+    /// Reads the objects of pods that are new or have changed. One that changes constantly waits
+    /// for the next round, with those like it, and keeps its state until then. Returns whether
+    /// anything is new.
     fn read(&mut self, snapshot: &Snapshot) -> bool {
         let now = Instant::now();
         let is_round = now >= self.round;
@@ -354,7 +356,7 @@ impl Controller {
         reads > 0 || !last.is_empty()
     }
 
-    /// Brings the kernel in step with the source, where that has spoken.
+    /// Synchronizes the kernel with the source, if the source has its first complete list.
     fn try_sync(&mut self, look: Look, problems: &mut BTreeSet<Problem>) -> Result<Synced> {
         let pods = self.source.pods_mut();
         problems.extend(pods.problems());
@@ -380,7 +382,7 @@ impl Controller {
             let Some(facts) = read.facts.clone() else {
                 continue;
             };
-            // Of the API server's pods, one that ends and its successor have the same name.
+            // In the API server, a pod that ends and its successor have the same name.
             if let Some(file) = &found.origin {
                 if let Some(first) = seen.get(&facts.name) {
                     let text = format!("the pod is already defined in {}", first.display());
@@ -443,8 +445,8 @@ impl Controller {
         Ok(Synced::Done)
     }
 
-    /// Meshes of which this node has pods, all with the mesh's own iptables rules: somebody has
-    /// installed Sidestep and not told the mesh.
+    /// The meshes whose pods on this node all have the mesh's own iptables rules: Sidestep is
+    /// installed, but the mesh does not use it.
     fn own_iptables(&self, snapshot: &Snapshot) -> Vec<Problem> {
         let mut found: BTreeMap<u16, Vec<&SourcePod>> = BTreeMap::new();
         for pod in snapshot.pods.iter().filter(|found| !is_done(&found.pod)) {
@@ -456,7 +458,8 @@ impl Controller {
         found.retain(|mesh, _| !enrolled.contains(mesh));
         let report = |(mesh, pods): (u16, Vec<&SourcePod>)| {
             let (mesh, first) = (mesh::by_index(mesh)?, pods.iter().map(|pod| pod.name()).min()?);
-            // No number of pods: it would be another problem with each that comes or goes.
+            // The text has no number of pods, which would make a new problem with each pod that
+            // comes or goes.
             let text = format!(
                 "every pod of {} on this node has the init container {}, which installs iptables \
                  rules (pod {first}, for one), so Sidestep intercepts none of them: turn off the \
@@ -479,19 +482,19 @@ impl Controller {
         self.owners.values().map(|owner| problem(Reason::StaysIntercepted, owner, text)).collect()
     }
 
-    /// How many pods are intercepted whose network namespaces live.
+    /// The number of intercepted pods whose network namespaces are alive.
     pub fn living(&self) -> usize {
         self.owners.keys().filter(|cookie| self.lives(**cookie)).count()
     }
 
-    /// Whether a pod's namespace lives: its inbound link tells, where nobody has detached that.
+    /// Whether a pod's namespace is alive, by its inbound link, unless somebody has detached that.
     fn lives(&self, cookie: NetnsCookie) -> bool {
         let leads = |owner: &Record| Netns::open_as(&owner.netns, cookie).is_ok();
         self.dataplane.netns_lives(cookie) || self.owners.get(&cookie).is_some_and(leads)
     }
 
-    /// Takes over from an agent whose maps have another layout once all its pods are enrolled
-    /// here, or after a while: one of them may have left the mesh meanwhile.
+    /// Takes over from an agent whose maps have another layout once all its pods are enrolled here,
+    /// or after a while, because one of them may have left the mesh.
     fn take_over(&mut self, problems: &mut BTreeSet<Problem>) -> Result<()> {
         if !self.dataplane.is_taking_over() {
             return Ok(());
@@ -510,7 +513,7 @@ impl Controller {
         Ok(())
     }
 
-    /// Forgets what is about pods that are gone.
+    /// Forgets the state of pods that are gone.
     fn tidy(&mut self, snapshot: &Snapshot) {
         let Source::Kubernetes(kubernetes, places) = &mut self.source else {
             return;
@@ -525,37 +528,37 @@ impl Controller {
         self.search.retain(&uids);
     }
 
-    /// What is wrong now.
+    /// The present problems.
     pub fn problems(&self) -> BTreeSet<Problem> {
         self.problems.iter().chain(self.service_problems()).cloned().collect()
     }
 }
 
-/// Uid, name and file of a pod's object.
+/// The uid, name and file of a pod's object.
 type Key = (String, String, Option<PathBuf>);
 
-/// What else than pods a sync goes by: what is wrong outside, whether the source is incomplete, and
+/// The inputs of a sync other than pods: the outer problems, whether the source is incomplete, and
 /// whether pods are left behind.
 type Beside = (BTreeSet<Problem>, bool, bool);
 
-/// What a sync did.
+/// The result of a sync.
 enum Synced {
-    /// The source has not spoken yet.
+    /// The source has no complete list yet.
     NotYet,
-    /// It says nothing new.
+    /// The source has no changes.
     Unchanged,
-    /// All that could be done.
+    /// Everything that was possible is done.
     Done,
 }
 
 /// A pod's object as it was last read.
 struct Read {
     pod: Arc<Pod>,
-    /// None: there is nothing to do for it.
+    /// The pod's facts, if the pod needs anything.
     facts: Option<Arc<PodFacts>>,
-    /// What is wrong with it.
+    /// The object's problems.
     problems: BTreeSet<Problem>,
-    /// Its changes.
+    /// The rate limit of its changes.
     pace: Pace,
 }
 
@@ -574,8 +577,7 @@ impl Read {
     }
 }
 
-/// A pod's facts, where it is in a mesh; a policy that cannot be read is a problem, but no
-/// error.
+/// A pod's facts, if it is in a mesh; an invalid policy is a problem, not an error.
 fn facts_of(
     found: &SourcePod,
     problems: &mut BTreeSet<Problem>,

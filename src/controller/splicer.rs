@@ -1,4 +1,4 @@
-//! When connections to splice are looked at, and what the agent does for those that are.
+//! Schedules the sweeps of connections to splice, and does the agent's work for them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,20 +14,20 @@ use crate::{
     splice::{self, Leg, Reset},
 };
 
-/// The agent spends one part of so many on looking at connections to splice, at most.
+/// The share of its time that the agent spends on sweeps, one part in this many at most.
 const SWEEP_SHARE: u32 = 20;
-/// How often it does so.
+/// The interval of sweeps.
 const SWEEP: Duration = Duration::from_millis(100);
-/// How soon it looks again at those that are on their way out of the map; then twice that, and so
-/// on: a reader that has stopped keeps its connection there.
+/// The first pause before a sweep for connections that are leaving the map; it doubles each time,
+/// because a stopped reader keeps its connection there.
 const LEAVING: Duration = Duration::from_millis(1);
 
-/// When connections to splice are looked at.
+/// The schedule of sweeps.
 #[derive(Debug)]
 pub(super) struct Sweeps {
-    /// Not before.
+    /// The time of the next sweep, at the earliest.
     next: Instant,
-    /// How long to wait if some are leaving still.
+    /// The pause while connections are still leaving.
     leaving: Duration,
 }
 
@@ -36,13 +36,13 @@ impl Sweeps {
         Self { next: now, leaving: LEAVING }
     }
 
-    /// Whether they may be looked at now; else when.
+    /// Whether a sweep is allowed now, or else when.
     fn due(&self, now: Instant) -> Result<(), Instant> {
         if now < self.next { Err(self.next) } else { Ok(()) }
     }
 
-    /// They were looked at, and whether some are on their way out of the map; none: nobody wanted
-    /// it. Says when to look again: an event may ask for it before.
+    /// Records a sweep, and whether connections are leaving the map; `None` if no sweep was due.
+    /// Returns the time of the next one; an event may ask for an earlier one.
     fn done(&mut self, start: Instant, end: Instant, are_leaving: Option<bool>) -> Instant {
         let mut wait = SWEEP;
         match are_leaving {
@@ -58,7 +58,7 @@ impl Sweeps {
         end + spent.max(wait)
     }
 
-    /// Some are to leave at once.
+    /// Connections have to leave at once.
     fn hurry(&mut self) {
         self.leaving = LEAVING;
     }
@@ -77,13 +77,13 @@ impl Controller {
         }
     }
 
-    /// A spliced connection is better off without.
+    /// A spliced connection carries bulk, which is faster without splicing.
     pub fn take_bulk_out(&mut self) -> Instant {
         self.sweeps.hurry();
         self.sweep_splices()
     }
 
-    /// Splices connections that have settled, where there are any. Says when to do so again.
+    /// Splices settled connections, if there are any. Returns the time of the next sweep.
     pub fn sweep_splices(&mut self) -> Instant {
         let start = Instant::now();
         if let Err(not_before) = self.sweeps.due(start) {
@@ -100,8 +100,8 @@ impl Controller {
         self.sweeps.done(start, Instant::now(), are_leaving)
     }
 
-    /// A namespace with spliced connections: of a pod, or of one that has left. Where a process
-    /// leads to it, that of an enrolled pod is the younger one.
+    /// Opens a namespace with spliced connections, of an enrolled pod or of one that has left. If
+    /// the path is a process, that of an enrolled pod is the more recent one.
     fn spliced(&self, cookie: NetnsCookie) -> Result<Netns> {
         match self.pods.get(&cookie) {
             Some(pod) => Netns::open_as(&pod.netns.path, cookie),
@@ -119,7 +119,7 @@ impl Controller {
         }
     }
 
-    /// Resets connections that were closed with unread bytes; by the namespace of that end.
+    /// Resets connections that were closed with unread bytes, by the namespace of the closed end.
     pub fn reset(&self, unread: &BTreeMap<NetnsCookie, Vec<Reset>>) {
         for (cookie, resets) in unread {
             let complain = |error| {

@@ -1,4 +1,4 @@
-//! Pods from a directory of plain Kubernetes manifests: no cluster needed.
+//! Reads pods from a directory of plain Kubernetes manifests, without a cluster.
 
 use std::{
     collections::BTreeMap,
@@ -26,49 +26,49 @@ use crate::{
 /// The annotation that names a pod's network namespace, as a path. Honoured by this source only.
 pub const NETNS_ANNOTATION: &str = "sidestep.io/netns";
 
-/// What is wrong with a manifest.
+/// An error in a manifest.
 #[derive(Debug, Error)]
 pub enum ManifestError {
     /// The file cannot be read.
     #[error("cannot be read: {0}")]
     Unreadable(std::io::Error),
-    /// The file is no YAML.
+    /// The file is not valid YAML.
     #[error("is not valid YAML; the pods it held before stay enrolled: {0}")]
     NoYaml(String),
-    /// A document is something else.
+    /// A document is of an unsupported kind.
     #[error("document {document}: expected {expected}, found {found}")]
     NoPod {
-        /// Number of the document in the file, from 1.
+        /// The document's number in the file, from 1.
         document: usize,
-        /// What it may be.
+        /// The supported kinds.
         expected: &'static str,
-        /// What it is.
+        /// The document's kind.
         found: String,
     },
     /// A document's fields do not fit its kind.
     #[error("document {document}: invalid {kind}: {why}")]
     BadPod {
-        /// Number of the document in the file, from 1.
+        /// The document's number in the file, from 1.
         document: usize,
-        /// Its kind.
+        /// The document's kind.
         kind: &'static str,
-        /// The misfit.
+        /// The error of the field.
         why: String,
     },
 }
 
-/// The directory, and what each file held when it was last read.
+/// The directory, and each file's contents when it was last read.
 #[derive(Debug)]
 pub struct Manifests {
     dir: PathBuf,
-    /// Services are read as well.
+    /// Whether Services are read as well.
     with_services: bool,
     last: BTreeMap<PathBuf, Held>,
-    /// What is about Services may be other than when it was last told.
+    /// Whether documents about Services may have changed since the last report.
     are_services_new: bool,
 }
 
-/// What a file held, and how the file looked where that is all of it.
+/// A file's contents, and its state when it was read, if that identifies them.
 #[derive(Debug, Default)]
 struct Held {
     pods: Vec<Arc<Pod>>,
@@ -76,17 +76,17 @@ struct Held {
     looked: Option<Looks>,
 }
 
-/// A document that is about Services.
+/// A document about Services.
 #[derive(Debug)]
 enum Other {
     Service(object::Service),
     Slice(object::EndpointSlice),
-    /// This node: its name, which slices use, and its zone.
+    /// This node: the name that EndpointSlices use for it, and its zone.
     Node(Box<Node>),
 }
 
 impl Other {
-    /// What tells it from others of its kind.
+    /// The key of the object among others of its kind.
     fn name(&self) -> (&'static str, Option<Arc<str>>) {
         match self {
             Self::Service(service) => ("Service", facts::name_of(&service.metadata).ok()),
@@ -96,15 +96,15 @@ impl Other {
     }
 }
 
-/// What tells that a file has changed: device and inode, size, and the time of its last change in
-/// seconds and nanoseconds.
+/// A file's state, which changes with its contents: device and inode, size, and the time of its
+/// last change in seconds and nanoseconds.
 type Looks = (u64, u64, u64, i64, i64);
 
-/// A file that has changed so lately may change again without looking otherwise: the kernel's clock
-/// for files is a coarse one.
+/// The age below which a file may change again without a new state: the kernel's clock for files is
+/// coarse.
 const LATELY: Duration = Duration::from_secs(2);
 
-/// How a file looks, where that tells all; asked for before it is read.
+/// A file's state, if it identifies the contents; taken before the file is read.
 fn looks(path: &Path) -> Option<Looks> {
     let found = fs::metadata(path).ok()?;
     let changed = UNIX_EPOCH + Duration::from_secs(u64::try_from(found.ctime()).ok()?);
@@ -129,7 +129,7 @@ impl Manifests {
         }
     }
 
-    /// Takes Services, EndpointSlices and this Node as well, where `on` says so.
+    /// Whether to read Services, EndpointSlices and this Node as well.
     #[must_use]
     pub fn with_services(self, on: bool) -> Self {
         Self { with_services: on, are_services_new: on, ..self }
@@ -140,7 +140,7 @@ impl Manifests {
     /// take a pod out of the mesh.
     ///
     /// # Errors
-    /// Where the directory itself cannot be read; a bad file is in the snapshot's errors.
+    /// If the directory itself cannot be read; a bad file is in the snapshot's errors.
     pub fn read(&mut self) -> Result<Snapshot> {
         let mut files: Vec<PathBuf> = fs::read_dir(&self.dir)
             .and_then(|entries| entries.map(|entry| entry.map(|e| e.path())).collect())
@@ -210,8 +210,7 @@ impl Manifests {
         Ok(snapshot)
     }
 
-    /// Tells the catalog of Services what the files held when they were last read, and gives what
-    /// is wrong with that.
+    /// Passes the files' last contents to the catalog of Services, and returns the errors in them.
     pub fn feed(&mut self, catalog: &mut Catalog) -> Option<Vec<Problem>> {
         if !std::mem::take(&mut self.are_services_new) {
             return None;
@@ -255,7 +254,7 @@ impl Manifests {
         Some(problems)
     }
 
-    /// An error that says what else may be in the directory.
+    /// An error that names the supported kinds.
     fn expecting(&self, error: ManifestError) -> ManifestError {
         match error {
             ManifestError::NoPod { document, found, .. } if self.with_services => {
@@ -275,7 +274,7 @@ fn is_manifest(path: &Path) -> bool {
 /// The documents of a file.
 ///
 /// # Errors
-/// Where it is no YAML.
+/// If it is no YAML.
 pub fn documents(text: &str) -> Result<Vec<Value>, ManifestError> {
     serde_saphyr::from_multiple(text).map_err(|error| {
         // The first line names the place; the others quote the file.
@@ -283,13 +282,13 @@ pub fn documents(text: &str) -> Result<Vec<Value>, ManifestError> {
     })
 }
 
-/// What a directory may hold.
+/// The supported kinds.
 const PODS: &str = "a v1 Pod";
-/// The same, where Services are read as well.
+/// The supported kinds, if Services are read as well.
 const WITH_SERVICES: &str =
     "a v1 Pod, a v1 Service, a discovery.k8s.io/v1 EndpointSlice or a v1 Node";
 
-/// What a document says about Services; none where it is of another kind.
+/// The Service, EndpointSlice or Node in a document; `None` for another kind.
 fn other_of(document: usize, value: &Value) -> Option<Result<Other, ManifestError>> {
     let field = |name: &str| value.get(name).and_then(Value::as_str);
     let (kind, read): (_, Result<Other, _>) = match (field("apiVersion")?, field("kind")?) {
@@ -306,10 +305,10 @@ fn other_of(document: usize, value: &Value) -> Option<Result<Other, ManifestErro
     Some(read.map_err(|error| bad(error.to_string())))
 }
 
-/// The pod of a document; none where the document is empty.
+/// The pod in a document; `None` if the document is empty.
 ///
 /// # Errors
-/// Where it is something else.
+/// If the document is of another kind.
 pub fn pod_of(document: usize, value: &Value) -> Result<Option<Pod>, ManifestError> {
     if value.is_null() {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! Where pods come from.
+//! Sources of pods.
 
 pub mod kubernetes;
 pub mod manifests;
@@ -13,17 +13,17 @@ use crate::{
     problem::{Problem, Reason},
 };
 
-/// A pod and where it was found.
+/// A pod and its origin.
 #[derive(Debug, Clone)]
 pub struct SourcePod {
-    /// The object.
+    /// The pod's object.
     pub pod: Arc<Pod>,
-    /// The file it is in; none: the API server has it.
+    /// The file with the pod; `None` if it is from the API server.
     pub origin: Option<PathBuf>,
 }
 
 impl SourcePod {
-    /// What is wrong with this pod: names the file, where there is one, and the pod.
+    /// An error of this pod: names the file, if there is one, and the pod.
     pub fn problem(&self, reason: Reason, text: &str) -> Problem {
         let name = self.name();
         let text = match &self.origin {
@@ -33,54 +33,53 @@ impl SourcePod {
         Problem { reason, pod: Some((name, self.uid().to_owned())), text }
     }
 
-    /// `namespace/name`.
+    /// The pod's name, as `namespace/name`.
     pub fn name(&self) -> String {
         pod_name(&self.pod).unwrap_or_else(|_| "?".into())
     }
 
-    /// What the node knows the pod by, see [`facts::pod_uid`]; may be empty.
+    /// The uid that the node uses for the pod, see [`facts::pod_uid`]; may be empty.
     pub fn uid(&self) -> &str {
         facts::pod_uid(&self.pod)
     }
 }
 
-/// The label of a Node that names its zone.
+/// The label of a Node with its zone.
 pub const ZONE: &str = "topology.kubernetes.io/zone";
 
-/// What a source knows at one moment.
+/// A source's state at one moment.
 #[derive(Debug, Default)]
 pub struct Snapshot {
     /// All pods that could be read.
     pub pods: Vec<SourcePod>,
-    /// What is wrong with the source itself.
+    /// The source's own errors.
     pub errors: Vec<Problem>,
-    /// Some pods may be in what could not be read.
+    /// Whether some pods may be in a part that could not be read.
     pub incomplete: bool,
-    /// A pod that is missing may still run, as one does after `kubectl delete --force`: it leaves
-    /// when its network namespace does.
+    /// Whether a missing pod may still run, as after `kubectl delete --force`: it leaves when its
+    /// network namespace does.
     pub missing_may_run: bool,
 }
 
-/// Where pods come from.
+/// A source of pods.
 pub trait PodSource {
-    /// What the source knows now; none before it has spoken.
+    /// The source's present state; `None` before its first complete list.
     ///
     /// # Errors
-    /// Where the source as a whole cannot be read. What is wrong with a part of it is in the
-    /// snapshot.
+    /// If the source as a whole cannot be read. Errors in a part of it are in the snapshot.
     fn snapshot(&mut self) -> Result<Option<Snapshot>>;
 
-    /// What is wrong with reaching the source now.
+    /// Present problems in reaching the source.
     fn problems(&self) -> Vec<Problem> {
         Vec::new()
     }
 
-    /// How often the source did not do what was asked, by what that was.
+    /// The number of failed requests to the source, by kind.
     fn errors(&self) -> BTreeMap<&'static str, u64> {
         BTreeMap::new()
     }
 
-    /// Tells a pod what is wrong with it, and the node what is no pod's, where the source can.
+    /// Reports a problem to its pod, or to the node if it concerns no pod, where the source can.
     fn event(&self, _: &Problem) {}
 
     /// Whether Sidestep is being uninstalled, and leaves this node's mesh pods intercepted.

@@ -1,4 +1,4 @@
-//! Questions to the API server, about single objects.
+//! Requests to the API server about single objects.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard},
@@ -37,16 +37,16 @@ use super::{
 };
 use crate::{mesh::facts, node::Sandbox, problem::Problem};
 
-/// A connection that is silent for so long is asked whether its other end is still there, and four
-/// times more, this far apart: an API server that lost its power, or a network between that lost its
-/// memory, ends no connection. client-go asks after 30 seconds, by HTTP/2, and waits for 15.
+/// The idle time after which a connection is probed, and the interval of four more probes. An API
+/// server that has lost power, or a network element that has lost its state, does not end a
+/// connection. client-go probes after 30 seconds, by HTTP/2, and waits for 15.
 const ALIVE: Duration = Duration::from_secs(20);
 /// See [`ALIVE`].
 const ALIVE_AGAIN: Duration = Duration::from_secs(5);
-/// Whoever makes a node may put this taint on it; the agent takes it off.
+/// The taint that nodes can be created with, and that the agent removes.
 const STARTUP_TAINT: &str = "sidestep.io/agent-not-ready";
 
-/// Why an agent ends, where that is for good.
+/// The reason why an agent exits for good.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Removed {
     /// Its DaemonSet is gone or being deleted.
@@ -55,7 +55,7 @@ pub enum Removed {
     TakenOut(String),
 }
 
-/// Answers about single objects; cheap to clone.
+/// Requests about single objects; cheap to clone.
 #[derive(Clone)]
 pub struct ApiServer {
     pub(super) client: Client,
@@ -65,8 +65,8 @@ pub struct ApiServer {
     pub(super) failing: Arc<Mutex<Failing>>,
 }
 
-/// The agent's own DaemonSet. It is watched, because `helm uninstall` takes the right to ask about
-/// it away right after it: a watch that runs tells of its end all the same.
+/// The agent's own DaemonSet. It is watched, because `helm uninstall` removes the right to read it
+/// right after it is deleted: a running watch still delivers the deletion.
 pub(super) struct Own {
     pub(super) namespace: String,
     pub(super) name: String,
@@ -74,7 +74,7 @@ pub(super) struct Own {
 }
 
 impl Own {
-    /// Whether the watch has told that it is gone, or being deleted.
+    /// Whether the watch has reported that the DaemonSet is gone, or being deleted.
     pub(super) fn is_gone(&self) -> bool {
         let told = matches!(self.watched.wait_until_ready().now_or_never(), Some(Ok(())));
         told && self.watched.state().iter().all(|own| own.metadata.deletion_timestamp.is_some())
@@ -86,13 +86,13 @@ impl ApiServer {
         lock(&self.failing)
     }
 
-    /// The pod of a sandbox, by its name, and by its uid where the runtime tells one: what the
-    /// watch told, or else what the API server says now. None: a static pod that the API server has
-    /// no mirror of. The kubelet makes that when it can, which may be after it started the pod. No
-    /// mesh injects its sidecar into a static pod.
+    /// The pod of a sandbox, by its name, and by its uid if the runtime passes one: from the watch,
+    /// or else from the API server. `None` for a static pod without a mirror pod, which the kubelet
+    /// creates when it can, possibly after it has started the pod. No mesh injects its sidecar into
+    /// a static pod.
     ///
     /// # Errors
-    /// Where the API server does not know it, or does not answer in time.
+    /// If the API server does not know it, or does not answer in time.
     pub async fn pod(&self, sandbox: &Sandbox) -> Result<Option<Arc<Pod>>> {
         let Sandbox { namespace, pod: name, uid, .. } = sandbox;
         let uid = uid.as_deref();
@@ -107,7 +107,7 @@ impl ApiServer {
             Ok(other) => Ok(other.map(Arc::new)),
             Err(error) => known.map(Some).ok_or(error),
         };
-        // The mirror of an earlier manifest tells as much: that one was in a mesh, or not.
+        // The mirror of an earlier manifest is as good: its pod was in a mesh, or not.
         let other_is_plain =
             other.as_ref().ok().and_then(Option::as_ref).is_none_or(|pod| !facts::is_in_mesh(pod));
         if uid.is_some_and(facts::is_static_uid) && other_is_plain {
@@ -126,7 +126,7 @@ impl ApiServer {
         }
     }
 
-    /// What the API server says about a pod now.
+    /// Asks the API server for a pod.
     async fn get_pod(&self, namespace: &str, name: &str) -> Result<Option<Pod>> {
         let api = Api::<Pod>::namespaced(self.client.clone(), namespace);
         let answer = timeout(ANSWER, api.get_opt(name)).await;
@@ -139,7 +139,7 @@ impl ApiServer {
         Ok(found)
     }
 
-    /// Tells the node why nothing works there, where the agent cannot go on.
+    /// Reports to the node why the agent cannot run on it.
     pub async fn tell_node(&self, text: &str) {
         let recorder = recorder(&self.client, &self.node);
         if let Err(error) = tell(&recorder, &Problem::node(text), &node_object(&self.node)).await {
@@ -147,7 +147,7 @@ impl ApiServer {
         }
     }
 
-    /// Takes the startup taint off this node. Says whether the node is without it.
+    /// Removes the startup taint from this node. Returns whether the node is without it.
     pub async fn remove_startup_taint(&self) -> bool {
         let done = timeout(ANSWER, self.try_remove_startup_taint()).await;
         let done =
@@ -166,7 +166,7 @@ impl ApiServer {
         if taints.len() == before {
             return Ok(());
         }
-        // The list is replaced as a whole: somebody else's change meanwhile must not get lost.
+        // The list is replaced as a whole, so a concurrent change must make the request fail.
         let version = node.metadata.resource_version;
         let patch = json!({"metadata": {"resourceVersion": version}, "spec": {"taints": taints}});
         let patched = nodes.patch(&self.node, &PatchParams::default(), &Patch::Merge(patch)).await;
@@ -175,9 +175,9 @@ impl ApiServer {
         Ok(())
     }
 
-    /// Why this agent ends for good, if so. Only what says so for sure counts: that the API server
-    /// has no such DaemonSet, or that it is being deleted. An answer that is none, such as 401 or
-    /// 403, may be the API server's own trouble.
+    /// The reason why this agent exits for good, if there is one. Only proof counts: the API server
+    /// has no such DaemonSet, or it is being deleted. Any other answer, such as 401 or 403, may be
+    /// a fault of the API server.
     pub async fn removed(&self) -> Option<Removed> {
         let node = Api::<Node>::all(self.client.clone());
         if let Ok(Ok(Some(node))) = timeout(ANSWER, node.get_metadata_opt(&self.node)).await
@@ -219,10 +219,9 @@ pub(super) async fn client(config: &Config) -> Result<Client> {
         .map_err(|error| anyhow!("cannot create a client for the API server: {error}"))
 }
 
-/// A client with an end to waiting. An API server that took a request and has died since, without a
-/// word, would else be waited for as long as the agent lives. It is not kube's own client, which does
-/// not ask whether a connection is alive, and which tries again for minutes where the API server says
-/// 429 or 503, and tells nobody.
+/// A client with a time limit. Without it, the agent would wait for ever for an API server that has
+/// accepted a request and died silently. kube's own client does not probe connections, and silently
+/// retries for minutes after 429 or 503.
 fn limited(config: kube::Config, silence: Duration) -> kube::Result<Client> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
@@ -232,7 +231,7 @@ fn limited(config: kube::Config, silence: Duration) -> kube::Result<Client> {
     let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(tcp)?);
     connector.set_connect_timeout(config.connect_timeout);
     connector.set_read_timeout(Some(silence));
-    // Counted from the request on, not from when its connection was last used.
+    // The time counts from the request, not from the last use of its connection.
     connector.set_reset_reader_on_write(true);
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
@@ -242,7 +241,7 @@ fn limited(config: kube::Config, silence: Duration) -> kube::Result<Client> {
     Ok(ClientBuilder::new(service, config.default_namespace).build())
 }
 
-/// A node of another name than the API server's has no pods: better said at once.
+/// Fails early if the API server has no node of this name: it would have no pods.
 pub(super) async fn find_node(client: &Client, name: &str) -> Result<()> {
     let api = Api::<Node>::all(client.clone());
     match timeout(ANSWER, api.get_metadata_opt(name)).await {

@@ -1,4 +1,4 @@
-//! What goes wrong with the API server, in words and in numbers.
+//! Errors of the API server: their texts and their counts.
 
 use std::{
     collections::BTreeMap,
@@ -8,10 +8,10 @@ use std::{
 
 use anyhow::anyhow;
 
-/// How long a single question to the API server may take.
+/// The time limit of a single request to the API server.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
 
-/// What goes wrong with the API server now, by what was asked of it, and how often it did.
+/// The API server's present errors and their numbers, by the kind of request.
 #[derive(Debug, Default)]
 pub(super) struct Failing {
     pub(super) now: BTreeMap<&'static str, String>,
@@ -22,7 +22,7 @@ pub(super) fn lock(failing: &Mutex<Failing>) -> MutexGuard<'_, Failing> {
     failing.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Notes that something failed, or that it works.
+/// Records a request's failure or success.
 pub(super) fn note(failing: &Mutex<Failing>, what: &'static str, error: Option<String>) {
     let mut failing = lock(failing);
     match error {
@@ -36,7 +36,7 @@ pub(super) fn note(failing: &Mutex<Failing>, what: &'static str, error: Option<S
     }
 }
 
-/// An error in words that help: which verb of which resource is not allowed, say.
+/// An error in words that help, such as the verb and the resource that are not allowed.
 pub(super) fn explained(verb: &str, resource: &str, error: &kube::Error) -> anyhow::Error {
     match error {
         kube::Error::Api(status) if status.code == 403 => anyhow!(
@@ -52,7 +52,7 @@ pub(super) fn explained(verb: &str, resource: &str, error: &kube::Error) -> anyh
         kube::Error::Api(status) => {
             anyhow!("cannot {verb} {resource}: {} ({})", status.message, status.code)
         }
-        // The innermost cause is the one that says something.
+        // The innermost cause is the most specific.
         other => {
             let error: &dyn std::error::Error = other;
             let cause = std::iter::successors(Some(error), |error| error.source()).last();

@@ -1,4 +1,4 @@
-//! Problems as Events, where `kubectl describe` shows them.
+//! Publishes problems as Events, which `kubectl describe` shows.
 
 use std::sync::{Arc, Mutex};
 
@@ -13,19 +13,19 @@ use tokio::{sync::mpsc, time::timeout};
 use super::errors::{ANSWER, Failing, explained, note};
 use crate::{problem::Problem, text};
 
-/// Events that wait for the API server; what comes on top is in the log alone.
+/// The maximum of Events that wait for the API server; further problems are only logged.
 pub(super) const EVENTS: usize = 256;
-/// What an Event's note may hold.
+/// The maximum length of an Event's note.
 const NOTE: usize = 1000;
 
-/// Makes Events of this node's agent.
+/// Publishes the Events of this node's agent.
 pub(super) fn recorder(client: &Client, node: &str) -> Recorder {
     let reporter = Reporter { controller: "sidestep".into(), instance: Some(node.into()) };
     Recorder::new(client.clone(), reporter)
 }
 
-/// What an Event about the node is told to: the uid is what `kubectl describe node` looks for, and
-/// what the kubelet's own Events have.
+/// The object of Events about the node. Its uid is the one that `kubectl describe node` looks for,
+/// and that the kubelet's own Events have.
 pub(super) fn node_object(node: &str) -> ObjectReference {
     ObjectReference {
         api_version: Some("v1".into()),
@@ -47,7 +47,7 @@ pub(super) async fn publish(
     }
 }
 
-/// Makes an Event of a problem.
+/// Publishes a problem as an Event.
 pub(super) async fn tell(
     recorder: &Recorder,
     problem: &Problem,
@@ -67,7 +67,7 @@ pub(super) async fn tell(
     }
 }
 
-/// What publishing did: one more Event, or the same once more.
+/// The verb of a failed request: `create` for a new Event, `patch` for another occurrence.
 fn verb_of(error: &kube::Error) -> &'static str {
     match error {
         kube::Error::Api(status) if status.message.contains("cannot patch") => "patch",
@@ -75,7 +75,7 @@ fn verb_of(error: &kube::Error) -> &'static str {
     }
 }
 
-/// What an Event has room for; the log has it all.
+/// Cuts a text to an Event's maximum; the log has the whole text.
 fn note_of(text: &str) -> String {
     text::cut(text, NOTE, " ... (the rest is in the agent's log)")
 }

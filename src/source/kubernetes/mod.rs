@@ -1,4 +1,4 @@
-//! Pods from the API server: this node's alone, and of namespaces their metadata.
+//! Pods from the API server: those of this node, and the metadata of namespaces.
 
 mod api;
 mod errors;
@@ -46,22 +46,22 @@ use crate::{
     service::Catalog,
 };
 
-/// How to reach the API server, and which node this is.
+/// The access to the API server, and this node's name.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// `spec.nodeName` of the pods to look after.
     pub node: String,
-    /// A kubeconfig; none: the service account of the agent's own pod.
+    /// The kubeconfig; without one, the service account of the agent's own pod.
     pub kubeconfig: Option<PathBuf>,
-    /// The agent's own DaemonSet, namespace and name.
+    /// The namespace and name of the agent's own DaemonSet.
     pub daemonset: Option<(String, String)>,
-    /// What becomes of this node's mesh pods when that is gone.
+    /// The treatment of this node's mesh pods when the DaemonSet is gone.
     pub on_uninstall: OnUninstall,
-    /// Services are watched as well.
+    /// Whether Services are watched as well.
     pub services: bool,
 }
 
-/// What happens to intercepted pods when Sidestep is uninstalled.
+/// The treatment of intercepted pods when Sidestep is uninstalled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnUninstall {
     /// They stay intercepted until they terminate or a new agent takes them over. On a node without
@@ -75,22 +75,22 @@ pub enum OnUninstall {
 pub struct Kubernetes {
     api: ApiServer,
     namespaces: Store<PartialObjectMeta<Namespace>>,
-    /// None: they are not translated.
+    /// The watches of Services, if these are translated.
     services: Option<Services>,
     on_uninstall: OnUninstall,
-    /// None: no more are sent.
+    /// The publisher of Events; `None` once no more are sent.
     events: Option<mpsc::Sender<(Problem, ObjectReference)>>,
     publisher: task::JoinHandle<()>,
-    /// Pods that a CNI request was about and that the watch has not told of yet, by uid.
+    /// Pods of CNI requests that the watch has not delivered yet, by uid.
     ahead: BTreeMap<String, Arc<Pod>>,
 }
 
 impl Kubernetes {
-    /// Starts watching; `changed` is told of every change, and of the first complete state.
+    /// Starts watching; `changed` is notified of every change, and of the first complete state.
     ///
     /// # Errors
-    /// Where the configuration cannot be read, or the API server says that there is no such node.
-    /// An API server that cannot be reached is no error: it is tried again for ever.
+    /// If the configuration cannot be read, or the API server knows no such node. An API server
+    /// that cannot be reached is not an error: requests are retried for ever.
     pub async fn start(config: &Config, changed: mpsc::Sender<()>) -> Result<Self> {
         let client = client(config).await?;
         find_node(&client, &config.node).await?;
@@ -135,12 +135,12 @@ impl Kubernetes {
         })
     }
 
-    /// Asks about single objects.
+    /// The client for requests about single objects.
     pub fn api(&self) -> &ApiServer {
         &self.api
     }
 
-    /// Tells the catalog what is new about Services. False: not before their lists are complete.
+    /// Passes changes of Services to the catalog. Returns false until their lists are complete.
     pub fn feed(&self, catalog: &mut Catalog) -> bool {
         self.services.as_ref().is_some_and(|services| services.feed(catalog))
     }
@@ -152,7 +152,7 @@ impl Kubernetes {
         matches!((pods, namespaces), (Some(Ok(())), Some(Ok(()))))
     }
 
-    /// The pod with what it takes from its namespace.
+    /// The pod, with the settings that it inherits from its namespace.
     pub fn inherit(&self, pod: Arc<Pod>) -> Arc<Pod> {
         let name = pod.metadata.namespace.as_deref().unwrap_or("default");
         match self.namespaces.get(&ObjectRef::new(name)) {
@@ -161,17 +161,17 @@ impl Kubernetes {
         }
     }
 
-    /// Takes a pod in that the watch may not have told of yet.
+    /// Adds a pod that the watch may not have delivered yet.
     pub fn expect(&mut self, pod: Arc<Pod>) {
         self.ahead.insert(facts::pod_uid(&pod).to_owned(), pod);
     }
 
-    /// Forgets the pods that the watch never told of, but for those of which `alive` says so.
+    /// Forgets the pods that the watch never delivered, except those that are alive.
     pub fn forget(&mut self, alive: impl Fn(&str) -> bool) {
         self.ahead.retain(|uid, _| alive(uid));
     }
 
-    /// Sends the Events that wait still, as far as that is possible within a moment.
+    /// Sends the waiting Events, within a short time limit.
     pub async fn send_events(&mut self) {
         self.events = None;
         let _ = timeout(2 * ANSWER, &mut self.publisher).await;
@@ -229,9 +229,9 @@ impl PodSource for Kubernetes {
     }
 }
 
-/// Pods by the uid that the node knows them by, and objects that claim another's. What makes an
-/// object a static pod's mirror is in its annotations, which anybody writes who may create pods: so
-/// a pod whose own uid it is comes first, then the older object.
+/// Pods by the uid that the node uses for them, and objects that claim another pod's. The mark of a
+/// static pod's mirror is an annotation, which anybody can write who may create pods: so a pod
+/// whose own uid it is comes first, then the older object.
 fn by_uid(mut known: Vec<Arc<Pod>>) -> (BTreeMap<String, Arc<Pod>>, Vec<Problem>) {
     known.sort_by_key(|pod| {
         (facts::static_uid(pod).is_some(), pod.metadata.creation_timestamp.clone())
@@ -245,7 +245,7 @@ fn by_uid(mut known: Vec<Arc<Pod>>) -> (BTreeMap<String, Arc<Pod>>, Vec<Problem>
         };
         let first = facts::pod_name(first).unwrap_or_default();
         let text = format!("its annotations name uid {uid:?}, which belongs to pod {first}");
-        // Told to the object itself, not to the pod that it claims to be.
+        // Reported to the object itself, not to the pod that it claims to be.
         let own = pod.metadata.uid.clone().unwrap_or_default();
         let name = facts::pod_name(&pod).unwrap_or_default();
         let text = format!("pod {name}: {text}: the pod is not intercepted");

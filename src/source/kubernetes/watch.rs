@@ -1,4 +1,4 @@
-//! Watches that go on for ever, and what is kept of the objects.
+//! Watches that never end, and the fields of objects that are kept.
 
 use std::{
     sync::{Arc, Mutex},
@@ -17,12 +17,12 @@ use tokio::{
 use super::errors::{Failing, explained, note};
 use crate::mesh::facts;
 
-/// How long the API server may say nothing to a list or a watch: it ends each watch itself after
-/// 290 seconds.
+/// The longest silence of a list or a watch: the API server itself ends each watch after 290
+/// seconds.
 pub(super) const SILENCE: Duration = Duration::from_secs(300);
-/// A watch that cannot be had fails more often than this: kube pauses for a minute at most.
+/// A watch that fails does so more often than this: kube pauses for a minute at most.
 const QUIET: Duration = Duration::from_secs(SILENCE.as_secs() + 100);
-/// Before a list that the API server asks for by 410.
+/// The pause before a list that the API server has asked for by 410.
 const RELIST: Duration = Duration::from_secs(1);
 
 /// Follows a watch for ever, and tells of each change. Fails never: errors are noted. A watch that
@@ -41,12 +41,12 @@ pub(super) fn follow<K: 'static>(
         loop {
             match timeout(QUIET, watch.next()).await {
                 Ok(None) => return,
-                // A relist is nothing until it is complete.
+                // A relist has no effect until it is complete.
                 Ok(Some(Ok(watcher::Event::Init | watcher::Event::InitApply(_)))) => continue,
                 Ok(Some(Ok(_))) | Err(_) => note(&failing, what, None),
                 Ok(Some(Err(error))) => note(&failing, what, Some(watch_error(what, &error))),
             }
-            // One that is not read yet is enough.
+            // One unread notification is enough.
             let _ = changed.try_send(());
         }
     });
@@ -95,8 +95,8 @@ fn watch_error(what: &str, error: &watcher::Error) -> String {
     }
 }
 
-/// Drops what [`facts::facts`] and the search for namespaces do not look at: a Pod object is some
-/// 10 KB, most of it volumes, probes and conditions.
+/// Drops the fields that neither [`facts::facts`] nor the search for namespaces reads: a Pod object
+/// is some 10 KB, most of it volumes, probes and conditions.
 pub(super) fn keep_needed(pod: &mut Pod) {
     let meta = &mut pod.metadata;
     meta.managed_fields = None;
