@@ -101,7 +101,7 @@ impl Dataplane {
         })
     }
 
-    /// Whether the next sweep is due.
+    /// Sets whether the next sweep is due.
     ///
     /// # Errors
     /// If the object has no variables.

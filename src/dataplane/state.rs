@@ -57,7 +57,7 @@ pub struct Dataplane {
     pub(super) went_first: Option<Instant>,
     /// The time when the maps were last read completely.
     pub(super) read: Instant,
-    /// The position of the last check: the map, and its last key.
+    /// The position of the last check: the pod, the map and the key.
     pub(super) looked_at: (NetnsCookie, usize, Vec<u8>),
 }
 
