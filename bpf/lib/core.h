@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * What every header begins with: the kernel's types, libbpf's helpers, and the kernel's numbers
- * that BTF does not carry. The agent uses the types that the skeleton generates from these headers:
- * there is no second definition to keep in step.
+ * The base of every header: the kernel's types, libbpf's helpers, and the kernel's constants that
+ * BTF does not carry. The agent uses the types that the skeleton generates from these headers, so
+ * that no second definition has to be kept in step.
  */
 #pragma once
 
@@ -26,7 +26,7 @@
 #define SOCK_RAW 3
 #define SO_ORIGINAL_DST 80 /* the same number at both levels */
 #define LOOPBACK_IFINDEX 1
-#define TC_PASS -1 /* TC_ACT_UNSPEC: other filters have their turn */
+#define TC_PASS -1 /* TC_ACT_UNSPEC: the next filter decides */
 #define TC_DROP 2 /* TC_ACT_SHOT */
 #define ENOENT 2
 #define EAGAIN 11
@@ -34,4 +34,4 @@
 #define ENETUNREACH 101
 #define ENOBUFS 105
 #define ECONNREFUSED 111
-#define UID_GID_MAP_MAX_BASE_EXTENTS 5 /* what a user namespace maps without a table */
+#define UID_GID_MAP_MAX_BASE_EXTENTS 5 /* extents that a user namespace holds without a table */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Counting. Each domain has counters of its own: a map, by mesh and name. */
+/* Counters. Each domain has a map of its own, indexed by mesh and counter. */
 #pragma once
 
 #include "lib/core.h"

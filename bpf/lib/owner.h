@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Who made a socket. */
+/* The user and group that made a socket. */
 #pragma once
 
 #include "lib/kernel.h"
 #include "lib/pod.h"
 
 /*
- * A kernel id as a user namespace numbers it; -1 where it is not mapped. The map's address comes
- * as a number, and the function is global, so that the verifier looks at it once and by itself.
+ * A kernel id, numbered as in a user namespace; -1 if it is not mapped. The map's address is passed
+ * as a number, and the function is global, so that the verifier checks it once and separately.
  */
 __noinline __u32 id_in(__u64 address, __u32 id)
 {
@@ -25,8 +25,8 @@ __noinline __u32 id_in(__u64 address, __u32 id)
 }
 
 /*
- * Who made the socket, the way iptables' owner match sees it: the file's credentials, in the
- * numbers of the user namespace that the network namespace belongs to.
+ * The owner as iptables' owner match sees it: the credentials of the socket's file, numbered as in
+ * the user namespace that owns the network namespace.
  */
 static __always_inline void owner_of_kernel(const struct sock *sk, struct owner *owner)
 {
@@ -51,7 +51,7 @@ static __always_inline void owner_of_kernel(const struct sock *sk, struct owner 
 	}
 }
 
-/* The same, of a hook's socket. */
+/* The owner of a hook's socket. */
 static __always_inline void owner_of(struct bpf_sock *sk, struct owner *owner)
 {
 	owner_of_kernel(kernel_ptr(number_of(sk), struct sock), owner);

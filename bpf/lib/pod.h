@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* The enrolled pods, and socket -> pod: the only identity rule. */
+/* The enrolled pods, and the lookup of a socket's pod: the only identity rule. */
 #pragma once
 
 #include "lib/addr.h"
@@ -22,13 +22,13 @@ enum pod_flag {
 	POD_NO_UID = 1 << 11, /* proxy_uid is nobody: no user is exempt */
 	POD_TCP_DNS_DIRECT = 1 << 12, /* DNS is captured, but the app's DNS over TCP never is */
 	POD_TCP_DNS_ANY = 1 << 13, /* DNS is captured; over TCP, 53 is a port as any other */
-	POD_ROUTE_LOCALNET = 1 << 14, /* what is bound to 127.0.0.0/8 may call off the pod */
-	POD_OWN_NAT = 1 << 15, /* the pod's own rules translate what comes in */
+	POD_ROUTE_LOCALNET = 1 << 14, /* sockets bound to 127.0.0.0/8 may call off the pod */
+	POD_OWN_NAT = 1 << 15, /* the pod's own rules translate incoming connections */
 };
 
 /* One enrolled pod; key: its network namespace's cookie. */
 struct pod {
-	__u32 proxy_uid; /* as the pod's own user namespace numbers it */
+	__u32 proxy_uid; /* numbered as in the pod's own user namespace */
 	__u32 proxy_gid;
 	enum pod_flag flags;
 	__u32 sets; /* bit n: enum rule_set n has entries for this pod */
@@ -36,11 +36,11 @@ struct pod {
 	struct addr ip6; /* the pod's IPv6 address; zero: none */
 	__u16 out_port; /* the proxy's outbound listener */
 	__u16 in_port; /* the proxy's inbound listener */
-	__u16 hbone_port; /* never redirected on the way from the proxy to its own pod; 0: none */
+	__u16 hbone_port; /* never redirected from the proxy to its own pod; 0: none */
 	__u16 dns_port; /* the proxy's DNS listener; 0: DNS is not captured */
 	__u16 mesh; /* index into the counters */
 	__u16 pad;
-	__u32 device; /* the one that has its address; 0: not known */
+	__u32 device; /* the device with the pod's address; 0: unknown */
 };
 _Static_assert(sizeof(struct pod) == 64, "pod");
 
@@ -62,7 +62,7 @@ _Static_assert(sizeof(struct local_key) == 24, "local_key");
 
 enum local {
 	LOCAL_OWN = 1,
-	LOCAL_LANDING, /* the first of a device: where REDIRECT leads what comes in by it */
+	LOCAL_LANDING, /* a device's first: the target of REDIRECT there */
 };
 
 /*
@@ -77,7 +77,7 @@ struct {
 	__type(value, __u8);
 } locals SEC(".maps");
 
-/* Identity is the network namespace's cookie: never an address, never a process. */
+/* A pod is identified by its network namespace's cookie, never by an address or a process. */
 static __always_inline const struct pod *pod_by_netns(__u64 netns)
 {
 	return bpf_map_lookup_elem(&pods, &netns);
@@ -102,7 +102,7 @@ static __always_inline bool is_steered_port(const struct pod *pod, __u16 port)
 	return port && (port == pod->in_port || port == pod->out_port || port == pod->dns_port);
 }
 
-/* Who made a socket, in the pod's numbers: what iptables' owner match looks at. */
+/* The owner of a socket, in the pod's numbers, as iptables' owner match uses it. */
 struct owner {
 	__u32 uid;
 	__u32 gid;

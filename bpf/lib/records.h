@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What agents keep for `status` and for the next agent: no program reads it. */
+/* The agent's records for `status` and for the next agent; no program reads them. */
 #pragma once
 
 #include "lib/pod.h"
 
-/* Userspace's own record of an enrolled pod, pinned so that `status` and the next agent know. */
+/* The agent's record of an enrolled pod, pinned for `status` and the next agent. */
 struct pod_record {
 	__u8 pod[320]; /* "namespace/name", NUL-padded */
 	__u8 uid[64]; /* metadata.uid, NUL-padded */
@@ -21,7 +21,7 @@ struct {
 	__type(value, struct pod_record);
 } pod_records SEC(".maps");
 
-/* Namespaces whose devices have filters of ours, also of pods that are not enrolled any more. */
+/* Namespaces whose devices have filters of ours, those of former mesh pods included. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

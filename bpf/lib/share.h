@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Shares. What processes of a pod can fill is theirs alone: no pod takes another's share. Such a
- * map counts, by the cookie of the namespace, what is in use.
+ * Quotas. A map that the processes of pods can fill has a quota per pod, so that no pod takes
+ * another's room. A map counts the entries in use, by the namespace's cookie.
  */
 #pragma once
 
 #include "lib/core.h"
 
-/* Takes one more of what a map counts for each pod; false: the pod has its share. */
+/* Takes one entry of a pod's quota; false if the quota is used up. */
 static __always_inline bool share_take(void *shares, __u64 netns, __u32 most)
 {
 	__u32 *used = bpf_map_lookup_elem(shares, &netns);

@@ -5,8 +5,8 @@
 #include "lib/addr.h"
 
 /*
- * Each hook knows its family when it is compiled: the verifier wants every field of a context
- * read at a constant offset.
+ * Each hook has a fixed family, because the verifier wants every field of a context read at a
+ * constant offset.
  */
 static __always_inline struct addr sockaddr_get(struct bpf_sock_addr *ctx, int family)
 {
@@ -31,8 +31,8 @@ static __always_inline void sockaddr_set(struct bpf_sock_addr *ctx, int family,
 }
 
 /*
- * What a map keeps with a socket; of an MPTCP subflow, with the connection it belongs to, which is
- * the socket that the application holds.
+ * A socket's entry in a storage map. For an MPTCP subflow it is that of its connection, the socket
+ * that the application holds.
  */
 static __always_inline void *socket_storage(void *map, struct bpf_sock *sk, __u64 flags)
 {
@@ -45,7 +45,7 @@ static __always_inline void *socket_storage(void *map, struct bpf_sock *sk, __u6
 	return bpf_sk_storage_get(map, sk, NULL, flags);
 }
 
-/* Takes it away. */
+/* Deletes the entry. */
 static __always_inline void socket_forget(void *map, struct bpf_sock *sk)
 {
 	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock)) {

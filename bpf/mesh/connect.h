@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* connect() of a pod's process. */
+/* connect() by a process of a pod. */
 #pragma once
 
 #include "mesh/counter.h"
@@ -16,7 +16,7 @@ static __always_inline struct addr via_for(struct bpf_sock_addr *ctx, const stru
 	__u32 which = (__u32)bpf_get_socket_cookie(ctx) & bits;
 	struct addr via = { { bpf_htonl(VIA6_HI), bpf_htonl(VIA6_LO), 0, bpf_htonl(which) } };
 
-	/* What is captured on its way to localhost: the source stays localhost as well. */
+	/* For a captured call to localhost, the source stays localhost as well. */
 	if (addr_is_loopback(&c->dst))
 		return localhost_for(&c->dst);
 	/* Bound to a device, the kernel finds only that device's own addresses. */
@@ -26,8 +26,8 @@ static __always_inline struct addr via_for(struct bpf_sock_addr *ctx, const stru
 }
 
 /*
- * Binds a socket to the pod's address, as a connection that REDIRECT leads to localhost comes from
- * it. Not one that is bound to a port already: that comes from localhost.
+ * Binds a socket to the pod's address, the source of a connection that REDIRECT leads to localhost.
+ * A socket that is already bound to a port stays as it is, and its connection comes from localhost.
  */
 static __always_inline void come_from_pod(struct bpf_sock_addr *ctx, int family,
 					  const struct pod *pod, bool is4)
@@ -79,8 +79,9 @@ static __always_inline enum outcome connect_tcp(struct bpf_sock_addr *ctx, int f
 	od->role = ROLE_CLIENT;
 	if (verdict == GO_INBOUND) {
 		/*
-		 * It keeps its address: only the port is the listener's. Within loopback the kernel
-		 * itself finds the one at localhost, also one of MPTCP, which steer does not know.
+		 * The address stays; only the port becomes the listener's. Within loopback the
+		 * kernel itself finds the listener at localhost, also one of MPTCP, which steer
+		 * does not know.
 		 */
 		od->via = addr_is_loopback(&c->dst) || addr_is_passthrough(&c->dst)
 				  ? localhost_for(&c->dst)
@@ -89,8 +90,9 @@ static __always_inline enum outcome connect_tcp(struct bpf_sock_addr *ctx, int f
 		count(pod, CAPTURED_SELF);
 	} else if (verdict == GO_DNS) {
 		/*
-		 * That listener is at localhost, and in Istio one of MPTCP: the kernel itself finds
-		 * it there. A device other than lo leads to no localhost.
+		 * The DNS listener is at localhost, and in Istio it is one of MPTCP, which the
+		 * kernel itself finds there. A socket bound to a device other than lo cannot reach
+		 * localhost.
 		 */
 		od->via = c->ifindex ? via_for(ctx, pod, c) : localhost_for(&c->dst);
 		od->via_port = pod->dns_port;

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What the mesh's programs count. */
+/* The counters of the mesh's programs. */
 #pragma once
 
 #include "lib/counter.h"
 #include "lib/pod.h"
 
-/* The agent has the names of metrics from here. */
+/* The agent reads the names of the metrics from here. */
 enum mesh_counter {
 	CAPTURED_OUTBOUND, /* connect: sent to the outbound listener */
 	CAPTURED_SELF, /* connect: the proxy's call to its own pod, sent to the inbound listener */

@@ -1,14 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * DNS over UDP: a question goes to the proxy's DNS listener on localhost, and the answer appears
- * to come from the server that was asked.
- *
- * connect and sendmsg send it to an address of the DNS range. On its way out over lo, dns_nat
- * makes that the listener's, and on the answer's way back the answer's source; getpeername and
- * recvmsg then put the server in its place. A connected socket has one server. Another may have
- * questions open to several, so each has a number, which the address carries: dns_nat makes it the
- * question's source as well, for the answer to bring it back. dns_nat itself knows no question:
- * all state is with the socket.
+ * DNS over UDP: a query goes to the proxy's DNS listener on localhost, and the answer appears to
+ * come from the server that was asked. connect and sendmsg send the query to an address of the DNS
+ * range. On the egress of lo, dns_nat replaces it by the listener's address, and restores it as the
+ * answer's source; getpeername and recvmsg then replace it by the server's. A connected socket has
+ * one server. An unconnected one may have queries open to several, so each server has a number,
+ * which is part of the address: dns_nat makes that address the query's source as well, and the
+ * answer returns to it. dns_nat has no state of its own: all state is with the socket.
  */
 #pragma once
 
@@ -19,9 +17,9 @@
 #include "mesh/outbound.h"
 
 /*
- * Where captured DNS over UDP goes; the low 16 bits are a number. The agent's routes have these
- * ranges on each of the pod's devices, with the device's own address as source: so the kernel
- * picks that one, and a socket that names a device finds its way.
+ * The addresses of captured DNS over UDP; the low 16 bits are a number. The agent's routes have
+ * these ranges on each of the pod's devices, with the device's own address as source: so the kernel
+ * picks that address, and a socket that names a device finds a route.
  */
 #define DNS4_NET 0x7f810000 /* 127.129.0.0/16 */
 #define DNS4_MASK 0xffff0000
@@ -51,7 +49,7 @@ struct dns_servers {
 };
 _Static_assert(sizeof(struct dns_servers) == 1568, "dns_servers");
 
-/* Whom a UDP socket asked without being connected. sendmsg writes; recvmsg reads. */
+/* The servers that an unconnected UDP socket asked. sendmsg writes; recvmsg reads. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -61,7 +59,7 @@ struct {
 
 #define DNS_CLIENTS 64
 
-/* Somebody that a UDP socket of the pod heard from, port 53: what goes there is an answer. */
+/* A client that sent from port 53 to a UDP socket of the pod: datagrams to it are answers. */
 struct dns_client {
 	struct addr addr;
 	__u32 heard; /* when, in seconds; 0: unused */
@@ -76,7 +74,7 @@ struct dns_clients {
 };
 _Static_assert(sizeof(struct dns_clients) == 1544, "dns_clients");
 
-/* Who asked a UDP socket of the pod from port 53. recvmsg writes; connect and sendmsg read. */
+/* The clients that sent from port 53 to a UDP socket. recvmsg writes; connect and sendmsg read. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -84,7 +82,7 @@ struct {
 	__type(value, struct dns_clients);
 } dns_clients SEC(".maps");
 
-/* An address of the DNS range. */
+/* The address of the DNS range with this number. */
 static __always_inline struct addr dns_via(const struct addr *like, __u32 number)
 {
 	if (addr_is4(like))
@@ -106,7 +104,7 @@ static __always_inline __u32 dns_number(const struct addr *via)
 	return bpf_ntohl(via->w[3]) & ~DNS4_MASK;
 }
 
-/* Of the pod's own addresses, the one where a socket is found that is bound to no other. */
+/* The pod's own address to which datagrams for a socket bound to no other address are sent. */
 static __always_inline struct addr own_address(const struct pod *pod, const struct addr *like)
 {
 	const struct addr *own = addr_is4(like) ? &pod->ip4 : &pod->ip6;
@@ -114,13 +112,13 @@ static __always_inline struct addr own_address(const struct pod *pod, const stru
 	return addr_is_any(own) ? localhost_for(like) : *own;
 }
 
-/* Seconds, counted so that nothing has happened for long when the node starts. */
+/* The time in seconds, offset so that nothing counts as recent when the node starts. */
 static __always_inline __u32 dns_now(void)
 {
 	return bpf_ktime_get_ns() / 1000000000 + 2 * DNS_PATIENCE;
 }
 
-/* Has the socket heard from port 53 of this address, so that what it sends there is an answer? */
+/* Has the socket received from port 53 of this address, so that datagrams to it are answers? */
 __noinline int dns_client_known(struct dns_clients *clients, const struct addr *a, __u32 now)
 {
 	if (!clients || !a)
@@ -151,8 +149,8 @@ __noinline int dns_client_heard(struct dns_clients *clients, const struct addr *
 }
 
 /*
- * Is it a question that goes to the DNS listener? Conntrack would know an answer by the question
- * that came before; here the socket knows whom it heard from.
+ * Is it a query for the DNS listener? Conntrack would recognize an answer by the earlier query;
+ * here the socket remembers whom it has received from.
  */
 static __always_inline bool is_dns_question(const struct pod *pod, struct bpf_sock *sk,
 					    const struct outbound *c)
@@ -170,7 +168,7 @@ static __always_inline enum outcome connect_udp(struct bpf_sock_addr *ctx, int f
 {
 	struct origdst *od;
 
-	/* What the socket was connected to before is forgotten. */
+	/* The socket's former peer is forgotten. */
 	bpf_sk_storage_delete(&origdsts, ctx->sk);
 	if (c->dport != DNS_PORT)
 		return NOT_MINE;
@@ -184,7 +182,7 @@ static __always_inline enum outcome connect_udp(struct bpf_sock_addr *ctx, int f
 	}
 	od->orig = c->dst;
 	od->orig_port = c->dport;
-	/* A server on localhost is asked from localhost. */
+	/* A server on localhost is queried from localhost. */
 	od->via = addr_is_loopback(&c->dst) || addr_is_loopback(&c->src)
 			  ? localhost_for(&c->dst)
 			  : dns_via(&c->dst, DNS_ALONE);
@@ -195,7 +193,7 @@ static __always_inline enum outcome connect_udp(struct bpf_sock_addr *ctx, int f
 	return TAKEN;
 }
 
-/* The number of a server of the socket, its own or a new one; -1: there is none to be had. */
+/* The number of one of the socket's servers, present or new; -1 if there is no free one. */
 static __always_inline int dns_number_for(struct dns_servers *asked, const struct addr *server)
 {
 	__u32 now = dns_now();
@@ -214,7 +212,7 @@ static __always_inline int dns_number_for(struct dns_servers *asked, const struc
 	for (__u32 slot = 0; slot < DNS_SERVERS; slot++) {
 		struct dns_server *s = &asked->server[slot];
 
-		/* An answer that is still to come must find its server. */
+		/* A pending answer must find its server. */
 		if (now - s->asked <= DNS_PATIENCE)
 			continue;
 		s->addr = *server;
@@ -228,7 +226,7 @@ out:
 	return number;
 }
 
-/* The same, of a socket that has one server at a time. */
+/* The number for a socket that can have one server at a time. */
 static __always_inline int dns_alone_for(struct dns_servers *asked, const struct addr *server)
 {
 	__u32 now = dns_now();
@@ -262,8 +260,8 @@ static __always_inline bool dns_server_of(struct dns_servers *asked, __u32 numbe
 }
 
 /*
- * Can the answers to a socket have numbers? They come to the pod's own address, where one that is
- * bound to another address, or to another device, does not hear them.
+ * Can the socket's servers have numbers? The answers come to the pod's own address, so a socket
+ * that is bound to another address or device does not receive them.
  */
 static __always_inline bool takes_dns_numbers(const struct pod *pod, const struct outbound *c)
 {
@@ -294,7 +292,7 @@ static __always_inline enum outcome mesh_sendmsg(struct bpf_sock_addr *ctx, int 
 	if (!is_dns_question(pod, ctx->sk, &c))
 		return NOT_MINE;
 	od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
-	/* To the server that the socket is connected to, by its name. */
+	/* To the server that the socket is connected to, named explicitly. */
 	if (od && od->role == ROLE_CLIENT && addr_eq(&od->orig, &c.dst)) {
 		sockaddr_set(ctx, family, &od->via, od->via_port);
 		count(pod, CAPTURED_DNS);
@@ -319,7 +317,7 @@ static __always_inline enum outcome mesh_sendmsg(struct bpf_sock_addr *ctx, int 
 	return TAKEN;
 }
 
-/* The source of a datagram that was received, where it is an answer. */
+/* Restores the source of a received datagram, if it is an answer. */
 static __always_inline enum outcome mesh_recvmsg(struct bpf_sock_addr *ctx, int family)
 {
 	struct addr from = sockaddr_get(ctx, family), server;
@@ -327,7 +325,7 @@ static __always_inline enum outcome mesh_recvmsg(struct bpf_sock_addr *ctx, int 
 	struct dns_clients *clients;
 	const struct pod *pod;
 
-	/* From the DNS range there are answers of the DNS listener alone, see dns_nat. */
+	/* Only the DNS listener's answers come from the DNS range, see dns_nat. */
 	if (restore_dialled(ctx, family) == TAKEN)
 		return TAKEN;
 	if (ctx->user_port != bpf_htons(DNS_PORT)) {

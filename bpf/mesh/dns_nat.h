@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* DNS over UDP, its packets on the way out of lo: dns.h says why they are translated. */
+/* The packets of DNS over UDP on the egress of lo; dns.h says why they are translated. */
 #pragma once
 
 #include "mesh/counter.h"
@@ -16,7 +16,7 @@ struct datagram {
 	__u32 l4;
 };
 
-/* The socket in the namespace that would get what comes from src to dst. */
+/* The namespace's socket that would receive a datagram from src to dst. */
 static __always_inline struct bpf_sock *socket_at(struct __sk_buff *skb, const struct addr *src,
 						  __be16 sport, const struct addr *dst,
 						  __be16 dport)
@@ -38,7 +38,7 @@ static __always_inline struct bpf_sock *socket_at(struct __sk_buff *skb, const s
 	return bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 }
 
-/* A question to the DNS range goes to the listener; where there is none, to nobody. */
+/* A query to the DNS range goes to the listener; without a listener it is dropped. */
 static __always_inline int dns_question(struct __sk_buff *skb, const struct datagram *d,
 					struct datagram *to)
 {
@@ -54,7 +54,7 @@ static __always_inline int dns_question(struct __sk_buff *skb, const struct data
 	return TC_NAT;
 }
 
-/* What the listener sends. */
+/* A datagram from the listener. */
 static __always_inline int dns_answer(struct __sk_buff *skb, const struct pod *pod,
 				      const struct datagram *d, struct datagram *to)
 {
@@ -66,16 +66,15 @@ static __always_inline int dns_answer(struct __sk_buff *skb, const struct pod *p
 		to->dst = own_address(pod, &d->dst);
 		return TC_NAT;
 	}
-	/* Asked on localhost, by its own address. */
+	/* The query was to localhost, to the listener's own address. */
 	if (addr_is_loopback(&d->dst))
 		return TC_PASS;
 	to->src = dns_via(&d->dst, DNS_ALONE);
-	/* One that is connected to the DNS range is not found, nor one that is bound to a device.
-	 */
+	/* This does not find sockets that are connected to the DNS range or bound to a device. */
 	client = socket_at(skb, &d->src, d->sport, &d->dst, d->dport);
 	if (!client)
 		return TC_NAT;
-	/* Else it has asked the listener by its own address, or is not connected. */
+	/* Otherwise it has queried the listener at its own address, or is not connected. */
 	asked = client->state != BPF_TCP_ESTABLISHED &&
 		(bpf_sk_storage_get(&origdsts, client, NULL, 0) ||
 		 bpf_sk_storage_get(&dns_asked, client, NULL, 0));
@@ -83,7 +82,7 @@ static __always_inline int dns_answer(struct __sk_buff *skb, const struct pod *p
 	return asked ? TC_NAT : TC_PASS;
 }
 
-/* Where a datagram on its way out of lo is to go, and where it is to come from. */
+/* Computes the new addresses of a datagram on the egress of lo. */
 static __always_inline int dns_translate(struct __sk_buff *skb, const struct datagram *d,
 					 struct datagram *to)
 {
@@ -111,7 +110,7 @@ static __always_inline int dns_translate(struct __sk_buff *skb, const struct dat
 		count(pod, DNS_FORGED);
 		return TC_DROP;
 	}
-	/* Only here does anything get such a source. */
+	/* No other code sets such a source. */
 	if (addr_is_dns_via(&d->src)) {
 		count(pod, DNS_FORGED);
 		return TC_DROP;
@@ -196,7 +195,7 @@ static __always_inline int dns_nat6(struct __sk_buff *skb)
 	return TC_PASS;
 }
 
-/* A packet on the way out of lo, in a pod whose DNS is captured. */
+/* A packet on the egress of lo, in a pod whose DNS is captured. */
 static __always_inline int mesh_dns_nat(struct __sk_buff *skb)
 {
 	if (skb->protocol == bpf_htons(ETH_P_IP))

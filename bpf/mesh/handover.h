@@ -7,7 +7,7 @@
 
 #define HANDSHAKES 512 /* captured connections of a pod that its proxy has yet to accept */
 
-/* What a captured connection was meant for; lives and dies with its socket. */
+/* The original destination of a captured connection; it lives as long as its socket. */
 struct origdst {
 	struct addr orig; /* what the client dialled */
 	struct addr via; /* where the connection really goes */
@@ -29,10 +29,10 @@ struct conn {
 _Static_assert(sizeof(struct conn) == 48, "conn");
 
 /*
- * Original destinations between the client's SYN and the proxy's accept. sockops alone writes
- * and takes: an entry goes to the accepted socket, or is withdrawn when the client's socket
- * closes; inbound looks. So the limit is on handshakes under way, not on connections. A process
- * can keep those that it makes under way for as long as it likes: each pod has its share.
+ * Original destinations between the client's SYN and the proxy's accept. Only sockops writes and
+ * removes: an entry goes to the accepted socket, or is withdrawn when the client's socket closes;
+ * inbound reads. So the limit applies to handshakes in progress, not to connections. A process can
+ * keep its handshakes in progress for as long as it likes, so each pod has a quota.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What leads connections to a pod on to its proxy's listeners. */
+/* Hands a pod's inbound connections to its proxy's listeners. */
 #pragma once
 
 #include "lib/event.h"
@@ -45,8 +45,8 @@ struct device_key {
 _Static_assert(sizeof(struct device_key) == 16, "device_key");
 
 /*
- * The first address of each kind that a pod's devices have. Agent writes; inbound reads. An address
- * is two devices' firsts at most, so it is full after `locals`.
+ * The first address of each kind on each device of a pod. Agent writes; inbound reads. An address
+ * is the first of at most two kinds, so this map fills up after `locals`.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -66,9 +66,9 @@ struct dialled_key {
 _Static_assert(sizeof(struct dialled_key) == 32, "dialled_key");
 
 /*
- * The port that a connection was dialled to, before the pod's own rules translate it. note_dialled
- * writes; steer reads, while the same packet is under way on the same processor. So what others
- * write in between does not push it out; if it is not there, the connection is captured.
+ * The dialled port of a connection, before the pod's own rules translate it. note_dialled writes
+ * and steer reads while the same packet is processed on the same processor, so writes in between do
+ * not evict it. Without an entry, the connection is captured.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -77,7 +77,7 @@ struct {
 	__type(value, __u16);
 } dialled SEC(".maps");
 
-/* No listener where a connection was to be handed to. */
+/* A connection found no listener. */
 struct listener_event {
 	struct event head;
 	__u16 port;

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What a mesh's rules decide about what comes to a pod, and nothing else: as policy.h. */
+/* The decision of a mesh's rules about incoming connections, and nothing else, as in policy.h. */
 #pragma once
 
 #include "lib/reason.h"
 #include "mesh/rules.h"
 
 /*
- * Does a new connection from src to the pod's own dst:dport go to the inbound listener? Port 0:
- * what was dialled is not known.
+ * Does a new connection from src to the pod's own dst:dport go to the inbound listener? Port 0: the
+ * dialled port is unknown.
  */
 static __always_inline struct decision inbound_decision(const struct pod *pod, __u64 netns,
 							const struct addr *src,

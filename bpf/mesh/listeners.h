@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Which sockets are the proxies' listeners, by what they are bound to: captured connections are
- * handed to those, and only those, that the mesh's REDIRECT would lead to.
+ * Records the proxies' listeners by the addresses that they are bound to: a captured connection is
+ * handed only to the listener that the mesh's REDIRECT would lead to.
  */
 #pragma once
 
@@ -9,8 +9,8 @@
 #include "mesh/inbound.h"
 
 /*
- * Does REDIRECT lead there: to localhost, or to the first address of one of the pod's devices? Not
- * to other addresses of the pod, nor to those that a process may bind to though nobody has them.
+ * Does REDIRECT lead to this address: localhost, or the first address of one of the pod's devices?
+ * Other addresses of the pod do not qualify, nor foreign ones that a process may bind to.
  */
 static __always_inline bool is_redirected_to(__u64 netns, const struct addr *a)
 {
@@ -50,16 +50,16 @@ __u32 wanted_count = 0;
 struct addr wanted_at[WANTED] = {};
 
 /*
- * What this search has added, so that nothing is added twice: several processes can have the same
- * socket open, as workers have that were forked after listen(), and a few of them would fill the
- * slots of the other listeners.
+ * The sockets that this search has added, so that none is added twice: several processes can have
+ * the same socket open, such as workers forked after listen(), and would fill the slots of the
+ * other listeners.
  */
 __u32 found_count = 0;
 __u64 found[WANTED * LISTENER_SLOTS] = {};
 
 __u64 looked_at = 0; /* the socket in question */
 
-/* Global, so that the verifier goes through it once and not once for each way to here. */
+/* Global, so that the verifier checks it once and not on each path to it. */
 __noinline int is_found(void)
 {
 	for (__u32 n = 0; n < WANTED * LISTENER_SLOTS; n++)
@@ -103,14 +103,14 @@ static __always_inline void listener_found(struct sock_common *sk)
 	}
 }
 
-/* Adds a socket of TCP, if it is a listener that is wanted. */
+/* Adds a TCP socket, if it is a wanted listener. */
 static __always_inline void listener_look(struct sock_common *sk)
 {
 	if (sk->skc_state == BPF_TCP_LISTEN && sk->skc_num == wanted_port)
 		listener_found(sk);
 }
 
-/* The same of a process' open file. */
+/* Adds the socket of a process' open file, if it is a wanted listener. */
 static __always_inline void listener_look_at_file(struct file *file)
 {
 	struct socket *socket = bpf_sock_from_file(file);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The original destination: kept with the client's socket, handed over to the socket that the
- * proxy accepts, and answered to whoever asks (SO_ORIGINAL_DST, getpeername, getsockname).
+ * The original destination: kept with the client's socket, handed over to the socket that the proxy
+ * accepts, and returned by SO_ORIGINAL_DST, getpeername and getsockname.
  */
 #pragma once
 
@@ -11,7 +11,9 @@
 #include "mesh/counter.h"
 #include "mesh/handover.h"
 
-/* What a captured socket was meant for. connect and sockops write; the socket hooks read. */
+/*
+ * The original destinations of captured sockets. connect and sockops write; the socket hooks read.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -20,8 +22,8 @@ struct {
 } origdsts SEC(".maps");
 
 /*
- * How many of `handovers` are a pod's. Agent adds a pod, and takes away one that has none and is
- * not enrolled any more; sockops counts; connect reads.
+ * The number of a pod's entries in `handovers`. The agent adds pods, and removes a pod without
+ * entries that is no longer enrolled; sockops counts; connect reads.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -31,7 +33,7 @@ struct {
 	__type(value, __u32);
 } handover_shares SEC(".maps");
 
-/* Which end of a captured connection a socket is. */
+/* The socket's role in a captured connection. */
 static __always_inline enum role captured_role(struct bpf_sock *sk)
 {
 	const struct origdst *od = sk ? bpf_sk_storage_get(&origdsts, sk, NULL, 0) : NULL;
@@ -60,7 +62,7 @@ static __always_inline struct conn sockops_conn(struct bpf_sock_ops *ctx, bool c
 	return c;
 }
 
-/* Has the pod as many connections that wait for its proxy as it may have? */
+/* Has the pod used up its quota of handshakes in progress? */
 static __always_inline bool is_busy(__u64 netns)
 {
 	const __u32 *under_way = bpf_map_lookup_elem(&handover_shares, &netns);
@@ -68,7 +70,7 @@ static __always_inline bool is_busy(__u64 netns)
 	return !under_way || *under_way >= HANDSHAKES;
 }
 
-/* Puts an entry into the pod's share of `handovers`. False: there is no room. */
+/* Adds an entry within the pod's quota of `handovers`; false if there is no room. */
 static __always_inline bool handover_put(const struct conn *c, const struct origdst *od)
 {
 	if (share_take(&handover_shares, c->netns, HANDSHAKES)) {
@@ -76,18 +78,18 @@ static __always_inline bool handover_put(const struct conn *c, const struct orig
 			return true;
 		share_give(&handover_shares, c->netns);
 	}
-	/* One that an earlier connection of these addresses and ports left, if anything. */
+	/* An earlier connection with these addresses and ports may have left one. */
 	return !bpf_map_update_elem(&handovers, c, od, BPF_EXIST);
 }
 
-/* Takes an entry away, if there is one. */
+/* Removes an entry, if there is one. */
 static __always_inline void handover_drop(const struct conn *c)
 {
 	if (!bpf_map_delete_elem(&handovers, c))
 		share_give(&handover_shares, c->netns);
 }
 
-/* The client's SYN is about to leave, its source port is chosen. */
+/* The client's SYN is about to be sent; its source port is chosen. */
 static __always_inline void origdst_offer(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -100,7 +102,7 @@ static __always_inline void origdst_offer(struct bpf_sock_ops *ctx)
 	if (!od || od->role != ROLE_CLIENT)
 		return;
 	c = sockops_conn(ctx, true);
-	/* A socket that was captured once and now goes elsewhere. */
+	/* An earlier connection of this socket was captured; this one is not. */
 	if (!addr_eq(&c.dst, &od->via) || c.dport != od->via_port)
 		return;
 	if (!handover_put(&c, od)) {
@@ -113,7 +115,7 @@ static __always_inline void origdst_offer(struct bpf_sock_ops *ctx)
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
-/* The client's socket closes: if the proxy never took the offer, nobody will. */
+/* The client's socket closes: an offer that the proxy has not taken is withdrawn. */
 static __always_inline void origdst_withdraw(struct bpf_sock_ops *ctx)
 {
 	struct conn c;
@@ -153,7 +155,7 @@ static __always_inline void origdst_take(struct bpf_sock_ops *ctx)
 	handover_drop(&c);
 }
 
-/* Is what the kernel answers where a captured connection was sent to? */
+/* Is the kernel's answer the redirected address of a captured connection? */
 static __always_inline bool is_redirect(struct bpf_sockopt *ctx, const struct pod *pod)
 {
 	struct addr dst;
@@ -192,10 +194,11 @@ static __always_inline bool origdst_answer(struct bpf_sockopt *ctx, const struct
 		return true;
 	}
 	/*
-	 * The kernel knows it, or another program did: where the mesh's own rules are there as
-	 * well, or for connections from before the layout of the maps moved. Where conntrack alone
-	 * knows the connection, it answers with the redirect that ours is. (Before Linux 5.18 this
-	 * is EFAULT for the caller. Another layout's program, which comes after, may know better.)
+	 * The kernel has an answer, or another program: if the mesh's own rules are installed as
+	 * well, or for connections older than the present layout of the maps. If only conntrack
+	 * knows the connection, the kernel answers with our redirected address. (Before Linux 5.18
+	 * the caller gets EFAULT in that case. Another layout's program, which runs later, may know
+	 * better.)
 	 */
 	if (!ctx->retval) {
 		if (is_redirect(ctx, pod))
@@ -203,8 +206,8 @@ static __always_inline bool origdst_answer(struct bpf_sockopt *ctx, const struct
 		return false;
 	}
 	/*
-	 * Any other connected socket: what it was dialled to is its own address, which is how
-	 * iptables answers for a tracked connection that it did not translate.
+	 * Any other connected socket: its own address is what was dialled, and iptables returns the
+	 * same for a tracked connection that it did not translate.
 	 */
 	state = fields->state;
 	if (fields->protocol != IPPROTO_TCP || state == BPF_TCP_CLOSE || state == BPF_TCP_LISTEN)
@@ -220,7 +223,10 @@ static __always_inline bool origdst_answer(struct bpf_sockopt *ctx, const struct
 	return !addr_is_via(dst);
 }
 
-/* A process asks for a socket's original destination. NOT_MINE: it does not, or there is none. */
+/*
+ * A process asks for a socket's original destination. NOT_MINE if it asks for something else, or
+ * there is none.
+ */
 static __always_inline enum outcome mesh_getsockopt(struct bpf_sockopt *ctx)
 {
 	const struct pod *pod;
@@ -258,7 +264,7 @@ static __always_inline enum outcome mesh_getsockopt(struct bpf_sockopt *ctx)
 	return TAKEN;
 }
 
-/* Puts what the client dialled in the place of where it was sent. */
+/* Replaces the redirected address by the dialled one. */
 static __always_inline enum outcome restore_dialled(struct bpf_sock_addr *ctx, int family)
 {
 	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
@@ -273,13 +279,16 @@ static __always_inline enum outcome restore_dialled(struct bpf_sock_addr *ctx, i
 	return TAKEN;
 }
 
-/* The client's peer is what it dialled. */
+/* getpeername() of a client returns the dialled address. */
 static __always_inline enum outcome mesh_getpeername(struct bpf_sock_addr *ctx, int family)
 {
 	return restore_dialled(ctx, family);
 }
 
-/* The proxy accepted on its listener's port at localhost, which is where iptables redirects. */
+/*
+ * getsockname() of the proxy's accepted socket returns localhost and the listener's port, the
+ * address to which iptables redirects.
+ */
 static __always_inline enum outcome mesh_getsockname(struct bpf_sock_addr *ctx, int family)
 {
 	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* A socket address hook's context in policy's terms. */
+/* Converts a socket address hook's context for the policy. */
 #pragma once
 
 #include "lib/sock.h"
 #include "mesh/policy.h"
 
-/* What policy wants to know, but for the owner. */
+/* The policy's inputs, except the owner. */
 static __always_inline void outbound_of(struct bpf_sock_addr *ctx, int family, struct outbound *c)
 {
 	/* Through a volatile pointer: each field must be one plain load for the verifier. */
@@ -22,14 +22,14 @@ static __always_inline void outbound_of(struct bpf_sock_addr *ctx, int family, s
 					  sk->src_ip6[3] } };
 		barrier(); /* or both branches' loads become one, at an offset in a register */
 	}
-	/* As the kernel does with an unspecified destination. */
+	/* The kernel treats an unspecified destination the same way. */
 	if (addr_is_any(&c->dst)) {
 		if (!addr_is_any(&c->src))
 			c->dst = c->src;
 		else
 			c->dst.w[3] = bpf_htonl(addr_is4(&c->dst) ? 0x7f000001 : 1);
 	}
-	/* Not bound, it would call ::6 from ::6. (127.0.0.6 it would call from 127.0.0.1.) */
+	/* An unbound socket would call ::6 from ::6, but 127.0.0.6 from 127.0.0.1. */
 	if (addr_is_any(&c->src) && !addr_is4(&c->dst) && addr_is_passthrough(&c->dst))
 		c->src = c->dst;
 }

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * What a mesh's rules decide about what leaves a pod, and nothing else: no context, no side effect.
- * The order of the tests is the order of the mesh's own iptables rules.
+ * The decision of a mesh's rules about outgoing connections, and nothing else: no context, no side
+ * effects. The tests are in the order of the mesh's own iptables rules.
  */
 #pragma once
 
 #include "lib/reason.h"
 #include "mesh/rules.h"
 
-/* Users of a pod with ports of their own that are excluded. Value: their class, from 1. */
+/* Users of a pod with excluded ports of their own. Value: their class, from 1. */
 struct uid_rule_key {
 	__u32 prefixlen; /* 64 (the cookie) + 32 for one user, less for an aligned range */
 	__u32 netns[2];
@@ -16,7 +16,10 @@ struct uid_rule_key {
 };
 _Static_assert(sizeof(struct uid_rule_key) == 16, "uid_rule_key");
 
-/* Users with ports of their own. Agent writes; policy reads. A range takes at most 62 entries. */
+/*
+ * Users with excluded ports of their own. Agent writes; policy reads. A range takes at most 62
+ * entries.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -47,7 +50,7 @@ static __always_inline __u32 uid_class(const struct pod *pod, __u64 netns, __u32
 
 #define DNS_PORT 53
 
-/* A connection that is being made, or a datagram that is sent, before any rewrite. */
+/* A connection or a datagram before any rewrite. */
 struct outbound {
 	__u64 netns;
 	struct addr src; /* what the socket is bound to; any: not bound */
@@ -80,8 +83,9 @@ static __always_inline bool within_pod(const struct outbound *c)
 }
 
 /*
- * A pod with no address of a family has no route of it either. The kernel says so before any rule
- * is asked, and happy eyeballs count on it; to capture would say that all of that family is there.
+ * A pod without an address of a family has no route of it either. The kernel refuses such a call
+ * before any iptables rule applies, and happy eyeballs rely on it; capturing the call would make
+ * every address of that family seem reachable.
  */
 static __always_inline bool leads_nowhere(const struct pod *pod, const struct outbound *c,
 					  bool within)
@@ -93,7 +97,9 @@ static __always_inline bool leads_nowhere(const struct pod *pod, const struct ou
 	return addr_is_any(own) || (addr_is_link6(own) && !addr_is_link6(&c->dst));
 }
 
-/* Does the kernel refuse it before any rule is asked: IPv4's loopback has no way off the pod? */
+/*
+ * Does the kernel refuse it before any iptables rule, because IPv4's loopback cannot leave the pod?
+ */
 static __always_inline bool is_martian(const struct pod *pod, const struct outbound *c, bool within)
 {
 	return !within && addr_is4(&c->src) && addr_is_loopback(&c->src) &&
@@ -106,12 +112,12 @@ static __always_inline bool leaves_exempt(const struct pod *pod, const struct ou
 {
 	if (within)
 		return if_excluded(pod, c->netns, LOOPBACK_IFINDEX);
-	/* By the device that it is bound to, else by the one that the pod's routes tell. */
+	/* The device that the socket is bound to, or else the one of the pod's route. */
 	return c->ifindex ? if_excluded(pod, c->netns, c->ifindex)
 			  : cidr_in(pod, c->netns, OUT_EXCLUDE_ROUTES, &c->dst);
 }
 
-/* What is excluded first: interfaces, ports of users, Kuma's destinations, ports. */
+/* The exclusions, in order: interfaces, ports of users, Kuma's destinations, ports. */
 static __always_inline enum reason excluded_first(const struct pod *pod, const struct outbound *c,
 						  bool within, bool udp)
 {
@@ -130,7 +136,7 @@ static __always_inline enum reason excluded_first(const struct pod *pod, const s
 	return REASON_NONE;
 }
 
-/* What includes a destination; REASON_NONE: nothing. */
+/* The reason to include a destination; REASON_NONE if there is none. */
 static __always_inline enum reason included(const struct pod *pod, const struct outbound *c)
 {
 	if (pod->flags & POD_OUT_ALL)
@@ -165,7 +171,10 @@ static __always_inline struct decision tcp_decision(const struct pod *pod, const
 			return decide(GO_DIRECT, REASON_FROM_PASSTHROUGH);
 		if (proxy)
 			return dns ? decide(GO_DIRECT, REASON_FROM_PROXY) : self_decision(pod, c);
-		/* The app's own business, but for DNS, which may have a server on localhost. */
+		/*
+		 * Calls within the pod stay direct, except DNS, which may have a server on
+		 * localhost.
+		 */
 		if (!dns && !(pod->flags & POD_LOOPBACK_INCLUDED))
 			return decide(GO_DIRECT, REASON_WITHIN_POD);
 		if (is_proxy_group(pod, &c->owner))
@@ -211,10 +220,7 @@ static __always_inline struct decision udp_decision(const struct pod *pod, const
 	return decide(GO_DNS, REASON_DNS);
 }
 
-/*
- * The decisions as functions of their own: the verifier goes through each once, and not again on
- * every path to it.
- */
+/* Separate functions, so that the verifier checks each once, and not on every path to it. */
 __noinline int tcp_verdict(const struct pod *pod, const struct outbound *c)
 {
 	return pod && c ? tcp_decision(pod, c).verdict : GO_NOWHERE;

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The pods' lists: ports, ranges, interfaces. The look-ups are global functions: the verifier goes
- * through each by itself, and not again on every path to it.
+ * The pods' lists: ports, ranges, interfaces. The look-ups are global functions, so that the
+ * verifier checks each separately, and not on every path to it.
  */
 #pragma once
 
 #include "lib/pod.h"
 
-/* Which list of a pod an entry of port_rules or cidr_rules belongs to. */
+/* The list that an entry of port_rules or cidr_rules belongs to. */
 enum rule_set {
 	OUT_EXCLUDE_PORTS,
 	OUT_INCLUDE_PORTS,
@@ -21,7 +21,7 @@ enum rule_set {
 	OUT_EXCLUDE_ROUTES, /* every route of the pod; 1: behind an interface that is exempt */
 };
 
-/* In the keys, bits above a set say which class of users, or which family, it is for. */
+/* In the keys, the bits above the list name the class of users, or the family. */
 #define UID_CLASS_SHIFT 8
 #define CIDR_V6 (1 << 8)
 
@@ -90,7 +90,7 @@ __noinline int port_listed(__u64 netns, __u32 set, __u16 port)
 	return bpf_map_lookup_elem(&port_rules, &key) != NULL;
 }
 
-/* The families are kept apart: ::/0 is not to hold for ::ffff:a.b.c.d. */
+/* The families are separate: ::/0 must not match ::ffff:a.b.c.d. */
 __noinline int cidr_listed(__u64 netns, __u32 set, const struct addr *a)
 {
 	struct cidr_rule_key key = {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Source routes: an IPv6 routing header, or options of IPv4. The packets of a connection go to the
- * first stop of the route, whatever address it was made to; and any process may set one, also on a
- * connection that is established. A destination that is not captured would be a way past the proxy.
+ * Source routes: an IPv6 routing header, or options of IPv4. They send a connection's packets to
+ * the first stop of the route, whatever address was dialled; and any process may set one, also on
+ * an established connection. With a destination that is not captured, that would bypass the proxy.
  */
 #pragma once
 
@@ -10,7 +10,7 @@
 #include "lib/owner.h"
 #include "mesh/counter.h"
 
-/* Does the socket have one already? */
+/* Does the socket have a source route already? */
 static __always_inline bool is_source_routed(struct bpf_sock *ctx)
 {
 	const struct inet_sock *sk = kernel_ptr(number_of(ctx), struct inet_sock);
@@ -26,7 +26,7 @@ static __always_inline bool is_source_routed(struct bpf_sock *ctx)
 	return options6 && peek(options6, srcrt);
 }
 
-/* Would this give the socket one? To take it away is anybody's right. */
+/* Would this option set a source route? Removing one is always allowed. */
 static __always_inline bool sets_source_route(volatile struct bpf_sockopt *ctx)
 {
 	__s32 level = ctx->level, name = ctx->optname; /* each one load, as in origdst_answer */
@@ -46,7 +46,7 @@ static __always_inline enum outcome mesh_setsockopt(struct bpf_sockopt *ctx)
 
 	if (!sets_source_route(ctx))
 		return NOT_MINE;
-	/* Raw sockets take a privilege, and are tools. */
+	/* Raw sockets need a privilege and serve tools. */
 	if (sk->type == SOCK_RAW)
 		return NOT_MINE;
 	pod = pod_by_netns(bpf_get_netns_cookie(ctx));

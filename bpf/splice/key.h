@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What tells the ends of connections apart. */
+/* Identifies the ends of connections. */
 #pragma once
 
 #include "splice/types.h"
@@ -17,8 +17,8 @@ static __always_inline struct splice_key other_end(const struct splice_key *key)
 }
 
 /*
- * The key of a connection's end; false: TCP's counts do not say where it began. What was
- * acknowledged counts a client's SYN, and not a server's.
+ * The key of a connection's end; false if TCP's counts do not show its initial sequence numbers.
+ * The acknowledged bytes include a client's SYN, but not a server's.
  */
 static __always_inline bool splice_key_of(const struct tcp_sock *tp, struct splice_key *key)
 {
@@ -27,7 +27,7 @@ static __always_inline bool splice_key_of(const struct tcp_sock *tp, struct spli
 	__u32 acked = tp->snd_una - (__u32)tp->bytes_acked;
 
 	if (sk->skc_family == AF_INET6) {
-		/* v4-mapped, where it speaks IPv4 */
+		/* v4-mapped if it is IPv4 */
 		__builtin_memcpy(&key->local, &sk->skc_v6_rcv_saddr, sizeof(key->local));
 		__builtin_memcpy(&key->remote, &sk->skc_v6_daddr, sizeof(key->remote));
 	} else {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Which part of the path a connection is, and whether that is spliced. */
+/* A connection's part of the path, and whether that part is spliced. */
 #pragma once
 
 #include "lib/capture.h"
@@ -20,11 +20,11 @@ static __always_inline bool is_neighbour(const struct addr *a)
 	return bpf_map_lookup_elem(&locals, &key);
 }
 
-/* Which leg an end is of; LEGS: none, or its other end is not on this node. */
+/* An end's leg; LEGS if it is on none, or its other end is not on this node. */
 static __always_inline enum splice_leg leg_of(enum role role, __u64 netns, const struct pod *pod,
 					      const struct splice_key *key)
 {
-	/* An app that was sent to its proxy, and the socket that the proxy accepted. */
+	/* An app's redirected socket, and the socket that the proxy accepted. */
 	if (role == ROLE_CLIENT)
 		return addr_is_via(&key->remote) && key->rport == pod->out_port ? LEG_APP : LEGS;
 	if (role == ROLE_PROXY)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Connections that talk, and stay on this node, are marked for the sweep. */
+/* Marks connections for the sweep that stay on this node and have sent data both ways. */
 #pragma once
 
 #include "splice/key.h"
@@ -8,8 +8,8 @@
 #define SPLICE_TALK 16 /* segments with data each way: below it, a connection is left alone */
 
 /*
- * A connection is established. Most are gone after a request: it is looked at once it has said
- * more, which TCP's measurements of the round trip tell.
+ * A connection is established. Most end after one request, so it is looked at once it has sent
+ * more, which TCP's round-trip measurements show.
  */
 static __always_inline void splice_watch(struct bpf_sock_ops *ctx)
 {
@@ -20,7 +20,7 @@ static __always_inline void splice_watch(struct bpf_sock_ops *ctx)
 					  ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_RTT_CB_FLAG);
 }
 
-/* Is a connection to be looked at: has it said enough, and is it not decided yet? */
+/* Has the connection sent enough to be considered, and has it not been decided yet? */
 static __always_inline bool splice_is_due(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -31,8 +31,8 @@ static __always_inline bool splice_is_due(struct bpf_sock_ops *ctx)
 }
 
 /*
- * Does a connection that talks stay on this node? It is decided once. The flag stays set: others at
- * this hook may want it too.
+ * Does the connection stay on this node? That is decided once. The flag stays set, because others
+ * at this hook may need it too.
  */
 static __always_inline void splice_mark(struct bpf_sock_ops *ctx, enum role role)
 {

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Memory: a message that the kernel has no room for fails its writer's call, and by TCP it waits.
+/*
+ * Memory: a message for which the kernel has no room fails its writer's call; by TCP the writer
+ * waits.
  */
 #pragma once
 
@@ -9,8 +11,8 @@
 #define SPLICE_GROUPS 16 /* memory cgroups above each other: a pod's are five, in kind nine */
 
 /*
- * Is TCP short of memory? Then its own sockets go on little by little, and wake who waits to write
- * when there is more: those in the map do neither.
+ * Is TCP short of memory? TCP lets its own sockets go on little by little, and wakes waiting
+ * writers when there is more; for sockets in the map it does neither.
  */
 static __always_inline bool tcp_is_short(const struct sock *sk)
 {
@@ -26,7 +28,7 @@ struct mem_cgroup___v1 {
 	bool tcpmem_active;
 } __attribute__((preserve_access_index));
 
-/* How far a memory cgroup is from its limit, in pages, and the one above. */
+/* The free pages of a memory cgroup below its limit, and its parent. */
 struct headroom {
 	long usage;
 	long max;
@@ -43,7 +45,10 @@ static __always_inline struct headroom headroom_of(const struct page_counter *co
 			.max = (long)counter->max,
 			.parent = counter->parent,
 		};
-	/* Where each read is a call: one for all. The kernels without casts have no larger ones. */
+	/*
+	 * One call for all fields where each read is a call. Kernels without casts have no larger
+	 * ones.
+	 */
 	bpf_probe_read_kernel(copy, bpf_core_type_size(struct page_counter), counter);
 #define COPIED(type, field) (*(type *)(copy + bpf_core_field_offset(struct page_counter, field)))
 	return (struct headroom){
@@ -55,8 +60,9 @@ static __always_inline struct headroom headroom_of(const struct page_counter *co
 }
 
 /*
- * Is there room below every limit that counts for the reader, its pod's and those above? In a tree
- * that is deeper than is known, there is none; nor in cgroup v1, where TCP alone has limits.
+ * Is there room below every limit of the reader's memory cgroup and its ancestors? A tree that is
+ * deeper than the known depth counts as full, and so does cgroup v1, where TCP has limits of its
+ * own.
  */
 static __always_inline bool groups_have_room(const struct sock *to)
 {
@@ -82,11 +88,11 @@ static __always_inline bool groups_have_room(const struct sock *to)
 }
 
 /*
- * Is there memory for a message? The kernel would fail the writer's call with ENOMEM where TCP
- * makes it wait, or first kill a process of the reader's pod. So nothing is redirected unless TCP
- * is below tcp_mem[0], where no charge fails, and the reader is below all of its limits. What is
- * left free is for what others charge between this look and the kernel's charge: a dozen
- * processors' messages (17 pages) and stocks (64) at once.
+ * Is there memory for a message? Where TCP makes a writer wait, the kernel would fail the call with
+ * ENOMEM, or first kill a process of the reader's pod. So nothing is redirected unless TCP is below
+ * tcp_mem[0], where no charge fails, and the reader is below all of its limits. The reserve is for
+ * charges by others between this check and the kernel's charge: a dozen processors' messages (17
+ * pages) and stocks (64) at once.
  */
 static __always_inline bool splice_room(const struct sock *from, const struct sock *to)
 {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Each message of a spliced socket: the other end's queue, or TCP. */
+/* Decides for each message of a spliced socket: the other end's queue, or TCP. */
 #pragma once
 
 #include "lib/event.h"
@@ -8,32 +8,32 @@
 #include "splice/memory.h"
 #include "splice/socket.h"
 
-#define SPLICE_LARGE (32 * 1024) /* bytes: a message above it is better off with TCP */
-#define SPLICE_LIMIT (64 * 1024) /* bytes: unread at the other end at most */
-/* Bytes that a message counts for by itself: the kernel takes a kilobyte and charges nobody. */
+#define SPLICE_LARGE (32 * 1024) /* bytes: larger messages use TCP */
+#define SPLICE_LIMIT (64 * 1024) /* bytes: the most that may be unread at the other end */
+/* Bytes that each message counts for: the kernel takes a kilobyte and charges it to nobody. */
 #define SPLICE_MESSAGE 512
 
 /*
- * A message of each direction goes by TCP at least this often, ns. Its packets keep the connection
- * alive in connection tracking, and a network policy that has come since stops it: what that
- * dropped is unread, and nothing is redirected before it is read.
+ * The longest time without a message by TCP in each direction, in ns. Its packets keep the
+ * connection alive in connection tracking, and let a later network policy stop it: a dropped
+ * message stays unread, and nothing is redirected until it is read.
  */
 const volatile __u64 splice_refresh = 1000000000;
 
-/* May this end send, and that one be sent to, other than by TCP? */
+/* May messages from this end to that one bypass TCP? */
 static __always_inline bool splice_open(const struct tcp_sock *from, const struct tcp_sock *to)
 {
 	const struct sock *from_sk = &from->inet_conn.icsk_inet.sk;
 	const struct sock *to_sk = &to->inet_conn.icsk_inet.sk;
 
-	/* After shutdown, or with an upper layer, TCP has an answer of its own. */
+	/* After a shutdown, or with an upper layer, TCP answers in its own way. */
 	return !(from_sk->sk_shutdown & SEND_SHUTDOWN) && !from->inet_conn.icsk_ulp_ops &&
 	       peek(to_sk, __sk_common.skc_state) == BPF_TCP_ESTABLISHED &&
 	       !peek(to_sk, sk_shutdown) && peek(to_sk, sk_priority) != SPLICE_PRIORITY &&
 	       splice_safe(to) && splice_room(from_sk, to_sk);
 }
 
-/* TCP or queue? A counter says why TCP; SPLICE_COUNTERS: the queue. */
+/* TCP or queue? Returns the counter of the reason for TCP, or SPLICE_COUNTERS for the queue. */
 static __always_inline enum splice_counter splice_verdict(struct splice *s, __u32 size,
 							  const struct tcp_sock *from)
 {
@@ -57,8 +57,8 @@ static __always_inline enum splice_counter splice_verdict(struct splice *s, __u3
 }
 
 /*
- * Where the other end's state is: the map's look-up that redirects leaves it in the message. It
- * stays true for as long as the map has that end, and without that nothing is redirected.
+ * The address of the other end's socket, which the map's redirecting look-up leaves in the message.
+ * It is valid while the map has that end, and otherwise nothing is redirected.
  */
 static __always_inline __u64 redirect_target(struct sk_msg_md *msg)
 {
@@ -67,7 +67,7 @@ static __always_inline __u64 redirect_target(struct sk_msg_md *msg)
 	return number_of(peek(kernel_msg, sk_redir));
 }
 
-/* What went by TCP. */
+/* Counts a message that uses TCP. */
 static __always_inline void splice_bulk(struct splice *s, __u32 size)
 {
 	struct event event = { .netns = s->share, .kind = EVENT_BULK };
@@ -116,7 +116,7 @@ static __always_inline void splice_redirect(struct sk_msg_md *msg)
 		return;
 	}
 	if (first) {
-		/* A redirection cannot be taken back, only turned to this end's own TCP. */
+		/* A redirection cannot be cancelled, only turned to this end's own TCP. */
 		key = s->key;
 		bpf_msg_redirect_hash(msg, &splice_sockets, &key, 0);
 	}

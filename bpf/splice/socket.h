@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What the kernel keeps of a spliced socket. */
+/* The kernel's state of a spliced socket. */
 #pragma once
 
 #include "lib/kernel.h"
@@ -12,7 +12,7 @@
 /* The kernel's flags in the low bits of a pointer, SK_USER_DATA_PTRMASK. */
 #define SK_USER_DATA_FLAGS 7ul
 
-/* What a socket has while it is in the map. */
+/* The state that a socket has while it is in the map. */
 static __always_inline const struct sk_psock *psock_of(const struct sock *sk)
 {
 	__u64 psock = (__u64)peek(sk, sk_user_data) & ~SK_USER_DATA_FLAGS;
@@ -20,7 +20,7 @@ static __always_inline const struct sk_psock *psock_of(const struct sock *sk)
 	return psock ? kernel_ptr(psock, struct sk_psock) : NULL;
 }
 
-/* Is all that was redirected to a socket read? */
+/* Has all redirected data of a socket been read? */
 static __always_inline bool queue_is_empty(const struct sock *sk)
 {
 	const struct sk_psock *psock = psock_of(sk);
@@ -29,9 +29,9 @@ static __always_inline bool queue_is_empty(const struct sock *sk)
 }
 
 /*
- * Whether a socket may be in the map at all. Blocking readers are not: the kernel answers them
- * EAGAIN for any wake-up that brings no data. Nor are sockets with an upper layer (kTLS), where
- * the program would see plain text, or that wait for word of pages that they sent.
+ * Whether a socket may be in the map at all. Blocking readers may not: the kernel returns EAGAIN to
+ * them for any wake-up without data. Nor may sockets with an upper layer (kTLS), where the program
+ * would see plain text, or sockets that wait for a completion of sent pages (zero copy).
  */
 static __always_inline bool splice_safe(const struct tcp_sock *tp)
 {
@@ -44,7 +44,7 @@ static __always_inline bool splice_safe(const struct tcp_sock *tp)
 		 (1ul << bpf_core_enum_value(enum sock_flags, SOCK_ZEROCOPY)));
 }
 
-/* It is no more in its pod's share. Two may say so at once. */
+/* Returns the socket's part of its pod's quota. Two callers may do so at once. */
 static __always_inline void splice_uncount(struct splice *s)
 {
 	__u64 netns = __sync_lock_test_and_set(&s->share, 0);

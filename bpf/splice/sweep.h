@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* The agent's look at all marked sockets: what comes into the map, leaves it, or waits for ever. */
+/*
+ * The agent's sweep over all marked sockets: it decides which enter the map, leave it, or need
+ * waking.
+ */
 #pragma once
 
 #include "lib/event.h"
@@ -11,27 +14,27 @@
 #include "splice/socket.h"
 
 #define EBUSY 16
-#define SOCK_NOSPACE 2 /* bit of a socket's flags: its writer was told to wait */
+#define SOCK_NOSPACE 2 /* bit of a socket's flags: its writer waits for room */
 #define SOL_TCP 6
 #define TCP_NOTSENT_LOWAT 25
 #define SPLICE_SETTLE 500000000ull /* ns from the mark on */
-#define SPLICE_GIVE_UP 5000000000ull /* ns: what is not eligible by then never is */
+#define SPLICE_GIVE_UP 5000000000ull /* ns: a socket not eligible by then never is */
 
-/* Set by the agent: 1: take every connection out of use. */
+/* Set by the agent; 1 removes every connection from the map. */
 __u32 sweep_off = 0;
 /*
- * Answers to the agent: sockets that the next sweep should look at again, those that are on their
- * way out, and those with redirected data that is not read.
+ * Results for the agent: the numbers of sockets that the next sweep should look at again, of those
+ * that are leaving, and of those with unread redirected data.
  */
 __u32 splices_left = 0;
 __u32 splices_leaving = 0;
 __u32 splices_unread = 0;
 
 /*
- * Out of the map again: the kernel's way to TCP is slower for sockets in it. With a socket goes its
- * queue, so a connection leaves in steps, a sweep each at the least: both ends send by TCP; no
- * call is under way that began before (each holds a reference); both queues are empty, and
- * stay so. The agent is told of each end that has come so far, and takes both out.
+ * Leaves the map, because the kernel's path to TCP is slower for sockets in it. A socket's queue
+ * goes with it, so a connection leaves in steps, each at least one sweep: both ends send by TCP; no
+ * earlier call is still running (each holds a reference); both queues are empty, and stay so. The
+ * agent is told of each end that has come so far, and removes both.
  */
 static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ctx,
 					 const struct sock *sk, struct splice *s)
@@ -53,9 +56,9 @@ static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ct
 }
 
 /*
- * Does a writer wait for an edge that nobody gives? It was told to, for lack of memory: there is
- * nothing of its own in TCP, which an acknowledgement would make room for. TCP lets such a writer
- * go on with what it has, and a socket in the map does not.
+ * Does a writer wait for an edge that never comes? It waits for memory, and has no data of its own
+ * in TCP whose acknowledgement would make room. TCP lets such a writer go on with the memory that
+ * it has; for a socket in the map it does not.
  */
 static __always_inline bool writer_is_stuck(const struct tcp_sock *tp)
 {
@@ -66,8 +69,7 @@ static __always_inline bool writer_is_stuck(const struct tcp_sock *tp)
 }
 
 /*
- * Has such a writer try again: setting this limit, to what it is, makes the kernel say that there
- * is room.
+ * Makes such a writer retry: setting this limit to its present value makes the kernel signal room.
  */
 static __always_inline void splice_wake(struct sock_common *sk)
 {
@@ -83,7 +85,7 @@ static __always_inline void splice_wake(struct sock_common *sk)
 	bpf_setsockopt(tp, SOL_TCP, TCP_NOTSENT_LOWAT, &limit, sizeof(limit));
 }
 
-/* Does a spliced connection leave, by its own or by its other end's doing? */
+/* Does a spliced connection leave the map, because of this end or of its other end? */
 static __always_inline bool splice_leaves(const struct tcp_sock *tp, struct splice *s)
 {
 	struct splice_key key = s->key;
@@ -106,7 +108,7 @@ static __always_inline void splice_refuse(struct splice *s, const struct pod *po
 	splice_count(pod->mesh, why, 1);
 }
 
-/* Puts what is eligible into the map, once it has settled, and takes pods' changes over. */
+/* Puts eligible sockets into the map once they have settled, and applies changes of pods. */
 static __always_inline void splice_sweep(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
 	struct splice *s = ctx->value;
@@ -129,7 +131,7 @@ static __always_inline void splice_sweep(struct bpf_iter__bpf_sk_storage_map *ct
 		swept.stuck = netns;
 		bpf_seq_write(ctx->meta->seq, &swept, sizeof(swept));
 	}
-	/* Of another layout's map, only the first field is known. */
+	/* In another layout's map, only the first field is known. */
 	if (!sweep_off && s->state == SPLICE_OUT)
 		return;
 	if (!queue_is_empty(sk))
@@ -138,7 +140,10 @@ static __always_inline void splice_sweep(struct bpf_iter__bpf_sk_storage_map *ct
 		s->off = 1;
 		return;
 	}
-	/* Off for good: not for a moment may it be on again, or a message could follow. */
+	/*
+	 * Switched off for good: it may not be on again even for a moment, or a message could
+	 * follow.
+	 */
 	if (s->state == SPLICE_LEAVING) {
 		splice_leave(ctx, sk, s);
 		return;
