@@ -27,7 +27,7 @@ pub enum Service {
 }
 
 impl Service {
-    /// All of them.
+    /// All services.
     pub const EVERY: [Self; 5] = [Self::Echo, Self::Http, Self::Sink, Self::Source, Self::Stopped];
 
     /// The application's port for it.

@@ -44,7 +44,7 @@ impl fmt::Display for Group {
 }
 
 impl Group {
-    /// All of them.
+    /// All groups of measurements.
     pub const EVERY: [Self; 7] = [
         Self::Keepalive,
         Self::Connect,
@@ -59,15 +59,15 @@ impl Group {
 /// How much of everything.
 #[derive(Clone, Debug, Serialize)]
 pub struct Settings {
-    /// Rounds.
+    /// The number of rounds.
     pub rounds: usize,
     /// How long one measurement lasts, in seconds.
     pub seconds: f64,
-    /// What is measured.
+    /// The groups of measurements.
     pub groups: Vec<Group>,
-    /// In which modes.
+    /// The modes that are compared.
     pub modes: Vec<Mode>,
-    /// Through what.
+    /// The sidecars that are used.
     pub proxies: Vec<Proxy>,
     /// Bytes of a request.
     pub sizes: Vec<usize>,
@@ -476,7 +476,7 @@ fn split<T>(result: Result<(T, usize)>) -> (usize, Result<T>) {
     }
 }
 
-/// `64B`, `1K`.
+/// Formats a size, as `64B` or `1K`.
 pub fn size_name(bytes: usize) -> String {
     if bytes < 1024 { format!("{bytes}B") } else { format!("{}K", bytes / 1024) }
 }

@@ -344,9 +344,9 @@ pub fn churn(
 /// What a transfer came to.
 #[derive(Debug)]
 pub struct Moved {
-    /// Bytes that arrived.
+    /// The number of bytes that arrived.
     pub bytes: u64,
-    /// In that time.
+    /// The duration of the transfer.
     pub elapsed: Duration,
 }
 

@@ -37,7 +37,7 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// This machine, now.
+    /// This machine's present state.
     pub fn read(sidestep: &Path) -> Result<Self> {
         let cpuinfo = read("/proc/cpuinfo")?;
         let field = |text: &str, name: &str| {

@@ -76,7 +76,7 @@ pub struct Verdict {
     pub what: String,
     /// What passed the bytes on.
     pub proxy: Proxy,
-    /// The mode.
+    /// The mode that the goal is for.
     pub mode: Mode,
     /// The mode that it is compared with.
     pub base: Mode,

@@ -29,7 +29,7 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// All of them.
+    /// All modes.
     pub const EVERY: [Self; 7] = [
         Self::Direct,
         Self::Explicit,

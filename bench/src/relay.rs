@@ -123,7 +123,7 @@ fn dial(near: &TcpStream, route: Route) -> Result<TcpStream> {
     Ok(TcpStream::from_std(socket.into()))
 }
 
-/// One direction.
+/// One direction of a relayed connection.
 #[derive(Default)]
 struct Way {
     /// Read, and not written yet.

@@ -15,10 +15,10 @@ use crate::mode::{Mode, Proxy};
 use crate::plot;
 use crate::sample::Samples;
 
-/// A run.
+/// The results of a run.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    /// Of this structure.
+    /// The version of this structure.
     version: u32,
     environment: Environment,
     settings: Settings,
@@ -195,7 +195,7 @@ impl Report {
     }
 }
 
-/// `1.23 (1.20-1.31)`.
+/// Formats a ratio, as `1.23 (1.20-1.31)`.
 fn ratio_text(ratio: Spread) -> String {
     let Spread { median, low, high, .. } = ratio;
     let digits = if median < 10.0 { 2 } else { 1 };

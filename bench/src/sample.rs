@@ -10,7 +10,7 @@ use crate::mode::{Mode, Proxy};
 /// One measurement: a cell in a mode, in one round.
 #[derive(Clone, Debug, Serialize)]
 pub struct Sample {
-    /// Counted from 0.
+    /// The round, counted from 0.
     pub round: usize,
     /// The mode's place in this round, from 0: the order rotates.
     pub turn: usize,
@@ -24,7 +24,7 @@ pub struct Sample {
     pub spliced: Option<usize>,
     /// The figures, by name; none where it failed.
     pub values: BTreeMap<&'static str, f64>,
-    /// Why it failed.
+    /// The reason why it failed.
     pub error: Option<String>,
 }
 

@@ -27,7 +27,7 @@ impl Cpu {
         Ok(Self { stat: cgroup.join("cpu.stat"), ksoftirqd })
     }
 
-    /// Microseconds so far.
+    /// The CPU time so far, in microseconds.
     pub fn micros(&self) -> Result<f64> {
         let text = fs::read_to_string(&self.stat)
             .with_context(|| format!("reading {}", self.stat.display()))?;

@@ -95,7 +95,7 @@ impl World {
         Ok(())
     }
 
-    /// Kills them.
+    /// Kills the sidecars.
     pub fn stop_sidecars(&mut self) {
         self.sidecars = None;
     }

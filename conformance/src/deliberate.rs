@@ -15,7 +15,7 @@ pub struct Deliberate {
     pub fields: &'static [Field],
     /// What must be so of the two observations, iptables' and Sidestep's.
     pub when: fn(&Observed, &Observed) -> bool,
-    /// The reason.
+    /// The reason for the difference.
     pub why: &'static str,
 }
 
@@ -40,7 +40,7 @@ fn outcomes(iptables: &Observed, sidestep: &Observed, wanted: [&str; 2]) -> bool
     [iptables, sidestep].map(|observed| observed.get(Field::Outcome)) == wanted.map(Some)
 }
 
-/// The list.
+/// The list of deliberate differences.
 pub const DELIBERATE: &[Deliberate] = &[
     Deliberate {
         rows: "*",

@@ -177,7 +177,7 @@ impl Line {
     }
 }
 
-/// A run.
+/// The results of a run.
 #[derive(Debug, Serialize)]
 pub struct Report {
     pub lines: Vec<Line>,
@@ -214,7 +214,7 @@ impl Report {
         self.lines.iter().filter(|line| line.verdict == *verdict).count()
     }
 
-    /// One sentence.
+    /// The counts in one sentence.
     pub fn summary(&self) -> String {
         let contradictions = self.lines.iter().filter(|line| line.contradiction.is_some()).count();
         format!(

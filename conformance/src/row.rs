@@ -68,7 +68,7 @@ pub enum Who {
     Host,
 }
 
-/// Where addresses are.
+/// A kind of address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
     /// Off the pod: 10.96.0.10 and fd96::10.
@@ -111,9 +111,9 @@ pub struct Dial {
     pub port: u16,
     /// Where the socket is bound to first.
     pub source: Option<Place>,
-    /// SO_BINDTODEVICE.
+    /// The device for SO_BINDTODEVICE.
     pub device: Option<&'static str>,
-    /// SO_MARK.
+    /// The value for SO_MARK.
     pub mark: Option<u32>,
     /// Who made the socket, when that is another than who connects it.
     pub maker: Option<Who>,
@@ -132,7 +132,7 @@ pub enum Manner {
     Several,
 }
 
-/// What is done.
+/// The action that a row is about.
 #[derive(Clone, Copy, Debug)]
 pub enum Act {
     Tcp(Dial),
@@ -242,7 +242,7 @@ pub struct Row {
 }
 
 impl Row {
-    /// `mesh/id`.
+    /// The row's name, as `mesh/id`.
     pub fn name(&self) -> String {
         format!("{}/{}", self.setup.mesh.name(), self.id)
     }

@@ -258,12 +258,12 @@ impl Fortio {
 /// What the kernel counts in: USER_HZ, which is the same on every architecture that Kubernetes has.
 const TICKS: f64 = 100.0;
 
-/// Time, in ticks.
+/// CPU time in ticks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Cpu {
-    /// Of both sidecars.
+    /// User time of both sidecars.
     user: u64,
-    /// Of the machine.
+    /// System time of the machine.
     system: u64,
     softirq: u64,
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tar::{Builder, Header, HeaderMode};
 
-/// Its name.
+/// The name of the image.
 pub const IMAGE: &str = "e2e.local/pod:1";
 
 /// The image of [`write_program`].

@@ -39,7 +39,7 @@ pub struct Kind {
 }
 
 impl Kind {
-    /// By its name.
+    /// The cluster with this name.
     pub fn new(name: &str) -> Self {
         let (node, other) = (format!("{name}-worker"), format!("{name}-control-plane"));
         let exec = |node: &str| Shell::new(&["docker", "exec", "--privileged", "-i", node]);

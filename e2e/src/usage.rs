@@ -12,7 +12,7 @@ const TICK: Duration = Duration::from_millis(10);
 pub struct Usage {
     /// User and system time since its start.
     pub cpu: Duration,
-    /// Resident memory.
+    /// The resident memory.
     pub rss_kib: u64,
 }
 

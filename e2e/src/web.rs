@@ -23,7 +23,7 @@ const IDENTITY: [&str; 2] = ["x-forwarded-client-cert", "l5d-client-id"];
 /// What a server answers.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub struct Answer {
-    /// Its pod.
+    /// The pod that answered.
     pub host: String,
     /// The client, as the server's sidecar knows it; none where the request came in plain text.
     pub client: Option<String>,

@@ -20,7 +20,7 @@ use nix::unistd::pipe2;
 /// The highest descriptor that select() can name.
 const SELECTABLE: i32 = 1023;
 
-/// How to wait.
+/// A way to wait for a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
     /// poll().
@@ -41,7 +41,7 @@ impl Wait {
     pub const ALL: [Self; 4] = [Self::Poll, Self::Select, Self::Level, Self::Edge];
 }
 
-/// How to read.
+/// A way to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadCall {
     /// read().
@@ -57,12 +57,12 @@ pub enum ReadCall {
 }
 
 impl ReadCall {
-    /// All of them.
+    /// All ways to read.
     pub const ALL: [Self; 5] =
         [Self::Read, Self::Readv, Self::Recv, Self::Recvmsg, Self::PeekFirst];
 }
 
-/// How to write.
+/// A way to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteCall {
     /// write().
@@ -82,7 +82,7 @@ pub enum WriteCall {
 }
 
 impl WriteCall {
-    /// All of them.
+    /// All ways to write.
     pub const ALL: [Self; 7] = [
         Self::Write,
         Self::Writev,
@@ -97,9 +97,9 @@ impl WriteCall {
 /// What can be tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ready {
-    /// To read.
+    /// Whether a read can be tried.
     pub read: bool,
-    /// To write.
+    /// Whether a write can be tried.
     pub write: bool,
 }
 

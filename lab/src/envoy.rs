@@ -22,7 +22,7 @@ const MAX: u32 = u32::MAX;
 /// How to run Envoy.
 #[derive(Clone, Copy, Debug)]
 pub struct EnvoyOpts {
-    /// Worker threads.
+    /// The number of worker threads.
     pub concurrency: u32,
     /// A listening socket for each worker (SO_REUSEPORT), or one that they share.
     pub reuse_port: bool,
@@ -41,7 +41,7 @@ impl Default for EnvoyOpts {
 /// A listener that is dialled and has one upstream: a proxy without interception.
 #[derive(Clone, Copy, Debug)]
 pub struct Twin {
-    /// Where it listens.
+    /// The address that it listens on.
     pub listen: SocketAddr,
     /// Where all of it goes.
     pub upstream: SocketAddr,
@@ -135,12 +135,12 @@ impl Envoy {
         Ok(envoy)
     }
 
-    /// The process id.
+    /// The id of Envoy's process.
     pub fn pid(&self) -> u32 {
         self.process.pid()
     }
 
-    /// SIGKILL.
+    /// Kills Envoy with SIGKILL.
     pub fn kill(&mut self) {
         self.process.kill();
     }

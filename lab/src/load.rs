@@ -22,12 +22,12 @@ pub enum Mode {
     Connect,
 }
 
-/// How much load.
+/// The settings of a load.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOpts {
     /// Clients at the same time, each a thread.
     pub connections: usize,
-    /// When to stop.
+    /// The limit that ends the load.
     pub duration: Duration,
     /// Bytes of a request and of its response.
     pub payload: usize,

@@ -68,28 +68,28 @@ pub struct Checker {
 pub enum Damage {
     /// These bytes are missing.
     Lost {
-        /// Where.
+        /// The position of the first missing byte.
         from: u64,
         /// The first that is there again.
         to: u64,
     },
     /// Bytes came later than those behind them.
     Reordered {
-        /// What came late.
+        /// The position of the late byte.
         from: u64,
         /// The first that came too early.
         to: u64,
     },
-    /// Bytes came again.
+    /// Bytes were repeated.
     Duplicated {
-        /// What came again.
+        /// The position of the first repeated byte.
         from: u64,
         /// Where the stream had been.
         to: u64,
     },
     /// Bytes that belong nowhere near.
     Corrupt {
-        /// Where.
+        /// The position of the first such byte.
         at: u64,
     },
 }

@@ -33,7 +33,7 @@ impl PodNet {
     pub const V4: Self = Self { v4: true, v6: false };
     /// IPv6 only.
     pub const V6: Self = Self { v4: false, v6: true };
-    /// Both.
+    /// IPv4 and IPv6.
     pub const DUAL: Self = Self { v4: true, v6: true };
 }
 

@@ -39,7 +39,7 @@ impl Process {
         Ok(Self { name: name.to_owned(), child, log })
     }
 
-    /// The process id.
+    /// The id of the process.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }

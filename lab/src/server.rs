@@ -34,12 +34,12 @@ pub enum Talk {
     OriginalDstOrHangUp,
 }
 
-/// What to serve.
+/// The settings of a server.
 #[derive(Clone, Debug)]
 pub struct ServeOpts {
     /// Where to listen. A port 0 means any.
     pub listen: Vec<SocketAddr>,
-    /// How to speak.
+    /// The protocol that it speaks.
     pub talk: Talk,
     /// What it calls itself in its greeting; empty: nothing.
     pub name: &'static str,

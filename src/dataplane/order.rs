@@ -67,6 +67,7 @@ fn first(program: BorrowedFd<'_>, kind: libbpf_sys::bpf_attach_type) -> u32 {
             ..Default::default()
         };
         // The kernel checks the flags before the cgroup, which is invalid here.
+        // SAFETY: the program's descriptor is open, and the options live across the call.
         let rc = unsafe {
             libbpf_sys::bpf_link_create(program.as_raw_fd(), -1, kind, &raw const options)
         };

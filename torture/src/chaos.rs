@@ -30,7 +30,7 @@ const REFRESH: Duration = Duration::from_secs(1);
 const STOPS: Duration = Duration::from_secs(2);
 const STILL: Duration = Duration::from_millis(300);
 
-/// Something that happens.
+/// A random event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Event {
     /// The agent is killed, and after a while there is another.
@@ -46,11 +46,11 @@ pub enum Event {
 }
 
 impl Event {
-    /// All of them.
+    /// All events.
     pub const ALL: [Self; 5] =
         [Self::Killed, Self::PodLeft, Self::OptedOut, Self::Forbidden, Self::Restarted];
 
-    /// What happened.
+    /// The name of the event.
     pub fn name(self) -> &'static str {
         match self {
             Self::Killed => "the agent was killed",
@@ -66,7 +66,7 @@ impl Event {
         Self::ALL.into_iter().cycle().skip(rng.usize(..Self::ALL.len()))
     }
 
-    /// Makes it happen.
+    /// Makes the event happen.
     pub fn happen(
         self,
         agent: &mut Agent,

@@ -40,13 +40,13 @@ pub enum How {
 /// What came of one end.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// How it ended.
+    /// How the end finished.
     pub how: How,
-    /// At which step.
+    /// The step at which it finished.
     pub step: usize,
     /// Bytes that its calls took.
     pub sent: u64,
-    /// Bytes that came.
+    /// The number of bytes received.
     pub received: u64,
     /// What was wrong with them.
     pub damage: Option<Damage>,

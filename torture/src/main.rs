@@ -152,7 +152,7 @@ fn torture(args: &Args) -> Result<bool> {
     Ok(failures == 0)
 }
 
-/// One mode's run.
+/// The result of one mode's run.
 struct Run {
     mode: Mode,
     clients: u64,
@@ -287,7 +287,7 @@ impl Run {
         Ok(Self { mode, clients, took, tally, counters, events, memory, forgotten, still, spliced })
     }
 
-    /// What is wrong.
+    /// The failures of the run.
     fn failures(&self) -> Vec<String> {
         let mut failures = self.tally.failures.clone();
         if self.mode != Mode::Off && !self.spliced {

@@ -80,16 +80,16 @@ pub enum Step {
     Linger,
 }
 
-/// One end's part.
+/// The part of one end in a connection.
 #[derive(Clone, Debug)]
 pub struct Part {
     /// What it does; then it closes.
     pub steps: Vec<Step>,
-    /// How it waits.
+    /// The way that it waits.
     pub wait: Wait,
-    /// How it reads.
+    /// The way that it reads.
     pub read: ReadCall,
-    /// How it writes.
+    /// The way that it writes.
     pub write: WriteCall,
     /// The most bytes of one write.
     pub write_size: usize,
@@ -99,22 +99,22 @@ pub struct Part {
     pub buffers: Option<usize>,
 }
 
-/// One connection.
+/// The plan of a connection.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Which one.
+    /// The connection's number.
     pub number: u64,
     /// Index of the pod that dials.
     pub from: usize,
     /// Index of the pod that is dialled.
     pub to: usize,
-    /// Over IPv6.
+    /// Whether it uses IPv6.
     pub v6: bool,
-    /// Which way.
+    /// The path that it takes.
     pub path: Path,
     /// A long talk between sidecars: small messages that never go by TCP by themselves.
     pub long_talk: bool,
-    /// How it ends.
+    /// The ending.
     pub ending: Ending,
     /// The client's part.
     pub client: Part,

@@ -78,7 +78,7 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// Between these pods.
+    /// Traffic between these pods.
     pub fn new(opts: Opts, pods: &[Pod]) -> Arc<Self> {
         Arc::new(Self {
             opts,

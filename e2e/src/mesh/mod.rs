@@ -22,10 +22,10 @@ const ISTIO_CHARTS: &str = "https://istio-release.storage.googleapis.com/charts"
 /// The namespace of Istio's control plane.
 pub const ISTIO_SYSTEM: &str = "istio-system";
 
-/// A mesh.
+/// A service mesh that scenarios run under.
 #[derive(Clone, Debug)]
 pub enum Mesh {
-    /// By helm.
+    /// Istio, installed with helm.
     Istio(Istio),
     /// By `linkerd`.
     Linkerd,
@@ -77,7 +77,7 @@ impl Istio {
 }
 
 impl Mesh {
-    /// Its name.
+    /// The mesh's name in flags.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Istio(_) => "Istio",

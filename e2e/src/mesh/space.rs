@@ -11,7 +11,7 @@ use crate::web::{Account, Answer, account};
 /// Where apps serve; their Service has port 80.
 pub const PORT: u16 = 8080;
 
-/// A namespace.
+/// The namespace of a scenario.
 pub struct Space<'a> {
     cluster: &'a Cluster,
     name: String,
@@ -61,7 +61,7 @@ impl<'a> Space<'a> {
         Ok(space)
     }
 
-    /// Its name.
+    /// The namespace's name.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -287,7 +287,7 @@ impl<'a> Space<'a> {
         node.map(str::to_owned).context("the pod is on no node")
     }
 
-    /// Its address.
+    /// The pod's address.
     pub fn ip_of(&self, pod: &str) -> Result<String> {
         let pod = self.get_pod(pod)?;
         let ip = pod["status"]["podIP"].as_str();

@@ -52,9 +52,9 @@ pub struct Settings {
     pub logs: PathBuf,
 }
 
-/// One scenario.
+/// A scenario.
 pub struct Scenario {
-    /// For `--only`.
+    /// The name that `--only` selects by.
     pub name: &'static str,
     /// What it shows, in a line.
     pub doc: &'static str,

@@ -21,7 +21,7 @@ pub struct Kuma {
     insert: bool,
 }
 
-/// One direction.
+/// The rules of one direction.
 #[derive(Clone, Debug)]
 struct Flow {
     enabled: bool,
@@ -63,7 +63,7 @@ impl ForUsers {
 }
 
 impl Kuma {
-    /// The proxy's user.
+    /// The user that the proxy runs as.
     pub const UID: u32 = 5678;
 
     /// From a pod's annotations.

@@ -22,7 +22,7 @@ impl Linkerd {
     pub const OUTBOUND: u16 = 4140;
     /// The port for inbound connections.
     pub const INBOUND: u16 = 4143;
-    /// The proxy's user.
+    /// The user that the proxy runs as.
     pub const UID: u32 = 2102;
 
     /// From a pod's annotations.

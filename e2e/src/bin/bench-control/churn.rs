@@ -53,7 +53,7 @@ pub struct Added {
 /// What a churn showed.
 #[derive(Debug, Serialize)]
 pub struct Churned {
-    /// The new pods.
+    /// The pods that were added.
     #[serde(flatten)]
     pub added: Added,
     /// From a changed annotation to the maps.
@@ -134,7 +134,7 @@ impl<'a> Adding<'a> {
 pub struct Pods(VecDeque<Live>);
 
 impl Pods {
-    /// The pods alone.
+    /// Only the pods, without the changes.
     pub fn into_vec(self) -> Vec<Pod> {
         self.0.into_iter().map(|live| live.pod).collect()
     }

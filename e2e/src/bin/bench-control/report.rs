@@ -51,22 +51,22 @@ pub struct Settings {
     pub pods: usize,
     /// Pods replaced in a second.
     pub rate: u32,
-    /// For how long.
+    /// The duration of the measurement.
     pub seconds: u64,
     /// How long the agent was watched at rest.
     pub rest_seconds: u64,
 }
 
-/// Times, in milliseconds.
+/// A distribution of times in milliseconds.
 #[derive(Debug, Serialize)]
 pub struct Times {
     /// How many there are.
     pub count: u64,
-    /// Half are shorter.
+    /// The median.
     pub p50_ms: f64,
     /// One in a hundred is longer.
     pub p99_ms: f64,
-    /// The longest.
+    /// The maximum.
     pub max_ms: f64,
 }
 
@@ -76,7 +76,7 @@ impl Times {
         Ok(Histogram::new_with_bounds(1, 600_000_000, 3)?)
     }
 
-    /// Adds one.
+    /// Adds a time.
     pub fn record(to: &mut Histogram<u64>, time: Duration) -> Result<()> {
         Ok(to.record(u64::try_from(time.as_micros())?.max(1))?)
     }
@@ -100,7 +100,7 @@ impl Display for Times {
     }
 }
 
-/// One agent's life.
+/// The figures of one agent's life.
 #[derive(Debug, Serialize)]
 pub struct Run {
     /// Pods of other nodes.
@@ -113,7 +113,7 @@ pub struct Run {
     pub full: Spent,
     /// Pods that were replaced.
     pub churned: Churned,
-    /// What that took.
+    /// The agent's usage meanwhile.
     pub during: Spent,
     /// To the API server, from the filling to the end of the churn.
     pub requests: BTreeMap<String, usize>,
@@ -129,14 +129,14 @@ pub struct Run {
     pub log: Vec<String>,
 }
 
-/// All figures.
+/// The whole report.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    /// Where.
+    /// The machine that was measured.
     pub environment: Environment,
-    /// Of what.
+    /// The settings of the benchmark.
     pub settings: Settings,
-    /// The figures.
+    /// The figures of each run.
     pub runs: Vec<Run>,
 }
 

@@ -40,7 +40,7 @@ pub struct Spent {
 }
 
 impl Usage {
-    /// As it is.
+    /// The present usage.
     pub fn now(node: &Node) -> Result<Self> {
         let pid = node.agent.pid().context("the agent has ended")?;
         let read = |file: &str| {
