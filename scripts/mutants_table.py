@@ -989,10 +989,8 @@ UNCONNECTED = "services:r5_unconnected"
 add(
     ("a Service is translated for every namespace", "!bpf_map_lookup_elem(&service_netns, &netns) || ", "",
      "services:r19_ services:r37_"),
-    ("a connection keeps the Service's port", "sockaddr_set(ctx, family, &to.backend.addr, to.backend.port);\n"
-     "\tservice_translated(&frontend);\n\treturn TAKEN;\n}\n\n/* A process sends",
-     "sockaddr_set(ctx, family, &to.backend.addr, frontend.port);\n"
-     "\tservice_translated(&frontend);\n\treturn TAKEN;\n}\n\n/* A process sends", "services:r2_"),
+    ("a connection keeps the Service's port", "sockaddr_set(ctx, family, &to.backend.addr, to.backend.port);\n\tif (!is_test)",
+     "sockaddr_set(ctx, family, &to.backend.addr, frontend.port);\n\tif (!is_test)", "services:r2_"),
     ("every call is TCP's", ".protocol = ctx->protocol,\n\t};", ".protocol = IPPROTO_TCP,\n\t};",
      "services:r18_a_port"),
     ("a Service without endpoints refuses as a policy would", Within("refuse_connect", "refuse(ECONNREFUSED)"),
