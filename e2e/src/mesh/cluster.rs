@@ -29,7 +29,7 @@ const HELM: &str = "180s";
 pub struct Cluster {
     /// For the API server.
     pub node: Node,
-    /// The installed mesh.
+    /// The mesh.
     pub mesh: Mesh,
     workers: Vec<String>,
     control_plane: String,
@@ -192,12 +192,12 @@ impl Cluster {
         worker.map(String::as_str).with_context(|| format!("there is no worker {number}"))
     }
 
-    /// The workers, by name.
+    /// Those nodes.
     pub fn workers(&self) -> &[String] {
         &self.workers
     }
 
-    /// The control plane's node, by name.
+    /// The other one.
     pub fn control_plane(&self) -> &str {
         &self.control_plane
     }
