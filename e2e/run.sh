@@ -9,6 +9,7 @@
 # of a mesh run under. KEEP=1 leaves the cluster. Logs of what fails are in target/e2e-logs.
 # CONFORMANCE=1: in place of the scenarios, Kubernetes' own conformance tests of the network, without
 # the agent and the mesh and with them; a quarter of an hour, and logs in target/e2e-kubernetes.
+# CONFORMANCE=services: all its tests of Services, and once more without kube-proxy; hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,10 +35,15 @@ finish() {
 }
 
 what=run
-[ "${CONFORMANCE:-}" != 1 ] || what=judge
+case ${CONFORMANCE:-} in
+'') ;;
+1) what=judge suite=conformance ;;
+services) what=judge suite=services ;;
+*) die "CONFORMANCE=$CONFORMANCE: must be 1 or services" ;;
+esac
 [ "${1:-}" != --bench ] || { what=bench && shift; }
 [ $what != bench ] || [ "$MESH" = istio ] || die "the measurement is made under Istio, not under MESH=$MESH"
-[ $what != judge ] || [ "$MESH" != none ] || die "CONFORMANCE=1 takes a mesh: MESH=none"
+[ $what != judge ] || [ "$MESH" != none ] || die "CONFORMANCE=$CONFORMANCE takes a mesh: MESH=none"
 
 declare -A CLI=([linkerd]=linkerd [kuma]=kumactl)
 case $MESH in
@@ -75,7 +81,7 @@ case $what in
 run) arguments+=(--logs "$TARGET/e2e-logs") ;;
 judge)
     "$cluster" tests "$OUT/kubernetes"
-    arguments+=(--out "$TARGET/e2e-kubernetes" --program "$SIDESTEP_LAB_DIR/parts/bin/e2e.test"
+    arguments+=(--suite "$suite" --out "$TARGET/e2e-kubernetes" --program "$SIDESTEP_LAB_DIR/parts/bin/e2e.test"
         --repositories "$OUT/kubernetes/repositories.yaml")
     ;;
 esac

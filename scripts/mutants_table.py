@@ -1012,5 +1012,12 @@ add(
     ("no affinity", "if (!of->affinity)", "if (true)", "services:r10_"),
     ("a client stays with an endpoint that is not eligible",
      " && is_eligible(list, &last->backend)", "", "services:r10_"),
+    ("the agent's canaries are its own calls", "(is_agent() && !is_test)", "is_agent()",
+     "services_life:r17_programs_that_translate"),
+    ("the agent's canaries are counted", "\tif (!is_test)\n", "", "services_life:r17_programs_that_translate"),
+    ("the socket's bound device is not told", "stale.device = sk->__sk_common.skc_bound_dev_if;", "",
+     "services_life:r20_r21"),
+    ("stale peers are told by the Service's port", "stale.local_port = sk->__sk_common.skc_num;",
+     "stale.local_port = frontend.port;", "services_life:r20_r21"),
     ("Services of one address are one", " && to->vip_port == frontend->port", "", "services:r5_one"),
 )

@@ -12,6 +12,7 @@ use std::{
 use common::{services::*, *};
 use serde_json::{Value, json};
 use sidestep_lab::{Agent, Lab, PodNet, wait_for};
+use socket2::SockRef;
 
 /// A UDP socket that is connected to a target.
 fn connected(target: SocketAddr) -> UdpSocket {
@@ -54,11 +55,14 @@ fn r20_r21_connected_udp_whose_endpoint_is_gone_is_closed_and_nothing_else() {
             if in_pod { cluster.client.run(APP, APP, make) } else { cluster.lab.on_node(make) };
         made.expect("runs")
     };
-    let stale: Vec<(String, UdpSocket)> = vips()
+    let bound = led_to("one", v4, true);
+    SockRef::from(&bound).bind_device(Some(b"eth0")).expect("SO_BINDTODEVICE");
+    let mut stale: Vec<(String, UdpSocket)> = vips()
         .into_iter()
         .flat_map(|vip| [(vip, true), (vip, false)])
         .map(|(vip, in_pod)| (format!("{vip}, in the pod: {in_pod}"), led_to("one", vip, in_pod)))
         .collect();
+    stale.push(("bound to a device".to_owned(), bound));
     let other = led_to("two", v4, true);
     let reconnected = led_to("one", v4, true);
     let (unconnected, dialled) = cluster

@@ -14,7 +14,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use sidestep_e2e::image;
 use sidestep_e2e::mesh::{Istio, Mesh};
 
-use judge::Tests;
+use judge::{Suite, Tests};
 use scenarios::{QUICK, Settings};
 
 #[derive(Parser)]
@@ -52,8 +52,8 @@ enum Command {
         #[arg(long, value_name = "SECONDS", default_value_t = 0)]
         away: u64,
     },
-    /// Run Kubernetes' own conformance tests of the network, without the agent and a mesh and then
-    /// with both, and compare what passes
+    /// Run Kubernetes' own tests of the network, without the agent and a mesh and then with both, and
+    /// compare what passes
     Judge {
         /// The kind cluster, with no agent and no mesh
         #[arg(long, value_name = "NAME", default_value = "sidestep-e2e")]
@@ -70,6 +70,12 @@ enum Command {
         /// What it takes by KUBE_TEST_REPO_LIST
         #[arg(long, value_name = "PATH")]
         repositories: PathBuf,
+        /// Which tests
+        #[arg(long, value_enum, default_value_t = Suite::Conformance)]
+        suite: Suite,
+        /// In place of the suite's tests, those whose names match this regular expression of Go's
+        #[arg(long, value_name = "REGEX")]
+        focus: Option<String>,
         /// Where its logs and reports go
         #[arg(long, value_name = "DIR", default_value = "target/e2e-kubernetes")]
         out: PathBuf,
@@ -143,8 +149,9 @@ fn run() -> Result<()> {
                 only.is_empty() || only.iter().any(|name| scenario.name.contains(name.as_str()))
             })
         }
-        Command::Judge { kind_name, mesh, istio, program, repositories, out } => {
-            judge::judge(&Tests { program, repositories, out }, &kind_name, mesh.with(istio))
+        Command::Judge { kind_name, mesh, istio, program, repositories, suite, focus, out } => {
+            let tests = Tests { program, repositories, out, suite, focus };
+            judge::judge(&tests, &kind_name, mesh.with(istio))
         }
         Command::Bench { kind_name, istio, rounds, seconds, out } => {
             let settings = bench::Settings { rounds, seconds, out };

@@ -19,6 +19,14 @@ use crate::shell::Shell;
 
 /// The agent's release, its namespace, its DaemonSet.
 pub const AGENT: &str = "sidestep";
+/// A node with this label has no kube-proxy.
+const NO_KUBE_PROXY: &str = "sidestep-e2e/no-kube-proxy";
+/// Takes kube-proxy's rules away, in either mode: it leaves them when it goes.
+const CLEAN: &str = "\
+    for table in iptables ip6tables; do\n\
+        $table-save | grep -v KUBE | $table-restore || exit\n\
+    done\n\
+    for family in ip ip6; do nft delete table $family kube-proxy 2>/dev/null; done; true";
 /// Between two tries of something that takes a while.
 const PAUSE: Duration = Duration::from_millis(300);
 /// How long helm waits, for its own `--timeout`.
@@ -108,6 +116,39 @@ impl Cluster {
             ensure!(left == 0, "{left} are left");
             Ok(())
         })
+    }
+
+    /// Takes kube-proxy and its rules from nodes, or has it come back there.
+    pub fn kube_proxy(&self, nodes: &[&str], is_wanted: bool) -> Result<()> {
+        let expression = json!({"key": NO_KUBE_PROXY, "operator": "DoesNotExist"});
+        let terms = json!([{"matchExpressions": [expression]}]);
+        let affinity = json!({"nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms},
+        }});
+        let affinity = if is_wanted { Value::Null } else { affinity };
+        let patch = json!({"spec": {"template": {"spec": {"affinity": affinity}}}}).to_string();
+        let label = format!("{NO_KUBE_PROXY}{}", if is_wanted { "-" } else { "=" });
+        self.kubectl(&[&["label", "node", "--overwrite", &label], nodes].concat())?;
+        let kubectl = |args: &[&str]| self.kubectl(&[&["-n", "kube-system"], args].concat());
+        let daemonset = ["daemonset", "kube-proxy"];
+        let by = ["--type", "merge", "--patch", &patch];
+        kubectl(&[&["patch"], &daemonset[..], &by].concat())?;
+        kubectl(&[&["rollout", "status"], &daemonset[..], &["--timeout", HELM]].concat())?;
+        if is_wanted {
+            return Ok(());
+        }
+        let format = "jsonpath={.items[*].spec.nodeName}";
+        self.soon("kube-proxy to be gone", || {
+            let left = kubectl(&["get", "pods", "-l", "k8s-app=kube-proxy", "-o", format])?;
+            let is_left = left.split_whitespace().any(|node| nodes.contains(&node));
+            ensure!(!is_left, "it is on {left}");
+            Ok(())
+        })?;
+        for node in nodes {
+            let cleaned = self.shell(node).script(CLEAN, &[]);
+            cleaned.with_context(|| format!("taking kube-proxy's rules from {node}"))?;
+        }
+        Ok(())
     }
 
     /// Waits until each node has an agent that is ready.

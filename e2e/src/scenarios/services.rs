@@ -1,7 +1,7 @@
 //! Services by Sidestep, where kube-proxy is not.
 
-use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
+use anyhow::{Result, ensure};
+use serde_json::json;
 use sidestep_e2e::mesh::{Answered, Cluster};
 
 use super::{MeshRow, Of};
@@ -13,14 +13,10 @@ pub const SCENARIOS: &[MeshRow] = &[(
     alone,
 )];
 
-/// A node with this label has no kube-proxy.
-const LABEL: &str = "sidestep-e2e/no-kube-proxy";
-const KUBE_PROXY: [&str; 4] = ["-n", "kube-system", "daemonset", "kube-proxy"];
-
 fn alone(cluster: &Cluster) -> Result<()> {
     let result = without_kube_proxy(cluster);
     // Others want the node as it was, also when that failed.
-    let back = kube_proxy_on(cluster, cluster.worker(0)?, true);
+    let back = cluster.kube_proxy(&[cluster.worker(0)?], true);
     cluster.install_agent(&[])?;
     result.and(back)
 }
@@ -41,7 +37,7 @@ fn without_kube_proxy(cluster: &Cluster) -> Result<()> {
     let fails = |answered: &Answered| matches!(answered, Answered::Not(_));
     outside.get_until("client", &name, "kube-proxy to lead there", answers)?;
 
-    kube_proxy_on(cluster, here, false)?;
+    cluster.kube_proxy(&[here], false)?;
     for url in [&name, &address] {
         outside.get_until("client", url, "nobody to lead there", fails)?;
     }
@@ -75,35 +71,4 @@ fn cluster_ip(cluster: &Cluster, namespace: &str, name: &str) -> Result<String> 
     let args = ["-n", namespace, "get", "service", name, "-o", "jsonpath={.spec.clusterIP}"];
     let ip = cluster.kubectl(&args)?;
     Ok(if ip.contains(':') { format!("[{}]", ip.trim()) } else { ip.trim().to_owned() })
-}
-
-/// Takes kube-proxy and its rules from a node, or has it come back there.
-fn kube_proxy_on(cluster: &Cluster, node: &str, is_wanted: bool) -> Result<()> {
-    let affinity = json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {
-        "nodeSelectorTerms": [{"matchExpressions": [{"key": LABEL, "operator": "DoesNotExist"}]}],
-    }}});
-    let affinity = if is_wanted { Value::Null } else { affinity };
-    let patch = json!({"spec": {"template": {"spec": {"affinity": affinity}}}}).to_string();
-    let [n, namespace, kind, name] = KUBE_PROXY;
-    let label = if is_wanted { format!("{LABEL}-") } else { format!("{LABEL}=") };
-    cluster.kubectl(&["label", "node", node, "--overwrite", &label])?;
-    cluster.kubectl(&[n, namespace, "patch", kind, name, "--type", "merge", "--patch", &patch])?;
-    let rollout = [n, namespace, "rollout", "status", kind, name, "--timeout", "180s"];
-    cluster.kubectl(&rollout)?;
-    if is_wanted {
-        return Ok(());
-    }
-    let field = format!("spec.nodeName={node}");
-    let pods =
-        ["get", "pods", "-l", "k8s-app=kube-proxy", "--field-selector", &field, "-o", "name"];
-    cluster.soon("kube-proxy to be gone", || {
-        let left = cluster.kubectl(&[&[n, namespace], &pods[..]].concat())?;
-        ensure!(left.trim().is_empty(), "{left}");
-        Ok(())
-    })?;
-    // It leaves its rules.
-    let clean = "for table in iptables ip6tables; do \
-                 $table-save | grep -v KUBE | $table-restore || exit; done; \
-                 for family in ip ip6; do nft delete table $family kube-proxy 2>/dev/null; done; true";
-    cluster.shell(node).script(clean, &[]).context("taking kube-proxy's rules away").map(drop)
 }
