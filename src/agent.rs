@@ -22,7 +22,7 @@ use crate::{
     },
     controller::{AddError, Controller, Look, Source},
     dataplane::{self, Dataplane, Pins},
-    node::{Cgroup, Places},
+    node::{Cgroup, PodNamespaces},
     ops::{check, http, metrics::Metrics},
     problem::Problem,
     service,
@@ -142,7 +142,10 @@ async fn serve(config: &Config) -> Result<()> {
         }
         SourceConfig::Kubernetes(cluster) => {
             let kubernetes = Kubernetes::start(&cluster.api, changed.clone()).await?;
-            Source::Kubernetes(Box::new(kubernetes), Places::new(&cluster.proc, &cluster.netns_dir))
+            Source::Kubernetes(
+                Box::new(kubernetes),
+                PodNamespaces::new(&cluster.proc, &cluster.netns_dir),
+            )
         }
     };
     let api = match &source {

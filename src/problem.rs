@@ -96,3 +96,18 @@ impl fmt::Display for Problem {
         f.write_str(&self.text)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_reason_has_a_name_of_its_own_that_the_docs_explain() {
+        let docs = include_str!("../docs/metrics.md");
+        let names = Reason::ALL.map(Reason::name);
+        for (n, name) in names.iter().enumerate() {
+            assert!(!names[..n].contains(name), "{name} is there twice");
+            assert!(docs.contains(&format!("| `{name}` |")), "docs/metrics.md lacks {name}");
+        }
+    }
+}

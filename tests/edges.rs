@@ -5,7 +5,7 @@
 mod common;
 
 use std::{
-    io::{self, BufRead, BufReader, Read, Write},
+    io::{self, Read, Write},
     net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd,
     path::Path,
@@ -21,13 +21,6 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 fn socket(target: SocketAddr) -> Socket {
     Socket::new(Domain::for_address(target), Type::STREAM, None).expect("a socket")
-}
-
-fn greeting(stream: &TcpStream) -> Seen {
-    stream.set_read_timeout(Some(patience())).expect("timeout");
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).expect("a greeting");
-    line.trim_end().parse().expect("a greeting")
 }
 
 fn original(seen: &Seen) -> Option<SocketAddr> {

@@ -2,10 +2,7 @@
 
 mod common;
 
-use std::{
-    io::{BufRead, BufReader},
-    time::Duration,
-};
+use std::time::Duration;
 
 use common::*;
 use sidestep_lab::{Pod, PodNet, Seen, wait_for, wait_until};
@@ -353,10 +350,7 @@ fn a_socket_bound_to_lo_is_direct() {
                         .expect("a socket");
                 socket.bind_device(Some(b"lo")).expect("SO_BINDTODEVICE");
                 socket.connect(&target.into()).expect("connected");
-                let stream = std::net::TcpStream::from(socket);
-                let mut line = String::new();
-                BufReader::new(stream).read_line(&mut line).expect("a greeting");
-                line.trim_end().parse::<Seen>().expect("a greeting")
+                greeting(&std::net::TcpStream::from(socket))
             })
             .expect("runs")
     };

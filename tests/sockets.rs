@@ -19,7 +19,7 @@ fn socket(target: SocketAddr, protocol: Protocol) -> Socket {
 }
 
 /// Connects, and gives what the server greets with.
-fn greeting(socket: Socket, target: SocketAddr) -> Result<(TcpStream, Seen), String> {
+fn greeted(socket: Socket, target: SocketAddr) -> Result<(TcpStream, Seen), String> {
     socket
         .connect_timeout(&target.into(), patience())
         .map_err(|error| format!("{target}: {error}"))?;
@@ -49,7 +49,7 @@ fn mptcp_sockets_are_captured_and_told_the_truth() {
         node.a
             .run(APP, APP, || {
                 let (stream, seen) =
-                    greeting(socket(target, Protocol::MPTCP), target).expect("captured");
+                    greeted(socket(target, Protocol::MPTCP), target).expect("captured");
                 assert_truthful(&stream, &seen, target, own);
             })
             .expect("runs");
@@ -74,7 +74,7 @@ fn sockets_bound_beforehand_are_captured_from_where_they_are_bound() {
                 .run(APP, APP, || {
                     let socket = socket(target, Protocol::TCP);
                     socket.bind(&bound.into()).expect("bound");
-                    let (stream, seen) = greeting(socket, target).expect("captured");
+                    let (stream, seen) = greeted(socket, target).expect("captured");
                     assert_truthful(&stream, &seen, target, own);
                     if port != 0 {
                         assert_eq!(seen.peer.port(), port, "the port that was bound");
@@ -101,7 +101,7 @@ fn one_bound_port_serves_several_destinations_at_once() {
                 let socket = socket(target, Protocol::TCP);
                 socket.set_reuse_address(true).expect("SO_REUSEADDR");
                 socket.bind(&addr([0, 0, 0, 0], 31000).into()).expect("bound");
-                let (stream, seen) = greeting(socket, target).expect("captured");
+                let (stream, seen) = greeted(socket, target).expect("captured");
                 assert_truthful(&stream, &seen, target, node.a.ipv4());
                 open.push(stream);
             }
@@ -118,7 +118,7 @@ fn sockets_bound_to_a_device_are_captured() {
             .run(APP, APP, || {
                 let socket = socket(target, Protocol::TCP);
                 socket.bind_device(Some(b"eth0")).expect("SO_BINDTODEVICE");
-                let (stream, seen) = greeting(socket, target).expect("captured");
+                let (stream, seen) = greeted(socket, target).expect("captured");
                 assert_truthful(&stream, &seen, target, own);
             })
             .expect("runs");
@@ -136,7 +136,7 @@ fn sockets_bound_to_an_exempt_device_are_direct() {
             .run(APP, APP, || {
                 let socket = socket(target, Protocol::TCP);
                 socket.bind_device(Some(b"eth0")).expect("SO_BINDTODEVICE");
-                let (_, seen) = greeting(socket, target).expect("direct");
+                let (_, seen) = greeted(socket, target).expect("direct");
                 assert_eq!((seen.orig, seen.peer.ip()), (None, own));
             })
             .expect("runs");
@@ -151,7 +151,7 @@ fn a_socket_bound_to_the_proxys_uid_by_its_creator_keeps_it() {
     let _sidecar = Sidecar::start(&node.a);
     let target = addr(ip(REMOTE4), 80);
     let made = node.a.run(APP, APP, || socket(target, Protocol::TCP)).expect("runs");
-    let answer = node.a.run(PROXY, PROXY, || greeting(made, target)).expect("runs");
+    let answer = node.a.run(PROXY, PROXY, || greeted(made, target)).expect("runs");
     let (_, seen) = answer.expect("captured: the app made the socket");
     assert_eq!(seen.original(), Some(target));
 }
@@ -172,9 +172,7 @@ fn nonblocking_connect_is_captured() {
                     .expect("connected");
                 socket.set_nonblocking(false).expect("blocking");
                 let stream = TcpStream::from(socket);
-                let mut line = String::new();
-                BufReader::new(&stream).read_line(&mut line).expect("a greeting");
-                let seen: Seen = line.trim_end().parse().expect("a greeting");
+                let seen = greeting(&stream);
                 assert_truthful(&stream, &seen, target, own);
             })
             .expect("runs");
@@ -225,7 +223,7 @@ fn what_a_failed_connect_was_meant_for_is_not_told_of_the_next() {
                     socket.bind_device(device).expect("SO_BINDTODEVICE");
                     refused(&socket, target);
                     let _sidecar = Sidecar::start(&node.a);
-                    let (stream, seen) = greeting(socket, next).expect("direct");
+                    let (stream, seen) = greeted(socket, next).expect("direct");
                     assert_eq!(seen.original().map(canonical), Some(canonical(next)));
                     assert_eq!(stream.peer_addr().expect("a peer"), next);
                 })
@@ -328,7 +326,7 @@ fn f30_f72_a_pod_with_too_many_handshakes_under_way_fails_alone() {
     // Connections that the sidecar has accepted do not count.
     let (target, _) = remotes(&node.a, 80)[0];
     let open = || -> Result<Vec<_>, _> {
-        (0..2 * HANDSHAKES).map(|_| greeting(socket(target, Protocol::TCP), target)).collect()
+        (0..2 * HANDSHAKES).map(|_| greeted(socket(target, Protocol::TCP), target)).collect()
     };
     node.a.run(APP, APP, open).expect("runs").expect("all of them are captured");
 }
@@ -374,9 +372,7 @@ fn f21_f30_with_no_room_for_handovers_the_sidecar_is_told_nothing_rather_than_so
             set_handshakes(&node, &node.a, HANDSHAKES);
             stream.set_read_timeout(Some(patience())).expect("timeout");
             stream.write_all(b"early").expect("sent in the SYN");
-            let mut line = String::new();
-            BufReader::new(&stream).read_line(&mut line).expect("a greeting");
-            let seen: Seen = line.trim_end().parse().expect("a greeting");
+            let seen = greeting(&stream);
             assert_eq!(seen.original(), None, "{target}: {seen}");
         }
     };
@@ -439,9 +435,7 @@ fn tcp_fast_open_is_captured() {
                 let mut stream = TcpStream::from(socket);
                 stream.set_read_timeout(Some(patience())).expect("timeout");
                 stream.write_all(b"early").expect("sent in the SYN");
-                let mut line = String::new();
-                BufReader::new(&stream).read_line(&mut line).expect("a greeting");
-                let seen: Seen = line.trim_end().parse().expect("a greeting");
+                let seen = greeting(&stream);
                 assert_truthful(&stream, &seen, target, own);
             })
             .expect("runs");
@@ -461,7 +455,7 @@ fn a_hundred_ports_carry_four_hundred_connections() {
                 let mut open = Vec::new();
                 for n in 0..4 * ports {
                     let (target, _) = remotes(&node.a, 80 + n % 4)[kind];
-                    let (stream, seen) = greeting(socket(target, Protocol::TCP), target)
+                    let (stream, seen) = greeted(socket(target, Protocol::TCP), target)
                         .unwrap_or_else(|error| panic!("connection {n}: {error}"));
                     assert_eq!(seen.original().map(canonical), Some(canonical(target)));
                     open.push(stream);
@@ -485,7 +479,7 @@ fn one_source_port_reaches_three_hundred_destinations() {
                     let socket = socket(addr(to, port), Protocol::TCP);
                     socket.set_reuse_address(true).expect("SO_REUSEADDR");
                     socket.bind(&addr(from, 7000).into()).expect("bound");
-                    let (stream, seen) = greeting(socket, addr(to, port)).expect("connected");
+                    let (stream, seen) = greeted(socket, addr(to, port)).expect("connected");
                     assert_eq!(seen.original(), Some(addr(to, port)));
                     assert_eq!(seen.peer, addr(from, 7000));
                     open.push(stream);
@@ -571,7 +565,7 @@ fn a_reused_client_port_gives_the_right_destination_after_a_reset() {
                 socket.set_reuse_address(true).expect("SO_REUSEADDR");
                 socket.set_linger(Some(Duration::ZERO)).expect("closes with RST");
                 socket.bind(&addr([0, 0, 0, 0], 32000).into()).expect("bound");
-                let (_, seen) = greeting(socket, target).expect("captured");
+                let (_, seen) = greeted(socket, target).expect("captured");
                 assert_eq!(seen.original(), Some(target));
             }
         })
@@ -588,7 +582,7 @@ fn what_was_open_before_enrollment_goes_on() {
     let _remote = remote(&node, target);
     let inbound = addr(node.a.ipv4(), 8080);
     let _app = node.a.serve(inbound, APP, APP).expect("app");
-    let call = |target| greeting(socket(target, Protocol::TCP), target).expect("direct").0;
+    let call = |target| greeted(socket(target, Protocol::TCP), target).expect("direct").0;
     let out = node.a.run(APP, APP, || call(target)).expect("runs");
     let into = node.lab.on_node(|| call(inbound)).expect("runs");
     node.agent.add_pod(&node.a).expect("added");

@@ -8,7 +8,7 @@ use thiserror::Error;
 use super::{Controller, Source};
 use crate::{
     mesh::facts,
-    node::{Netns, NetnsCookie, Place, Sandbox},
+    node::{Netns, NetnsCookie, PodNetns, Sandbox},
     problem::Problem,
 };
 
@@ -44,7 +44,7 @@ impl Controller {
         sandbox: &Sandbox,
     ) -> Result<Option<Announced>, AddError> {
         let refused = |error: anyhow::Error| AddError::Refused(format!("{error:#}"));
-        let Source::Kubernetes(kubernetes, places) = &mut self.source else {
+        let Source::Kubernetes(kubernetes, namespaces) = &mut self.source else {
             return Err(AddError::Refused("this agent takes its pods from manifests".into()));
         };
         if !kubernetes.is_ready() {
@@ -59,7 +59,7 @@ impl Controller {
         let uid = facts::pod_uid(&pod).to_owned();
         let cookie = Netns::open(&sandbox.netns).and_then(|ns| ns.cookie()).map_err(refused)?;
         let container = Some(sandbox.container.clone());
-        places.remember(&uid, Place { path: sandbox.netns.clone(), cookie, container });
+        namespaces.remember(&uid, PodNetns { path: sandbox.netns.clone(), cookie, container });
         kubernetes.expect(pod);
         Ok(Some(Announced { uid, cookie, is_in_mesh }))
     }
@@ -106,15 +106,15 @@ impl Controller {
     /// The container runtime removes a sandbox. Its pod stays intercepted until the namespace is
     /// gone.
     pub fn delete(&mut self, container: &str) {
-        if let Source::Kubernetes(_, places) = &mut self.source {
-            places.forget(container);
+        if let Source::Kubernetes(_, namespaces) = &mut self.source {
+            namespaces.forget(container);
         }
     }
 
     /// The container runtime's complete list of sandboxes.
     pub fn keep_only(&mut self, containers: &BTreeSet<String>) {
-        if let Source::Kubernetes(_, places) = &mut self.source {
-            places.keep_only(containers);
+        if let Source::Kubernetes(_, namespaces) = &mut self.source {
+            namespaces.keep_only(containers);
         }
     }
 }

@@ -35,7 +35,7 @@ pub(super) struct Enrolled {
     pub netns: Arc<NetnsFacts>,
     pub entries: Arc<PodEntries>,
     /// The indices of devices with the filter for spliced connections.
-    pub filtered: Vec<u32>,
+    pub reset_devices: Vec<u32>,
 }
 
 impl Enrolled {
@@ -234,7 +234,7 @@ impl Controller {
             let enrolled = Enrolled {
                 netns: Arc::clone(&candidate.netns),
                 entries: Arc::clone(entries),
-                filtered: known.map(|known| known.filtered.clone()).unwrap_or_default(),
+                reset_devices: known.map(|known| known.reset_devices.clone()).unwrap_or_default(),
             };
             if known.is_some_and(|known| steered_ports(&known.entries.row) == steered_ports(row)) {
                 self.pods.insert(cookie, enrolled);
@@ -270,14 +270,14 @@ impl Controller {
         for (cookie, pod) in &mut self.pods {
             let devices = pod.spliced_devices(&self.legs);
             let fresh: Vec<u32> =
-                devices.into_iter().filter(|device| !pod.filtered.contains(device)).collect();
+                devices.into_iter().filter(|device| !pod.reset_devices.contains(device)).collect();
             if fresh.is_empty() {
                 continue;
             }
             let done = Netns::open_as(&pod.netns.path, *cookie)
                 .and_then(|netns| self.dataplane.attach_reset(*cookie, &netns, &fresh));
             match done {
-                Ok(()) => pod.filtered.extend(fresh),
+                Ok(()) => pod.reset_devices.extend(fresh),
                 Err(_) if !pod.netns.path.exists() => {}
                 Err(error) => {
                     if let Some(record) = self.owners.get(cookie) {
@@ -347,5 +347,52 @@ impl Controller {
                 warn!(netns = %pod.netns.path.display(), "cannot look for the proxy's listeners: {error:#}");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::desired::tests::{candidate, plain};
+
+    fn enrolled() -> Enrolled {
+        let mut pod = candidate("ns/a", 7, "10.0.0.7");
+        let interfaces = [("lo", LO), ("eth0", 2)].map(|(name, index)| (name.into(), index));
+        Arc::make_mut(&mut pod.netns).interfaces = interfaces.into();
+        let entries = Arc::clone(&plain(std::slice::from_ref(&pod)).pods[&pod.netns.cookie]);
+        Enrolled { netns: pod.netns, entries, reset_devices: Vec::new() }
+    }
+
+    #[test]
+    fn splicing_needs_filters_on_the_devices_of_its_legs() {
+        let mut pod = enrolled();
+        let legs = |app, sidecar| BTreeMap::from([(Leg::App, app), (Leg::Sidecar, sidecar)]);
+        assert_eq!(pod.spliced_devices(&legs(true, false)), [LO]);
+        assert_eq!(pod.spliced_devices(&legs(false, true)), [2]);
+        assert_eq!(pod.spliced_devices(&BTreeMap::new()), [0_u32; 0], "not decided yet");
+        Arc::make_mut(&mut pod.entries).row.splice = false;
+        assert_eq!(pod.spliced_devices(&legs(true, true)), [0_u32; 0]);
+    }
+
+    #[test]
+    fn listeners_are_looked_for_where_connections_are_led_to() {
+        let pod = enrolled();
+        let mut row = pod.entries.row.clone();
+        assert_eq!(steered_ports(&row), [Some(15006), Some(15001), None]);
+        row.dns_port = 15053;
+        assert_eq!(steered_ports(&row)[2], Some(15053));
+        let at = redirected_to(&pod.entries);
+        for ip in ["0.0.0.0", "::", "127.0.0.1", "::1", "10.0.0.7"] {
+            assert!(at.contains(&ip.parse().expect("an address")), "{ip}");
+        }
+        assert_eq!(at.len(), 5);
+    }
+
+    #[test]
+    fn a_problem_names_its_candidate() {
+        let candidates = [candidate("ns/a", 7, "10.0.0.7")];
+        assert_eq!(of(&candidates, "ns/a").uid, "uid-ns/a");
+        let gone = of(&candidates, "ns/b");
+        assert_eq!((gone.pod.as_str(), gone.uid.as_str()), ("ns/b", ""));
     }
 }

@@ -75,21 +75,21 @@ impl Controller {
         pods: &[&SourcePod],
         problems: &mut BTreeSet<Problem>,
     ) {
-        let Source::Kubernetes(_, places) = &mut self.source else {
+        let Source::Kubernetes(_, namespaces) = &mut self.source else {
             return;
         };
-        let unknown = pods.iter().filter(|found| places.get(found.uid()).is_none());
+        let unknown = pods.iter().filter(|found| namespaces.get(found.uid()).is_none());
         let unknown: BTreeSet<String> = unknown.map(|found| found.uid().to_owned()).collect();
         let again = look == Look::Everything;
         let wanted = self.search.wanted(&unknown, again);
-        let disputed = match places.search(&wanted, &self.host) {
+        let disputed = match namespaces.search(&wanted, &self.host) {
             Ok(disputed) => disputed,
             Err(error) => {
                 problems.insert(Problem::node(format!("{error:#}")));
                 BTreeMap::new()
             }
         };
-        self.search.done(&unknown, &wanted, again, disputed, |uid| places.get(uid).is_some());
+        self.search.done(&unknown, &wanted, again, disputed, |uid| namespaces.get(uid).is_some());
         for found in pods {
             if let Some(why) = self.search.disputed.get(found.uid()) {
                 problems.insert(found.problem(Reason::NetworkNamespace, why));
@@ -120,8 +120,8 @@ impl Controller {
                     format!("annotation {NETNS_ANNOTATION}: {path:?}"),
                 )
             }
-            Source::Kubernetes(_, places) => {
-                let place = places.get(found.uid());
+            Source::Kubernetes(_, namespaces) => {
+                let place = namespaces.get(found.uid());
                 let what = "its network namespace".to_owned();
                 (place.map(|place| place.path.clone()), place.map(|place| place.cookie), what)
             }
@@ -148,8 +148,8 @@ impl Controller {
             Some(Err(error)) => Some(error),
             None => None,
         };
-        if let (Source::Kubernetes(_, places), true) = (&mut self.source, path.is_some()) {
-            places.lost(found.uid());
+        if let (Source::Kubernetes(_, namespaces), true) = (&mut self.source, path.is_some()) {
+            namespaces.lost(found.uid());
         }
         let owned = self
             .owners

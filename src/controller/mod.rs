@@ -29,7 +29,7 @@ use crate::{
         facts::{self, PodFacts},
         policy::Policy,
     },
-    node::{self, ADDRESSES, Cgroup, Lo, Netns, NetnsCookie, NetnsFacts, Place, Places},
+    node::{self, ADDRESSES, Cgroup, Lo, Netns, NetnsCookie, NetnsFacts, PodNamespaces, PodNetns},
     ops::metrics::{Fill, Metrics},
     pace::{Backoff, Pace},
     problem::{Problem, Reason},
@@ -51,7 +51,7 @@ pub enum Source {
     /// A directory; an annotation names the namespace.
     Manifests(Manifests),
     /// The API server; the container runtime or the pod's processes show the namespace.
-    Kubernetes(Box<Kubernetes>, Places),
+    Kubernetes(Box<Kubernetes>, PodNamespaces),
 }
 
 impl Source {
@@ -148,10 +148,11 @@ impl Controller {
         metrics: Arc<Metrics>,
     ) -> Result<Self> {
         let owners = dataplane.records()?;
-        if let Source::Kubernetes(_, places) = &mut source {
+        if let Source::Kubernetes(_, namespaces) = &mut source {
             for (cookie, record) in &owners {
                 let path = record.netns.clone();
-                places.remember(&record.uid, Place { path, cookie: *cookie, container: None });
+                namespaces
+                    .remember(&record.uid, PodNetns { path, cookie: *cookie, container: None });
             }
         }
         Ok(Self {
@@ -255,7 +256,7 @@ impl Controller {
             let inbound = self.dataplane.repair_inbound(*cookie, &owner.netns);
             let filters = self.pods.get(cookie).map(|pod| {
                 let devices = pod.netns.interfaces.values();
-                let devices = devices.filter(|device| pod.filtered.contains(device));
+                let devices = devices.filter(|device| pod.reset_devices.contains(device));
                 let devices: Vec<u32> = devices.copied().collect();
                 let dns = pod.entries.row.dns_port != 0;
                 let path = &pod.netns.path;
@@ -515,15 +516,16 @@ impl Controller {
 
     /// Forgets the state of pods that are gone.
     fn tidy(&mut self, snapshot: &Snapshot) {
-        let Source::Kubernetes(kubernetes, places) = &mut self.source else {
+        let Source::Kubernetes(kubernetes, namespaces) = &mut self.source else {
             return;
         };
         let dataplane = &self.dataplane;
-        kubernetes
-            .forget(|uid| places.get(uid).is_some_and(|place| dataplane.netns_lives(place.cookie)));
+        kubernetes.forget(|uid| {
+            namespaces.get(uid).is_some_and(|place| dataplane.netns_lives(place.cookie))
+        });
         let uids: BTreeSet<String> =
             snapshot.pods.iter().map(|found| found.uid().to_owned()).collect();
-        places.retain(&uids);
+        namespaces.retain(&uids);
         self.visited.retain(|uid, _| uids.contains(uid));
         self.search.retain(&uids);
     }
@@ -630,5 +632,53 @@ fn problem(reason: Reason, record: &Record, text: &str) -> Problem {
         reason,
         pod: Some((record.pod.clone(), record.uid.clone())),
         text: format!("pod {}: {text}", record.pod),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::mesh::facts::tests::pod;
+
+    fn read(patch: impl FnOnce(&mut Value)) -> Read {
+        let found = SourcePod { pod: Arc::new(pod(patch)), origin: None };
+        Read::of(&found, Pace::new(CHANGES_AGAIN, CHANGES))
+    }
+
+    #[test]
+    fn a_pod_is_told_what_is_wrong_with_it_and_what_that_means() {
+        let right = read(|_| {});
+        assert!(right.facts.is_some() && right.problems.is_empty());
+
+        let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
+        let slip = read(|pod| pod["metadata"]["annotations"][key] = "80,x".into());
+        assert_eq!(slip.facts.expect("in the mesh").policy, Policy::default());
+        let [problem] = &slip.problems.iter().collect::<Vec<_>>()[..] else { panic!("one") };
+        assert_eq!(problem.reason, Reason::InvalidPolicy);
+        for text in ["shop/a", key, "80,x", "all its traffic is captured"] {
+            assert!(problem.text.contains(text), "{text}: {problem}");
+        }
+
+        let mode = "sidecar.istio.io/interceptionMode";
+        let other = read(|pod| pod["metadata"]["annotations"][mode] = "TPROXY".into());
+        assert!(other.facts.is_none());
+        assert_eq!(other.problems.first().map(|one| one.reason), Some(Reason::Unsupported));
+    }
+
+    #[test]
+    fn a_pod_in_no_mesh_needs_nothing() {
+        let plain = read(|pod| pod["spec"]["containers"] = json!([{ "name": "app" }]));
+        assert!(plain.facts.is_none() && plain.problems.is_empty());
+    }
+
+    #[test]
+    fn a_pod_is_done_once_its_containers_have_ended() {
+        let phase = |phase: &str| pod(|pod| pod["status"]["phase"] = phase.into());
+        for (text, done) in [("Succeeded", true), ("Failed", true), ("Running", false)] {
+            assert_eq!(is_done(&phase(text)), done, "{text}");
+        }
+        assert!(!is_done(&pod(|pod| pod["status"] = json!({}))));
     }
 }

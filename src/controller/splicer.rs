@@ -105,7 +105,7 @@ impl Controller {
     fn spliced(&self, cookie: NetnsCookie) -> Result<Netns> {
         match self.pods.get(&cookie) {
             Some(pod) => Netns::open_as(&pod.netns.path, cookie),
-            None => self.dataplane.filtered(cookie),
+            None => self.dataplane.filtered_netns(cookie),
         }
     }
 

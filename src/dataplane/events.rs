@@ -94,3 +94,40 @@ impl Dataplane {
         Events::new(builder.build()?, seen)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(kind: abi::event_kind) -> abi::event {
+        abi::event { netns: 7, kind, ..Default::default() }
+    }
+
+    #[test]
+    fn events_are_told_apart_by_their_kind() {
+        let mut seen = Seen::default();
+        let missed = head(abi::event_kind::EVENT_NO_LISTENER);
+        let missed = abi::listener_event { head: missed, port: 15006, ..Default::default() };
+        let unread = head(abi::event_kind::EVENT_UNREAD);
+        let unread = abi::unread_event { head: unread, sent: 3, received: 4, ..Default::default() };
+        seen.add(abi::as_bytes(&missed)).expect("added");
+        seen.add(abi::as_bytes(&missed)).expect("added");
+        assert_eq!(seen.missed, BTreeSet::from([(NetnsCookie(7), 15006)]), "once");
+        assert!(!seen.bulk && seen.unread.is_empty());
+        seen.add(abi::as_bytes(&head(abi::event_kind::EVENT_BULK))).expect("added");
+        seen.add(abi::as_bytes(&unread)).expect("added");
+        assert!(seen.bulk);
+        let [reset] = &seen.unread[&NetnsCookie(7)][..] else { panic!("{:?}", seen.unread) };
+        assert_eq!((reset.sent, reset.received), (3, 4));
+    }
+
+    #[test]
+    fn an_event_of_another_build_is_ignored_and_a_short_one_is_an_error() {
+        let mut seen = Seen::default();
+        seen.add(abi::as_bytes(&head(abi::event_kind(1000)))).expect("ignored");
+        assert!(seen.missed.is_empty() && !seen.bulk && seen.unread.is_empty());
+        let short = head(abi::event_kind::EVENT_NO_LISTENER);
+        assert!(seen.add(abi::as_bytes(&short)).is_err(), "no port");
+        assert!(seen.add(&[0; 3]).is_err());
+    }
+}

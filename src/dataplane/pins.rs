@@ -158,3 +158,25 @@ pub(super) fn steered(pins: &Pins) -> Result<Vec<NetnsCookie>> {
     let links = children(&pins.links())?;
     Ok(links.iter().filter_map(|path| steered_by(path.file_name()?.to_str()?)).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_an_inbound_pin_has_the_cookie() {
+        for cookie in [1, 0xabc, u64::MAX].map(NetnsCookie) {
+            assert_eq!(steered_by(&steer(cookie)), Some(cookie));
+        }
+        for other in ["connect4", "steer-", "steer-xyz", "dns-1-1"] {
+            assert_eq!(steered_by(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn pins_that_do_not_exist_are_none() {
+        let pins = Pins::new(Path::new("/nonexistent"), "v5");
+        assert!(!pins.exist());
+        assert_eq!(steered(&pins).expect("read"), []);
+    }
+}

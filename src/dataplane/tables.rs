@@ -164,3 +164,33 @@ impl Held {
         Ok(held)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::{
+        desired::tests::{candidate, plain},
+        entries::{CidrRule, RuleSet, UidRule},
+    };
+
+    #[test]
+    fn each_key_has_its_pods_cookie_where_the_row_says() {
+        let cookie = NetnsCookie(0x0102_0304_0506_0708);
+        let pods = plain(&[candidate("ns/a", cookie.0, "10.0.0.7")]).pods;
+        let mut pod = PodEntries::clone(&pods[&cookie]);
+        // What this pod does not ask for.
+        pod.uid_rules.insert(UidRule { cookie, uid: 0, bits: 0, class: 1 });
+        pod.excluded_ifs.insert(3);
+        let net = "::ffff:10.0.0.0/104".parse().expect("a range");
+        let rule = CidrRule { cookie, set: RuleSet::OutExcludeCidrs, net, v6: false };
+        pod.cidr_rules.insert(rule, true);
+        for (table, entries) in ALL.iter().zip(of_pod(cookie, &pod).expect("entries")) {
+            assert!(!entries.is_empty(), "{}", table.name);
+            for key in entries.keys() {
+                let at = &key[table.cookie_at..table.cookie_at + 8];
+                assert_eq!(at, abi::as_bytes(&cookie), "{}", table.name);
+            }
+        }
+        assert_eq!(ALL.last().map(|table| table.name), Some("pods"), "it captures: written last");
+    }
+}

@@ -268,9 +268,9 @@ impl Dataplane {
     /// spliced until they end, even if the pod has left the mesh: their filter goes with its
     /// device. Returns whether no such pod has any left.
     pub(super) fn remove_filters(&self, enrolled: impl Fn(NetnsCookie) -> bool) -> Result<bool> {
-        let filtered = &self.skel.maps.tc_namespaces;
+        let namespaces = &self.skel.maps.tc_namespaces;
         let mut none_left = true;
-        for (cookie, record) in records(filtered)? {
+        for (cookie, record) in records(namespaces)? {
             if enrolled(cookie) {
                 continue;
             }
@@ -285,7 +285,7 @@ impl Dataplane {
                     })?;
                 }
                 // A namespace that is gone took its filters along.
-                Err(_) => filtered.delete(&cookie.0.to_ne_bytes())?,
+                Err(_) => namespaces.delete(&cookie.0.to_ne_bytes())?,
             }
         }
         for pin in children(&self.pins.links())? {
@@ -314,7 +314,7 @@ impl Dataplane {
     ///
     /// # Errors
     /// If it is not known, or gone.
-    pub fn filtered(&self, cookie: NetnsCookie) -> Result<Netns> {
+    pub fn filtered_netns(&self, cookie: NetnsCookie) -> Result<Netns> {
         let value = self.skel.maps.tc_namespaces.lookup(&cookie.0.to_ne_bytes(), MapFlags::ANY)?;
         let value = value.with_context(|| {
             format!(
@@ -374,11 +374,11 @@ pub(super) fn empty_qdiscs(pins: &Pins) {
         return;
     }
     // Of any layout.
-    let Ok(filtered) = MapHandle::from_pinned_path(pins.map(FORMER_TC_NAMESPACES)) else {
+    let Ok(namespaces) = MapHandle::from_pinned_path(pins.map(FORMER_TC_NAMESPACES)) else {
         return;
     };
     let layouts = pins.number()..pins.number() + 1;
-    let found = records(&filtered).unwrap_or_else(|error| {
+    let found = records(&namespaces).unwrap_or_else(|error| {
         tracing::warn!("cannot remove the tc filters of {pins} from their devices: {error:#}");
         Default::default()
     });

@@ -388,7 +388,7 @@ fn is_link_local(ip: IpAddr) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use ipnet::IpNet;
     use proptest::prelude::*;
 
@@ -424,7 +424,7 @@ mod tests {
         tells_interface: true,
     };
 
-    fn candidate(name: &str, cookie: u64, ip: &str) -> Candidate {
+    pub(crate) fn candidate(name: &str, cookie: u64, ip: &str) -> Candidate {
         let ip: IpAddr = ip.parse().expect("an address");
         Candidate {
             facts: Arc::new(PodFacts {
@@ -459,7 +459,7 @@ mod tests {
         }
     }
 
-    fn plain(candidates: &[Candidate]) -> Desired {
+    pub(crate) fn plain(candidates: &[Candidate]) -> Desired {
         desired(candidates, &BTreeSet::new(), &BTreeMap::new(), &LIMITS)
     }
 

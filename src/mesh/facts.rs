@@ -246,7 +246,7 @@ fn pod_ips(pod: &Pod) -> Result<Vec<IpAddr>, FactsError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use ipnet::IpNet;
     use serde_json::{Value, json};
 
@@ -255,7 +255,7 @@ mod tests {
     use super::*;
     use crate::mesh::policy::{PortRange, Ports, Ranges};
 
-    fn pod(patch: impl FnOnce(&mut Value)) -> Pod {
+    pub(crate) fn pod(patch: impl FnOnce(&mut Value)) -> Pod {
         let mut value = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {

@@ -15,6 +15,6 @@ pub use facts::{ADDRESSES, NetnsFacts, own_addresses};
 pub use lo::Lo;
 pub use netfilter::{Nat, nat};
 pub use netns::{ANY, LO, LOCALHOST, Netns, NetnsCookie, host_cookies, in_new};
-pub use pod_netns::{Place, Places};
+pub use pod_netns::{PodNamespaces, PodNetns};
 pub use sandbox::Sandbox;
 pub use udp::{Closed, ConnectedUdp};

@@ -12,9 +12,9 @@ use anyhow::{Context, Result};
 
 use super::netns::{Netns, NetnsCookie};
 
-/// The place of a pod's network namespace.
+/// A pod's network namespace: its path and its identity.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct PodNetns {
     /// A path to the namespace: a bind mount, or a process of the pod.
     pub path: PathBuf,
     /// The kernel's identity of the namespace. A path may come to lead elsewhere.
@@ -23,47 +23,47 @@ pub struct Place {
     pub container: Option<String>,
 }
 
-/// The places of this node's pods, by `metadata.uid`.
+/// The network namespaces of this node's pods, by `metadata.uid`.
 #[derive(Debug)]
-pub struct Places {
+pub struct PodNamespaces {
     proc: PathBuf,
     pins: PathBuf,
-    known: BTreeMap<String, Place>,
+    known: BTreeMap<String, PodNetns>,
 }
 
-impl Places {
-    /// None yet; processes are looked for in `proc`, the node's own procfs, and `pins` is where the
-    /// container runtime keeps network namespaces by mounts.
+impl PodNamespaces {
+    /// No namespaces yet. Processes are searched in `proc`, the node's own procfs; `pins` is the
+    /// directory where the container runtime mounts network namespaces.
     pub fn new(proc: &Path, pins: &Path) -> Self {
         Self { proc: proc.to_owned(), pins: pins.to_owned(), known: BTreeMap::new() }
     }
 
-    /// Records a pod's place that the runtime has named.
-    pub fn remember(&mut self, uid: &str, place: Place) {
+    /// Records a pod's namespace that the runtime has named.
+    pub fn remember(&mut self, uid: &str, netns: PodNetns) {
         if !uid.is_empty() {
-            self.known.insert(uid.to_owned(), place);
+            self.known.insert(uid.to_owned(), netns);
         }
     }
 
-    /// Where the pod's namespace was last seen. Whoever goes there compares the cookie.
-    pub fn get(&self, uid: &str) -> Option<&Place> {
+    /// The pod's namespace as it was last seen. Callers that open the path compare the cookie.
+    pub fn get(&self, uid: &str) -> Option<&PodNetns> {
         self.known.get(uid)
     }
 
-    /// Forgets the place of a pod that is gone.
+    /// Forgets the namespace of a pod that is gone.
     pub fn lost(&mut self, uid: &str) {
         self.known.remove(uid);
     }
 
     /// Forgets a sandbox, unless another one has replaced it.
     pub fn forget(&mut self, container: &str) {
-        self.known.retain(|_, place| place.container.as_deref() != Some(container));
+        self.known.retain(|_, netns| netns.container.as_deref() != Some(container));
     }
 
     /// Forgets the sandboxes that the runtime has named, except these.
     pub fn keep_only(&mut self, containers: &BTreeSet<String>) {
-        self.known.retain(|_, place| {
-            place.container.as_ref().is_none_or(|container| containers.contains(container))
+        self.known.retain(|_, netns| {
+            netns.container.as_ref().is_none_or(|container| containers.contains(container))
         });
     }
 
@@ -140,7 +140,7 @@ impl Places {
                 && pod_of(&process.dir).as_ref() == Some(&uid);
             match cookie {
                 Ok(cookie) if is_same && !host.contains(&cookie) => {
-                    self.known.insert(uid, Place { path, cookie, container: None });
+                    self.known.insert(uid, PodNetns { path, cookie, container: None });
                 }
                 _ => all = false,
             }
@@ -335,8 +335,9 @@ mod tests {
 
     #[test]
     fn no_procfs_is_an_error() {
-        let mut places = Places::new(Path::new("/nonexistent"), Path::new("/nonexistent"));
-        let error = places.search(&BTreeSet::from([UID.to_owned()]), &BTreeSet::new());
+        let mut namespaces =
+            PodNamespaces::new(Path::new("/nonexistent"), Path::new("/nonexistent"));
+        let error = namespaces.search(&BTreeSet::from([UID.to_owned()]), &BTreeSet::new());
         assert!(error.expect_err("no procfs").to_string().contains("/nonexistent"));
     }
 }

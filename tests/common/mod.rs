@@ -7,8 +7,8 @@ pub mod services;
 pub mod splicing;
 
 use std::{
-    io::ErrorKind,
-    net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
+    io::{BufRead, BufReader, ErrorKind},
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
     path::{Path, PathBuf},
     process::Command,
     sync::LazyLock,
@@ -19,7 +19,7 @@ use libbpf_rs::MapHandle;
 use serde_json::{Value, json};
 use sidestep::dataplane::LAYOUT;
 use sidestep_lab::{
-    Agent, Answer, Lab, Pod, PodNet, ServeOpts, Server, slowdown, wait_for, wait_until,
+    Agent, Answer, Lab, Pod, PodNet, Seen, ServeOpts, Server, slowdown, wait_for, wait_until,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -56,6 +56,14 @@ pub const SOON: Duration = Duration::from_secs(10);
 /// How long a socket may be silent.
 pub fn patience() -> Duration {
     Duration::from_secs(3) * slowdown()
+}
+
+/// The line with which a server of the lab greets its client.
+pub fn greeting(stream: &TcpStream) -> Seen {
+    stream.set_read_timeout(Some(patience())).expect("timeout");
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).expect("a greeting");
+    line.trim_end().parse().expect("a greeting")
 }
 
 /// Whether the running kernel is older than that version. For what a kernel cannot do at all: the

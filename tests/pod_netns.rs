@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path};
 
-use sidestep::node::{Netns, NetnsCookie, Places};
+use sidestep::node::{Netns, NetnsCookie, PodNamespaces};
 use sidestep_lab::{Lab, Pod, PodNet};
 
 const UID: &str = "7e3c1a52-0d6f-4c3b-9a71-5c2b7f7d9e10";
@@ -32,14 +32,14 @@ fn a_pod_is_where_its_oldest_process_is() {
     process(proc.path(), 20, 900, &made.netns());
     process(proc.path(), 4000, 51, &made.netns());
     let uids = BTreeSet::from([UID.to_owned()]);
-    let mut places = Places::new(proc.path(), Path::new("/run/netns"));
-    places.search(&uids, &BTreeSet::new()).expect("searched");
-    assert_eq!(places.get(UID).map(|place| place.cookie), Some(cookie(&own)));
+    let mut namespaces = PodNamespaces::new(proc.path(), Path::new("/run/netns"));
+    namespaces.search(&uids, &BTreeSet::new()).expect("searched");
+    assert_eq!(namespaces.get(UID).map(|place| place.cookie), Some(cookie(&own)));
     // The host's namespace is nobody's, whoever says so.
-    let mut places = Places::new(proc.path(), Path::new("/run/netns"));
+    let mut namespaces = PodNamespaces::new(proc.path(), Path::new("/run/netns"));
     let host = BTreeSet::from([cookie(&own), cookie(&made)]);
-    places.search(&uids, &host).expect("searched");
-    assert_eq!(places.get(UID), None);
+    namespaces.search(&uids, &host).expect("searched");
+    assert_eq!(namespaces.get(UID), None);
 }
 
 /// F19: a runtime that pins nothing, and processes of which one has made a namespace for itself.
@@ -51,9 +51,9 @@ fn f19_processes_that_disagree_show_nothing() {
     process(proc.path(), 20, 900, &made.netns());
     let uids = BTreeSet::from([UID.to_owned()]);
     let search = || {
-        let mut places = Places::new(proc.path(), Path::new("/nonexistent"));
-        let disputed = places.search(&uids, &BTreeSet::new()).expect("searched");
-        (places.get(UID).map(|place| place.cookie), disputed.get(UID).cloned())
+        let mut namespaces = PodNamespaces::new(proc.path(), Path::new("/nonexistent"));
+        let disputed = namespaces.search(&uids, &BTreeSet::new()).expect("searched");
+        (namespaces.get(UID).map(|place| place.cookie), disputed.get(UID).cloned())
     };
     assert_eq!(search(), (Some(cookie(&made)), None), "all agree");
     process(proc.path(), 300, 50, &own.netns());
