@@ -223,6 +223,8 @@ def check_custom(r):
         CNI_MOUNTS[0], (conf, conf, None, False), (binaries, binaries, None, False)])
     env = {e["name"]: e.get("value") for e in r.agent["env"]}
     r.check("cgroup", env.get("SIDESTEP_CGROUP"), "/sys/fs/cgroup")
+    api = [env.get(f"KUBERNETES_SERVICE_{part}") for part in ("HOST", "PORT")]
+    r.check("API server", api, ["fd00::a", "7443"])
     r.check("uninstall", r.args_of("--on-uninstall"), ["--on-uninstall=unload"])
     r.check("startup taint", r.args_of("--remove-startup-taint"), ["--remove-startup-taint"])
     r.check("services", r.args_of("--services"), ["--services", "--services-external-ips"])

@@ -85,6 +85,10 @@ pub fn judge(tests: &Tests, kind: &str, mesh: Mesh) -> Result<()> {
     if tests.suite == Suite::Services {
         let workers = cluster.workers().iter().map(String::as_str);
         let nodes: Vec<&str> = workers.chain([cluster.control_plane()]).collect();
+        let direct = cluster.direct_api()?;
+        let values =
+            [&["--set", "services.enabled=true"], &direct.each_ref().map(String::as_str)[..]];
+        cluster.install_agent(&values.concat())?;
         cluster.kube_proxy(&nodes, false)?;
         let alone = tests.run("alone", "with both, and no kube-proxy")?;
         cluster.kube_proxy(&nodes, true)?;

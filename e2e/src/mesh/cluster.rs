@@ -118,6 +118,17 @@ impl Cluster {
         })
     }
 
+    /// helm's arguments for an agent that does without the API server's Service.
+    pub fn direct_api(&self) -> Result<[String; 4]> {
+        let jsonpath = "jsonpath={.items[0].endpoints[0].addresses[0]} {.items[0].ports[0].port}";
+        let of = "kubernetes.io/service-name=kubernetes";
+        let args = ["-n", "default", "get", "endpointslices", "-l", of, "-o", jsonpath];
+        let said = self.kubectl(&args)?;
+        let (host, port) = said.split_once(' ').with_context(|| format!("kubectl: {said:?}"))?;
+        let set = || "--set".to_owned();
+        Ok([set(), format!("apiServer.host={host}"), set(), format!("apiServer.port={port}")])
+    }
+
     /// Takes kube-proxy and its rules from nodes, or has it come back there.
     pub fn kube_proxy(&self, nodes: &[&str], is_wanted: bool) -> Result<()> {
         let expression = json!({"key": NO_KUBE_PROXY, "operator": "DoesNotExist"});
@@ -128,7 +139,7 @@ impl Cluster {
         let affinity = if is_wanted { Value::Null } else { affinity };
         let patch = json!({"spec": {"template": {"spec": {"affinity": affinity}}}}).to_string();
         let label = format!("{NO_KUBE_PROXY}{}", if is_wanted { "-" } else { "=" });
-        self.kubectl(&[&["label", "node", "--overwrite", &label], nodes].concat())?;
+        self.kubectl(&[&["label", "--overwrite", "node"], nodes, &[&label]].concat())?;
         let kubectl = |args: &[&str]| self.kubectl(&[&["-n", "kube-system"], args].concat());
         let daemonset = ["daemonset", "kube-proxy"];
         let by = ["--type", "merge", "--patch", &patch];

@@ -13,6 +13,8 @@ pub const SCENARIOS: &[MeshRow] = &[(
     alone,
 )];
 
+const SERVICES: [&str; 2] = ["--set", "services.enabled=true"];
+
 fn alone(cluster: &Cluster) -> Result<()> {
     let result = without_kube_proxy(cluster);
     // Others want the node as it was, also when that failed.
@@ -46,7 +48,10 @@ fn without_kube_proxy(cluster: &Cluster) -> Result<()> {
     let from_node = || cluster.shell(here).run(&["timeout", "3", "bash", "-c", &dial]);
     ensure!(from_node().is_err(), "kube-proxy's rules are there still");
 
-    cluster.install_agent(&["--set", "services.enabled=true"])?;
+    // Not even the agent reaches the API server by its Service.
+    cluster.install_agent(
+        &[&SERVICES[..], &cluster.direct_api()?.each_ref().map(String::as_str)].concat(),
+    )?;
     // The name by kube-dns' address over UDP, the Service over TCP.
     for url in [&name, &address] {
         outside.get_until("client", url, "Sidestep to lead there", answers)?;
