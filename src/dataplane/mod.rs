@@ -73,7 +73,7 @@ mod tests {
         splice_selftest, tables,
     };
     use crate::{
-        mesh::{self, desired},
+        mesh::{self, desired, quota::Limits},
         node::{ANY, LOCALHOST, lo},
         service,
     };
@@ -101,6 +101,17 @@ mod tests {
         assert_eq!(shared.landings as usize, landings);
         assert_eq!(shared.uid_class_shift, abi::UID_CLASS_SHIFT);
         assert_eq!(shared.cidr_v6, abi::CIDR_V6);
+        let maps = &open.maps;
+        let limits = Limits {
+            pods: maps.pods.max_entries() as usize,
+            locals: maps.locals.max_entries() as usize,
+            port_rules: maps.port_rules.max_entries() as usize,
+            cidr_rules: maps.cidr_rules.max_entries() as usize,
+            uid_rules: maps.uid_rules.max_entries() as usize,
+            excluded_ifs: maps.excluded_ifs.max_entries() as usize,
+            tells_interface: true,
+        };
+        assert_eq!(limits, desired::tests::NODE, "what the tests of quotas go by");
         let mask = |bits: u8| u32::MAX << (32 - bits);
         let v4 = [
             (lo::VIA4, shared.via4_net, shared.via4_mask),

@@ -413,8 +413,8 @@ pub(crate) mod tests {
         tells_interface: true,
     };
 
-    /// As the headers of bpf/ have them.
-    const NODE: Limits = Limits {
+    /// Those of the headers of bpf/.
+    pub(crate) const NODE: Limits = Limits {
         pods: 1024,
         locals: 1024 * 16,
         port_rules: 1024 * 64,

@@ -66,7 +66,7 @@ pub enum Refusal {
 }
 
 /// The kernel's limits: the capacities of the maps, and a feature that not every kernel has.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Capacity for pods.
     pub pods: usize,
