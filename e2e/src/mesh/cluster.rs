@@ -37,7 +37,7 @@ const HELM: &str = "180s";
 pub struct Cluster {
     /// For the API server.
     pub node: Node,
-    /// The mesh.
+    /// The installed mesh.
     pub mesh: Mesh,
     workers: Vec<String>,
     control_plane: String,
@@ -244,12 +244,12 @@ impl Cluster {
         worker.map(String::as_str).with_context(|| format!("there is no worker {number}"))
     }
 
-    /// Those nodes.
+    /// The workers, by name.
     pub fn workers(&self) -> &[String] {
         &self.workers
     }
 
-    /// The other one.
+    /// The control plane's node, by name.
     pub fn control_plane(&self) -> &str {
         &self.control_plane
     }
