@@ -66,7 +66,7 @@ mod tests {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 
     use super::{
-        abi,
+        abi, hooks,
         inbound::LISTENER_SLOTS,
         inspect::{MESH_COUNTERS, SERVICE_COUNTERS, SPLICE_COUNTERS},
         skel::{names_of, sidestep::SidestepSkelBuilder},
@@ -130,5 +130,22 @@ mod tests {
         assert_eq!(service::canary::CANARIES, canaries);
         assert_eq!(shared.splice_large as usize, splice_selftest::LARGE);
         assert_eq!(shared.splice_limit as usize, splice_selftest::LIMIT);
+    }
+
+    #[test]
+    fn architecture_names_every_program_and_map() {
+        let text = include_str!("../../ARCHITECTURE.md");
+        let has = |name: &str| text.contains(&format!("`{name}`"));
+        for hook in hooks::HOOKS {
+            let families = hook.program.trim_end_matches(['4', '6']);
+            let both = format!("{families}4/6");
+            assert!(has(hook.program) || has(&both), "program {}", hook.program);
+        }
+        let mut storage = MaybeUninit::uninit();
+        let open = SidestepSkelBuilder::default().open(&mut storage).expect("opens");
+        for map in open.open_object().maps() {
+            let name = map.name().to_string_lossy();
+            assert!(name.contains('.') || has(&name), "map {name}");
+        }
     }
 }
