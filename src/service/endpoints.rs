@@ -3,15 +3,16 @@
 
 use std::net::SocketAddr;
 
-/// What an EndpointSlice says of an endpoint. The order is that of who counts where several say
-/// something of one address: the greatest. One that stays counts before one that terminates, whose
-/// address was given out again; among the rest this node's, as in kube-proxy.
+/// What an EndpointSlice says of an endpoint. The order is that of who counts where several slices
+/// say something of one address: the greatest. As in kube-proxy that is the one on this node. Among
+/// the others kube-proxy leaves it to chance (`pkg/proxy/endpointslicecache.go` goes through a map):
+/// here one that stays counts before one that terminates, whose address was given out again.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Endpoint {
-    /// It stays, as far as is known.
-    pub stays: bool,
     /// It is on this node.
     pub is_local: bool,
+    /// It stays, as far as is known.
+    pub stays: bool,
     /// It takes new connections.
     pub is_ready: bool,
     /// It would, were it not for its terminating.

@@ -1,7 +1,11 @@
 //! What of a Service and of an EndpointSlice matters here, as kube-proxy reads them, and what is
 //! wrong with them. Small: they are kept, for each of the cluster.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use thiserror::Error;
@@ -444,7 +448,8 @@ fn endpoints(
     node: &str,
     told: &mut Told,
 ) -> Box<[(IpAddr, Endpoint)]> {
-    let mut found = Vec::new();
+    let mut found: Vec<(IpAddr, Endpoint)> = Vec::new();
+    let mut known: HashMap<IpAddr, usize> = HashMap::new();
     for (n, endpoint) in object.endpoints.as_deref().unwrap_or_default().iter().enumerate() {
         // The others mean the same endpoint; no consumer reads them.
         let key = format!("endpoints[{n}].addresses[0]");
@@ -462,17 +467,29 @@ fn endpoints(
         let nodes = hints.and_then(|hints| hints.for_nodes.as_deref()).unwrap_or_default();
         let zones = hints.and_then(|hints| hints.for_zones.as_deref()).unwrap_or_default();
         let is_here = |name: &str| !node.is_empty() && name == node;
-        found.push((
-            ip,
-            Endpoint {
-                stays: conditions.terminating != Some(true),
-                is_local: endpoint.node_name.as_deref().is_some_and(is_here),
-                is_ready: conditions.ready != Some(false),
-                is_serving: conditions.serving != Some(false),
-                node_hint: (!nodes.is_empty()).then(|| nodes.iter().any(|n| is_here(&n.name))),
-                zone_hints: zones.iter().map(|zone| zone.name.as_str().into()).collect(),
-            },
-        ));
+        let endpoint = Endpoint {
+            is_local: endpoint.node_name.as_deref().is_some_and(is_here),
+            stays: conditions.terminating != Some(true),
+            is_ready: conditions.ready != Some(false),
+            is_serving: conditions.serving != Some(false),
+            node_hint: (!nodes.is_empty()).then(|| nodes.iter().any(|n| is_here(&n.name))),
+            zone_hints: zones.iter().map(|zone| zone.name.as_str().into()).collect(),
+        };
+        let Some(&first) = known.get(&ip) else {
+            known.insert(ip, found.len());
+            found.push((ip, endpoint));
+            continue;
+        };
+        // As in kube-proxy the first counts, or else the last that is on this node.
+        let (_, counts) = &mut found[first];
+        if counts.stays && endpoint.stays && *counts != endpoint {
+            let what = "is there already, and not the same: the first counts, or else the last \
+                        that is on this node";
+            told.say(&key, &format!("{text:?} {what}"));
+        }
+        if endpoint.is_local {
+            *counts = endpoint;
+        }
     }
     found.into()
 }

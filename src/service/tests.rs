@@ -181,6 +181,47 @@ fn of_one_address_twice_the_endpoint_that_stays_counts() {
 }
 
 #[test]
+fn of_one_address_in_two_slices_the_endpoint_on_this_node_counts() {
+    // Row 9, as kube-proxy has it: also where it terminates, and the other one does not.
+    let ending = json!({"ready": false, "serving": true, "terminating": true});
+    let here = json!([{"addresses": ["10.0.0.1"], "nodeName": HERE, "conditions": ending}]);
+    let there = json!([{"addresses": ["10.0.0.1"], "nodeName": "there"}]);
+    for (a, b) in [(&here, &there), (&there, &here)] {
+        let other = web_slice("c", "w", ready(&["10.0.0.2"]));
+        let slices = [web_slice("a", "w", a.clone()), web_slice("b", "w", b.clone()), other];
+        let node = Node::of(&[web("w", "10.96.0.1")], &slices);
+        assert_eq!(node.backends("10.96.0.1:80"), some(&["10.0.0.2:8080"]));
+        let node = Node::of(&[web("w", "10.96.0.1")], &slices[..2]);
+        assert_eq!(node.backends("10.96.0.1:80"), some(&["10.0.0.1:8080"]), "it stands in");
+        node.says(&[]);
+    }
+}
+
+#[test]
+fn of_one_address_twice_in_a_slice_the_first_counts_or_the_last_on_this_node() {
+    // Row 9, as kube-proxy has it.
+    let one = |node: &str, ready: bool| {
+        let conditions = json!({"ready": ready});
+        json!({"addresses": ["10.0.0.1"], "nodeName": node, "conditions": conditions})
+    };
+    for (all, counts) in [
+        ([("there", false), ("there", true), ("there", true)], false),
+        ([("there", true), ("there", false), ("there", false)], true),
+        ([("there", true), (HERE, false), ("there", true)], false),
+        ([(HERE, false), (HERE, true), ("there", false)], true),
+        ([(HERE, true), (HERE, false), ("there", true)], false),
+    ] {
+        let endpoints = all.iter().map(|(node, ready)| one(node, *ready)).collect();
+        let node = Node::of(&[web("w", "10.96.0.1")], &[web_slice("a", "w", endpoints)]);
+        let wanted: &[&str] = if counts { &["10.0.0.1:8080"] } else { &[] };
+        assert_eq!(node.backends("10.96.0.1:80"), some(wanted), "{all:?}");
+        let told = node.problems();
+        assert!(told.iter().all(|text| text.contains("10.0.0.1") && text.contains("n/a")));
+        assert!(!told.is_empty(), "{all:?}");
+    }
+}
+
+#[test]
 fn conditions_that_are_not_set_mean_ready() {
     // Row 42: kubernetes.default's slice, publishNotReadyAddresses, and one that terminates.
     let all = json!([
