@@ -65,7 +65,7 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 		exit 1; }
 	@$(MAKE) --no-print-directory deps
 	@$(MAKE) --no-print-directory check
-	@e2e/cluster/parts.sh etcd kube-apiserver
+	@e2e/cluster/parts.sh etcd kube-apiserver kube-proxy
 	cargo test --workspace --no-fail-fast
 	@$(MAKE) --no-print-directory conformance ARGS=--quiet
 	@$(MAKE) --no-print-directory e2e ARGS=--quick

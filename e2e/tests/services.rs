@@ -28,11 +28,7 @@ impl Web {
     /// Pod `a` is of no mesh, and the client; pod `b` is the endpoint.
     fn new(mut cluster: Cluster) -> Self {
         cluster.in_force();
-        let mut client = cluster.pending(&cluster.a);
-        client["metadata"]["annotations"] = json!({});
-        client["metadata"]["labels"] = json!({});
-        client["spec"]["containers"] = json!([{"name": "app", "image": "app"}]);
-        let client = cluster.create(client);
+        let client = cluster.create(cluster.plain(&cluster.a));
         succeeds(&cluster.plugin("ADD", &cluster.a, &client));
         // By which an agent that the plugin told nothing finds it.
         cluster.runs(|cluster| &cluster.a, &client);

@@ -90,6 +90,17 @@ impl Drop for LabCgroup {
     }
 }
 
+/// Does `work` while this process is where it came from, outside of the labs' cgroup. Sockets that it
+/// makes meanwhile belong there, also when it is back.
+pub(crate) fn outside<T>(work: impl FnOnce() -> T) -> Result<T> {
+    let guard = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    let shared = guard.as_ref().context("there is no lab")?;
+    enter(&shared.home)?;
+    let result = work();
+    enter(&shared.dir)?;
+    Ok(result)
+}
+
 /// A cgroup below the lab's, as a node's pods are below its root, that this whole process is in
 /// until it is dropped: what runs beside is in the lab's cgroup all the while.
 pub struct ChildCgroup {

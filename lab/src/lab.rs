@@ -76,6 +76,22 @@ impl Lab {
         self.inner.node.run(0, 0, work)
     }
 
+    /// The same while this process is outside of [`Lab::cgroup`], for sockets that no agent is to
+    /// see. Nothing else of this process should make any meanwhile.
+    pub fn on_node_outside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        self.on_node(|| cgroup::outside(work))?
+    }
+
+    /// Runs lines of `ip` commands on the node, without the word `ip`. Gives what they printed.
+    pub fn ip_on_node(&self, batch: &str) -> Result<String> {
+        self.inner.node.ip(batch)
+    }
+
+    /// Sets a sysctl such as `net.ipv4.ip_forward` on the node.
+    pub fn sysctl_on_node(&self, key: &str, value: &str) -> Result<()> {
+        self.inner.node.sysctl(key, value)
+    }
+
     /// Gives the node one more address, such as a ClusterIP that a test wants answered.
     pub fn add_node_address(&self, ip: IpAddr) -> Result<()> {
         self.inner.node.add_address(ip, if ip.is_ipv4() { 32 } else { 128 }, "lo", "")

@@ -2,6 +2,7 @@
 //! There is no kubelet, no scheduler and no controller: a test plays their parts.
 
 mod account;
+mod kube_proxy;
 mod part;
 mod proxy;
 
@@ -35,6 +36,7 @@ use tokio::runtime::{self, Handle};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+pub use kube_proxy::{KubeProxy, Mode};
 use part::Part;
 pub use proxy::Proxy;
 
@@ -372,7 +374,7 @@ fn reserve_port(ip: Ipv4Addr) -> Result<(OwnedFd, SocketAddr)> {
 /// A program of Kubernetes.
 fn program(name: &str) -> Result<PathBuf> {
     let path = sidestep_lab::lab_dir().join("parts/bin").join(name);
-    let how = "run e2e/cluster/parts.sh etcd kube-apiserver, which builds it";
+    let how = format!("run e2e/cluster/parts.sh {name}, which builds it");
     ensure!(path.is_file(), "there is no {}: {how}", path.display());
     Ok(path)
 }
@@ -410,7 +412,7 @@ fn start_api(dir: &Path, netns: Option<&Path>, address: SocketAddr) -> Result<Pa
         ("service-account-issuer", ISSUER),
         ("service-account-key-file", &at("accounts.key")),
         ("service-account-signing-key-file", &at("accounts.key")),
-        ("service-cluster-ip-range", "10.96.0.0/16"),
+        ("service-cluster-ip-range", "10.96.0.0/16,fd96::/108"),
         ("token-auth-file", &at("tokens.csv")),
         ("authorization-mode", "RBAC"),
         // Nobody makes the namespaces' own accounts here.

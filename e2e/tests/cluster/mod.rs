@@ -84,6 +84,15 @@ impl Cluster {
         object
     }
 
+    /// [`Cluster::pending`], of no mesh.
+    pub fn plain(&self, pod: &Pod) -> Value {
+        let mut object = self.pending(pod);
+        object["metadata"]["annotations"] = json!({});
+        object["metadata"]["labels"] = json!({});
+        object["spec"]["containers"] = json!([{"name": "app", "image": "app"}]);
+        object
+    }
+
     pub fn running(&self, pod: &Pod) -> Value {
         let mut object = self.pending(pod);
         object["status"] = pod.manifest()["status"].clone();
