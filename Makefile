@@ -31,7 +31,7 @@ PACKAGES     = 235
 SECONDS      = 60
 FUZZ_TARGETS = lists annotations manifests
 
-.PHONY: build help deps demo conformance records test torture bench bench-control bench-mesh kernels check chart image e2e clean-e2e fuzz corpus mutants fmt clean
+.PHONY: build help deps demo conformance records test torture bench bench-control bench-mesh bench-services kernels check chart image e2e clean-e2e fuzz corpus mutants fmt clean
 
 build: ## build the static release binary (default)
 	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
@@ -91,6 +91,12 @@ bench-control: build ## the scale of Kubernetes mode (root): docs/scale.md; QUIC
 
 bench-mesh: deps ## HTTP under a real Istio, by its own rules and by Sidestep (root): docs/performance.md; ARGS="--help"
 	@e2e/run.sh --bench $(ARGS)
+
+bench-services: deps build ## calls to Services by the real kube-proxy and by Sidestep (root): docs/performance.md; QUICK=1, ARGS="--help"
+	@e2e/cluster/parts.sh etcd kube-apiserver kube-proxy
+	SIDESTEP_BIN=$(abspath $(BIN)) cargo bench -q -p sidestep-e2e --bench services --profile dev -- \
+		--out $(abspath bench-out/services) \
+		$(if $(filter-out 0,$(QUICK)),--services 10,1000 --rounds 3 --calls 500 --changes 20) $(ARGS)
 
 kernels: ## the binary and its tests in VMs with other kernels; KERNELS="6.1" runs one
 	@scripts/kernels.sh $(if $(UPDATE_BUDGET),--update-budget) $(KERNELS)

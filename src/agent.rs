@@ -80,7 +80,9 @@ pub struct Cluster {
 /// The interval of full rounds: a namespace can appear, vanish or change its addresses without a
 /// change in the source.
 const RESYNC: Duration = Duration::from_secs(3);
-/// The time for which changes are collected: a burst is one change.
+/// The time for which the first change after a pause waits for others that were made with it.
+const FIRST: Duration = Duration::from_millis(1);
+/// The shortest interval between syncs for changes: a burst is one change, after its first.
 const SETTLE: Duration = Duration::from_millis(20);
 /// The share of its time that the agent spends on changes of the source, one part in this many.
 const SHARE: u32 = 10;
@@ -239,6 +241,7 @@ async fn intercept(
     let settle = sleep(Duration::ZERO);
     tokio::pin!(settle);
     let mut settling = false;
+    let mut synced = Instant::now();
     let pause = sleep(Duration::ZERO);
     tokio::pin!(pause);
     let mut pausing = false;
@@ -279,7 +282,7 @@ async fn intercept(
             // A sandbox does not wait for the interval.
             Some(()) = changes.recv(), if !settling => {
                 let wait = LONGEST.min(controller.took() * (SHARE - 1)).max(SETTLE);
-                settle.as_mut().reset(Instant::now() + wait);
+                settle.as_mut().reset((synced + wait).max(Instant::now() + FIRST));
                 settling = true;
             }
             () = &mut settle, if settling => {
@@ -287,6 +290,7 @@ async fn intercept(
                 while changes.try_recv().is_ok() {}
                 more = look_after(&mut watches, installer.as_mut(), &metrics);
                 controller.sync(Look::Source, &more);
+                synced = Instant::now();
             }
             () = &mut round, if waited_for.is_some() => controller.sync(Look::Source, &more),
             Ok(found) = &mut tried, if !tried.is_terminated() => {

@@ -67,6 +67,11 @@ impl Envtest {
 }
 
 impl KubeProxy {
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.0.pid()
+    }
+
     /// Whether it has not ended yet.
     pub fn is_running(&mut self) -> bool {
         self.0.is_running()

@@ -78,6 +78,11 @@ impl Part {
         stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
     }
 
+    /// Its number.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw().unsigned_abs()
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         signal::kill(self.pid, signal).with_context(|| format!("sending {signal} to {}", self.name))
