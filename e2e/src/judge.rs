@@ -43,7 +43,14 @@ const SKIP: &str = r"\[Feature:|\[Disruptive\]";
 const ENOUGH: f64 = 0.85;
 
 /// What only kube-proxy does: parts of the names of specs that fail without it, and why.
-const BY_KUBE_PROXY: &[(&str, &str)] = &[];
+const BY_KUBE_PROXY: &[(&str, &str)] = &[
+    ("functioning NodePort service", NODE_PORT),
+    ("session affinity work for NodePort service", NODE_PORT),
+    ("switch session affinity for NodePort service", NODE_PORT),
+    ("from ExternalName to NodePort", NODE_PORT),
+];
+/// Why some fail.
+const NODE_PORT: &str = "they dial a NodePort, which Sidestep leaves to kube-proxy";
 
 /// Where the tests are, and where their logs go.
 pub struct Tests {
