@@ -246,6 +246,66 @@ fn conditions_that_are_not_set_mean_ready() {
 }
 
 #[test]
+fn an_endpoint_is_gone_where_it_does_not_serve_and_another_does() {
+    // Row 20.
+    let slice_with = |endpoints: Value| [web_slice("a", "w", endpoints)];
+    let ending = json!({"ready": false, "serving": true, "terminating": true});
+    let dead = json!({"ready": false, "serving": false});
+    let one = |ip: &str, conditions: &Value| json!({"addresses": [ip], "conditions": conditions});
+    let asked: SocketAddr = "192.0.2.1:8080".parse().expect("an address");
+    let vip = |ip: &str, port| super::Frontend {
+        ip: ip.parse().expect("an address"),
+        port,
+        protocol: super::Protocol::Tcp,
+    };
+    let rows = [
+        (json!([one("192.0.2.1", &json!({})), one("192.0.2.2", &json!({}))]), false),
+        (json!([one("192.0.2.1", &ending), one("192.0.2.2", &json!({}))]), false),
+        (json!([one("192.0.2.1", &dead), one("192.0.2.2", &json!({}))]), true),
+        (json!([one("192.0.2.1", &dead), one("192.0.2.2", &ending)]), true),
+        (json!([one("192.0.2.2", &json!({}))]), true),
+        (json!([one("192.0.2.1", &dead), one("192.0.2.2", &dead)]), false),
+        (json!([]), false),
+    ];
+    for (endpoints, is_gone) in rows {
+        let node = Node::of(&[web("w", "10.96.0.1")], &slice_with(endpoints.clone()));
+        let told = node.catalog.is_gone(asked, vip("10.96.0.1", 80));
+        assert_eq!(told, is_gone, "{endpoints}");
+        // What was dialled is no Service's any more, or never was.
+        assert!(!node.catalog.is_gone(asked, vip("10.96.0.2", 80)));
+        assert!(!node.catalog.is_gone(asked, vip("10.96.0.1", 81)));
+    }
+}
+
+#[test]
+fn a_canary_that_is_not_led_to_localhost_is_named() {
+    // Row 17.
+    let at = |ip: &str, port| SocketAddr::new(ip.parse().expect("an address"), port);
+    let led = |to: SocketAddr| {
+        let localhost = if to.is_ipv4() { "127.0.0.1" } else { "::1" };
+        Ok((at(localhost, 40_000), to))
+    };
+    let stays = |to: SocketAddr| match to.ip() {
+        ip if ip.is_loopback() => Ok((to, to)),
+        std::net::IpAddr::V4(_) => Ok((at("10.0.0.7", 40_000), to)),
+        std::net::IpAddr::V6(_) => led(to),
+    };
+    let unreachable = |to: SocketAddr| match to.ip().is_loopback() {
+        true => Ok((to, to)),
+        false => Err(std::io::ErrorKind::NetworkUnreachable.into()),
+    };
+    // A family that the namespace does not have.
+    let nothing = |_| Err(std::io::ErrorKind::AddrNotAvailable.into());
+    assert!(super::canary::dial(led).is_ok());
+    assert!(super::canary::dial(nothing).is_ok());
+    let told = |dialled: anyhow::Result<()>| format!("{:#}", dialled.expect_err("not translated"));
+    let text = told(super::canary::dial(stays));
+    assert!(text.contains("IPv4 to 192.0.2.183") && text.contains("10.0.0.7"), "{text}");
+    let text = told(super::canary::dial(unreachable));
+    assert!(text.contains("IPv4 to 192.0.2.183 failed"), "{text}");
+}
+
+#[test]
 fn a_local_policy_has_this_nodes_endpoints_or_refuses() {
     // Rows 7 and 28: a load balancer's address from inside is the cluster's list all the same.
     let mut object = web("w", "10.96.0.1");
