@@ -6,7 +6,9 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
 TARGET := $(shell uname -m)-unknown-linux-gnu
-BIN    := $(or $(CARGO_TARGET_DIR),target)/$(TARGET)/release/sidestep
+# How `make build`, `make image` and `make kernels` build; `make test` takes `quick`: see Cargo.toml.
+PROFILE = release
+BIN     = $(or $(CARGO_TARGET_DIR),target)/$(TARGET)/$(PROFILE)/sidestep
 
 # A fully static glibc binary. The target must be named, or cargo would apply
 # the flag to build scripts and proc macros as well.
@@ -34,7 +36,7 @@ FUZZ_TARGETS = lists annotations manifests
 .PHONY: build help deps demo conformance records test torture bench bench-control bench-mesh bench-services kernels check chart image e2e clean-e2e fuzz corpus mutants fmt clean
 
 build: ## build the static release binary (default)
-	$(STATIC_CARGO) build --release --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
+	$(STATIC_CARGO) build --profile $(PROFILE) --target $(TARGET) -p sidestep $$(scripts/libelf.sh)
 	@echo "built $(BIN)"
 
 help: ## list the targets
@@ -68,11 +70,11 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	@e2e/cluster/parts.sh etcd kube-apiserver kube-proxy
 	cargo test --workspace --no-fail-fast
 	@$(MAKE) --no-print-directory conformance ARGS=--quiet
-	@$(MAKE) --no-print-directory e2e ARGS=--quick
+	@$(MAKE) --no-print-directory e2e ARGS=--quick PROFILE=quick
 	$(DEBUG)/torture --seconds 24
 	$(DEBUG)/bench --smoke --out $(DEBUG)/../bench-smoke
 	@$(MAKE) --no-print-directory chart
-	$(if $(TEST_KERNELS),TESTS='$(VM_TESTS)' scripts/kernels.sh $(TEST_KERNELS))
+	$(if $(TEST_KERNELS),TESTS='$(VM_TESTS)' PROFILE=quick scripts/kernels.sh $(TEST_KERNELS))
 
 torture: SECONDS = 180
 torture: deps build ## checked connections while the agent and pods come and go (root); SECONDS= SEED= ARGS="--help"
@@ -92,11 +94,12 @@ bench-control: build ## the scale of Kubernetes mode (root): docs/scale.md; QUIC
 bench-mesh: deps ## HTTP under a real Istio, by its own rules and by Sidestep (root): docs/performance.md; ARGS="--help"
 	@e2e/run.sh --bench $(ARGS)
 
+FEW_SERVICES = --services 10,1000 --rounds 3 --calls 500 --changes 20
 bench-services: deps build ## calls to Services by the real kube-proxy and by Sidestep (root): docs/performance.md; QUICK=1, ARGS="--help"
 	@e2e/cluster/parts.sh etcd kube-apiserver kube-proxy
 	SIDESTEP_BIN=$(abspath $(BIN)) cargo bench -q -p sidestep-e2e --bench services --profile dev -- \
 		--out $(abspath bench-out/services) \
-		$(if $(filter-out 0,$(QUICK)),--services 10,1000 --rounds 3 --calls 500 --changes 20) $(ARGS)
+		$(if $(filter-out 0,$(QUICK)),$(FEW_SERVICES)) $(ARGS)
 
 kernels: ## the binary and its tests in VMs with other kernels; KERNELS="6.1" runs one
 	@scripts/kernels.sh $(if $(UPDATE_BUDGET),--update-budget) $(KERNELS)

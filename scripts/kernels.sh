@@ -14,6 +14,7 @@
 #
 # Environment: TESTS="inbound outbound" runs these files of tests alone;
 #              SIDESTEP_LAB_DIR (default /var/lib/sidestep-lab) gets the kernels;
+#              PROFILE=quick builds them with another profile of Cargo.toml than release;
 #              LIMIT=3600 lets a machine take that many seconds;
 #              logs go to target/kernels.
 set -euo pipefail
@@ -83,6 +84,7 @@ if [ "${1:-}" = --update-budget ]; then
     update=1
     shift
 fi
+profile=${PROFILE:-release}
 # Files of tests, and the same as a pattern: a|b|c. Empty: all.
 read -ra files <<<"${TESTS:-}"
 TESTS=$(IFS='|'; echo "${files[*]}")
@@ -105,7 +107,7 @@ build_tests() {
     local flags name path chosen=(--test '*')
     [ -z "$TESTS" ] || chosen=("${files[@]/#/--test=}")
     read -ra flags < <(scripts/libelf.sh; echo)
-    RUSTFLAGS='-C target-feature=+crt-static' cargo test --release --no-run --target "$TARGET" \
+    RUSTFLAGS='-C target-feature=+crt-static' cargo test --profile "$profile" --no-run --target "$TARGET" \
         -p sidestep "${chosen[@]}" "${flags[@]}" 2>&1 | tee "$OUT/build.log" | sed -u '/Executable/d' >&2
     sed -n 's/^ *Executable tests\/\(.*\)\.rs (\(.*\))$/\1 \2/p' "$OUT/build.log" |
         while read -r name path; do cp "$path" "$1/$name"; done
@@ -136,8 +138,8 @@ make_base() {
     mkdir -p "$root"/{bin,tests.d}
     build_tests "$root/tests.d"
     # After the tests: cargo puts a binary of the same name in the same place for them.
-    make -s build >&2
-    cp "$CARGO_TARGET_DIR/$TARGET/release/sidestep" "$(command -v busybox)" "$root/bin/"
+    make -s build PROFILE="$profile" >&2
+    cp "$CARGO_TARGET_DIR/$TARGET/$profile/sidestep" "$(command -v busybox)" "$root/bin/"
     while read -r name; do
         [ -e "$root/tests.d/$name" ] || die "in the list of skipped tests, but there is no $name"
         rm "$root/tests.d/$name"
