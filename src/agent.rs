@@ -241,7 +241,8 @@ async fn intercept(
     let settle = sleep(Duration::ZERO);
     tokio::pin!(settle);
     let mut settling = false;
-    let mut synced = Instant::now();
+    // The last sync for changes: when it ended, and how long it took.
+    let (mut synced, mut took) = (Instant::now(), Duration::ZERO);
     let pause = sleep(Duration::ZERO);
     tokio::pin!(pause);
     let mut pausing = false;
@@ -281,7 +282,7 @@ async fn intercept(
             }
             // A sandbox does not wait for the interval.
             Some(()) = changes.recv(), if !settling => {
-                let wait = LONGEST.min(controller.took() * (SHARE - 1)).max(SETTLE);
+                let wait = LONGEST.min(took * (SHARE - 1)).max(SETTLE);
                 settle.as_mut().reset((synced + wait).max(Instant::now() + FIRST));
                 settling = true;
             }
@@ -289,8 +290,10 @@ async fn intercept(
                 settling = false;
                 while changes.try_recv().is_ok() {}
                 more = look_after(&mut watches, installer.as_mut(), &metrics);
+                let start = Instant::now();
                 controller.sync(Look::Source, &more);
                 synced = Instant::now();
+                took = synced - start;
             }
             () = &mut round, if waited_for.is_some() => controller.sync(Look::Source, &more),
             Ok(found) = &mut tried, if !tried.is_terminated() => {

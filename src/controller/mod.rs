@@ -108,8 +108,6 @@ pub struct Controller {
     is_waited_for: bool,
     /// The other inputs of the last sync.
     beside: Option<Beside>,
-    /// The duration of the last sync.
-    took: Duration,
     /// The legs that are spliced; empty until that is decided.
     legs: BTreeMap<Leg, bool>,
     /// The schedule of sweeps.
@@ -170,7 +168,6 @@ impl Controller {
             round: Instant::now(),
             is_waited_for: false,
             beside: None,
-            took: Duration::ZERO,
             legs: BTreeMap::new(),
             sweeps: Sweeps::new(Instant::now()),
             taking_over: None,
@@ -213,10 +210,10 @@ impl Controller {
         problems.extend(self.repaired.iter().cloned());
         let synced = self.try_sync(look, &mut problems);
         self.sync_services(look);
-        self.took = start.elapsed();
+        let took = start.elapsed();
         match synced {
             Ok(Synced::Unchanged) => return,
-            Ok(Synced::Done) => self.metrics.synced(self.took),
+            Ok(Synced::Done) => self.metrics.synced(took),
             Ok(Synced::NotYet) => {}
             Err(error) => {
                 self.beside = None;
@@ -304,11 +301,6 @@ impl Controller {
         });
         let api = self.source.pods().errors();
         self.metrics.set(meshes, &self.problems(), &fills.unwrap_or_default(), &api);
-    }
-
-    /// The duration of the last sync.
-    pub fn took(&self) -> Duration {
-        self.took
     }
 
     /// The time of the next turn of pods that change constantly, if one waits.

@@ -67,6 +67,30 @@ const CALLS: [Call; 4] = [
     ("UDP", measure::datagrams, PORTS[1]),
 ];
 
+/// Without kube-proxy.
+const ALONE: &str = "none";
+
+/// Calls of all kinds, the ways in turns.
+fn measure(
+    world: &World,
+    args: &Args,
+    ways: &[Way],
+    (mode, services): (&'static str, usize),
+    cells: &mut Vec<Cell>,
+) -> Result<()> {
+    for round in 0..args.rounds.get() {
+        for (call, make, port) in CALLS {
+            for turn in 0..ways.len() {
+                let way = ways[(turn + round) % ways.len()];
+                let target = world.target(way, port);
+                let took = world.by(way, || make(target, args.calls.get()))??;
+                cells.push(Cell { mode, services, call, way, round, took });
+            }
+        }
+    }
+    Ok(())
+}
+
 const WAYS: [Way; 3] = [Way::Direct, Way::KubeProxy, Way::Sidestep];
 
 fn bench(args: &Args) -> Result<()> {
@@ -81,17 +105,7 @@ fn bench(args: &Args) -> Result<()> {
         for services in &args.services {
             say(&format!("{services} Services"));
             world.grow(*services)?;
-            for round in 0..args.rounds.get() {
-                for (call, make, port) in CALLS {
-                    for turn in 0..WAYS.len() {
-                        let way = WAYS[(turn + round) % WAYS.len()];
-                        let target = world.target(way, port);
-                        let took = world.by(way, || make(target, args.calls.get()))??;
-                        let (services, mode) = (*services, name);
-                        report.cells.push(Cell { mode, services, call, way, round, took });
-                    }
-                }
-            }
+            measure(&world, args, &WAYS, (name, *services), &mut report.cells)?;
         }
         for way in [Way::KubeProxy, Way::Sidestep] {
             say(&format!("changes, {way:?}"));
@@ -108,6 +122,13 @@ fn bench(args: &Args) -> Result<()> {
                 memory_kib,
                 maps_bytes,
             });
+        }
+        // Its rules are gone with it: what a packet is spared where nobody needs them.
+        if mode == Mode::Iptables {
+            say("gone");
+            let most = args.services.last().copied().unwrap_or_default();
+            let alone = [Way::Direct, Way::Sidestep];
+            measure(&world, args, &alone, (ALONE, most), &mut report.cells)?;
         }
     }
     report.finish()?;

@@ -53,15 +53,17 @@ pub struct Report {
     start: Instant,
 }
 
-/// The columns: kube-proxy in its modes, and Sidestep as measured beside the first of them.
-const COLUMNS: [(&str, &str, Way); 4] = [
+/// The columns: kube-proxy in its modes, Sidestep beside it, and Sidestep without it.
+const COLUMNS: [(&str, &str, Way); 5] = [
     ("kube-proxy, iptables", "iptables", Way::KubeProxy),
     ("kube-proxy, nftables", "nftables", Way::KubeProxy),
     ("Sidestep, beside iptables", "iptables", Way::Sidestep),
     ("Sidestep, beside nftables", "nftables", Way::Sidestep),
+    ("Sidestep alone", crate::ALONE, Way::Sidestep),
 ];
 
-const COLOURS: [[u8; 3]; 4] = [[200, 80, 60], [220, 150, 60], [40, 110, 180], [90, 160, 210]];
+const COLOURS: [[u8; 3]; 5] =
+    [[200, 80, 60], [220, 150, 60], [40, 110, 180], [90, 160, 210], [60, 140, 80]];
 
 fn load() -> Result<String> {
     let text = fs::read_to_string("/proc/loadavg")?;
@@ -133,7 +135,7 @@ impl Report {
                     text,
                     "\n{call}, {what}: times that of a call straight to an endpoint in the same round, \
                      median (middle half); in brackets that call's microseconds\n\n\
-                     | Services | {} | direct |\n|---{ruler}|---|",
+                     | Services | {} | direct: beside iptables, nftables, alone |\n|---{ruler}|---|",
                     heads.join(" | ")
                 );
                 for services in &self.sizes {
@@ -141,10 +143,12 @@ impl Report {
                         let ratio = self.ratio((mode, *services, call), way, value);
                         ratio.map_or("-".to_owned(), shown)
                     });
-                    let direct = self.value(("iptables", *services, call), Way::Direct, value);
-                    let direct = direct.map_or(f64::NAN, |direct| direct.median);
-                    let _ =
-                        writeln!(text, "| {services} | {} | [{direct:.1}] |", ratios.join(" | "));
+                    let direct = ["iptables", "nftables", crate::ALONE].map(|mode| {
+                        let direct = self.value((mode, *services, call), Way::Direct, value);
+                        direct.map_or("-".to_owned(), |direct| format!("{:.1}", direct.median))
+                    });
+                    let direct = direct.join(", ");
+                    let _ = writeln!(text, "| {services} | {} | [{direct}] |", ratios.join(" | "));
                 }
             }
         }
