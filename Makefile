@@ -6,7 +6,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
 TARGET := $(shell uname -m)-unknown-linux-gnu
-# How `make build`, `make image` and `make kernels` build; `make test` takes `quick`: see Cargo.toml.
+# How `make build`, `make image` and `make kernels` build; `make test` takes `demo`: see Cargo.toml.
 PROFILE = release
 BIN     = $(or $(CARGO_TARGET_DIR),target)/$(TARGET)/$(PROFILE)/sidestep
 
@@ -71,11 +71,11 @@ test: ## deps, check, then all tests, including those against the real kernel (r
 	@e2e/cluster/parts.sh etcd kube-apiserver kube-proxy
 	cargo test --workspace --no-fail-fast
 	@$(MAKE) --no-print-directory conformance ARGS=--quiet
-	@$(MAKE) --no-print-directory e2e ARGS=--quick PROFILE=quick
+	@$(MAKE) --no-print-directory e2e ARGS=--quick PROFILE=demo
 	$(DEBUG)/torture --seconds 24
 	$(DEBUG)/bench --smoke --out $(DEBUG)/../bench-smoke
 	@$(MAKE) --no-print-directory chart
-	$(if $(TEST_KERNELS),TESTS='$(VM_TESTS)' PROFILE=quick scripts/kernels.sh $(TEST_KERNELS))
+	$(if $(TEST_KERNELS),TESTS='$(VM_TESTS)' PROFILE=demo scripts/kernels.sh $(TEST_KERNELS))
 
 torture: SECONDS = 180
 torture: deps build ## checked connections while the agent and pods come and go (root); SECONDS= SEED= ARGS="--help"

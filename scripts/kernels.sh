@@ -14,7 +14,7 @@
 #
 # Environment: TESTS="inbound outbound" runs these files of tests alone;
 #              SIDESTEP_LAB_DIR (default /var/lib/sidestep-lab) gets the kernels;
-#              PROFILE=quick builds them with another profile of Cargo.toml than release;
+#              PROFILE=demo builds them with another profile of Cargo.toml than release;
 #              LIMIT=3600 lets a machine take that many seconds;
 #              logs go to target/kernels.
 set -euo pipefail
