@@ -96,7 +96,7 @@ bench-mesh: deps ## HTTP under a real Istio, by its own rules and by Sidestep (r
 	@e2e/run.sh --bench $(ARGS)
 
 FEW_SERVICES = --services 10,1000 --rounds 3 --calls 500 --changes 20
-bench-services: deps build ## calls to Services by the real kube-proxy and by Sidestep (root): docs/performance.md; QUICK=1, ARGS="--help"
+bench-services: deps build ## calls to Services by the real kube-proxy and by Sidestep (root): docs/services.md; QUICK=1, ARGS="--help"
 	@e2e/cluster/parts.sh etcd kube-apiserver kube-proxy
 	SIDESTEP_BIN=$(abspath $(BIN)) cargo bench -q -p sidestep-e2e --bench services --profile dev -- \
 		--out $(abspath bench-out/services) \
