@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* The addresses of a hook's context. */
+/* The addresses of a hook's context, and of a socket. */
 #pragma once
 
 #include "lib/addr.h"
@@ -28,6 +28,26 @@ static __always_inline void sockaddr_set(struct bpf_sock_addr *ctx, int family,
 		ctx->user_ip6[3] = a->w[3];
 	}
 	ctx->user_port = bpf_htons(port);
+}
+
+/* A socket's own address, from the kernel's structure. */
+static __always_inline struct addr sock_local(const struct sock_common *sk)
+{
+	const __u32 *ip6 = sk->skc_v6_rcv_saddr.in6_u.u6_addr32;
+
+	if (sk->skc_family == AF_INET6)
+		return (struct addr){ { ip6[0], ip6[1], ip6[2], ip6[3] } };
+	return addr4(sk->skc_rcv_saddr);
+}
+
+/* The address that it is connected to. */
+static __always_inline struct addr sock_peer(const struct sock_common *sk)
+{
+	const __u32 *ip6 = sk->skc_v6_daddr.in6_u.u6_addr32;
+
+	if (sk->skc_family == AF_INET6)
+		return (struct addr){ { ip6[0], ip6[1], ip6[2], ip6[3] } };
+	return addr4(sk->skc_daddr);
 }
 
 /*

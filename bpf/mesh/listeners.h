@@ -82,13 +82,7 @@ static __always_inline void listener_found(struct sock_common *sk)
 
 	if (key.netns != wanted_netns)
 		return;
-	if (sk->skc_family == AF_INET6) {
-		const __u32 *ip6 = sk->skc_v6_rcv_saddr.in6_u.u6_addr32;
-
-		key.at = (struct addr){ { ip6[0], ip6[1], ip6[2], ip6[3] } };
-	} else {
-		key.at = addr4(sk->skc_rcv_saddr);
-	}
+	key.at = sock_local(sk);
 	looked_at = (__u64)sk;
 	if (!is_wanted(&key.at) || is_found())
 		return;

@@ -5,6 +5,7 @@
  */
 #pragma once
 
+#include "lib/sock.h"
 #include "service/socket.h"
 
 /* A connected UDP socket whose endpoint its Service has not any more, or not for this node. */
@@ -27,23 +28,8 @@ static __always_inline bool is_connected_to(const struct sock *sk, const struct 
 
 	if (common->skc_state != BPF_TCP_ESTABLISHED)
 		return false;
-	if (common->skc_family == AF_INET6) {
-		const __u32 *ip6 = common->skc_v6_daddr.in6_u.u6_addr32;
-
-		peer = (struct addr){ { ip6[0], ip6[1], ip6[2], ip6[3] } };
-	} else {
-		peer = addr4(common->skc_daddr);
-	}
+	peer = sock_peer(common);
 	return backend_is(backend, &peer, bpf_ntohs(common->skc_dport));
-}
-
-static __always_inline struct addr local_of(const struct sock_common *common)
-{
-	const __u32 *ip6 = common->skc_v6_rcv_saddr.in6_u.u6_addr32;
-
-	if (common->skc_family == AF_INET6)
-		return (struct addr){ { ip6[0], ip6[1], ip6[2], ip6[3] } };
-	return addr4(common->skc_rcv_saddr);
 }
 
 /* Tells the agent of a socket, which knows whether the endpoint is gone or only not eligible. */
@@ -67,7 +53,7 @@ static __always_inline void stale_look(struct bpf_iter__bpf_sk_storage_map *ctx)
 		return;
 	stale.netns = sk->__sk_common.skc_net.net->net_cookie;
 	stale.socket = bpf_get_socket_cookie(sk);
-	stale.local = local_of(&sk->__sk_common);
+	stale.local = sock_local(&sk->__sk_common);
 	stale.local_port = sk->__sk_common.skc_num;
 	stale.device = sk->__sk_common.skc_bound_dev_if;
 	bpf_seq_write(ctx->meta->seq, &stale, sizeof(stale));
