@@ -5,14 +5,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use tracing::{debug, info};
 
 use super::{Controller, Look, Source, is_done};
 use crate::{
     dataplane::StalePeer,
     mesh::facts,
-    node::{self, Closed, Nat, Netns, NetnsCookie, udp},
+    node::{self, Nat, Netns, NetnsCookie, udp},
     problem::{Problem, Reason},
     service::{Catalog, Options, canary},
     source::{Snapshot, SourcePod, manifests::NETNS_ANNOTATION},
@@ -86,8 +86,17 @@ impl Controller {
     pub(super) fn sync_services(&mut self, look: Look) {
         let Some(mut services) = self.services.take() else { return };
         let before = std::mem::take(&mut services.problems);
-        if let Err(error) = self.try_sync_services(look, &mut services) {
-            services.problems.insert(Problem::node(format!("Services: {error:#}")));
+        match self.try_sync_services(look, &mut services) {
+            Ok(true) => {
+                if look == Look::Everything {
+                    self.dial_canaries(&mut services);
+                }
+                self.close_stale(&mut services);
+            }
+            Ok(false) => {}
+            Err(error) => {
+                services.problems.insert(Problem::node(format!("Services: {error:#}")));
+            }
         }
         let more = services.source.iter().chain(&services.full).chain(&services.cannot_close);
         let more = more.chain(services.dead.iter().flatten());
@@ -101,7 +110,8 @@ impl Controller {
         }
     }
 
-    fn try_sync_services(&mut self, look: Look, services: &mut Services) -> Result<()> {
+    /// Whether there is something new: a change that was applied, or a look at everything.
+    fn try_sync_services(&mut self, look: Look, services: &mut Services) -> Result<bool> {
         if !services.are_namespaces_written && !services.namespaces.is_empty() {
             self.dataplane.translate_for(&services.namespaces)?;
             services.are_namespaces_written = true;
@@ -114,7 +124,7 @@ impl Controller {
             }
             Source::Kubernetes(kubernetes, _) => {
                 if !kubernetes.feed(&mut services.catalog) {
-                    return Ok(());
+                    return Ok(false);
                 }
             }
         }
@@ -125,12 +135,8 @@ impl Controller {
         if services.is_applied {
             let again = look == Look::Everything && !services.full.is_empty();
             if changes.is_empty() && !again {
-                if look == Look::Everything {
-                    self.dial_canaries(services);
-                    // A namespace may have become known since the last change.
-                    self.close_stale(services)?;
-                }
-                return Ok(());
+                // A namespace may have become known since the last change.
+                return Ok(look == Look::Everything);
             }
         } else {
             let all = services.catalog.lists().map(|(key, list)| (key.clone(), list.clone()));
@@ -146,8 +152,7 @@ impl Controller {
             Problem { reason: Reason::InvalidService, pod: None, text }
         });
         services.full = full.collect();
-        self.dial_canaries(services);
-        self.close_stale(services)
+        Ok(true)
     }
 
     /// Sees that calls are translated, from the node's namespace and from that of one pod after the
@@ -189,41 +194,59 @@ impl Controller {
     /// Closes the connected UDP sockets whose endpoint is gone: nothing else would tell them, and
     /// what they send is lost. Between the look and the kernel's own comparison a socket can only
     /// have gone, or have another peer.
-    fn close_stale(&self, services: &mut Services) -> Result<()> {
+    fn close_stale(&self, services: &mut Services) {
         services.cannot_close = None;
+        if let Err(error) = self.try_close_stale(services) {
+            let text = format!(
+                "Services: connected UDP sockets may stay connected to endpoints that are gone: \
+                 {error:#}"
+            );
+            services.cannot_close = Some(Problem::node(text));
+        }
+    }
+
+    /// One namespace's failure does not keep the others' sockets open: the last one is returned.
+    fn try_close_stale(&self, services: &Services) -> Result<()> {
         let mut gone: BTreeMap<NetnsCookie, Vec<StalePeer>> = BTreeMap::new();
         for found in self.dataplane.stale_peers()? {
             if services.catalog.is_gone(found.socket.peer, found.frontend) {
                 gone.entry(found.netns).or_default().push(found);
             }
         }
+        if gone.is_empty() {
+            return Ok(());
+        }
+        ensure!(
+            udp::can_close()?,
+            "this kernel has no CONFIG_INET_UDP_DIAG or no CONFIG_INET_DIAG_DESTROY"
+        );
+        let mut result = Ok(());
         for (cookie, sockets) in gone {
             let close = || -> Vec<_> { sockets.iter().map(|one| one.socket.close()).collect() };
             let closed = if self.host.contains(&cookie) {
                 close()
             } else {
                 let Some(path) = self.netns_path(services, cookie) else { continue };
-                Netns::open_as(path, cookie)?.inside(close)?
+                match Netns::open_as(path, cookie).and_then(|netns| netns.inside(close)) {
+                    Ok(closed) => closed,
+                    Err(error) => {
+                        result = Err(error);
+                        continue;
+                    }
+                }
             };
             let mut count = 0;
             for (found, closed) in sockets.iter().zip(closed) {
                 let StalePeer { frontend, socket, .. } = found;
                 match closed {
-                    Ok(Closed::Gone) => {}
-                    Ok(Closed::Now) => {
+                    Ok(true) => {
                         count += 1;
                         debug!(%cookie, ?socket, service = %frontend, "closed a UDP socket");
                     }
-                    Ok(Closed::Never) => {
-                        services.cannot_close = Some(Problem::node(
-                            "Services: connected UDP sockets stay connected to endpoints that are \
-                             gone, since this kernel has no CONFIG_INET_DIAG_DESTROY",
-                        ));
-                    }
+                    Ok(false) => {}
                     Err(error) => {
-                        services.cannot_close = Some(Problem::node(format!(
-                            "Services: cannot close a connected UDP socket from {} to {}, the \
-                             endpoint of {frontend} that is gone: {error:#}",
+                        result = Err(error.context(format!(
+                            "cannot close the one from {} to {}, an endpoint of {frontend}",
                             socket.local, socket.peer
                         )));
                     }
@@ -235,7 +258,7 @@ impl Controller {
                 info!(netns, count, "closed connected UDP sockets whose endpoint is gone");
             }
         }
-        Ok(())
+        result
     }
 
     /// Whose calls are translated: the node's own, enrolled pods', and those of pods that no mesh has

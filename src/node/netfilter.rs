@@ -12,14 +12,13 @@ use std::{
 use anyhow::{Context, Result, bail};
 use nix::{
     errno::Errno,
-    sys::socket::{
-        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto,
-        socket,
-    },
+    sys::socket::{MsgFlags, SockProtocol, recv},
 };
 use rtnetlink::packet_core::{
     NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NlasIterator,
 };
+
+use super::nlmsg;
 
 /// Whoever translates needs the kernel to keep track of connections: where it does not, nobody does,
 /// and nothing is asked that would load a module.
@@ -37,9 +36,7 @@ const NFTA_CHAIN_TYPE: u16 = 7;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NF_INET_PRE_ROUTING: u32 = 0;
 const NF_INET_LOCAL_OUT: u32 = 3;
-/// The length of `struct nlmsghdr`.
-const HEADER: usize = 16;
-/// The length of `struct nfgenmsg`.
+/// The length of `struct nfgenmsg`; of zeros: all families.
 const FAMILY: usize = 4;
 
 /// The direction whose addresses are translated.
@@ -75,17 +72,11 @@ pub fn nat() -> Result<Nat> {
 
 fn chains_translate() -> Result<Nat> {
     let protocol = SockProtocol::NetlinkNetFilter;
-    let socket =
-        match socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol) {
-            Err(Errno::EPROTONOSUPPORT) => return Ok(Nat::default()),
-            socket => socket?,
-        };
-    let mut request = ((HEADER + FAMILY) as u32).to_ne_bytes().to_vec();
-    request.extend(NFT_MSG_GETCHAIN.to_ne_bytes());
-    request.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
-    request.resize(HEADER + FAMILY, 0); // any number, from whoever, of all families
-    let kernel = NetlinkAddr::new(0, 0);
-    sendto(socket.as_raw_fd(), &request, &kernel, MsgFlags::empty())?;
+    let dump = NLM_F_REQUEST | NLM_F_DUMP;
+    let socket = match nlmsg::send(protocol, NFT_MSG_GETCHAIN, dump, &[0; FAMILY]) {
+        Err(Errno::EPROTONOSUPPORT) => return Ok(Nat::default()),
+        socket => socket?,
+    };
     let mut buffer = vec![0; 32 << 10];
     let mut found = Nat::default();
     loop {
@@ -144,7 +135,7 @@ fn attributes(bytes: &[u8]) -> BTreeMap<u16, Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::nlmsg::HEADER, *};
 
     const NESTED: u16 = 1 << 15;
 

@@ -10,17 +10,15 @@ use std::{
 use anyhow::{Context, Result, bail};
 use nix::{
     errno::Errno,
-    sys::socket::{
-        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto,
-        socket,
-    },
+    sys::socket::{MsgFlags, SockProtocol, recv},
 };
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer};
 
-// From linux/sock_diag.h.
+use super::nlmsg;
+
+// From linux/sock_diag.h and linux/inet_diag.h.
 const SOCK_DESTROY: u16 = 21;
-/// The length of `struct nlmsghdr` with `struct inet_diag_req_v2`.
-const REQUEST: u32 = 16 + 56;
+const INET_DIAG_NOCOOKIE: u64 = u64::MAX;
 
 /// A socket's own address and its peer's, of one that is connected to `to` from the calling thread's
 /// namespace. Nothing is sent.
@@ -28,11 +26,29 @@ const REQUEST: u32 = 16 + 56;
 /// # Errors
 /// Where the kernel refuses to connect.
 pub fn connect(to: SocketAddr) -> io::Result<(SocketAddr, SocketAddr)> {
+    let socket = connected(to)?;
+    Ok((socket.local_addr()?, socket.peer_addr()?))
+}
+
+fn connected(to: SocketAddr) -> io::Result<UdpSocket> {
     let any: IpAddr =
         if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(to)?;
-    Ok((socket.local_addr()?, socket.peer_addr()?))
+    Ok(socket)
+}
+
+/// Whether the kernel closes other processes' UDP sockets, tried with one of this process: a kernel
+/// without `CONFIG_INET_UDP_DIAG` says of each that there is none, and one without
+/// `CONFIG_INET_DIAG_DESTROY` that it does not.
+///
+/// # Errors
+/// Where the kernel refuses, or there is no socket to be had.
+pub fn can_close() -> Result<bool> {
+    let socket =
+        connected((Ipv4Addr::LOCALHOST, 1).into()).context("cannot connect to localhost")?;
+    let (local, peer) = (socket.local_addr()?, socket.peer_addr()?);
+    ConnectedUdp { cookie: INET_DIAG_NOCOOKIE, local, peer, device: 0 }.close()
 }
 
 /// A connected UDP socket, as the kernel finds it: one that has been connected elsewhere meanwhile,
@@ -49,51 +65,33 @@ pub struct ConnectedUdp {
     pub device: u32,
 }
 
-/// What became of a socket that was to be closed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Closed {
-    /// Its process gets ECONNABORTED from the next call, once, and the socket is connected to
-    /// nothing.
-    Now,
-    /// There is no such socket, or it has another peer.
-    Gone,
-    /// The kernel closes no sockets of others: it was built without `CONFIG_INET_DIAG_DESTROY`.
-    Never,
-}
-
 impl ConnectedUdp {
-    /// Closes the socket, which is in the calling thread's network namespace.
+    /// Closes the socket, which is in the calling thread's network namespace: its process gets
+    /// ECONNABORTED from the next call, once, and the socket is connected to nothing. False: there is
+    /// no such socket, it has another peer, or this kernel closes none (see [`can_close`]).
     ///
     /// # Errors
     /// Where the kernel refuses.
-    pub fn close(&self) -> Result<Closed> {
-        let flags = SockFlag::SOCK_CLOEXEC;
-        let netlink = SockProtocol::NetlinkSockDiag;
-        let netlink = socket(AddressFamily::Netlink, SockType::Raw, flags, netlink)
-            .context("cannot open a socket of NETLINK_SOCK_DIAG")?;
-        let kernel = NetlinkAddr::new(0, 0);
-        sendto(netlink.as_raw_fd(), &self.request(), &kernel, MsgFlags::empty())?;
+    pub fn close(&self) -> Result<bool> {
+        let flags = NLM_F_REQUEST | NLM_F_ACK;
+        let netlink =
+            nlmsg::send(SockProtocol::NetlinkSockDiag, SOCK_DESTROY, flags, &self.request())?;
         let mut buffer = [0; 1024];
         let received = recv(netlink.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?;
         let answer = NetlinkBuffer::new_checked(&buffer[..received])?;
         let code = answer.payload().first_chunk().filter(|_| answer.message_type() == NLMSG_ERROR);
         let code = i32::from_ne_bytes(*code.context("the kernel gave no answer")?);
         match Errno::from_raw(code.wrapping_neg()) {
-            _ if code == 0 => Ok(Closed::Now),
-            Errno::ENOENT => Ok(Closed::Gone),
-            Errno::EOPNOTSUPP => Ok(Closed::Never),
+            _ if code == 0 => Ok(true),
+            Errno::ENOENT | Errno::EOPNOTSUPP => Ok(false),
             errno => bail!(io::Error::from(errno)),
         }
     }
 
-    /// The kernel finds an IPv4 peer by IPv4, whatever the socket's family.
+    /// `struct inet_diag_req_v2`. The kernel finds an IPv4 peer by IPv4, whatever the socket's family.
     fn request(&self) -> Vec<u8> {
         let family = if self.peer.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-        let mut request = REQUEST.to_ne_bytes().to_vec();
-        request.extend(SOCK_DESTROY.to_ne_bytes());
-        request.extend((NLM_F_REQUEST | NLM_F_ACK).to_ne_bytes());
-        request.extend([0; 8]); // any number, from whoever
-        request.extend([family as u8, libc::IPPROTO_UDP as u8, 0, 0]);
+        let mut request = vec![family as u8, libc::IPPROTO_UDP as u8, 0, 0];
         request.extend(u32::MAX.to_ne_bytes()); // in any state
         request.extend(self.local.port().to_be_bytes());
         request.extend(self.peer.port().to_be_bytes());

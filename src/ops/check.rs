@@ -1,11 +1,6 @@
 //! Checks the kernel and the machine by asking them, never by reading versions.
 
-use std::{
-    collections::BTreeMap,
-    fmt::Write,
-    net::{Ipv4Addr, SocketAddr},
-    path::Path,
-};
+use std::{collections::BTreeMap, fmt::Write, path::Path};
 
 use anyhow::Result;
 use nix::{sys::utsname::uname, unistd::geteuid};
@@ -13,7 +8,7 @@ use serde::Serialize;
 
 use crate::{
     dataplane::{self, Pins, ProgramCost, bpffs},
-    node::{Cgroup, Closed, ConnectedUdp, NetnsCookie},
+    node::{Cgroup, NetnsCookie, udp},
     splice::{self, Hazard, Leg, LegState, Mode},
     text::beside,
 };
@@ -118,13 +113,12 @@ fn order(pins: &Pins, cgroup: &Cgroup, can_be_first: bool) -> Result<String> {
 
 /// Whether the kernel closes a UDP socket whose endpoint is gone. Services are translated without.
 fn closes_udp() -> Result<String> {
-    let nobody = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
-    let socket = ConnectedUdp { cookie: 1, local: nobody, peer: nobody, device: 0 };
-    Ok(match socket.close()? {
-        Closed::Now | Closed::Gone => "this kernel does that for --services".into(),
-        Closed::Never => "WARNING: with --services, connected UDP sockets stay connected to \
-                          endpoints that are gone: the kernel lacks CONFIG_INET_DIAG_DESTROY"
-            .into(),
+    Ok(if udp::can_close()? {
+        "this kernel does that for --services".into()
+    } else {
+        "WARNING: with --services, connected UDP sockets stay connected to endpoints that are gone: \
+         the kernel lacks CONFIG_INET_UDP_DIAG or CONFIG_INET_DIAG_DESTROY"
+            .into()
     })
 }
 
