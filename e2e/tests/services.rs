@@ -13,7 +13,8 @@ use k8s_openapi::api::{
     discovery::v1::EndpointSlice,
 };
 use serde_json::{Value, json};
-use sidestep_lab::{Pod, Server};
+use sidestep_e2e::Envtest;
+use sidestep_lab::{Lab, Pod, PodNet, Server};
 
 const PORT: u16 = 80;
 const TARGET: u16 = 8080;
@@ -195,4 +196,34 @@ fn what_is_wrong_with_a_service_is_told_to_the_node() {
         web.cluster.has_event("Node", name, "InvalidService", &words)
     });
     web.wait_backends(&[&web.cluster.b]);
+}
+
+/// An agent that reaches the API server by an address of a Service would be led to an endpoint by its
+/// own programs, one that may be gone.
+#[test]
+fn r23_the_agents_own_calls_are_not_translated() {
+    let lab = Lab::new("svc-own").expect("a lab");
+    let server = lab.pod("api", PodNet::DUAL).expect("a pod");
+    let IpAddr::V4(at) = server.ipv4() else { panic!("an IPv4 address") };
+    let api = Envtest::start_in(&server.netns(), at).expect("an API server");
+    let at = api.address();
+    let mut parts = Parts::on("svc-own", api, lab);
+    let node = parts.lab.node_name().to_owned();
+    parts.run_agent_by(&format!("nsenter --net=/run/netns/{node} --"));
+    let flags = ["--services", "--services-external-ips"];
+    let mut web = Web::new(parts.cluster(&flags, |_| {}));
+    let b = &web.cluster.b;
+    let _app = Web::serve(b);
+    web.cluster.becomes("the Service to answer", || web.met() == Ok(b.ipv4()));
+
+    web.vip = at;
+    let ports = [json!({"name": "http", "port": at.port()})];
+    let patch = json!({"spec": {"externalIPs": [at.ip()], "ports": ports}});
+    web.cluster.api.patch::<Service>(&web.cluster.name, "web", &patch).expect("patched");
+    web.wait_backends(&[b]);
+    assert_eq!(web.met(), Ok(b.ipv4()), "others are led to the endpoint");
+    web.cluster.agent.kill9();
+    web.cluster.agent.restart().expect("starts");
+    web.set(&[web.endpoint(&web.cluster.a, json!({}))]);
+    web.wait_backends(&[&web.cluster.a]);
 }
