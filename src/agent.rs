@@ -440,6 +440,11 @@ fn answer(
                 let _ = answer.send(Reply { problems, ..Reply::default() });
                 continue;
             }
+            (Request::Services, _) => {
+                let services = controller.wanted_services();
+                let _ = answer.send(Reply { services, ..Reply::default() });
+                continue;
+            }
             (Request::Del { container }, _) => {
                 controller.delete(&container);
                 Ok(())

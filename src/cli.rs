@@ -10,7 +10,8 @@ use crate::{
     cni::{self, OnAgentAway, conflist},
     dataplane::{self, bpffs},
     ops::{
-        check, status,
+        check,
+        status::{self, Shown},
         telemetry::{self, LogFormat},
     },
     service,
@@ -225,7 +226,9 @@ struct SocketArgs {
 /// Parses `NAMESPACE/NAME`.
 fn namespaced(text: &str) -> Result<(String, String), String> {
     match text.split_once('/') {
-        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => {
+        Some((namespace, name))
+            if !namespace.is_empty() && !name.is_empty() && !name.contains('/') =>
+        {
             Ok((namespace.into(), name.into()))
         }
         _ => Err("expected NAMESPACE/NAME".into()),
@@ -300,9 +303,15 @@ struct StatusArgs {
     socket: SocketArgs,
     #[command(flatten)]
     output: OutputArgs,
-    /// List the addresses of Services that are translated, and their endpoints.
+    /// List the addresses of Services that are translated, and their endpoints, as the kernel has them.
+    ///
+    /// An agent that runs with --cni is asked for the Services' names, and for what it wants the kernel
+    /// to have: differences are listed.
     #[arg(long)]
     services: bool,
+    /// The same for one Service; fails if none of its addresses is translated.
+    #[arg(long, value_name = "NAMESPACE/NAME", value_parser = namespaced, conflicts_with = "services")]
+    service: Option<(String, String)>,
 }
 
 #[derive(Debug, Args)]
@@ -344,7 +353,12 @@ impl Cli {
             Command::Status(args) => {
                 telemetry::init(LogFormat::Human);
                 let pins = args.paths.pins()?;
-                let status = status::status(&pins, &args.socket.cni_socket, args.services)?;
+                let shown = match args.service {
+                    Some((namespace, name)) => Shown::One(format!("{namespace}/{name}")),
+                    None if args.services => Shown::All,
+                    None => Shown::None,
+                };
+                let status = status::status(&pins, &args.socket.cni_socket, &shown)?;
                 print(&args.output, &status, status::Status::text)?;
                 Ok(ExitCode::SUCCESS)
             }
@@ -398,6 +412,16 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_service_is_named_by_its_namespace_and_name() {
+        for wrong in ["web", "/web", "shop/", "shop/web/http", ""] {
+            let parsed = Cli::try_parse_from(["sidestep", "status", "--service", wrong]);
+            let error = parsed.expect_err(wrong).to_string();
+            assert!(error.contains("expected NAMESPACE/NAME"), "{wrong}: {error}");
+        }
+        Cli::try_parse_from(["sidestep", "status", "--service", "shop/web"]).expect("parsed");
     }
 
     #[test]

@@ -12,7 +12,9 @@ use k8s_openapi::api::{
     core::v1::{Node as ApiNode, Service},
     discovery::v1::EndpointSlice,
 };
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use serde_json::{Value, json};
+use sidestep::dataplane::LAYOUT;
 use sidestep_e2e::Envtest;
 use sidestep_lab::{Lab, Pod, PodNet, Server};
 
@@ -226,4 +228,89 @@ fn r23_the_agents_own_calls_are_not_translated() {
     web.cluster.agent.restart().expect("starts");
     web.set(&[web.endpoint(&web.cluster.a, json!({}))]);
     web.wait_backends(&[&web.cluster.a]);
+}
+
+#[test]
+fn status_names_services_and_tells_where_the_kernel_differs() {
+    let web = Web::new(Cluster::with("svc-status", &["--services"], |_| {}));
+    web.wait_backends(&[&web.cluster.b]);
+    let name = &web.cluster.name;
+    let socket = web.cluster.dir.path().join("cni.sock");
+    let socket = socket.to_str().expect("a path");
+    let status = |args: &[&str]| {
+        let args = [&["status", "--cni-socket", socket], args].concat();
+        web.cluster.agent.command(&args).map_err(|error| format!("{error:#}"))
+    };
+    let json = |args: &[&str]| -> Value {
+        let text = status(&[&["-o", "json"], args].concat()).expect("a status");
+        serde_json::from_str(&text).expect("JSON")
+    };
+    let (service, port) = (format!("{name}/web"), format!("{name}/web:http"));
+    let endpoint = addr(web.cluster.b.ipv4(), TARGET);
+    let found = json!([{
+        "service": port, "address": web.vip, "protocol": "TCP", "backends": [endpoint],
+    }]);
+    let one = json(&["--service", &service]);
+    assert_eq!((&one["services"], &one["service_drift"]), (&found, &json!([])));
+    let all = json(&["--services"]);
+    let all = all["services"].as_array().expect("services");
+    // The API server's own.
+    for of in ["default/kubernetes:https", &port] {
+        assert!(all.iter().any(|one| one["service"] == of), "{of}: {all:#?}");
+    }
+    let text = status(&["--service", &service]).expect("a status");
+    let line = format!("  {} TCP {port}  {endpoint}\n", web.vip);
+    assert!(text.contains(&line) && !text.contains("default/kubernetes"), "{text}");
+    assert!(text.contains("Addresses that differ from what the agent wants: 0\n"), "{text}");
+
+    // One that does not exist, or has nothing that could be translated.
+    web.cluster.create(json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": "headless", "namespace": name},
+        "spec": {"clusterIP": "None", "ports": [{"port": PORT}]},
+    }));
+    for unknown in ["we", "headless"] {
+        let unknown = format!("{name}/{unknown}");
+        let error = status(&["--service", &unknown]).expect_err("there is no such Service");
+        let named = format!("no address of a Service {unknown} is translated");
+        assert!(error.contains(&named), "{error}");
+    }
+
+    // Somebody else takes the address out of the kernel's map, and puts another one in.
+    let path = web.cluster.agent.bpffs().join(LAYOUT).join("maps/services");
+    let map = MapHandle::from_pinned_path(path).expect("a pinned map");
+    let vip = web.vip.ip().to_string();
+    let IpAddr::V4(v4) = web.vip.ip() else { panic!("{vip} is IPv6") };
+    let is_it = |key: &Vec<u8>| key.windows(4).any(|part| part == v4.octets());
+    let key = map.keys().find(is_it).expect("the address");
+    let list = map.lookup(&key, MapFlags::ANY).expect("read").expect("an entry");
+    map.delete(&key).expect("deleted");
+    let mut other = key.clone();
+    let at = other.windows(4).position(|part| part == v4.octets()).expect("the address");
+    other[at..at + 4].copy_from_slice(&[192, 0, 2, 7]);
+    map.update(&other, &list, MapFlags::ANY).expect("written");
+    let gone = json!({
+        "address": web.vip, "protocol": "TCP", "service": port,
+        "kernel": null, "agent": [endpoint],
+    });
+    let new = json!({
+        "address": format!("192.0.2.7:{PORT}"), "protocol": "TCP", "service": null,
+        "kernel": [endpoint], "agent": null,
+    });
+    assert_eq!(json(&["--services"])["service_drift"], json!([gone, new]));
+    assert_eq!(json(&["--service", &service])["service_drift"], json!([gone]));
+    let text = status(&["--services"]).expect("a status");
+    let line = format!("{} TCP {port}  kernel: not translated; agent: {endpoint}", web.vip);
+    assert!(text.contains("what the agent wants: 2\n") && text.contains(&line), "{text}");
+
+    // Nobody says names.
+    let args = ["status", "--cni-socket", "/nonexistent/s", "--services", "-o", "json"];
+    let text = web.cluster.agent.command(&args).expect("a status");
+    let status: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(status["service_drift"], Value::Null);
+    let named = status["services"].as_array().expect("services").iter();
+    assert_eq!(named.filter(|one| !one["service"].is_null()).count(), 0, "{text}");
+    let args = ["status", "--cni-socket", "/nonexistent/s", "--service", &service];
+    let error = web.cluster.agent.command(&args).expect_err("nobody knows it");
+    assert!(format!("{error:#}").contains("/nonexistent/s"), "{error:#}");
 }

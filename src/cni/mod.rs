@@ -10,7 +10,7 @@ use std::{collections::BTreeSet, path::PathBuf};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::{node::Sandbox, problem::Problem};
+use crate::{node::Sandbox, problem::Problem, service::Wanted};
 
 /// The plugin's name in CNI configurations, and its file's in the directory of plugins.
 pub const PLUGIN: &str = "sidestep-cni";
@@ -89,6 +89,8 @@ pub enum Request {
     },
     /// Which problems does this node have? `sidestep status` asks.
     Problems,
+    /// Which addresses of Services should the kernel have? `sidestep status` asks.
+    Services,
 }
 
 impl Request {
@@ -100,6 +102,7 @@ impl Request {
             Self::Del { .. } => "del",
             Self::Gc { .. } => "gc",
             Self::Problems => "problems",
+            Self::Services => "services",
         }
     }
 }
@@ -115,11 +118,14 @@ pub struct Reply {
     /// The node's problems, if the request asked for them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problems: Option<BTreeSet<Problem>>,
+    /// The addresses of Services, if the request asked for them and the agent has read them all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub services: Option<Vec<Wanted>>,
 }
 
 impl Reply {
     /// A failure with this error.
     pub fn refusal(error: String, retry: bool) -> Self {
-        Self { error: Some(error), retry, problems: None }
+        Self { error: Some(error), retry, ..Self::default() }
     }
 }

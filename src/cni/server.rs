@@ -115,7 +115,7 @@ async fn ask(request: Request, api: &ApiServer, asked: &mpsc::Sender<Asked>) -> 
             Ok(pod) => pod,
             Err(error) => return Reply::refusal(format!("{error:#}"), true),
         },
-        Request::Del { .. } | Request::Gc { .. } | Request::Problems => None,
+        Request::Del { .. } | Request::Gc { .. } | Request::Problems | Request::Services => None,
     };
     let (answer, answered) = oneshot::channel();
     let gone = Reply::refusal("the agent is shutting down".into(), true);

@@ -14,7 +14,7 @@ use crate::{
     mesh::facts,
     node::{self, Nat, Netns, NetnsCookie, udp},
     problem::{Problem, Reason},
-    service::{Catalog, Options, canary},
+    service::{Catalog, Options, Wanted, canary},
     source::{Snapshot, SourcePod, manifests::NETNS_ANNOTATION},
 };
 
@@ -79,6 +79,14 @@ impl Controller {
     /// What is wrong with Services.
     pub(super) fn service_problems(&self) -> impl Iterator<Item = &Problem> {
         self.services.iter().flat_map(|services| &services.problems)
+    }
+
+    /// The addresses of Services that the kernel should have; `None` if they are not translated, or the
+    /// source has not spoken of all of them yet.
+    #[must_use]
+    pub fn wanted_services(&self) -> Option<Vec<Wanted>> {
+        let services = self.services.as_ref().filter(|services| services.is_applied)?;
+        Some(services.catalog.wanted())
     }
 
     /// Brings the kernel in step with what the source says of Services, where it has spoken of all of

@@ -9,13 +9,14 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Result;
+use anyhow::{Result, anyhow, bail};
 use serde::Serialize;
 
 use crate::{
     cni::{Request, plugin},
     dataplane::{self, Pins},
     problem::Problem,
+    service::{Frontend, Wanted},
     splice::{Leg, LegState},
     text::beside,
 };
@@ -45,16 +46,70 @@ pub struct Status {
     pub counters: BTreeMap<&'static str, BTreeMap<&'static str, u64>>,
     /// Counters of Services since the maps were made: name -> value.
     pub service_counters: BTreeMap<&'static str, u64>,
-    /// The Services in the kernel's maps; only with `--services`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub services: Option<Vec<ServiceStatus>>,
+    /// The addresses of Services; only if they are asked for.
+    #[serde(flatten)]
+    pub services: Option<Services>,
     /// The problems that the agent reports; null without an agent.
     pub problems: Option<Vec<ProblemStatus>>,
+}
+
+/// The addresses of Services that are shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Shown {
+    /// None.
+    None,
+    /// All that the kernel translates.
+    All,
+    /// Those of this Service, `namespace/name`.
+    One(String),
+}
+
+impl Shown {
+    /// Whether an address of this Service's port is shown.
+    fn has(&self, port: Option<&str>) -> bool {
+        match self {
+            Self::None => false,
+            Self::All => true,
+            Self::One(service) => {
+                let rest = port.and_then(|port| port.strip_prefix(service.as_str()));
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(':'))
+            }
+        }
+    }
+}
+
+/// The addresses of Services.
+#[derive(Debug, Default, Serialize)]
+pub struct Services {
+    /// In the kernel's maps.
+    pub services: Vec<ServiceStatus>,
+    /// Where the kernel's maps are not what the agent wants them to be; null if it did not say.
+    pub service_drift: Option<Vec<Drift>>,
+    /// Why it did not.
+    #[serde(skip)]
+    pub unnamed: Option<String>,
+}
+
+/// An address of which the kernel's maps and the agent say different things.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Drift {
+    /// The dialled address: `IP:port`.
+    pub address: SocketAddr,
+    /// The protocol, TCP or UDP.
+    pub protocol: String,
+    /// The port of the Service that should have it, `namespace/name:port`; null: none should.
+    pub service: Option<String>,
+    /// The endpoints in the kernel; null: the address is not translated.
+    pub kernel: Option<BTreeSet<SocketAddr>>,
+    /// The endpoints that the agent wants there; null: it wants no such address.
+    pub agent: Option<BTreeSet<SocketAddr>>,
 }
 
 /// An address that is translated to endpoints.
 #[derive(Debug, Serialize)]
 pub struct ServiceStatus {
+    /// The Service's port, `namespace/name:port`; null if no agent says it.
+    pub service: Option<String>,
     /// The dialled address: `IP:port`.
     pub address: SocketAddr,
     /// The protocol, TCP or UDP.
@@ -118,13 +173,16 @@ pub struct HookStatus {
 }
 
 /// Reads the state of the data plane below these pins, and asks the agent at `socket`, where there
-/// is one, what is wrong. `with_services` lists Services.
+/// is one, what is wrong.
 ///
 /// # Errors
-/// If a pinned map cannot be read.
-pub fn status(pins: &Pins, socket: &Path, with_services: bool) -> Result<Status> {
+/// If a pinned map cannot be read, or the one Service that is asked for is not translated.
+pub fn status(pins: &Pins, socket: &Path, shown: &Shown) -> Result<Status> {
     let problems = problems(socket);
     if !pins.exist() {
+        if let Shown::One(service) = shown {
+            bail!("Service {service}: nothing is installed: no agent has used these pins");
+        }
         return Ok(Status {
             version: 1,
             installed: false,
@@ -133,7 +191,7 @@ pub fn status(pins: &Pins, socket: &Path, with_services: bool) -> Result<Status>
             hooks: Vec::new(),
             counters: BTreeMap::new(),
             service_counters: BTreeMap::new(),
-            services: with_services.then(Vec::new),
+            services: (*shown != Shown::None).then(Services::default),
             problems,
         });
     }
@@ -165,7 +223,10 @@ pub fn status(pins: &Pins, socket: &Path, with_services: bool) -> Result<Status>
     let splice = SpliceStatus { legs, sockets };
     let counters = dataplane::counters(pins)?;
     let service_counters = dataplane::service_counters(pins)?;
-    let services = with_services.then(|| services(pins)).transpose()?;
+    let services = match shown {
+        Shown::None => None,
+        shown => Some(services(pins, socket, shown, problems.as_deref().unwrap_or_default())?),
+    };
     Ok(Status {
         version: 1,
         installed: true,
@@ -179,14 +240,133 @@ pub fn status(pins: &Pins, socket: &Path, with_services: bool) -> Result<Status>
     })
 }
 
-/// Reads the Services from the kernel's maps.
-fn services(pins: &Pins) -> Result<Vec<ServiceStatus>> {
-    let all = dataplane::services(pins)?.into_iter().map(|(frontend, backends)| ServiceStatus {
-        address: SocketAddr::new(frontend.ip, frontend.port),
-        protocol: frontend.protocol.to_string(),
-        backends,
+/// What the kernel's maps hold.
+type Held = BTreeMap<Frontend, BTreeSet<SocketAddr>>;
+
+/// Reads the addresses of Services from the kernel's maps, and compares them with what the agent
+/// wants. An agent that changes the maps meanwhile causes no difference that two looks would see.
+fn services(
+    pins: &Pins,
+    socket: &Path,
+    shown: &Shown,
+    problems: &[ProblemStatus],
+) -> Result<Services> {
+    let look = || -> Result<(Result<Vec<Wanted>>, Held)> {
+        Ok((wanted(socket), dataplane::services(pins)?))
+    };
+    let (wanted, held) = look()?;
+    let wanted = match (wanted, shown) {
+        (Ok(wanted), _) => wanted,
+        (Err(error), Shown::One(service)) => {
+            return Err(error.context(format!("cannot tell which addresses Service {service} has")));
+        }
+        (Err(error), _) => {
+            let services = held
+                .into_iter()
+                .map(|(frontend, backends)| ServiceStatus::new(frontend, None, backends));
+            let unnamed = Some(format!("{error:#}"));
+            return Ok(Services { services: services.collect(), service_drift: None, unnamed });
+        }
+    };
+    let mut drift = drift(&wanted, &held);
+    if !drift.is_empty() {
+        let (again, held) = look()?;
+        let again = self::drift(&again?, &held);
+        drift.retain(|one| again.contains(one));
+    }
+    drift.retain(|one| shown.has(one.service.as_deref()));
+    let names: BTreeMap<Frontend, String> =
+        wanted.into_iter().map(|one| (one.frontend, one.port)).collect();
+    let services: Vec<ServiceStatus> = held
+        .into_iter()
+        .map(|(frontend, backends)| {
+            ServiceStatus::new(frontend, names.get(&frontend).cloned(), backends)
+        })
+        .filter(|one| shown.has(one.service.as_deref()))
+        .collect();
+    if let Shown::One(service) = shown
+        && services.is_empty()
+        && drift.is_empty()
+    {
+        let of_it = format!("Service {service}: ");
+        let said = problems.iter().map(|problem| &problem.text).filter(|t| t.contains(&of_it));
+        let why: String = said.map(|text| format!("\n{text}")).collect();
+        bail!(
+            "no address of a Service {service} is translated: there is no such Service, or it has \
+             no virtual IP, or another proxy's label, or its addresses are left to kube-proxy{why}"
+        );
+    }
+    Ok(Services { services, service_drift: Some(drift), unnamed: None })
+}
+
+/// Asks the agent that listens there which addresses of Services it wants in the kernel.
+fn wanted(socket: &Path) -> Result<Vec<Wanted>> {
+    let reply = plugin::ask(socket, &Request::Services, ANSWER)?;
+    let why = reply.error.unwrap_or_else(|| {
+        "the agent does not translate Services, or has not read all of them yet".into()
     });
-    Ok(all.collect())
+    reply.services.ok_or_else(|| anyhow!(why))
+}
+
+/// Where the maps do not hold what the agent wants.
+fn drift(wanted: &[Wanted], held: &Held) -> Vec<Drift> {
+    let wanted: BTreeMap<Frontend, &Wanted> =
+        wanted.iter().map(|one| (one.frontend, one)).collect();
+    let all: BTreeSet<&Frontend> = wanted.keys().chain(held.keys()).collect();
+    let compare = |frontend: &Frontend| {
+        let (agent, kernel) = (wanted.get(frontend), held.get(frontend));
+        let service = agent.map(|wanted| wanted.port.clone());
+        let agent = agent.map(|wanted| &wanted.backends);
+        (agent != kernel).then(|| Drift {
+            address: SocketAddr::new(frontend.ip, frontend.port),
+            protocol: frontend.protocol.to_string(),
+            service,
+            kernel: kernel.cloned(),
+            agent: agent.cloned(),
+        })
+    };
+    all.into_iter().filter_map(compare).collect()
+}
+
+impl ServiceStatus {
+    fn new(frontend: Frontend, service: Option<String>, backends: BTreeSet<SocketAddr>) -> Self {
+        let address = SocketAddr::new(frontend.ip, frontend.port);
+        Self { service, address, protocol: frontend.protocol.to_string(), backends }
+    }
+}
+
+impl Services {
+    fn text(&self) -> String {
+        let endpoints = |backends: &BTreeSet<SocketAddr>| -> String {
+            if backends.is_empty() {
+                return "no endpoints: connections are refused".into();
+            }
+            backends.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(", ")
+        };
+        let label = |address: &SocketAddr, protocol: &str, service: &Option<String>| {
+            let service = service.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
+            format!("  {address} {protocol}{service}  ")
+        };
+        let mut text = format!("Addresses of Services: {}\n", self.services.len());
+        for one in &self.services {
+            let label = label(&one.address, &one.protocol, &one.service);
+            text += &beside(&label, &endpoints(&one.backends));
+        }
+        if let Some(why) = &self.unnamed {
+            text += &beside("Names and differences are unknown: ", why);
+        }
+        if let Some(drift) = &self.service_drift {
+            text += &format!("Addresses that differ from what the agent wants: {}\n", drift.len());
+            for one in drift {
+                let side = |found: &Option<BTreeSet<SocketAddr>>| {
+                    found.as_ref().map_or("not translated".into(), endpoints)
+                };
+                let both = format!("kernel: {}; agent: {}", side(&one.kernel), side(&one.agent));
+                text += &beside(&label(&one.address, &one.protocol, &one.service), &both);
+            }
+        }
+        text
+    }
 }
 
 /// Asks the agent that listens there for its problems.
@@ -244,18 +424,7 @@ impl Status {
             }
         }
         if let Some(services) = &self.services {
-            text += &format!("Addresses of Services: {}\n", services.len());
-            for service in services {
-                let label = format!("  {} {}  ", service.address, service.protocol);
-                let backends: Vec<String> =
-                    service.backends.iter().map(SocketAddr::to_string).collect();
-                let backends = if backends.is_empty() {
-                    "no endpoints: connections are refused".into()
-                } else {
-                    backends.join(", ")
-                };
-                text += &beside(&label, &backends);
-            }
+            text += &services.text();
         }
         text
     }
@@ -312,6 +481,10 @@ mod tests {
         let longest = format!("{}/{}", "n".repeat(63), "p".repeat(253));
         let text = "a-word-of-an-annotation,".repeat(60);
         let off = LegState { on: false, why: "the self-test could not run ".repeat(10) };
+        let port = format!("{}/{}:{}", "n".repeat(63), "s".repeat(63), "p".repeat(63));
+        let address = "[fd00:1111:2222:3333:4444:5555:6666:7777]:65535".parse().expect("it");
+        let backends: BTreeSet<SocketAddr> =
+            (0..9).map(|n| SocketAddr::new([10, 244, 100, n].into(), 8080)).collect();
         let status = Status {
             version: 1,
             installed: true,
@@ -323,11 +496,22 @@ mod tests {
             hooks: vec![HookStatus { name: "find_listeners", attached: false, cgroup_id: 0 }],
             counters: MESHES.iter().map(|mesh| (mesh.name, counters())).collect(),
             service_counters: BTreeMap::from([("service_missed", u64::MAX)]),
-            services: Some(vec![ServiceStatus {
-                address: "[fd00:1111:2222:3333:4444:5555:6666:7777]:65535".parse().expect("it"),
-                protocol: "UDP".into(),
-                backends: (0..9).map(|n| SocketAddr::new([10, 244, 100, n].into(), 8080)).collect(),
-            }]),
+            services: Some(Services {
+                services: vec![ServiceStatus {
+                    service: Some(port.clone()),
+                    address,
+                    protocol: "UDP".into(),
+                    backends: backends.clone(),
+                }],
+                service_drift: Some(vec![Drift {
+                    address,
+                    protocol: "UDP".into(),
+                    service: Some(port.clone()),
+                    kernel: Some(backends),
+                    agent: None,
+                }]),
+                unnamed: Some("a word ".repeat(30)),
+            }),
             problems: Some(vec![ProblemStatus {
                 reason: "InboundNotIntercepted",
                 pod: Some(longest.clone()),
@@ -338,12 +522,57 @@ mod tests {
         let long: Vec<&str> = printed.lines().filter(|line| line.len() > WIDTH).collect();
         assert!(long.is_empty(), "{long:#?}");
         let joined = printed.replace(['\n', ' '], "");
-        for whole in [longest, text, off.why.replace(' ', "")] {
+        for whole in [longest, port, text, off.why.replace(' ', "")] {
             assert!(joined.contains(&whole), "{printed}");
         }
         let last = u64::MAX.to_string();
         let is_whole = |line: &str| line.contains("shop/cart") && line.contains("192.168.100.100");
         assert!(printed.lines().any(is_whole), "{printed}");
         assert!(printed.contains(&format!(" {last}  {last}")), "columns are apart: {printed}");
+    }
+
+    #[test]
+    fn drift_is_what_the_two_do_not_say_alike() {
+        let frontend = |port| Frontend {
+            ip: [10, 96, 0, 1].into(),
+            port,
+            protocol: crate::service::Protocol::Tcp,
+        };
+        let at = |n: u8| SocketAddr::new([10, 0, 0, n].into(), 8080);
+        let wanted = |port, backends: &[SocketAddr]| Wanted {
+            frontend: frontend(port),
+            port: format!("shop/web:p{port}"),
+            backends: backends.iter().copied().collect(),
+        };
+        let wanted = [wanted(1, &[at(1)]), wanted(2, &[at(1), at(2)]), wanted(3, &[])];
+        let held = |port, backends: &[SocketAddr]| {
+            (frontend(port), backends.iter().copied().collect::<BTreeSet<_>>())
+        };
+        let held: Held = [held(1, &[at(1)]), held(2, &[at(1)]), held(4, &[at(4)])].into();
+        let found = drift(&wanted, &held);
+        let brief = |one: &Drift| {
+            let count = |side: &Option<BTreeSet<SocketAddr>>| side.as_ref().map(BTreeSet::len);
+            (one.address.port(), one.service.clone(), count(&one.kernel), count(&one.agent))
+        };
+        let expected = [
+            (2, Some("shop/web:p2".to_owned()), Some(1), Some(2)),
+            (3, Some("shop/web:p3".to_owned()), None, Some(0)),
+            (4, None, Some(1), None),
+        ];
+        assert_eq!(found.iter().map(brief).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn one_service_is_shown_with_all_of_its_ports_and_no_other() {
+        let one = Shown::One("shop/web".into());
+        for (port, is_shown) in [
+            (Some("shop/web"), true),
+            (Some("shop/web:http"), true),
+            (Some("shop/web2:http"), false),
+            (Some("shop/we:http"), false),
+            (None, false),
+        ] {
+            assert_eq!(one.has(port), is_shown, "{port:?}");
+        }
     }
 }

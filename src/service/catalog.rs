@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    Family, Frontend, List, ListKey, Protocol,
+    Family, Frontend, List, ListKey, Protocol, Wanted,
     endpoints::{Endpoint, eligible},
     facts::{Kind, ServiceFacts, SliceFacts},
 };
@@ -176,7 +176,7 @@ impl Catalog {
         let mut touched = BTreeSet::new();
         for name in &stale {
             let Some(entry) = self.services.get(name) else { continue };
-            let wanted = self.wanted(entry);
+            let wanted = self.claimed_by(entry);
             if wanted == entry.claims {
                 continue;
             }
@@ -220,6 +220,21 @@ impl Catalog {
     /// All lists, as of the last [`Self::changes`].
     pub fn lists(&self) -> impl Iterator<Item = (&ListKey, &List)> {
         self.services.values().flat_map(|entry| entry.lists.iter().map(|(key, list)| (key, list)))
+    }
+
+    /// The addresses that lead to a list, as of the last [`Self::changes`].
+    pub fn wanted(&self) -> Vec<Wanted> {
+        let of_list = |(key, list): (&ListKey, &List)| {
+            let port = key.port_name();
+            let backends: BTreeSet<SocketAddr> = list.backends.iter().copied().collect();
+            let all = list.frontends.iter().map(move |frontend| Wanted {
+                frontend: *frontend,
+                port: port.clone(),
+                backends: backends.clone(),
+            });
+            all.collect::<Vec<_>>()
+        };
+        self.lists().flat_map(of_list).collect()
     }
 
     /// Whether an endpoint has gone from what was dialled, by kube-proxy's rule for the entries of
@@ -268,7 +283,7 @@ impl Catalog {
     }
 
     /// The frontends that a Service claims.
-    fn wanted(&self, entry: &Entry) -> Box<[Claim]> {
+    fn claimed_by(&self, entry: &Entry) -> Box<[Claim]> {
         let Some(facts) = &entry.facts else { return [].into() };
         let mut claims = BTreeSet::new();
         for (ip, kind) in &facts.addresses {

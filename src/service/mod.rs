@@ -12,15 +12,18 @@ pub mod object;
 mod tests;
 
 use std::{
+    collections::BTreeSet,
     fmt,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
+use serde::{Deserialize, Serialize};
+
 pub use catalog::{Catalog, Options};
 
 /// What Services are translated for; SCTP is kube-proxy's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Protocol {
     /// TCP, MPTCP included.
     Tcp,
@@ -66,7 +69,7 @@ impl fmt::Display for Family {
 }
 
 /// What processes dial.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Frontend {
     /// A ClusterIP, or a load balancer's or external IP of a Service.
     pub ip: IpAddr,
@@ -97,6 +100,15 @@ pub struct ListKey {
     pub is_local: bool,
 }
 
+impl ListKey {
+    /// The Service's port as kube-proxy names it: `namespace/name:port`, without the port's name if it
+    /// has none.
+    pub fn port_name(&self) -> String {
+        let Self { service, port, .. } = self;
+        if port.is_empty() { service.to_string() } else { format!("{service}:{port}") }
+    }
+}
+
 impl fmt::Display for ListKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { service, port, protocol, family, is_local } = self;
@@ -119,4 +131,15 @@ pub struct List {
     pub serving: Box<[SocketAddr]>,
     /// `sessionAffinity: ClientIP`: for so many seconds.
     pub affinity: Option<u32>,
+}
+
+/// An address of a Service as the agent wants it in the kernel: what it tells `sidestep status`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wanted {
+    /// What is dialled.
+    pub frontend: Frontend,
+    /// [`ListKey::port_name`].
+    pub port: String,
+    /// The endpoints that are eligible.
+    pub backends: BTreeSet<SocketAddr>,
 }
