@@ -647,7 +647,7 @@ add(
      "return local && *local == LOCAL_LANDING;", "return local;", "listeners:remembered"),
     ("whatever a process is bound to is found", "if (!is_wanted(&key.at) || is_found())", "if (is_found())",
      "listeners:remembered"),
-    ("IPv6's addresses are read as IPv4's", Within("listener_found", "if (sk->skc_family == AF_INET6) {"), "if (false) {",
+    ("IPv6's addresses are read as IPv4's", Within("sock_local", "if (sk->skc_family == AF_INET6)"), "if (false)",
      "inbound:older_than"),
     ("one listener is found",
      "\t\tkey.slot = slot;\n\t\tif (bpf_map_update_elem", "\t\tkey.slot = slot * 0;\n"
