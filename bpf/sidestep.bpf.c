@@ -287,13 +287,6 @@ int find_listeners_by_file(struct bpf_iter__task_file *ctx)
 	return 0;
 }
 
-SEC("iter/bpf_sk_storage_map")
-int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
-{
-	splice_sweep(ctx);
-	return 0;
-}
-
 SEC("iter/tcp")
 int wake_writers(struct bpf_iter__tcp *ctx)
 {
@@ -313,17 +306,87 @@ int note_agent(const void *ctx)
 	return 0;
 }
 
+/*
+ * Programs that visit the sockets with storage in a map. Each is there twice: some kernels are
+ * built to refuse iterators over maps, and there the sockets are found by the open files of all
+ * tasks, which takes longer, comes to a socket once for each process that has it open, and misses
+ * one that no process has open but the kernel holds. The agent loads one of each two. The programs
+ * for maps of other layouts are loaded for each such map, in the place of `splices`.
+ */
+SEC("iter/bpf_sk_storage_map")
+int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	if (ctx->sk && ctx->value)
+		splice_sweep(ctx->meta->seq, ctx->sk, ctx->value);
+	return 0;
+}
+
+SEC("iter/task_file")
+int sweep_splices_by_file(struct bpf_iter__task_file *ctx)
+{
+	struct sock *sk = sock_of_file(ctx->file);
+	struct splice *s = sk ? bpf_sk_storage_get(&splices, sk, NULL, 0) : NULL;
+
+	if (s && s->pass != sweep_pass) {
+		s->pass = sweep_pass;
+		splice_sweep(ctx->meta->seq, sk, s);
+	}
+	return 0;
+}
+
+SEC("iter/bpf_sk_storage_map")
+int drain_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	if (ctx->sk && ctx->value)
+		splice_drain(ctx->meta->seq, ctx->sk, ctx->value);
+	return 0;
+}
+
+SEC("iter/task_file")
+int drain_splices_by_file(struct bpf_iter__task_file *ctx)
+{
+	struct sock *sk = sock_of_file(ctx->file);
+	struct splice *s = sk ? bpf_sk_storage_get(&splices, sk, NULL, 0) : NULL;
+
+	if (s)
+		splice_drain(ctx->meta->seq, sk, s);
+	return 0;
+}
+
 SEC("iter/bpf_sk_storage_map")
 int find_stale_peers(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
-	stale_look(ctx);
+	if (ctx->sk && ctx->value)
+		stale_look(ctx->meta->seq, ctx->sk, ctx->value);
+	return 0;
+}
+
+SEC("iter/task_file")
+int find_stale_peers_by_file(struct bpf_iter__task_file *ctx)
+{
+	struct sock *sk = sock_of_file(ctx->file);
+	struct dialled_service *to = sk ? bpf_sk_storage_get(&service_peers, sk, NULL, 0) : NULL;
+
+	if (to)
+		stale_look(ctx->meta->seq, sk, to);
 	return 0;
 }
 
 SEC("iter/bpf_sk_storage_map")
 int count_storages(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
-	storage_count(ctx);
+	if (ctx->sk)
+		storages++;
+	return 0;
+}
+
+SEC("iter/task_file")
+int count_storages_by_file(struct bpf_iter__task_file *ctx)
+{
+	struct sock *sk = sock_of_file(ctx->file);
+
+	if (sk && bpf_sk_storage_get(&splices, sk, NULL, 0))
+		storages++;
 	return 0;
 }
 

@@ -7,11 +7,5 @@
 
 #include "lib/core.h"
 
-/* The number of sockets with storage in the map that the iterator was made for. */
+/* The number of sockets with storage in the map that is looked at, at least. */
 __u64 storages = 0;
-
-static __always_inline void storage_count(struct bpf_iter__bpf_sk_storage_map *ctx)
-{
-	if (ctx->sk)
-		storages++;
-}

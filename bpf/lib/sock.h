@@ -30,6 +30,14 @@ static __always_inline void sockaddr_set(struct bpf_sock_addr *ctx, int family,
 	ctx->user_port = bpf_htons(port);
 }
 
+/* The socket of a process' open file; NULL: the file is something else. */
+static __always_inline struct sock *sock_of_file(struct file *file)
+{
+	struct socket *socket = file ? bpf_sock_from_file(file) : NULL;
+
+	return socket ? socket->sk : NULL;
+}
+
 /* A socket's own address, from the kernel's structure. */
 static __always_inline struct addr sock_local(const struct sock_common *sk)
 {

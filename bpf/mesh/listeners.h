@@ -107,8 +107,7 @@ static __always_inline void listener_look(struct sock_common *sk)
 /* Adds the socket of a process' open file, if it is a wanted listener. */
 static __always_inline void listener_look_at_file(struct file *file)
 {
-	struct socket *socket = bpf_sock_from_file(file);
-	struct sock *sk = socket ? socket->sk : NULL;
+	struct sock *sk = sock_of_file(file);
 
 	if (sk && sk->sk_protocol == IPPROTO_TCP &&
 	    (sk->__sk_common.skc_family == AF_INET || sk->__sk_common.skc_family == AF_INET6))

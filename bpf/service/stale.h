@@ -33,15 +33,14 @@ static __always_inline bool is_connected_to(const struct sock *sk, const struct 
 }
 
 /* Tells the agent of a socket, which knows whether the endpoint is gone or only not eligible. */
-static __always_inline void stale_look(struct bpf_iter__bpf_sk_storage_map *ctx)
+static __always_inline void stale_look(struct seq_file *seq, struct sock *sk,
+				       const struct dialled_service *to)
 {
-	const struct dialled_service *to = ctx->value;
 	struct frontend frontend = { .protocol = IPPROTO_UDP };
 	struct stale_peer stale = {};
-	struct sock *sk = ctx->sk;
 	const __u32 *list;
 
-	if (!sk || !to || sk->sk_protocol != IPPROTO_UDP)
+	if (sk->sk_protocol != IPPROTO_UDP)
 		return;
 	stale.to = *to;
 	if (!is_connected_to(sk, &stale.to.backend))
@@ -56,5 +55,5 @@ static __always_inline void stale_look(struct bpf_iter__bpf_sk_storage_map *ctx)
 	stale.local = sock_local(&sk->__sk_common);
 	stale.local_port = sk->__sk_common.skc_num;
 	stale.device = sk->__sk_common.skc_bound_dev_if;
-	bpf_seq_write(ctx->meta->seq, &stale, sizeof(stale));
+	bpf_seq_write(seq, &stale, sizeof(stale));
 }

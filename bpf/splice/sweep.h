@@ -20,15 +20,17 @@
 #define SPLICE_SETTLE 500000000ull /* ns from the mark on */
 #define SPLICE_GIVE_UP 5000000000ull /* ns: a socket not eligible by then never is */
 
-/* Set by the agent; 1 removes every connection from the map. */
-__u32 sweep_off = 0;
 /*
- * Results for the agent: the numbers of sockets that the next sweep should look at again, of those
- * that are leaving, and of those with unread redirected data.
+ * Results for the agent: the numbers of sockets that the next sweep should look at again, and of
+ * those that are leaving.
  */
 __u32 splices_left = 0;
 __u32 splices_leaving = 0;
-__u32 splices_unread = 0;
+/*
+ * Set by the agent: the number of a sweep by open files, from 1 to 255. Several processes can have
+ * the same socket open, and it leaves the map in steps, one in each sweep.
+ */
+__u32 sweep_pass = 0;
 
 /*
  * Leaves the map, because the kernel's path to TCP is slower for sockets in it. A socket's queue
@@ -36,8 +38,8 @@ __u32 splices_unread = 0;
  * earlier call is still running (each holds a reference); both queues are empty, and stay so. The
  * agent is told of each end that has come so far, and removes both.
  */
-static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ctx,
-					 const struct sock *sk, struct splice *s)
+static __always_inline void splice_leave(struct seq_file *seq, const struct sock *sk,
+					 struct splice *s)
 {
 	const struct sk_psock *psock = psock_of(sk);
 	struct swept swept = { .leaves = s->key };
@@ -52,7 +54,7 @@ static __always_inline void splice_leave(struct bpf_iter__bpf_sk_storage_map *ct
 	if (!s->quiet)
 		s->quiet = peek(psock, refcnt.refs.counter) == 1;
 	else if (queue_is_empty(sk))
-		bpf_seq_write(ctx->meta->seq, &swept, sizeof(swept));
+		bpf_seq_write(seq, &swept, sizeof(swept));
 }
 
 /*
@@ -109,10 +111,8 @@ static __always_inline void splice_refuse(struct splice *s, const struct pod *po
 }
 
 /* Puts eligible sockets into the map once they have settled, and applies changes of pods. */
-static __always_inline void splice_sweep(struct bpf_iter__bpf_sk_storage_map *ctx)
+static __always_inline void splice_sweep(struct seq_file *seq, struct sock *sk, struct splice *s)
 {
-	struct splice *s = ctx->value;
-	struct sock *sk = ctx->sk;
 	struct owner owner = {};
 	struct swept swept = {};
 	const struct pod *pod;
@@ -121,31 +121,22 @@ static __always_inline void splice_sweep(struct bpf_iter__bpf_sk_storage_map *ct
 	__u64 netns, age;
 	long err;
 
-	if (!sk || !s)
-		return;
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return;
 	netns = sk->__sk_common.skc_net.net->net_cookie;
 	if (writer_is_stuck(tp)) {
 		swept.stuck = netns;
-		bpf_seq_write(ctx->meta->seq, &swept, sizeof(swept));
+		bpf_seq_write(seq, &swept, sizeof(swept));
 	}
-	/* In another layout's map, only the first field is known. */
-	if (!sweep_off && s->state == SPLICE_OUT)
+	if (s->state == SPLICE_OUT)
 		return;
-	if (!queue_is_empty(sk))
-		splices_unread++;
-	if (sweep_off) {
-		s->off = 1;
-		return;
-	}
 	/*
 	 * Switched off for good: it may not be on again even for a moment, or a message could
 	 * follow.
 	 */
 	if (s->state == SPLICE_LEAVING) {
-		splice_leave(ctx, sk, s);
+		splice_leave(seq, sk, s);
 		return;
 	}
 	if (s->state == SPLICE_IN && splice_leaves(tp, s)) {
@@ -188,4 +179,17 @@ static __always_inline void splice_sweep(struct bpf_iter__bpf_sk_storage_map *ct
 	s->by_tcp = bpf_ktime_get_ns();
 	s->state = SPLICE_IN;
 	splice_count(pod->mesh, SPLICE_SOCKETS, 1);
+}
+
+/*
+ * Has a socket send by TCP from now on, and tells the agent of it if it has unread redirected data.
+ * Of the map, which may be another layout's, only the first field is known.
+ */
+static __always_inline void splice_drain(struct seq_file *seq, struct sock *sk, struct splice *s)
+{
+	__u64 cookie = bpf_get_socket_cookie(sk);
+
+	s->off = 1;
+	if (!queue_is_empty(sk))
+		bpf_seq_write(seq, &cookie, sizeof(cookie));
 }

@@ -88,7 +88,8 @@ struct splice {
 	__u64 peer; /* the kernel's address of the other end's socket; 0: not known yet */
 	enum splice_leg leg;
 	__u16 mesh; /* index into the counters */
-	__u16 quiet; /* leaving: no earlier call is still running */
+	__u8 quiet; /* leaving: no earlier call is still running */
+	__u8 pass; /* the last sweep by open files that came to it */
 	struct splice_key key;
 };
 _Static_assert(sizeof(struct splice) == 112, "splice");

@@ -14,7 +14,7 @@ use libbpf_rs::MapCore;
 use super::{
     abi,
     inbound::remove_inbound,
-    iter::run,
+    iter::visit,
     services::{Services, ServicesApplied, StalePeer},
     skel::sidestep::SidestepMaps,
     state::Dataplane,
@@ -82,10 +82,12 @@ impl Dataplane {
     /// # Errors
     /// If the iterator fails.
     pub fn stale_peers(&self) -> Result<Vec<StalePeer>> {
+        let progs = &self.skel.progs;
         let peers = self.skel.maps.service_peers.as_fd();
-        let written = run(&self.skel.progs.find_stale_peers.attach_iter(peers)?)?;
-        let found = written.chunks_exact(size_of::<abi::stale_peer>());
-        found.map(|one| Ok(abi::from_bytes::<abi::stale_peer>(one)?.into())).collect()
+        let written = visit(&progs.find_stale_peers, &progs.find_stale_peers_by_file, peers)?;
+        // By files, a socket is found once for each process that has it open.
+        let found: BTreeSet<&[u8]> = written.chunks_exact(size_of::<abi::stale_peer>()).collect();
+        found.into_iter().map(|one| Ok(abi::from_bytes::<abi::stale_peer>(one)?.into())).collect()
     }
 
     /// Sets the namespaces whose calls are translated.

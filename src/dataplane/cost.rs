@@ -18,16 +18,20 @@ pub struct ProgramCost {
     /// The number of its instructions.
     pub instructions: usize,
     /// The number of instructions that the verifier processed, on all paths; `None` if the kernel
-    /// does not tell (before 5.16).
+    /// does not tell (before 5.16), or another program does this one's work on this kernel.
     pub verified: Option<u32>,
 }
 
 /// Asks the kernel about a loaded program.
 pub(crate) fn of(program: &Program<'_>) -> Result<ProgramCost> {
     let name = program.name().to_string_lossy().into_owned();
-    let info = info(program.as_fd())
-        .with_context(|| format!("cannot ask the kernel about program {name}"))?;
-    let verified = Some(info.verified_insns).filter(|count| *count > 0);
+    let verified = if program.autoload() {
+        let info = info(program.as_fd())
+            .with_context(|| format!("cannot ask the kernel about program {name}"))?;
+        Some(info.verified_insns).filter(|count| *count > 0)
+    } else {
+        None
+    };
     Ok(ProgramCost { name, instructions: program.insn_cnt(), verified })
 }
 

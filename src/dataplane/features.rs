@@ -1,6 +1,9 @@
 //! The kernel's features: those that the programs need, and those that not every kernel has.
 
-use std::sync::OnceLock;
+use std::{
+    os::fd::{FromRawFd, OwnedFd},
+    sync::OnceLock,
+};
 
 use libbpf_rs::{
     ProgramType,
@@ -25,6 +28,9 @@ pub(super) struct Kernel {
     pub links_filters: bool,
     /// A program can choose the error of connect() (Linux 6.1).
     pub sets_error: bool,
+    /// A program can visit the sockets that have storage in a map. Some kernels are built to refuse
+    /// every iterator over a map's elements.
+    pub iterates_storages: bool,
 }
 
 pub(super) fn kernel() -> &'static Kernel {
@@ -44,8 +50,43 @@ pub(super) fn kernel() -> &'static Kernel {
             sets_error: ProgramType::CgroupSockAddr
                 .is_helper_supported(libbpf_sys::BPF_FUNC_set_retval)
                 .unwrap_or(false),
+            iterates_storages: types.is_some_and(iterates_storages),
         }
     })
+}
+
+/// Whether the kernel accepts the least program that visits sockets with storage.
+fn iterates_storages(types: &Btf<'_>) -> bool {
+    let target = types.type_by_name::<Func<'_>>("bpf_iter_bpf_sk_storage_map");
+    let Some(target) = target else { return false };
+    let exit = [
+        libbpf_sys::bpf_insn { code: 0xb7, ..Default::default() }, // r0 = 0
+        libbpf_sys::bpf_insn { code: 0x95, ..Default::default() },
+    ];
+    let options = libbpf_sys::bpf_prog_load_opts {
+        sz: size_of::<libbpf_sys::bpf_prog_load_opts>() as u64,
+        expected_attach_type: libbpf_sys::BPF_TRACE_ITER,
+        attach_btf_id: target.type_id().into(),
+        ..Default::default()
+    };
+    // SAFETY: the name and the licence end with NUL, the instructions are as many as is said, and all
+    // live across the call.
+    let fd = unsafe {
+        libbpf_sys::bpf_prog_load(
+            libbpf_sys::BPF_PROG_TYPE_TRACING,
+            c"probe".as_ptr(),
+            c"GPL".as_ptr(),
+            exit.as_ptr(),
+            exit.len() as u64,
+            &raw const options as *mut _,
+        )
+    };
+    if fd < 0 {
+        return false;
+    }
+    // SAFETY: the call returned a descriptor that nobody else has.
+    drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    true
 }
 
 /// Asks the kernel for each program type, map type and helper that the programs need, and returns

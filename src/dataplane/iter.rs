@@ -1,9 +1,52 @@
 //! Runs iterators.
 
-use std::io::Read;
+use std::{io::Read, mem::MaybeUninit, os::fd::BorrowedFd};
 
-use anyhow::Result;
-use libbpf_rs::{Iter, Link};
+use anyhow::{Context, Result};
+use libbpf_rs::{
+    Iter, Link, OpenObject, ProgramMut,
+    skel::{OpenSkel, Skel},
+};
+
+use super::{
+    features::kernel,
+    skel::{open_node_in, sidestep::SidestepSkel},
+};
+
+/// Programs that visit the sockets with storage in a map, and those that do the same by processes'
+/// open files, for kernels without iterators over maps.
+const VISITORS: [(&str, &str); 4] = [
+    ("sweep_splices", "sweep_splices_by_file"),
+    ("find_stale_peers", "find_stale_peers_by_file"),
+    ("drain_splices", "drain_splices_by_file"),
+    ("count_storages", "count_storages_by_file"),
+];
+/// Of these, the ones for maps that may be another layout's: [`visit_other`] loads them.
+const FOR_OTHERS: [&str; 2] = ["drain_splices", "count_storages"];
+
+/// The visitor that works on this kernel, by its first name.
+fn visitor(name: &str) -> &str {
+    let found = VISITORS.iter().find(|(by_storage, _)| *by_storage == name);
+    found.map_or(
+        name,
+        |(by_storage, by_file)| {
+            if kernel().iterates_storages { *by_storage } else { *by_file }
+        },
+    )
+}
+
+/// Whether this kernel can load the program: it may have no iterators over maps.
+pub(super) fn can_load(program: &str) -> bool {
+    kernel().iterates_storages || VISITORS.iter().all(|(by_storage, _)| *by_storage != program)
+}
+
+/// Whether the agent loads the program with the others.
+pub(super) fn is_agents(program: &str) -> bool {
+    VISITORS.iter().all(|(by_storage, by_file)| {
+        let is_visitor = [by_storage, by_file].contains(&&program);
+        !is_visitor || (program == visitor(by_storage) && !FOR_OTHERS.contains(by_storage))
+    })
+}
 
 /// Runs an iterator's program over all its objects, and returns its output.
 pub(super) fn run(link: &Link) -> Result<Vec<u8>> {
@@ -11,4 +54,45 @@ pub(super) fn run(link: &Link) -> Result<Vec<u8>> {
     // Reading it to the end is what runs the program.
     Iter::new(link)?.read_to_end(&mut written)?;
     Ok(written)
+}
+
+/// Runs that one of two visitors which the agent has loaded, over the sockets with storage in the map.
+/// It is the program's own map: by files, it looks for no other.
+pub(super) fn visit(
+    by_storage: &ProgramMut<'_>,
+    by_file: &ProgramMut<'_>,
+    map: BorrowedFd<'_>,
+) -> Result<Vec<u8>> {
+    let link =
+        if kernel().iterates_storages { by_storage.attach_iter(map)? } else { by_file.attach()? };
+    run(&link)
+}
+
+/// Loads a visitor by its first name for a map of any layout, runs it, and returns its output, and
+/// what `read` finds in the object's variables.
+pub(super) fn visit_other<T>(
+    name: &str,
+    map: BorrowedFd<'_>,
+    read: impl FnOnce(&SidestepSkel<'_>) -> T,
+) -> Result<(Vec<u8>, T)> {
+    let name = visitor(name);
+    let mut storage = MaybeUninit::<OpenObject>::uninit();
+    let mut open = open_node_in(&mut storage)?;
+    for mut program in open.open_object_mut().progs_mut() {
+        let wanted = program.name() == name;
+        program.set_autoload(wanted);
+    }
+    // By files, the program looks for storage in the map in this place.
+    for mut place in open.open_object_mut().maps_mut() {
+        if place.name() == "splices" {
+            place.reuse_fd(map)?;
+        } else if !place.name().to_string_lossy().contains('.') {
+            place.set_autocreate(false)?;
+        }
+    }
+    let mut skel = open.load().with_context(|| format!("the kernel rejected program {name}"))?;
+    let program = skel.object_mut().progs_mut().find(|program| program.name() == name);
+    let program = program.with_context(|| format!("the object has no program {name}"))?;
+    let written = visit(&program, &program, map)?;
+    Ok((written, read(&skel)))
 }

@@ -7,7 +7,7 @@ use libbpf_rs::{MapCore, MapHandle};
 
 use super::{
     hooks::HOOKS,
-    iter::run,
+    iter::visit_other,
     links::{remove_link, steer_lives},
     pins::{Pins, steered},
     state::Dataplane,
@@ -82,7 +82,7 @@ impl Dataplane {
         }
         let mut left = false;
         for other in self.pins.others()? {
-            if self.is_needed(&other)? {
+            if Self::is_needed(&other)? {
                 left = true;
             } else {
                 remove_layout(&other, &[])?;
@@ -92,7 +92,7 @@ impl Dataplane {
     }
 
     /// Whether a socket has state of that layout, or is about to get it.
-    fn is_needed(&mut self, other: &Pins) -> Result<bool> {
+    fn is_needed(other: &Pins) -> Result<bool> {
         let Ok(handovers) = MapHandle::from_pinned_path(other.map("handovers")) else {
             return Ok(false);
         };
@@ -103,10 +103,9 @@ impl Dataplane {
             let Ok(map) = MapHandle::from_pinned_path(other.map(name)) else {
                 continue;
             };
-            self.skel.maps.bss_data.as_mut().context("the object has no variables")?.storages = 0;
-            let link = self.skel.progs.count_storages.attach_iter(map.as_fd())?;
-            run(&link)?;
-            let found = self.skel.maps.bss_data.as_ref().map_or(0, |variables| variables.storages);
+            let (_, found) = visit_other("count_storages", map.as_fd(), |skel| {
+                skel.maps.bss_data.as_ref().map_or(0, |variables| variables.storages)
+            })?;
             if found > 0 {
                 return Ok(true);
             }

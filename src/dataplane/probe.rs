@@ -14,7 +14,7 @@ use libbpf_rs::{
 
 use super::{
     cost::{self, ProgramCost},
-    order,
+    iter, order,
     skel::{open_inbound, open_node_in, set_services},
     tc::{self, Filter},
 };
@@ -74,6 +74,10 @@ fn load_all() -> Result<Loaded> {
     let mut storage = MaybeUninit::uninit();
     let mut node = open_node_in(&mut storage)?;
     set_services(&mut node, true)?;
+    for mut program in node.open_object_mut().progs_mut() {
+        let wanted = iter::can_load(&program.name().to_string_lossy());
+        program.set_autoload(wanted);
+    }
     let node = node.load()?;
     let mut storage = MaybeUninit::uninit();
     let pod = open_inbound(&mut storage, NetnsCookie::NONE)?.load()?;
@@ -88,7 +92,12 @@ fn load_all() -> Result<Loaded> {
 /// If the kernel refuses: it may lack modules.
 pub fn try_filters() -> Result<()> {
     let mut storage = MaybeUninit::uninit();
-    let node = open_node_in(&mut storage)?.load()?;
+    let mut node = open_node_in(&mut storage)?;
+    for mut program in node.open_object_mut().progs_mut() {
+        let wanted = ["dns_nat", "reset"].iter().any(|name| program.name() == *name);
+        program.set_autoload(wanted);
+    }
+    let node = node.load()?;
     let mut storage = MaybeUninit::uninit();
     let pod = open_inbound(&mut storage, NetnsCookie::NONE)?.load()?;
     let (dns, reset) = (node.progs.dns_nat.as_fd(), node.progs.reset.as_fd());

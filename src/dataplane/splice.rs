@@ -4,19 +4,18 @@
 use std::{
     collections::BTreeSet,
     mem::size_of,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, skel::OpenSkel};
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use super::{
     abi::{self, as_bytes, from_bytes},
-    iter::run,
+    iter::{run, visit, visit_other},
     pins::{FORMER_SPLICE_SOCKETS, Pins, children},
-    skel::{open_node, sidestep::SidestepSkel},
     state::Dataplane,
 };
 use crate::{
@@ -38,10 +37,6 @@ pub(crate) struct Swept {
     pub left: u32,
     /// Sockets that are leaving the map.
     pub leaving: u32,
-    /// Sockets with unread redirected data.
-    pub unread: u32,
-    /// Ends of connections that can leave when their other end can, as keys of the map.
-    pub leave: BTreeSet<Vec<u8>>,
     /// Cookies of namespaces with writers that need waking.
     pub stuck: BTreeSet<NetnsCookie>,
 }
@@ -120,8 +115,7 @@ impl Dataplane {
     pub fn sweep(&mut self) -> Result<Unfinished> {
         // Connections marked while the sweep runs are for the next one.
         self.want_sweep(false)?;
-        let map = self.skel.maps.splices.as_fd().try_clone_to_owned()?;
-        let swept = self.sweep_once(map.as_fd())?;
+        let swept = self.sweep_once()?;
         if swept.left + swept.leaving > 0 {
             self.want_sweep(true)?;
         }
@@ -137,52 +131,41 @@ impl Dataplane {
         netns.inside(|| run(&link).map(drop))?
     }
 
-    fn sweep_once(&mut self, splices: BorrowedFd<'_>) -> Result<Swept> {
-        let swept = run_sweep(&mut self.skel, splices, false)?;
+    fn sweep_once(&mut self) -> Result<Swept> {
+        let variables = self.skel.maps.bss_data.as_mut().context("the object has no variables")?;
+        variables.splices_left = 0;
+        variables.splices_leaving = 0;
+        variables.sweep_pass = variables.sweep_pass % u32::from(u8::MAX) + 1;
+        let progs = &self.skel.progs;
+        let splices = self.skel.maps.splices.as_fd();
+        let written = visit(&progs.sweep_splices, &progs.sweep_splices_by_file, splices)?;
+        let (mut leave, mut stuck) = (BTreeSet::new(), BTreeSet::new());
+        for swept in written.chunks_exact(size_of::<abi::swept>()) {
+            let swept: abi::swept = from_bytes(swept)?;
+            if swept.stuck == 0 {
+                leave.insert(as_bytes(&swept.leaves).to_vec());
+            } else {
+                stuck.insert(NetnsCookie(swept.stuck));
+            }
+        }
         let spliced = &self.skel.maps.splice_sockets;
-        for end in &swept.leave {
+        for end in &leave {
             let other = other_end(end)?;
             // Without the other end, nothing is redirected to this one: only a sweep puts it back.
-            if swept.leave.contains(&other) || spliced.lookup(&other, MapFlags::ANY)?.is_none() {
+            if leave.contains(&other) || spliced.lookup(&other, MapFlags::ANY)?.is_none() {
                 // An end that has closed in the meantime has left the map.
                 let _ = spliced.delete(end);
             }
         }
-        Ok(swept)
-    }
-}
-
-/// Runs the sweep over a map of any layout.
-fn run_sweep(
-    skel: &mut SidestepSkel<'static>,
-    splices: BorrowedFd<'_>,
-    off: bool,
-) -> Result<Swept> {
-    let variables = skel.maps.bss_data.as_mut().context("the object has no variables")?;
-    variables.sweep_off = u32::from(off);
-    variables.splices_left = 0;
-    variables.splices_leaving = 0;
-    variables.splices_unread = 0;
-    let link = skel.progs.sweep_splices.attach_iter(splices)?;
-    let (mut leave, mut stuck) = (BTreeSet::new(), BTreeSet::new());
-    for swept in run(&link)?.chunks_exact(size_of::<abi::swept>()) {
-        let swept: abi::swept = from_bytes(swept)?;
-        if swept.stuck == 0 {
-            leave.insert(as_bytes(&swept.leaves).to_vec());
-        } else {
-            stuck.insert(NetnsCookie(swept.stuck));
+        let variables = self.skel.maps.bss_data.as_ref().context("the object has no variables")?;
+        // SAFETY: valid, aligned u32s in a page that the kernel's side writes to.
+        unsafe {
+            Ok(Swept {
+                left: (&raw const variables.splices_left).read_volatile(),
+                leaving: (&raw const variables.splices_leaving).read_volatile(),
+                stuck,
+            })
         }
-    }
-    let variables = skel.maps.bss_data.as_ref().context("the object has no variables")?;
-    // SAFETY: valid, aligned u32s in a page that the kernel's side writes to.
-    unsafe {
-        Ok(Swept {
-            left: (&raw const variables.splices_left).read_volatile(),
-            leaving: (&raw const variables.splices_leaving).read_volatile(),
-            unread: (&raw const variables.splices_unread).read_volatile(),
-            leave,
-            stuck,
-        })
     }
 }
 
@@ -193,22 +176,16 @@ pub(super) fn drain(pins: &Pins) -> Result<u32> {
         .iter()
         .filter_map(|layout| MapHandle::from_pinned_path(layout.join("maps/splices")).ok())
         .collect();
-    if maps.is_empty() {
-        return Ok(0);
-    }
-    let mut open = open_node()?;
-    for mut program in open.open_object_mut().progs_mut() {
-        program.set_autoload(program.name() == "sweep_splices");
-    }
-    let mut skel = open.load().context("the kernel rejected program sweep_splices")?;
     let start = Instant::now();
     loop {
-        let mut unread = 0;
+        // By cookie: by files, a socket is found once for each process that has it open.
+        let mut unread = BTreeSet::new();
         for map in &maps {
-            unread += run_sweep(&mut skel, map.as_fd(), true)?.unread;
+            let (cookies, ()) = visit_other("drain_splices", map.as_fd(), |_| ())?;
+            unread.extend(cookies.chunks_exact(size_of::<u64>()).map(<[u8]>::to_vec));
         }
-        if unread == 0 || start.elapsed() > DRAIN {
-            return Ok(unread);
+        if unread.is_empty() || start.elapsed() > DRAIN {
+            return Ok(unread.len() as u32);
         }
         thread::sleep(LOOK);
     }

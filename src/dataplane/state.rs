@@ -20,6 +20,7 @@ use nix::fcntl::Flock;
 use super::{
     bpffs,
     features::{kernel, refusal},
+    iter,
     links::{Links, replace_pin},
     pins::{FORMER_NAMES, Pins},
     records::records,
@@ -81,6 +82,10 @@ impl Dataplane {
                 map.set_pin_path(pins.map(&name))
                     .with_context(|| format!("cannot pin map {name}"))?;
             }
+        }
+        for mut program in open.open_object_mut().progs_mut() {
+            let wanted = iter::is_agents(&program.name().to_string_lossy());
+            program.set_autoload(wanted);
         }
         let skel = open.load().with_context(|| {
             // The directories are empty: `status` would report them as an installation.
