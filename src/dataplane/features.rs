@@ -50,13 +50,18 @@ pub(super) fn kernel() -> &'static Kernel {
             sets_error: ProgramType::CgroupSockAddr
                 .is_helper_supported(libbpf_sys::BPF_FUNC_set_retval)
                 .unwrap_or(false),
-            iterates_storages: types.is_some_and(iterates_storages),
+            iterates_storages: types.is_some_and(loads_storage_iterator),
         }
     })
 }
 
+/// Whether a program can visit the sockets that have storage in a map.
+pub fn iterates_storages() -> bool {
+    kernel().iterates_storages
+}
+
 /// Whether the kernel accepts the least program that visits sockets with storage.
-fn iterates_storages(types: &Btf<'_>) -> bool {
+fn loads_storage_iterator(types: &Btf<'_>) -> bool {
     let target = types.type_by_name::<Func<'_>>("bpf_iter_bpf_sk_storage_map");
     let Some(target) = target else { return false };
     let exit = [
@@ -69,8 +74,9 @@ fn iterates_storages(types: &Btf<'_>) -> bool {
         attach_btf_id: target.type_id().into(),
         ..Default::default()
     };
-    // SAFETY: the name and the licence end with NUL, the instructions are as many as is said, and all
-    // live across the call.
+    // SAFETY: the name and the license end with NUL, and they, the instructions, which are as many as
+    // is said, and the options live across the call, which does not write to the options: they have no
+    // buffer for a log.
     let fd = unsafe {
         libbpf_sys::bpf_prog_load(
             libbpf_sys::BPF_PROG_TYPE_TRACING,

@@ -43,7 +43,7 @@ mod unload;
 pub use apply::{Applied, Failure};
 pub use cost::ProgramCost;
 pub use events::{Events, Seen};
-pub use features::probe;
+pub use features::{iterates_storages, probe};
 pub use inspect::{
     Enrolled, HookState, counters, enrolled, hook_states, service_counters, services, spliced,
 };

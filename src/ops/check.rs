@@ -79,6 +79,7 @@ pub fn check(cgroup: Option<&Path>, bpffs: &Path) -> Report {
     if !programs.is_empty() {
         add("filters on devices", dataplane::try_filters().map(|()| String::new()));
     }
+    add("finding sockets with state", Ok(finds_sockets().into()));
     add("closing UDP sockets", closes_udp());
     add("network namespace identity", NetnsCookie::current().map(|_| String::new()));
     let kernel = uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
@@ -109,6 +110,16 @@ fn order(pins: &Pins, cgroup: &Cgroup, can_be_first: bool) -> Result<String> {
          sidecars see the endpoint's address instead",
         ahead.join(", ")
     ))
+}
+
+/// How the agent comes to the sockets of spliced connections and of Services.
+fn finds_sockets() -> &'static str {
+    if dataplane::iterates_storages() {
+        "by the maps of their state"
+    } else {
+        "WARNING: this kernel refuses iterators over maps: by the open files of all processes, which \
+         takes longer on a node with many"
+    }
 }
 
 /// Whether the kernel closes a UDP socket whose endpoint is gone. Services are translated without.
