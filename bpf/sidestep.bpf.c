@@ -37,6 +37,8 @@ const volatile struct shared {
 	__u32 listener_slots;
 	__u32 landings;
 	__u32 uid_class_shift;
+	__u32 of_pod;
+	__u32 of_node;
 	__u32 cidr_v6;
 	__u32 via4_net;
 	__u32 via4_mask;
@@ -59,6 +61,8 @@ const volatile struct shared {
 	.listener_slots = LISTENER_SLOTS,
 	.landings = LANDINGS,
 	.uid_class_shift = UID_CLASS_SHIFT,
+	.of_pod = OF_POD,
+	.of_node = OF_NODE,
 	.cidr_v6 = CIDR_V6,
 	.via4_net = VIA4_NET,
 	.via4_mask = VIA4_MASK,

@@ -227,7 +227,7 @@ def check_custom(r):
     r.check("API server", api, ["fd00::a", "7443"])
     r.check("uninstall", r.args_of("--on-uninstall"), ["--on-uninstall=unload"])
     r.check("startup taint", r.args_of("--remove-startup-taint"), ["--remove-startup-taint"])
-    r.check("services", r.args_of("--services"), ["--services", "--services-external-ips"])
+    r.check("services", r.args_of("--services"), ["--services", "--services-external-ips", "--services-node-ports=primary,10.0.0.0/8"])
     r.check("http", r.args_of("--http"), ["--http=[::1]:9465"])
     r.check("probe", r.agent["livenessProbe"]["httpGet"]["host"], "::1")
     r.check("nodes", r.pod["nodeSelector"], {"kubernetes.io/os": "linux", "pool": "mesh"})

@@ -987,8 +987,12 @@ UNCONNECTED = "services:r5_unconnected"
 
 # Services.
 add(
-    ("a Service is translated for every namespace", "!bpf_map_lookup_elem(&service_netns, &netns) || ", "",
-     "services:r19_ services:r37_"),
+    ("a Service is translated for every namespace", "\twhose = bpf_map_lookup_elem(&service_netns, &netns);",
+     "\tconst __u8 any = OF_POD;\n\twhose = netns ? &any : NULL;", "services:r19_ services:r37_"),
+    ("a NodePort at localhost is every pod's", "if (*whose != OF_NODE) {", "if (false) {",
+     "services_calls:r27_localhost"),
+    ("a socket bound to localhost is led away", "(fields->src_ip4 & bpf_htonl(0xff000000))",
+     "(fields->src_ip4 & 0)", "services_calls:r27_localhost"),
     ("a connection keeps the Service's port", "sockaddr_set(ctx, family, &to.backend.addr, to.backend.port);\n\tif (!is_test)",
      "sockaddr_set(ctx, family, &to.backend.addr, frontend.port);\n\tif (!is_test)", "services:r2_"),
     ("every call is TCP's", ".protocol = ctx->protocol,\n\t};", ".protocol = IPPROTO_TCP,\n\t};",

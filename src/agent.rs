@@ -206,7 +206,7 @@ async fn intercept(
     let events = dataplane.events()?;
     let metrics = Arc::new(Metrics::new(pins, cgroup.id()));
     let controller = Controller::new(source, dataplane, cgroup, Arc::clone(&metrics))?;
-    let mut controller = controller.with_services(config.services);
+    let mut controller = controller.with_services(config.services.clone());
     let adopted = controller.adopted();
     info!(%pins, adopted, "BPF programs attached; interception is in force");
 

@@ -126,6 +126,20 @@ struct Run {
     /// take over any address that way (CVE-2020-8554). Without it, only those that are this node's own.
     #[arg(long, requires = "services", env = "SIDESTEP_SERVICES_EXTERNAL_IPS")]
     services_external_ips: bool,
+    /// At which of this node's addresses NodePorts are translated, for callers on this node: primary
+    /// (the first of each family in the Node object), all, ranges such as 10.0.0.0/8, localhost
+    /// (127.0.0.1, for the node's own processes only), several of these separated by commas, or none.
+    ///
+    /// kube-proxy has --nodeport-addresses for this, which is primary in nftables mode and all in
+    /// iptables mode unless said otherwise, and --iptables-localhost-nodeports.
+    #[arg(
+        long,
+        value_name = "ADDRESSES",
+        default_value = "primary",
+        requires = "services",
+        env = "SIDESTEP_SERVICES_NODE_PORTS"
+    )]
+    services_node_ports: service::NodePorts,
     /// Serve /healthz, /readyz and /metrics on this address, such as 127.0.0.1:9465.
     #[arg(long, value_name = "ADDRESS:PORT", env = "SIDESTEP_HTTP")]
     http: Option<SocketAddr>,
@@ -336,9 +350,10 @@ impl Cli {
                     pins: args.paths.pins()?,
                     http: args.http,
                     splice: args.splice,
-                    services: args
-                        .services
-                        .then_some(service::Options { external_ips: args.services_external_ips }),
+                    services: args.services.then(|| service::Options {
+                        external_ips: args.services_external_ips,
+                        node_ports: args.services_node_ports.clone(),
+                    }),
                     splice_refresh: Duration::from_secs(args.splice_refresh.into()),
                     source: args.source(),
                 })?;

@@ -21,8 +21,8 @@ use nix::{
         ControlMessage, MsgFlags, MultiHeaders, SockaddrStorage, recvmmsg, recvmsg, sendmsg, sendto,
     },
 };
-use serde_json::json;
-use sidestep_lab::wait_for;
+use serde_json::{Value, json};
+use sidestep_lab::{ServeOpts, Server, ask, wait_for};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 fn storage(of: SocketAddr) -> SockaddrStorage {
@@ -332,4 +332,151 @@ fn r10_affinity_ends_with_its_time_and_is_shared_by_a_ports_addresses() {
     wait_for("the end of affinity", 4 * SOON, elsewhere).expect("another backend");
     let met: BTreeSet<usize> = (0..10).map(|_| land(VIP4)).collect();
     assert_eq!(met.len(), 1, "and then that one, without quiet");
+}
+
+/// The node's addresses, which its object has; it has others.
+const NODE_IPS: [&str; 2] = ["10.77.0.1", "fd77::1"];
+const NODE_PORT: u16 = 30_080;
+
+/// The Service `web` has node ports, and may serve by endpoints of this node only; they are of another.
+fn with_node_ports(cluster: &Cluster) {
+    let addresses = NODE_IPS.map(|at| json!({"type": "InternalIP", "address": at}));
+    let node = json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE},
+        "status": {"addresses": addresses},
+    });
+    cluster.set("node", &node);
+    let mut web = service("web", &[VIP4, VIP6]);
+    web["spec"]["type"] = "NodePort".into();
+    web["spec"]["externalTrafficPolicy"] = "Local".into();
+    for port in web["spec"]["ports"].as_array_mut().expect("ports") {
+        port["nodePort"] = NODE_PORT.into();
+    }
+    cluster.set("web", &web);
+    for v6 in [false, true] {
+        let name = if v6 { "web-6" } else { "web-4" };
+        let ips: Vec<_> = cluster.backends.iter().map(|pod| pod.ips()[usize::from(v6)]).collect();
+        let mut made = slice(name, "web", &ips, &ready());
+        for endpoint in made["endpoints"].as_array_mut().expect("endpoints") {
+            endpoint["nodeName"] = "elsewhere".into();
+        }
+        cluster.set(name, &made);
+    }
+}
+
+/// How many endpoints the kernel has behind an address; none: it is not translated.
+fn behind(cluster: &Cluster, at: SocketAddr) -> Option<usize> {
+    let all = cluster.status();
+    let is_it = |one: &&Value| one["address"] == at.to_string() && one["protocol"] == "TCP";
+    all.iter().find(is_it).and_then(|one| one["backends"].as_array()).map(Vec::len)
+}
+
+#[track_caller]
+fn wait_behind(cluster: &Cluster, at: SocketAddr, count: Option<usize>) {
+    let has = || (behind(cluster, at) == count).then_some(());
+    wait_for(&format!("{count:?} endpoints of {at}"), SOON, has)
+        .unwrap_or_else(|error| panic!("{error:#}: {}", cluster.agent.log_tail()));
+}
+
+#[test]
+fn r27_a_node_port_of_this_node_leads_to_an_endpoint() {
+    let cluster = Cluster::new("s27");
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    let _echoes =
+        [Echo::start(&cluster.backends[0], "one"), Echo::start(&cluster.backends[1], "two")];
+    with_node_ports(&cluster);
+    let [v4, v6] = NODE_IPS.map(|at| addr(ip(at), NODE_PORT));
+    wait_behind(&cluster, v4, Some(2));
+    wait_behind(&cluster, v6, Some(2));
+    let word = |target: SocketAddr| {
+        let connected = udp_socket(target);
+        connected.connect(target).expect("connected");
+        connected.send(b"?").expect("sent");
+        let unconnected = udp_socket(target);
+        unconnected.send_to(b"?", target).expect("sent");
+        [answer(&connected).expect("an answer"), answer(&unconnected).expect("an answer")]
+    };
+    for target in [v4, v6, mapped(v4)] {
+        let from_pod = cluster.dial(target).expect("an endpoint answers");
+        assert!(cluster.client.ips().contains(&from_pod.seen.peer.ip().to_canonical()));
+        let from_node = cluster.lab.on_node(|| ask(target, None)).expect("runs");
+        for answer in [from_pod, from_node.expect("an endpoint answers")] {
+            assert_eq!(answer.peer, target, "getpeername");
+            assert!(cluster.number(answer.seen.local.ip()).is_some(), "{answer:?}");
+            assert_eq!(answer.seen.local.port(), TARGET);
+        }
+        let heard =
+            [cluster.client.run(APP, APP, || word(target)), cluster.lab.on_node(|| word(target))];
+        for (_, from) in heard.into_iter().flat_map(|heard| heard.expect("runs")) {
+            assert_eq!(from, target);
+        }
+    }
+    // Another node's address is that node's, and localhost is not asked for.
+    let elsewhere = addr(cluster.backends[0].ipv4(), NODE_PORT);
+    let missed = cluster.counter("service_missed");
+    let refused = cluster.dial(elsewhere).expect_err("nobody listens there");
+    assert!(refused.contains("refused"), "{refused}");
+    assert!(cluster.counter("service_missed") > missed);
+    for localhost in ["127.0.0.1", "::1"].map(|at| addr(ip(at), NODE_PORT)) {
+        let refused = cluster.lab.on_node(|| ask(localhost, None)).expect("runs");
+        let refused = format!("{:#}", refused.expect_err("nobody listens there"));
+        assert!(refused.contains("refused"), "{refused}");
+    }
+}
+
+#[test]
+fn r27_localhost_is_the_nodes_own_and_only_where_asked_for() {
+    let mut cluster = Cluster::new("s27l");
+    let asked = ["--services", "--services-node-ports", "primary,localhost", "--splice", "off"];
+    cluster.restart_with(&asked);
+    let _servers = cluster.backends.each_ref().map(Cluster::tcp_on);
+    with_node_ports(&cluster);
+    let at = addr(ip("127.0.0.1"), NODE_PORT);
+    wait_behind(&cluster, at, Some(2));
+    for target in [at, mapped(at)] {
+        let answer = cluster.lab.on_node(|| ask(target, None)).expect("runs");
+        let answer = answer.expect("an endpoint answers");
+        assert_eq!(answer.peer, target, "getpeername");
+        assert!(cluster.number(answer.seen.local.ip()).is_some(), "{answer:?}");
+        // One that is bound to localhost gets what it would get without the agent.
+        let bound = cluster.lab.on_node(|| ask(target, Some(target.ip())));
+        let refused = format!("{:#}", bound.expect("runs").expect_err("nobody listens there"));
+        assert!(refused.contains("refused"), "{refused}");
+        // A pod's localhost is its own.
+        let own = cluster.client.run(APP, APP, || Server::start_here(ServeOpts::on([at])));
+        let own = own.expect("runs").expect("a server");
+        let answer = cluster.dial(target).expect("its own server answers");
+        assert_eq!(answer.seen.local.ip().to_canonical(), at.ip(), "{answer:?}");
+        drop(own);
+        let refused = cluster.dial(target).expect_err("nobody listens there");
+        assert!(refused.contains("refused"), "{refused}");
+    }
+    assert_eq!(behind(&cluster, addr(ip("::1"), NODE_PORT)), None, "as kube-proxy");
+}
+
+#[test]
+fn r27_r38_the_chosen_addresses_are_those_that_the_node_has_now() {
+    let mut cluster = Cluster::new("s27a");
+    with_node_ports(&cluster);
+    let primary = addr(ip(NODE_IPS[0]), NODE_PORT);
+    wait_behind(&cluster, primary, Some(2));
+    // The ClusterIP is an address of the node as well, and another is none of its object's.
+    let (other, vip) = (ip("192.0.2.77"), ip(VIP4));
+    cluster.lab.add_node_address(other).expect("an address");
+    cluster.lab.add_node_address(vip).expect("an address");
+    wait_behind(&cluster, addr(vip, PORT), None);
+    assert_eq!(behind(&cluster, addr(other, NODE_PORT)), None);
+    for (choice, wanted) in [
+        ("all", [Some(2), Some(2), Some(2)]),
+        ("192.0.2.0/24", [None, Some(2), None]),
+        ("none", [None, None, None]),
+    ] {
+        let flags = ["--services", "--services-node-ports", choice, "--splice", "off"];
+        cluster.restart_with(&flags);
+        let all = [primary, addr(other, NODE_PORT), addr(vip, NODE_PORT)];
+        for (at, count) in all.into_iter().zip(wanted) {
+            wait_behind(&cluster, at, count);
+        }
+        assert_eq!(behind(&cluster, addr(vip, PORT)), None, "the ClusterIP is the node's own");
+    }
 }

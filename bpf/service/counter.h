@@ -13,7 +13,7 @@ enum service_counter {
 	SERVICE_MISSED, /* connect or sendmsg to what is no Service's address */
 	SERVICE_REFUSED, /* refused: the Service has no endpoint */
 	SERVICE_PASSED, /* to a Service's address, left to kube-proxy: from a namespace that is not
-			   translated, or from the agent */
+			   translated, from the agent, or by localhost to localhost's NodePort */
 	SERVICE_NO_STATE, /* the same, for want of memory to keep what was dialled */
 	SERVICE_TORN, /* the same: the Service's endpoints changed twice meanwhile */
 	SERVICE_AFFINITY, /* a client was led to the endpoint that it had before */

@@ -20,9 +20,11 @@ const volatile __u8 services_on;
 /*
  * Network namespaces whose calls are translated: the node's own, and those of pods that the agent
  * has looked at. Not those of pods that opted out, nor of those that a mesh captures by other
- * means, whose proxy has to see what was dialled; nor any that the agent does not know. Agent
- * writes.
+ * means, whose proxy has to see what was dialled; nor any that the agent does not know. The
+ * value is whose namespace it is. Agent writes.
  */
+#define OF_POD 1
+#define OF_NODE 2
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -85,19 +87,42 @@ static __always_inline bool is_canary(const struct addr *a)
 	       a->w[2] == 0 && a->w[3] == bpf_htonl(CANARY6_LO);
 }
 
+/* Is a socket bound to 127.0.0.0/8? Then it reaches no endpoint off the machine. */
+static __always_inline bool is_bound_to_loopback(struct bpf_sock *sk)
+{
+	/* Through a volatile pointer: the field must be one plain load for the verifier. */
+	volatile struct bpf_sock *fields = sk;
+
+	return (fields->src_ip4 & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+}
+
 /* Is there a Service, and is the call one to translate? */
-static __always_inline const struct service_list *list_for(const struct frontend *frontend,
+static __always_inline const struct service_list *list_for(struct bpf_sock_addr *ctx,
+							   const struct frontend *frontend,
 							   __u64 netns, bool is_test, __u32 *list)
 {
 	const __u32 *number = bpf_map_lookup_elem(&services, frontend);
+	const __u8 *whose;
 
 	if (!number) {
 		service_count(SERVICE_MISSED);
 		return NULL;
 	}
-	if (!bpf_map_lookup_elem(&service_netns, &netns) || (is_agent() && !is_test)) {
+	whose = bpf_map_lookup_elem(&service_netns, &netns);
+	if (!whose || (is_agent() && !is_test)) {
 		service_count(SERVICE_PASSED);
 		return NULL;
+	}
+	/* A NodePort at localhost is the node's. A pod's localhost is its own. */
+	if (addr_is_loopback(&frontend->addr)) {
+		if (*whose != OF_NODE) {
+			service_count(SERVICE_MISSED);
+			return NULL;
+		}
+		if (is_bound_to_loopback(ctx->sk)) {
+			service_count(SERVICE_PASSED);
+			return NULL;
+		}
 	}
 	*list = *number;
 	return bpf_map_lookup_elem(&service_lists, number);
@@ -144,7 +169,7 @@ static __always_inline enum outcome service_connect(struct bpf_sock_addr *ctx, i
 	frontend = frontend_of(ctx, family);
 	netns = bpf_get_netns_cookie(ctx);
 	is_test = is_canary(&frontend.addr);
-	of = list_for(&frontend, netns, is_test, &list);
+	of = list_for(ctx, &frontend, netns, is_test, &list);
 	if (!of || !of->count) {
 		/* A peer that it had before is its peer no more, even if the address is the same.
 		 */
@@ -183,7 +208,7 @@ static __always_inline enum outcome service_sendmsg(struct bpf_sock_addr *ctx, i
 		return NOT_MINE;
 	frontend = frontend_of(ctx, family);
 	netns = bpf_get_netns_cookie(ctx);
-	of = list_for(&frontend, netns, false, &list);
+	of = list_for(ctx, &frontend, netns, false, &list);
 	if (!of)
 		return NOT_MINE;
 	if (!of->count) {

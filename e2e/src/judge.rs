@@ -50,7 +50,8 @@ const BY_KUBE_PROXY: &[(&str, &str)] = &[
     ("from ExternalName to NodePort", NODE_PORT),
 ];
 /// Why some fail.
-const NODE_PORT: &str = "they dial a NodePort, which Sidestep leaves to kube-proxy";
+const NODE_PORT: &str =
+    "they dial the NodePorts of all nodes, and Sidestep leaves other nodes' to kube-proxy";
 
 /// Where the tests are, and where their logs go.
 pub struct Tests {

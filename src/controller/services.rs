@@ -121,7 +121,7 @@ impl Controller {
     /// Whether there is something new: a change that was applied, or a look at everything.
     fn try_sync_services(&mut self, look: Look, services: &mut Services) -> Result<bool> {
         if !services.are_namespaces_written && !services.namespaces.is_empty() {
-            self.dataplane.translate_for(&services.namespaces)?;
+            self.dataplane.translate_for(&services.namespaces, &self.host)?;
             services.are_namespaces_written = true;
         }
         match &mut self.source {

@@ -167,6 +167,12 @@ fn set_of(set: RuleSet) -> rule_set {
 /// The position of the class of users in a list's number; `UID_CLASS_SHIFT` of bpf/mesh/rules.h.
 pub(super) const UID_CLASS_SHIFT: u32 = 8;
 
+/// Whose namespace it is from which calls are translated: `OF_POD` and `OF_NODE` of
+/// bpf/service/translate.h.
+pub(super) const OF_POD: u8 = 1;
+/// See [`OF_POD`].
+pub(super) const OF_NODE: u8 = 2;
+
 /// The number of the list of a class of users.
 fn of_class(set: rule_set, class: u32) -> rule_set {
     rule_set(set.0 | class << UID_CLASS_SHIFT)

@@ -90,14 +90,19 @@ impl Dataplane {
         found.into_iter().map(|one| Ok(abi::from_bytes::<abi::stale_peer>(one)?.into())).collect()
     }
 
-    /// Sets the namespaces whose calls are translated.
+    /// Sets the namespaces whose calls are translated; `nodes` are the node's own.
     ///
     /// # Errors
     /// If the map cannot be written.
-    pub fn translate_for(&mut self, namespaces: &BTreeSet<NetnsCookie>) -> Result<()> {
+    pub fn translate_for(
+        &mut self,
+        namespaces: &BTreeSet<NetnsCookie>,
+        nodes: &BTreeSet<NetnsCookie>,
+    ) -> Result<()> {
         let map = &self.skel.maps.service_netns;
         let mut holds = table::read(map)?;
-        let goal = namespaces.iter().map(|cookie| table::entry(cookie, &1u8)).collect();
+        let whose = |cookie| if nodes.contains(cookie) { abi::OF_NODE } else { abi::OF_POD };
+        let goal = namespaces.iter().map(|cookie| table::entry(cookie, &whose(cookie))).collect();
         let diff = table::diff(&holds, goal);
         let mut table = table::Table { map, holds: &mut holds };
         // Who is not to be translated any more comes first.

@@ -101,6 +101,7 @@ mod tests {
         assert_eq!(shared.landings as usize, landings);
         assert_eq!(shared.uid_class_shift, abi::UID_CLASS_SHIFT);
         assert_eq!(shared.cidr_v6, abi::CIDR_V6);
+        assert_eq!([shared.of_pod, shared.of_node], [abi::OF_POD, abi::OF_NODE].map(u32::from));
         let maps = &open.maps;
         let limits = Limits {
             pods: maps.pods.max_entries() as usize,

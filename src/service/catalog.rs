@@ -10,16 +10,19 @@ use std::{
 use super::{
     Family, Frontend, List, ListKey, Protocol, Wanted,
     endpoints::{Endpoint, eligible},
-    facts::{Kind, ServiceFacts, SliceFacts},
+    facts::{Kind, NodeFacts, ServiceFacts, SliceFacts},
+    node_ports::NodePorts,
 };
 use crate::problem::{Problem, Reason};
 
 /// What the agent was told about Services.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Options {
     /// `spec.externalIPs` are translated. Whoever may write a Service can take any address over
     /// that way (CVE-2020-8554), so without this only the node's own addresses are.
     pub external_ips: bool,
+    /// At which of this node's addresses NodePorts are translated.
+    pub node_ports: NodePorts,
 }
 
 /// A Service's wish for a frontend. The first of a frontend's claims has it.
@@ -54,8 +57,10 @@ enum Subject {
 #[derive(Debug, Default)]
 pub struct Catalog {
     options: Options,
-    zone: Option<String>,
+    node: NodeFacts,
     node_addresses: BTreeSet<IpAddr>,
+    /// Those of them at which NodePorts are translated.
+    node_port_addresses: BTreeSet<IpAddr>,
     services: HashMap<Arc<str>, Entry>,
     slices: HashMap<Arc<str>, SliceFacts>,
     claims: BTreeSet<Claim>,
@@ -138,15 +143,26 @@ impl Catalog {
         gone.iter().for_each(|name| self.remove_slice(name));
     }
 
-    /// The node's zone: its label `topology.kubernetes.io/zone`.
-    pub fn set_zone(&mut self, zone: Option<String>) {
-        let zone = zone.filter(|zone| !zone.is_empty());
-        if self.zone != zone {
-            self.zone = zone;
+    /// This node's object is so now.
+    pub fn set_node(&mut self, node: NodeFacts) {
+        let before = std::mem::replace(&mut self.node, node);
+        if before.zone != self.node.zone {
             let hinted = self.slices.values().filter(|slice| {
                 slice.endpoints.iter().any(|(_, endpoint)| !endpoint.zone_hints.is_empty())
             });
             self.stale.extend(hinted.filter_map(|slice| slice.service.clone()));
+        }
+        self.choose_node_port_addresses();
+    }
+
+    /// Chooses at which addresses NodePorts are translated.
+    fn choose_node_port_addresses(&mut self) {
+        let chosen = self.options.node_ports.addresses(&self.node_addresses, &self.node.primary);
+        if self.node_port_addresses != chosen {
+            self.node_port_addresses = chosen;
+            let known = self.services.values().filter_map(|entry| entry.facts.as_ref());
+            let with = known.filter(|facts| facts.ports.iter().any(|p| p.node_port.is_some()));
+            self.stale.extend(with.map(|facts| Arc::clone(&facts.name)));
         }
     }
 
@@ -166,6 +182,7 @@ impl Catalog {
                 self.stale.insert(Arc::clone(name));
             }
         }
+        self.choose_node_port_addresses();
     }
 
     /// The lists that are other ones than when this was asked last; none: there is no such list any
@@ -279,6 +296,7 @@ impl Catalog {
             Kind::Cluster => !is_own,
             Kind::LoadBalancer => !is_own && !facts.has_source_ranges,
             Kind::External => is_own || self.options.external_ips,
+            Kind::NodePort => self.node_port_addresses.contains(&ip),
         }
     }
 
@@ -294,6 +312,15 @@ impl Catalog {
                 let frontend = Frontend { ip: *ip, port: port.number, protocol: port.protocol };
                 let (created, service) = (facts.created, Arc::clone(&facts.name));
                 claims.insert(Claim { frontend, kind: *kind, created, service });
+            }
+        }
+        let with_node_ports = facts.ports.iter().filter_map(|port| Some((port, port.node_port?)));
+        for (port, number) in with_node_ports {
+            let ips = self.node_port_addresses.iter().copied();
+            for ip in ips.filter(|ip| facts.has_family(Family::of(*ip))) {
+                let frontend = Frontend { ip, port: number, protocol: port.protocol };
+                let (created, service) = (facts.created, Arc::clone(&facts.name));
+                claims.insert(Claim { frontend, kind: Kind::NodePort, created, service });
             }
         }
         claims.into_iter().collect()
@@ -328,7 +355,7 @@ impl Catalog {
                 let all: Vec<_> = all.iter().map(|(address, one)| (*address, *one)).collect();
                 let serving = all.iter().filter(|(_, one)| one.is_serving);
                 let serving: Box<[SocketAddr]> = serving.map(|(address, _)| *address).collect();
-                let found = eligible(&all, facts.policies(port, family), self.zone.as_deref());
+                let found = eligible(&all, facts.policies(port, family), self.node.zone.as_deref());
                 for (is_local, frontends, backends) in
                     [(false, cluster, found.cluster), (true, local, found.local)]
                 {
@@ -360,7 +387,8 @@ type Endpoints<'a> = HashMap<(&'a str, Protocol, Family), BTreeMap<SocketAddr, &
 
 impl Catalog {
     /// The frontends that a Service has, by port and by whether only local endpoints are behind
-    /// them: from inside the cluster, that is for ClusterIPs alone.
+    /// them: for callers of this node, whom the policy for traffic from outside does not concern,
+    /// that is for ClusterIPs alone.
     fn frontends_of(
         &self,
         facts: &ServiceFacts,
@@ -375,7 +403,8 @@ impl Catalog {
                 let ports = lost.entry((frontend.ip, &owner.service)).or_default();
                 ports.push(format!("{}/{}", frontend.port, frontend.protocol));
             } else if owner.kind == *kind {
-                let group = (frontend.protocol, frontend.port, Family::of(frontend.ip));
+                let number = facts.number_of(*kind, frontend.port, frontend.protocol);
+                let group = (frontend.protocol, number, Family::of(frontend.ip));
                 let is_local = *kind == Kind::Cluster && facts.internal_local;
                 found.entry((group, is_local)).or_default().insert(*frontend);
             }

@@ -20,6 +20,8 @@ use super::{
 const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 /// A Service without virtual IPs; its slices inherit it.
 const HEADLESS: &str = "service.kubernetes.io/headless";
+/// A node's zone.
+const ZONE: &str = "topology.kubernetes.io/zone";
 /// A slice's Service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// The Services and slices that are translated: a selector for a list or a watch, kube-proxy's.
@@ -60,6 +62,8 @@ pub enum Kind {
     LoadBalancer,
     /// `spec.externalIPs`.
     External,
+    /// An address of this node, with one of `spec.ports[].nodePort`.
+    NodePort,
 }
 
 /// A Service.
@@ -94,8 +98,18 @@ pub struct Port {
     pub protocol: Protocol,
     /// Its number.
     pub number: u16,
-    /// It has a node port.
-    pub has_node_port: bool,
+    /// Its node port.
+    pub node_port: Option<u16>,
+}
+
+/// This node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// The zone that it is in.
+    pub zone: Option<String>,
+    /// The addresses that kube-proxy takes for the node's primary ones: the first of each family,
+    /// internal ones before external ones.
+    pub primary: Vec<IpAddr>,
 }
 
 /// An EndpointSlice.
@@ -221,7 +235,40 @@ pub fn service(object: &object::Service) -> Result<Option<ServiceFacts>, NoName>
     }))
 }
 
+/// Reads the Node.
+pub fn node(object: &object::Node) -> NodeFacts {
+    let labels = object.metadata.labels.as_ref();
+    let zone = labels.and_then(|labels| labels.get(ZONE)).filter(|zone| !zone.is_empty()).cloned();
+    let addresses = object.status.as_ref().and_then(|status| status.addresses.as_deref());
+    let addresses = addresses.unwrap_or_default();
+    let of = |kind: &'static str| {
+        let those = addresses.iter().filter(move |one| one.type_ == kind);
+        those.filter_map(|one| one.address.parse::<IpAddr>().ok())
+    };
+    let mut primary: Vec<IpAddr> = Vec::new();
+    for ip in of("InternalIP").chain(of("ExternalIP")) {
+        if !primary.iter().any(|other| Family::of(*other) == Family::of(ip)) {
+            primary.push(ip);
+        }
+    }
+    NodeFacts { zone, primary }
+}
+
 impl ServiceFacts {
+    /// Whether it has a ClusterIP of a family.
+    pub fn has_family(&self, family: Family) -> bool {
+        let is_it =
+            |(ip, kind): &(IpAddr, Kind)| *kind == Kind::Cluster && Family::of(*ip) == family;
+        self.addresses.iter().any(is_it)
+    }
+
+    /// Which of its ports an address and port of a kind belongs to, by the port's own number.
+    pub fn number_of(&self, kind: Kind, dialled: u16, protocol: Protocol) -> u16 {
+        let is_it = |port: &&Port| port.node_port == Some(dialled) && port.protocol == protocol;
+        let of_node = || self.ports.iter().find(is_it).map(|port| port.number);
+        if kind == Kind::NodePort { of_node().unwrap_or_default() } else { dialled }
+    }
+
     /// What decides which lists one of its ports has in a family.
     pub fn policies(&self, port: &Port, family: Family) -> Policies {
         let is_outer =
@@ -229,7 +276,8 @@ impl ServiceFacts {
         Policies {
             internal_local: self.internal_local,
             external_local: self.external_local,
-            is_reachable_from_outside: port.has_node_port || self.addresses.iter().any(is_outer),
+            is_reachable_from_outside: port.node_port.is_some()
+                || self.addresses.iter().any(is_outer),
         }
     }
 }
@@ -335,10 +383,20 @@ fn ports(spec: &object::ServiceSpec, told: &mut Told) -> Box<[Port]> {
         }
         numbers.insert((number, protocol), n);
         names.insert((name, protocol), n);
-        let has_node_port = port.node_port.is_some_and(|number| number != 0);
-        found.push(Port { name: name.into(), protocol, number, has_node_port });
+        let node_port = node_port(told, &key, port.node_port);
+        found.push(Port { name: name.into(), protocol, number, node_port });
     }
     found.into()
+}
+
+fn node_port(told: &mut Told, key: &str, number: Option<i64>) -> Option<u16> {
+    let number = number.filter(|number| *number != 0)?;
+    let found = u16::try_from(number).ok();
+    if found.is_none() {
+        let what = format!("{number} is not between 1 and 65535: it is ignored");
+        told.say(&format!("{key}.nodePort"), &what);
+    }
+    found
 }
 
 fn is_local(told: &mut Told, key: &str, policy: Option<&str>) -> bool {

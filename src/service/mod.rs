@@ -1,12 +1,13 @@
 //! Services, pure: from their objects to the lists of backends that the hooks choose from.
 //!
 //! [`object`] is what the API server and manifests say, [`facts`] what of it matters here,
-//! [`endpoints`] which endpoints are eligible, and [`catalog`] all Services of the cluster.
+//! [`endpoints`] which endpoints are eligible, [`node_ports`] where NodePorts are translated, and [`catalog`] all Services of the cluster.
 
 pub mod canary;
 pub mod catalog;
 pub mod endpoints;
 pub mod facts;
+pub mod node_ports;
 pub mod object;
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 pub use catalog::{Catalog, Options};
+pub use node_ports::NodePorts;
 
 /// What Services are translated for; SCTP is kube-proxy's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -71,9 +73,9 @@ impl fmt::Display for Family {
 /// What processes dial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Frontend {
-    /// A ClusterIP, or a load balancer's or external IP of a Service.
+    /// A ClusterIP, a load balancer's or external IP of a Service, or an address of this node.
     pub ip: IpAddr,
-    /// The Service's port.
+    /// The Service's port, or its node port.
     pub port: u16,
     /// Its protocol.
     pub protocol: Protocol,

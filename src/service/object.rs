@@ -1,5 +1,5 @@
-//! Service and EndpointSlice objects, as much of them as is read. A cluster has tens of thousands
-//! of each, and what is not named here is skipped while they are parsed.
+//! Service, EndpointSlice and Node objects, as much of them as is read. A cluster has tens of thousands
+//! of the first two, and what is not named here is skipped while they are parsed.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use serde::{Deserialize, Deserializer};
@@ -89,6 +89,35 @@ pub struct LoadBalancer {
 pub struct Ingress {
     pub ip: Option<String>,
     pub ip_mode: Option<String>,
+}
+
+/// A v1 Node.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Node {
+    /// Name, labels, version and age alone.
+    #[serde(deserialize_with = "slim")]
+    pub metadata: ObjectMeta,
+    /// What the kubelet says of it.
+    pub status: Option<NodeStatus>,
+}
+
+/// `status` of a [`Node`].
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+#[expect(missing_docs, reason = "the API's own names")]
+pub struct NodeStatus {
+    pub addresses: Option<Vec<NodeAddress>>,
+}
+
+/// One of `status.addresses`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+#[expect(missing_docs, reason = "the API's own names")]
+pub struct NodeAddress {
+    #[serde(rename = "type")]
+    pub type_: String,
+    pub address: String,
 }
 
 /// A discovery.k8s.io/v1 EndpointSlice.

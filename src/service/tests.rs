@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::{
     Catalog, List, ListKey, Options,
-    facts::{self, ServiceFacts, SliceFacts},
+    facts::{self, NodeFacts, ServiceFacts, SliceFacts},
 };
 
 const HERE: &str = "here";
@@ -22,6 +22,13 @@ fn service(object: Value) -> Option<ServiceFacts> {
 
 fn slice(object: Value) -> Option<SliceFacts> {
     facts::slice(&serde_json::from_value(object).expect("a slice"), HERE).expect("a name")
+}
+
+/// The node, in a zone.
+fn in_zone(zone: Option<&str>) -> NodeFacts {
+    let labels = zone.map(|zone| json!({"topology.kubernetes.io/zone": zone}));
+    let node = json!({"metadata": {"name": HERE, "labels": labels}});
+    facts::node(&serde_json::from_value(node).expect("a Node"))
 }
 
 /// A Service of the namespace `n`.
@@ -245,6 +252,99 @@ fn conditions_that_are_not_set_mean_ready() {
     assert_eq!(node.backends("10.96.0.1:80"), some(&["192.0.2.4:8080"]));
 }
 
+/// A catalog that translates NodePorts at these addresses, on a node that has some.
+fn with_node_ports(choice: &str, services: &[Value], slices: &[Value]) -> Node {
+    let node_ports = choice.parse().expect(choice);
+    let mut node = Node::with(Options { node_ports, ..Options::default() }, services, slices);
+    let ip = |text: &str| text.parse().expect("an address");
+    let own = ["127.0.0.1", "::1", "192.0.2.1", "192.0.2.9", "2001:db8::1"].map(ip);
+    node.catalog.set_node_addresses(own.into());
+    let address = |kind: &str, at: &str| json!({"type": kind, "address": at});
+    let addresses = [
+        address("Hostname", "node"),
+        address("ExternalIP", "192.0.2.9"),
+        address("InternalIP", "192.0.2.1"),
+        address("InternalIP", "2001:db8::1"),
+    ];
+    let object = json!({"metadata": {"name": HERE}, "status": {"addresses": addresses}});
+    node.catalog.set_node(facts::node(&serde_json::from_value(object).expect("a Node")));
+    node.catch_up();
+    node
+}
+
+/// Row 27.
+fn with_node_port(name: &str, ip: &str, number: u16) -> Value {
+    let mut object = web(name, ip);
+    object["spec"]["type"] = "NodePort".into();
+    object["spec"]["ports"][0]["nodePort"] = number.into();
+    object
+}
+
+#[test]
+fn node_ports_lead_to_all_endpoints_whatever_the_policies_are() {
+    let mut object = with_node_port("w", "10.96.0.1", 30_080);
+    object["spec"]["internalTrafficPolicy"] = "Local".into();
+    object["spec"]["externalTrafficPolicy"] = "Local".into();
+    let elsewhere = json!([{"addresses": ["10.0.0.1"], "nodeName": "there"}]);
+    let slices = [web_slice("a", "w", elsewhere)];
+    let mut node = with_node_ports("primary", &[object], &slices);
+    assert_eq!(node.backends("192.0.2.1:30080"), some(&["10.0.0.1:8080"]));
+    assert_eq!(node.backends("10.96.0.1:80"), some(&[]), "no endpoint is here");
+    for not in ["192.0.2.9:30080", "192.0.2.1:80", "127.0.0.1:30080", "10.96.0.1:30080"] {
+        assert_eq!(node.backends(not), None, "{not}");
+    }
+    assert_eq!(node.list("192.0.2.1:30080", true), None, "another protocol");
+    assert_eq!(node.backends("[2001:db8::1]:30080"), None, "the Service has no IPv6 ClusterIP");
+    node.says(&[]);
+    // The node loses the address, and gets it back.
+    node.catalog.set_node_addresses(BTreeSet::new());
+    node.catch_up();
+    assert_eq!(node.backends("192.0.2.1:30080"), None);
+    assert_eq!(node.backends("10.96.0.1:80"), some(&[]));
+    node.catalog.set_node_addresses(["192.0.2.1".parse().expect("an address")].into());
+    node.catch_up();
+    assert_eq!(node.backends("192.0.2.1:30080"), some(&["10.0.0.1:8080"]));
+    // Its object has no address.
+    node.catalog.set_node(NodeFacts::default());
+    node.catch_up();
+    assert_eq!(node.backends("192.0.2.1:30080"), None);
+}
+
+#[test]
+fn node_ports_are_translated_at_the_chosen_addresses() {
+    let object = with_node_port("w", "10.96.0.1", 30_080);
+    for (choice, wanted) in [
+        ("none", &[][..]),
+        ("primary", &["192.0.2.1"]),
+        ("all", &["192.0.2.1", "192.0.2.9"]),
+        ("192.0.2.8/31,localhost", &["192.0.2.9", "127.0.0.1"]),
+    ] {
+        let node = with_node_ports(choice, std::slice::from_ref(&object), &[]);
+        for at in ["192.0.2.1", "192.0.2.9", "127.0.0.1"] {
+            let found = node.backends(&format!("{at}:30080")).is_some();
+            assert_eq!(found, wanted.contains(&at), "{choice}: {at}");
+        }
+    }
+}
+
+#[test]
+fn node_ports_that_collide_or_are_no_ports_are_named() {
+    let mut late = with_node_port("late", "10.96.0.2", 30_080);
+    late["metadata"]["creationTimestamp"] = "2026-02-01T00:00:00Z".into();
+    let mut early = with_node_port("early", "10.96.0.1", 30_080);
+    early["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z".into();
+    let mut odd = with_node_port("odd", "10.96.0.3", 1);
+    odd["spec"]["ports"][0]["nodePort"] = 70_000.into();
+    let slices = [web_slice("a", "early", ready(&["10.0.0.1"]))];
+    let node = with_node_ports("primary", &[late, early, odd], &slices);
+    assert_eq!(node.backends("192.0.2.1:30080"), some(&["10.0.0.1:8080"]));
+    assert_eq!(node.backends("10.96.0.3:80"), some(&[]), "its other address works");
+    node.says(&[
+        &["Service n/late", "192.0.2.1", "30080/TCP", "n/early"],
+        &["Service n/odd", "spec.ports[0].nodePort", "70000"],
+    ]);
+}
+
 #[test]
 fn an_endpoint_is_gone_where_it_does_not_serve_and_another_does() {
     // Row 20.
@@ -357,7 +457,7 @@ fn hints_follow_the_nodes_zone() {
         (Some("b"), &["10.0.0.2:8080"]),
         (None, &["10.0.0.1:8080", "10.0.0.2:8080"]),
     ] {
-        node.catalog.set_zone(zone.map(str::to_owned));
+        node.catalog.set_node(in_zone(zone));
         assert_eq!(node.catch_up(), BTreeSet::from(["n/w".to_owned()]));
         assert_eq!(node.backends("10.96.0.1:80"), some(wanted), "{zone:?}");
     }
@@ -474,7 +574,7 @@ fn the_nodes_own_addresses_are_no_frontends() {
     node.catalog.set_node_addresses([own[3]].into());
     node.catch_up();
     assert!(node.backends("10.96.0.10:80").is_some());
-    let asked = Options { external_ips: true };
+    let asked = Options { external_ips: true, ..Options::default() };
     let node = Node::with(asked, &[object], &[]);
     assert!(node.backends("198.51.100.1:80").is_some());
     node.says(&[]);
@@ -824,7 +924,7 @@ impl World {
 
     /// All of it, told to a new catalog, last things first where that is asked for.
     fn scratch(&self, options: Options, backwards: bool) -> Node {
-        let mut node = Node { catalog: Catalog::new(options), ..Node::default() };
+        let mut node = Node { catalog: Catalog::new(options.clone()), ..Node::default() };
         let (mut services, mut slices) = (self.services(), self.slices());
         if backwards {
             services.reverse();
@@ -833,11 +933,11 @@ impl World {
             node.catch_up();
             services.into_iter().for_each(|service| node.catalog.set_service(service));
             node.catch_up();
-            node.catalog.set_zone(self.zone.clone());
+            node.catalog.set_node(in_zone(self.zone.as_deref()));
             node.catalog.set_node_addresses(self.addresses());
         } else {
             node.catalog.set_node_addresses(self.addresses());
-            node.catalog.set_zone(self.zone.clone());
+            node.catalog.set_node(in_zone(self.zone.as_deref()));
             node.catalog.replace_services(services);
             node.catalog.replace_slices(slices);
         }
@@ -864,8 +964,8 @@ proptest! {
         script in prop::collection::vec((any_event(), any::<bool>()), 1..40),
         external_ips in any::<bool>(),
     ) {
-        let options = Options { external_ips };
-        let mut node = Node { catalog: Catalog::new(options), ..Node::default() };
+        let options = Options { external_ips, ..Options::default() };
+        let mut node = Node { catalog: Catalog::new(options.clone()), ..Node::default() };
         let mut world = World::default();
         let mut is_flushed = true;
         for (event, flush) in &script {
@@ -880,7 +980,7 @@ proptest! {
                     Some(facts) => node.catalog.set_slice(facts),
                     None => node.catalog.remove_slice(&format!("n/e{n}")),
                 },
-                Event::Zone(zone) => node.catalog.set_zone(zone.clone()),
+                Event::Zone(zone) => node.catalog.set_node(in_zone(zone.as_deref())),
                 Event::Addresses(_) => node.catalog.set_node_addresses(world.addresses()),
                 Event::Relist => {
                     node.catalog.replace_services(world.services());
@@ -902,7 +1002,7 @@ proptest! {
         let kept = node.catalog.lists().map(|(key, list)| (key.clone(), list.clone()));
         prop_assert_eq!(&node.lists, &kept.collect::<BTreeMap<_, _>>());
         for backwards in [false, true] {
-            let scratch = world.scratch(options, backwards);
+            let scratch = world.scratch(options.clone(), backwards);
             prop_assert_eq!(&node.lists, &scratch.lists);
             prop_assert_eq!(node.problems(), scratch.problems());
         }

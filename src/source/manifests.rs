@@ -11,11 +11,11 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
 use thiserror::Error;
 
-use super::{PodSource, Snapshot, SourcePod, ZONE};
+use super::{PodSource, Snapshot, SourcePod};
 use crate::{
     files,
     mesh::facts::pod_name,
@@ -81,8 +81,8 @@ struct Held {
 enum Other {
     Service(object::Service),
     Slice(object::EndpointSlice),
-    /// This node: the name that EndpointSlices use for it, and its zone.
-    Node(Box<Node>),
+    /// This node: the name that EndpointSlices use for it, its zone and its addresses.
+    Node(object::Node),
 }
 
 impl Other {
@@ -246,8 +246,7 @@ impl Manifests {
             }
             seen.insert((kind, name), path);
         }
-        let labels = node.and_then(|node| node.metadata.labels.as_ref());
-        catalog.set_zone(labels.and_then(|labels| labels.get(ZONE)).cloned());
+        catalog.set_node(node.map(facts::node).unwrap_or_default());
         let node = node.and_then(|node| node.metadata.name.as_deref()).unwrap_or_default();
         catalog.replace_services(services.iter().filter_map(|one| facts::service(one).ok()?));
         catalog.replace_slices(slices.iter().filter_map(|one| facts::slice(one, node).ok()?));

@@ -44,9 +44,6 @@ impl SourcePod {
     }
 }
 
-/// The label of a Node with its zone.
-pub const ZONE: &str = "topology.kubernetes.io/zone";
-
 /// A source's state at one moment.
 #[derive(Debug, Default)]
 pub struct Snapshot {

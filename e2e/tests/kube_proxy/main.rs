@@ -75,7 +75,7 @@ enum Difference {
     Affinity,
     /// Row 24. kube-proxy masquerades a pod that is led to itself; else it would answer itself.
     Hairpin,
-    /// Rows 25 and 28. kube-proxy masquerades what goes to an address that is known outside, since
+    /// Rows 25, 27 and 28. kube-proxy masquerades what goes to an address that is known outside, since
     /// the answer might come by another way.
     Masquerade,
 }
@@ -515,9 +515,13 @@ impl Duel {
         Some(backends.map(|one| one.as_str().expect("text").parse().expect("one")).collect())
     }
 
+    fn targets(&self) -> Vec<Target> {
+        self.world.targets(self.places.last().expect("the node"))
+    }
+
     /// Dials everything until both sides agree.
     fn compare(&mut self, gone: &[Target], what: &dyn fmt::Display) {
-        let mut targets = self.world.targets();
+        let mut targets = self.targets();
         for old in gone {
             if !targets.iter().any(|one| (one.to, one.tcp) == (old.to, old.tcp)) {
                 targets.push(Target { translated: None, affinity: false, ..old.clone() });
@@ -755,7 +759,7 @@ fn duel(mode: Mode) {
     rng.shuffle(&mut deck);
     let length = number("SIDESTEP_TEST_EVENTS").map_or(deck.len(), |n| n as usize);
     for (n, event) in deck.into_iter().cycle().take(length).enumerate() {
-        let before = duel.world.targets();
+        let before = duel.targets();
         let zone = duel.world.zone;
         duel.world.apply(event, &mut rng);
         if duel.world.zone != zone {

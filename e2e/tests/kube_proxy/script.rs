@@ -29,11 +29,15 @@ pub struct Place {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     ClusterIp,
+    NodePort,
     LoadBalancer,
     Headless,
     ExternalName,
     Gone,
 }
+
+/// Those with addresses.
+const KINDS: [Kind; 3] = [Kind::ClusterIp, Kind::NodePort, Kind::LoadBalancer];
 
 /// What an EndpointSlice says of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,9 +100,25 @@ struct Port {
     number: u16,
 }
 
+impl Port {
+    /// The number at its Service's addresses, or its node port for the Service of this id: TCP and UDP
+    /// have one number each time, as a Service's first two ports have.
+    fn dialled(&self, node_port_of: Option<u16>) -> u16 {
+        let Some(id) = node_port_of else { return self.number };
+        let of_service = match self.name {
+            "metrics" => 1,
+            "extra" => 2,
+            _ => 0,
+        };
+        30_000 + 10 * id + of_service
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Service {
     name: &'static str,
+    /// Of its node ports.
+    id: u16,
     /// Of its addresses.
     number: u8,
     kind: Kind,
@@ -124,6 +144,7 @@ pub enum Address {
     Cluster,
     LoadBalancer,
     External,
+    NodePort,
 }
 
 /// What is dialled, and what the objects say of it.
@@ -234,6 +255,7 @@ impl World {
         let port = |name, tcp, number| Port { name, tcp, number };
         let service = |name, number, families: &[bool], ports: &[Port]| Service {
             name,
+            id: u16::from(number),
             number,
             kind: Kind::ClusterIp,
             families: families.to_vec(),
@@ -257,6 +279,7 @@ impl World {
             service("dns", 3, &[true, false], &dns),
             service("front", 4, &[false, true], &[port("https", true, 443), port("u", false, 443)]),
         ];
+        services[1].kind = Kind::NodePort;
         services[3].kind = Kind::LoadBalancer;
         services[3].ingress = Some(true);
         let mut world = Self { zone: None, services, places };
@@ -291,7 +314,7 @@ impl World {
         // What was left comes back, so that most of the script is about Services that are there.
         for service in &mut self.services {
             if !service.serves() && event != Event::MadeAnew && chance(rng, 3) {
-                service.kind = one_of(rng, &[Kind::ClusterIp, Kind::LoadBalancer]);
+                service.kind = one_of(rng, &KINDS);
             }
             if service.other_proxy && event != Event::OtherProxy && chance(rng, 2) {
                 service.other_proxy = false;
@@ -424,7 +447,7 @@ impl World {
                 }
             }
             Event::InternalPolicy if serves => service.internal_local ^= true,
-            Event::ExternalPolicy if service.kind == Kind::LoadBalancer => {
+            Event::ExternalPolicy if service.has_node_ports() => {
                 service.external_local ^= true;
             }
             Event::Affinity if serves => service.affinity ^= true,
@@ -437,16 +460,14 @@ impl World {
                 }
             }
             Event::Type => {
-                let kinds =
-                    [Kind::ClusterIp, Kind::LoadBalancer, Kind::Headless, Kind::ExternalName];
-                let others: Vec<Kind> =
-                    kinds.into_iter().filter(|kind| *kind != service.kind).collect();
+                let kinds = KINDS.into_iter().chain([Kind::Headless, Kind::ExternalName]);
+                let others: Vec<Kind> = kinds.filter(|kind| *kind != service.kind).collect();
                 // Back, if it was left.
-                service.kind = if serves { one_of(rng, &others) } else { one_of(rng, &kinds[..2]) };
+                service.kind = if serves { one_of(rng, &others) } else { one_of(rng, &KINDS) };
             }
             Event::MadeAnew => {
                 service.kind = match service.kind {
-                    Kind::Gone => one_of(rng, &[Kind::ClusterIp, Kind::LoadBalancer]),
+                    Kind::Gone => one_of(rng, &KINDS),
                     _ => Kind::Gone,
                 };
             }
@@ -480,7 +501,10 @@ impl World {
     fn settle(&mut self) {
         for service in &mut self.services {
             if service.kind != Kind::LoadBalancer {
-                (service.external_local, service.ranges) = (false, None);
+                service.ranges = None;
+            }
+            if !service.has_node_ports() {
+                service.external_local = false;
             }
             // Of two slices that say different things of one endpoint, the one that says that it is
             // on this node counts. Which one where both or none do is the order of a Go map.
@@ -532,7 +556,7 @@ impl World {
     }
 
     /// What the objects say can be dialled.
-    pub fn targets(&self) -> Vec<Target> {
+    pub fn targets(&self, node: &Place) -> Vec<Target> {
         let mut targets = Vec::new();
         for service in &self.services {
             if service.other_proxy || !service.serves() {
@@ -548,12 +572,17 @@ impl World {
                 if service.external_ips {
                     addresses.push((external(v6, service.number), Some(Address::External)));
                 }
+                if service.has_node_ports() {
+                    let to = if v6 { node.v6 } else { node.v4 };
+                    addresses.push((to, Some(Address::NodePort)));
+                }
                 for (to, translated) in addresses {
+                    let of_node = translated == Some(Address::NodePort);
                     for port in &service.ports {
                         let usable = |here: bool| service.is_usable(v6, here);
                         let is_cluster = translated == Some(Address::Cluster);
                         targets.push(Target {
-                            to: SocketAddr::new(to, port.number),
+                            to: SocketAddr::new(to, port.dialled(of_node.then_some(service.id))),
                             tcp: port.tcp,
                             translated,
                             affinity: service.affinity,
@@ -638,7 +667,11 @@ impl Endpoint {
 
 impl Service {
     fn serves(&self) -> bool {
-        matches!(self.kind, Kind::ClusterIp | Kind::LoadBalancer)
+        KINDS.contains(&self.kind)
+    }
+
+    fn has_node_ports(&self) -> bool {
+        matches!(self.kind, Kind::NodePort | Kind::LoadBalancer)
     }
 
     /// Whether an endpoint of a family, of this node alone or of any, can take a connection.
@@ -660,10 +693,14 @@ impl Service {
         let label = self.other_proxy.then_some("other");
         let port = |port: &Port| {
             let protocol = if port.tcp { "TCP" } else { "UDP" };
-            json!({
+            let mut object = json!({
                 "name": port.name, "protocol": protocol, "port": port.number,
                 "targetPort": TARGETS[0],
-            })
+            });
+            if self.has_node_ports() {
+                object["nodePort"] = port.dialled(Some(self.id)).into();
+            }
+            object
         };
         let of = |address: fn(bool, u8) -> IpAddr| -> Vec<String> {
             [false, true].map(|v6| address(v6, self.number).to_string()).into()
@@ -674,7 +711,7 @@ impl Service {
             Kind::Headless => vec!["None".to_owned()],
             _ => self.families.iter().map(|v6| vip(*v6, self.number).to_string()).collect(),
         };
-        let is_outer = self.kind == Kind::LoadBalancer || self.external_ips;
+        let is_outer = self.has_node_ports() || self.external_ips;
         let policy = |local: bool| if local { "Local" } else { "Cluster" };
         let dual = if families.len() > 1 { "RequireDualStack" } else { "SingleStack" };
         let mut spec = json!({
@@ -691,6 +728,9 @@ impl Service {
             "sessionAffinityConfig": null,
         });
         let mut status = json!({"loadBalancer": {}});
+        if self.kind == Kind::NodePort {
+            spec["type"] = "NodePort".into();
+        }
         if self.kind == Kind::LoadBalancer {
             spec["type"] = "LoadBalancer".into();
             spec["loadBalancerSourceRanges"] = match self.ranges {

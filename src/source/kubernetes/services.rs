@@ -1,4 +1,4 @@
-//! Services from the API server: those of the whole cluster with their endpoints, and this node's zone.
+//! Services from the API server: those of the whole cluster with their endpoints, and this node.
 
 use std::{
     fmt::Debug,
@@ -8,15 +8,11 @@ use std::{
 
 use futures_util::StreamExt;
 use k8s_openapi::{
-    api::{
-        core::{self, v1::Node},
-        discovery,
-    },
+    api::{core, discovery},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use kube::{
     Api, Client, Resource,
-    core::PartialObjectMeta,
     runtime::watcher::{self, Event, watcher},
 };
 use serde::de::DeserializeOwned;
@@ -28,10 +24,9 @@ use super::{
 };
 use crate::service::{
     Catalog,
-    facts::{self, NoName, SELECTOR, ServiceFacts, SliceFacts},
+    facts::{self, NoName, NodeFacts, SELECTOR, ServiceFacts, SliceFacts},
     object,
 };
-use crate::source::ZONE;
 
 /// What the watches told that the catalog has not been told yet.
 #[derive(Debug, Default)]
@@ -43,8 +38,8 @@ pub(super) struct Services {
 struct Told {
     services: Feed<ServiceFacts>,
     slices: Feed<SliceFacts>,
-    /// This node's zone, where it has one.
-    zone: Feed<Arc<str>>,
+    /// This node.
+    node: Feed<NodeFacts>,
 }
 
 /// What one watch told.
@@ -119,7 +114,9 @@ impl Services {
         });
         let this = watcher::Config::default().fields(&format!("metadata.name={node}"));
         own.watch("nodes", Api::all(client.clone()), this, failing, changed, {
-            |told: &mut Told, event| told.zone.take(event, zone)
+            |told: &mut Told, event| {
+                told.node.take(event, |node: &object::Node| Ok(Some(facts::node(node))));
+            }
         });
         own
     }
@@ -148,15 +145,15 @@ impl Services {
     /// Tells the catalog what is new. False: not before each watch has had its first complete list.
     pub(super) fn feed(&self, catalog: &mut Catalog) -> bool {
         let mut told = lock(&self.told);
-        let Told { services, slices, zone } = &mut *told;
-        if !(services.is_ready && slices.is_ready && zone.is_ready) {
+        let Told { services, slices, node } = &mut *told;
+        if !(services.is_ready && slices.is_ready && node.is_ready) {
             return false;
         }
-        for change in mem::take(&mut zone.changes) {
-            catalog.set_zone(match change {
-                Change::Set(zone) => Some(zone.to_string()),
-                Change::Gone(_) => None,
-                Change::All(zones) => zones.first().map(ToString::to_string),
+        for change in mem::take(&mut node.changes) {
+            catalog.set_node(match change {
+                Change::Set(node) => node,
+                Change::Gone(_) => NodeFacts::default(),
+                Change::All(nodes) => nodes.into_iter().next().unwrap_or_default(),
             });
         }
         for change in mem::take(&mut services.changes) {
@@ -179,12 +176,6 @@ impl Services {
 
 fn lock(told: &Mutex<Told>) -> MutexGuard<'_, Told> {
     told.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The zone that a node is in, by its label.
-fn zone(node: &PartialObjectMeta<Node>) -> Result<Option<Arc<str>>, NoName> {
-    let labels = node.metadata.labels.as_ref();
-    Ok(labels.and_then(|labels| labels.get(ZONE)).map(|zone| zone.as_str().into()))
 }
 
 /// [`object`] has what is read of the API's own types.
@@ -217,4 +208,5 @@ macro_rules! stands_for {
 stands_for! {
     object::Service => core::v1::Service;
     object::EndpointSlice => discovery::v1::EndpointSlice;
+    object::Node => core::v1::Node;
 }
