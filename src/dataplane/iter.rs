@@ -96,3 +96,40 @@ pub(super) fn visit_other<T>(
     let written = visit(&program, &program, map)?;
     Ok((written, read(&skel)))
 }
+
+#[cfg(test)]
+mod tests {
+    use libbpf_rs::skel::SkelBuilder;
+
+    use super::{super::skel::sidestep::SidestepSkelBuilder, *};
+
+    #[test]
+    fn the_object_has_each_visitor_twice() {
+        let mut storage = MaybeUninit::uninit();
+        let open = SidestepSkelBuilder::default().open(&mut storage).expect("opens");
+        let section = |name: &str| {
+            let program = open.open_object().progs().find(|program| program.name() == name);
+            program.map(|program| program.section().to_string_lossy().into_owned())
+        };
+        for (by_storage, by_file) in VISITORS {
+            assert_eq!(section(by_storage).as_deref(), Some("iter/bpf_sk_storage_map"));
+            assert_eq!(section(by_file).as_deref(), Some("iter/task_file"));
+        }
+        let over_maps = open.open_object().progs().filter(|program| {
+            let section = program.section().to_string_lossy();
+            section.starts_with("iter/bpf_") || section == "iter/sockmap"
+        });
+        assert_eq!(over_maps.count(), VISITORS.len(), "one that some kernels refuse has no twin");
+    }
+
+    #[test]
+    fn the_agent_loads_one_of_two_and_none_of_those_for_other_layouts() {
+        for (by_storage, by_file) in VISITORS {
+            let loaded = [by_storage, by_file].into_iter().filter(|name| is_agents(name));
+            let expected = usize::from(!FOR_OTHERS.contains(&by_storage));
+            assert_eq!(loaded.count(), expected, "{by_storage}");
+            assert!(can_load(by_file) && can_load(visitor(by_storage)));
+        }
+        assert!(is_agents("connect4") && can_load("connect4"));
+    }
+}
