@@ -9,9 +9,9 @@ CONTRACT = "docs/contract.md"
 # Where a statement is shown, and where else numbers are cited.
 TESTS = ("tests/", "lab/", "e2e/", "bench/", "torture/", "conformance/", "src/")
 TEXTS = ("bpf/", "docs/", "scripts/mutants_table.py", "README.md", "ARCHITECTURE.md")
-NUMBER = re.compile(r"\b[TILAF][0-9]{1,2}\b(?!:[0-9])")  # no time of day, as T00:00
+NUMBER = re.compile(r"\b[TILABF][0-9]{1,2}\b(?!:[0-9])")  # no time of day, as T00:00
 # fn t4_t5_own_service(), row(f42_zero_length_read
-NAME = re.compile(r"\b(?:fn |row\()((?:[tilaf][0-9]{1,2}_)+)")
+NAME = re.compile(r"\b(?:fn |row\()((?:[tilabf][0-9]{1,2}_)+)")
 # Its rows are runnable by their own names, so comments say which fault they are about.
 ROWS = "conformance/src/rows.rs"
 # A row of docs/conformance.md: | istio/OR.in.other | ...
@@ -35,7 +35,7 @@ def cited(text):
 
 def main():
     contract = read(CONTRACT)
-    numbers = re.findall(r"^\| ([TILAF][0-9]+) \|", contract, re.MULTILINE)
+    numbers = re.findall(r"^\| ([TILABF][0-9]+) \|", contract, re.MULTILINE)
     groups = set(re.findall(r"`([A-Z]+)`", contract.split("## Rows of conformance")[1].split("\n## ")[0]))
     wrong = [f"{CONTRACT}: {number} is there twice" for number in set(numbers) if numbers.count(number) > 1]
     by_tests, by_name = set(), set()

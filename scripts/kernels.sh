@@ -39,7 +39,7 @@ skipped() {
 envoy: Envoy and its libraries are ten times as large as everything else
 
 bad_input a_missing_clang_is_explained_by_the_build: it is about the build, not about kernels
-edges beside_the_meshs_own_rules: iptables and the many modules that it takes are not in the machine
+beside: iptables and the many modules that it takes are not in the machine
 resolvers: the programs that it runs are not in the machine
 dns f50_f51_sockets_see_what_they_see_beside_istios_rules: nor is Python
 splice_agent f41_a_policy_that_comes_later_stops_a_spliced_connection: nftables and its modules are not in the machine

@@ -22,6 +22,7 @@ use crate::{
     },
     controller::{AddError, Controller, Look, Source},
     dataplane::{self, Dataplane, Pins},
+    mesh::mode::PodsWithRules,
     node::{Cgroup, PodNamespaces},
     ops::{check, http, metrics::Metrics},
     problem::Problem,
@@ -49,6 +50,8 @@ pub struct Config {
     pub splice_refresh: Duration,
     /// The settings of Services, if their addresses are translated.
     pub services: Option<service::Options>,
+    /// The mode of pods that have the mesh's own rules and do not name one.
+    pub pods_with_rules: PodsWithRules,
     /// The address for health and metrics, if they are served.
     pub http: Option<SocketAddr>,
 }
@@ -206,7 +209,8 @@ async fn intercept(
     let events = dataplane.events()?;
     let metrics = Arc::new(Metrics::new(pins, cgroup.id()));
     let controller = Controller::new(source, dataplane, cgroup, Arc::clone(&metrics))?;
-    let mut controller = controller.with_services(config.services.clone());
+    let controller = controller.with_services(config.services.clone());
+    let mut controller = controller.with_rules(config.pods_with_rules);
     let adopted = controller.adopted();
     info!(%pins, adopted, "BPF programs attached; interception is in force");
 
@@ -437,7 +441,8 @@ fn answer(
             (Request::Add(_) | Request::Check(_), None) => Ok(()),
             (Request::Problems, _) => {
                 let problems = Some(controller.problems());
-                let _ = answer.send(Reply { problems, ..Reply::default() });
+                let left_alone = Some(controller.left_alone());
+                let _ = answer.send(Reply { problems, left_alone, ..Reply::default() });
                 continue;
             }
             (Request::Services, _) => {

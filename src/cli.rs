@@ -9,6 +9,7 @@ use crate::{
     agent::{self, Cluster, SourceConfig},
     cni::{self, OnAgentAway, conflist},
     dataplane::{self, bpffs},
+    mesh::mode::PodsWithRules,
     ops::{
         check,
         status::{self, Shown},
@@ -114,6 +115,18 @@ struct Run {
         env = "SIDESTEP_SPLICE_REFRESH"
     )]
     splice_refresh: u32,
+    /// What becomes of pods in which the mesh's own rules are installed, by its init container or its
+    /// CNI plugin. The rules are looked for in each pod's network namespace.
+    ///
+    /// A pod's annotation sidestep.io/mode comes first. Pods without such rules are not affected.
+    #[arg(
+        long,
+        value_name = "WHAT",
+        value_enum,
+        default_value = "off",
+        env = "SIDESTEP_PODS_WITH_RULES"
+    )]
+    pods_with_rules: PodsWithRules,
     /// Translate the virtual IPs of Services to endpoints in connect() and sendmsg(), for pods and for
     /// the node's own processes. kube-proxy's rules stay and serve what is not translated.
     ///
@@ -354,6 +367,7 @@ impl Cli {
                         external_ips: args.services_external_ips,
                         node_ports: args.services_node_ports.clone(),
                     }),
+                    pods_with_rules: args.pods_with_rules,
                     splice_refresh: Duration::from_secs(args.splice_refresh.into()),
                     source: args.source(),
                 })?;

@@ -21,6 +21,8 @@ pub enum Reason {
     InboundNotIntercepted,
     /// All pods of a mesh on this node come with the mesh's own iptables rules.
     OwnIptables,
+    /// The mesh's own rules in the pod cannot be made out, or its annotation does not fit them.
+    OwnRules,
     /// The pod forwards packets of others, which nothing intercepts.
     Forwards,
     /// Another program sees connections before Sidestep's.
@@ -37,7 +39,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::InvalidPolicy,
         Self::Unsupported,
         Self::InvalidPod,
@@ -45,6 +47,7 @@ impl Reason {
         Self::Refused,
         Self::InboundNotIntercepted,
         Self::OwnIptables,
+        Self::OwnRules,
         Self::Forwards,
         Self::NotFirst,
         Self::StaysIntercepted,
@@ -63,6 +66,7 @@ impl Reason {
             Self::Refused => "Refused",
             Self::InboundNotIntercepted => "InboundNotIntercepted",
             Self::OwnIptables => "OwnIptables",
+            Self::OwnRules => "OwnRules",
             Self::Forwards => "Forwards",
             Self::NotFirst => "NotFirst",
             Self::StaysIntercepted => "StaysIntercepted",

@@ -37,6 +37,8 @@ impl Verdict {
 fn ours(pod: &Pod) -> Verdict {
     match facts(pod) {
         Ok(None) => Verdict::word("out"),
+        // The mesh's plugin leaves such a pod to the init container.
+        Ok(Some(parsed)) if parsed.facts.brings_rules => Verdict::word("out"),
         Err(FactsError::Unsupported { .. }) => Verdict::word("unsupported"),
         Err(error) => panic!("{error}"),
         Ok(Some(parsed)) => {

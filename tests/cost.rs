@@ -229,9 +229,10 @@ fn candidate(n: u64) -> Candidate {
         routes: Vec::new(),
         route_localnet: false,
         own_nat: false,
+        rules: Ok(Vec::new()),
         forwarded: 0,
     };
-    Candidate { facts: Arc::new(facts), netns: Arc::new(netns) }
+    Candidate { facts: Arc::new(facts), netns: Arc::new(netns), beside: None }
 }
 
 /// The time that this process has spent in user space.

@@ -57,26 +57,6 @@ fn a_reused_pod_ip_survives_the_late_delete_of_its_old_pod() {
     works();
 }
 
-/// A pod whose namespace has the mesh's own rules too: those of another CNI plugin, or of a time
-/// before Sidestep.
-#[test]
-fn beside_the_meshs_own_rules() {
-    let mut node = Node::new("beside");
-    sidestep_lab::iptables::install_istio(&node.a).expect("rules");
-    node.agent.add_pod(&node.a).expect("manifest a");
-    node.agent.wait_enrolled(&node.a).expect("enrolled");
-    let _sidecar = Sidecar::start(&node.a);
-    for (target, source) in remotes(&node.a, 80) {
-        let answer = node.a.ask(APP, APP, target).expect("captured");
-        assert_original(&answer, target);
-        assert_eq!(answer.seen.peer.ip().to_canonical(), source);
-    }
-    for target in addresses(&node.a, 8080) {
-        let answer = node.b.ask(APP, APP, target).expect("redirected by the rules");
-        assert_original(&answer, target);
-    }
-}
-
 /// A8.
 #[test]
 fn a_connection_that_is_asked_about_late_or_that_idles_has_its_destination() {

@@ -82,6 +82,7 @@ fn netns(addresses: &[&str]) -> NetnsFacts {
         ],
         route_localnet: false,
         own_nat: false,
+        rules: Ok(Vec::new()),
         forwarded: 0,
     }
 }
@@ -99,7 +100,7 @@ fn enrolled(pod: Value, netns: NetnsFacts) -> Desired {
         excluded_ifs: 10,
         tells_interface: true,
     };
-    let candidate = Candidate { facts: parsed.facts.into(), netns: netns.into() };
+    let candidate = Candidate { facts: parsed.facts.into(), netns: netns.into(), beside: None };
     let desired = desired(&[candidate], &BTreeSet::new(), &BTreeMap::new(), &limits);
     assert!(desired.refused.is_empty() && desired.closed.is_empty(), "{desired:?}");
     desired

@@ -24,6 +24,7 @@ enum pod_flag {
 	POD_TCP_DNS_ANY = 1 << 13, /* DNS is captured; over TCP, 53 is a port as any other */
 	POD_ROUTE_LOCALNET = 1 << 14, /* sockets bound to 127.0.0.0/8 may call off the pod */
 	POD_OWN_NAT = 1 << 15, /* the pod's own rules translate incoming connections */
+	POD_BESIDE = 1 << 16, /* the mesh's own rules are in the pod, and do what connect leaves */
 };
 
 /* One enrolled pod; key: its network namespace's cookie. */

@@ -285,7 +285,7 @@ static __always_inline enum outcome mesh_sendmsg(struct bpf_sock_addr *ctx, int 
 		return NOT_MINE;
 	c.netns = bpf_get_netns_cookie(ctx);
 	pod = pod_by_netns(c.netns);
-	if (!pod)
+	if (!pod || pod->flags & POD_BESIDE)
 		return NOT_MINE;
 	outbound_of(ctx, family, &c);
 	owner_of(ctx->sk, &c.owner);

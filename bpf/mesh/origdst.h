@@ -62,6 +62,21 @@ static __always_inline struct conn sockops_conn(struct bpf_sock_ops *ctx, bool c
 	return c;
 }
 
+/*
+ * The same connection in a pod with the mesh's own rules. Conntrack may change its source port on
+ * the way, if a connection that these rules redirected has the same; the number of its first byte
+ * stays. No real connection has the source port 0, as this key.
+ */
+static __always_inline struct conn numbered_conn(const struct conn *c, __u32 first)
+{
+	return (struct conn){
+		.netns = c->netns,
+		.src = { { 0, 0, 0, first } },
+		.dst = c->dst,
+		.dport = c->dport,
+	};
+}
+
 /* Has the pod used up its quota of handshakes in progress? */
 static __always_inline bool is_busy(__u64 netns)
 {
@@ -83,16 +98,20 @@ static __always_inline bool handover_put(const struct conn *c, const struct orig
 }
 
 /* Removes an entry, if there is one. */
-static __always_inline void handover_drop(const struct conn *c)
+static __always_inline bool handover_drop(const struct conn *c)
 {
-	if (!bpf_map_delete_elem(&handovers, c))
-		share_give(&handover_shares, c->netns);
+	if (bpf_map_delete_elem(&handovers, c))
+		return false;
+	share_give(&handover_shares, c->netns);
+	return true;
 }
 
 /* The client's SYN is about to be sent; its source port is chosen. */
 static __always_inline void origdst_offer(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
+	const struct pod *pod;
+	struct tcp_sock *tp;
 	struct origdst *od;
 	struct conn c;
 
@@ -105,9 +124,14 @@ static __always_inline void origdst_offer(struct bpf_sock_ops *ctx)
 	/* An earlier connection of this socket was captured; this one is not. */
 	if (!addr_eq(&c.dst, &od->via) || c.dport != od->via_port)
 		return;
+	pod = pod_by_netns(c.netns);
+	if (pod && pod->flags & POD_BESIDE) {
+		tp = bpf_skc_to_tcp_sock(sk);
+		if (!tp)
+			return;
+		c = numbered_conn(&c, tp->write_seq);
+	}
 	if (!handover_put(&c, od)) {
-		const struct pod *pod = pod_by_netns(c.netns);
-
 		if (pod)
 			count(pod, HANDOVER_FULL);
 		return;
@@ -123,6 +147,10 @@ static __always_inline void origdst_withdraw(struct bpf_sock_ops *ctx)
 	if (ctx->args[1] != BPF_TCP_CLOSE)
 		return;
 	c = sockops_conn(ctx, true);
+	if (handover_drop(&c))
+		return;
+	/* The acknowledged bytes include the SYN. */
+	c = numbered_conn(&c, ctx->snd_una - (__u32)ctx->bytes_acked);
 	handover_drop(&c);
 }
 
@@ -140,6 +168,10 @@ static __always_inline void origdst_take(struct bpf_sock_ops *ctx)
 		return;
 	c = sockops_conn(ctx, false);
 	offer = bpf_map_lookup_elem(&handovers, &c);
+	if (!offer && (addr_is_localhost(&c.dst) || addr_eq(&c.src, &c.dst))) {
+		c = numbered_conn(&c, ctx->rcv_nxt - 1);
+		offer = bpf_map_lookup_elem(&handovers, &c);
+	}
 	if (!offer) {
 		if (addr_is_via(&c.dst))
 			count(pod, HANDOVER_MISSED);
@@ -188,11 +220,14 @@ static __always_inline bool origdst_answer(struct bpf_sockopt *ctx, const struct
 	struct origdst *od = bpf_sk_storage_get(&origdsts, ctx->sk, NULL, 0);
 	__u32 state;
 
+	/* Also if its pod is enrolled no more: the proxy may not have asked yet. */
 	if (od) {
 		*dst = od->orig;
 		*port = od->orig_port;
 		return true;
 	}
+	if (!pod)
+		return false;
 	/*
 	 * The kernel has an answer, or another program: if the mesh's own rules are installed as
 	 * well, or for connections older than the present layout of the maps. If only conntrack
@@ -236,7 +271,7 @@ static __always_inline enum outcome mesh_getsockopt(struct bpf_sockopt *ctx)
 	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6))
 		return NOT_MINE;
 	pod = pod_by_netns(bpf_get_netns_cookie(ctx));
-	if (!pod || !origdst_answer(ctx, pod, &dst, &port))
+	if (!origdst_answer(ctx, pod, &dst, &port))
 		return NOT_MINE;
 	if (ctx->level == SOL_IP) {
 		struct sockaddr_in *sin = ctx->optval;
@@ -260,7 +295,8 @@ static __always_inline enum outcome mesh_getsockopt(struct bpf_sockopt *ctx)
 		ctx->optlen = sizeof(*sin6);
 	}
 	ctx->retval = 0;
-	count(pod, ORIGDST_ANSWERED);
+	if (pod)
+		count(pod, ORIGDST_ANSWERED);
 	return TAKEN;
 }
 

@@ -50,7 +50,7 @@ static __always_inline enum outcome mesh_setsockopt(struct bpf_sockopt *ctx)
 	if (sk->type == SOCK_RAW)
 		return NOT_MINE;
 	pod = pod_by_netns(bpf_get_netns_cookie(ctx));
-	if (!pod)
+	if (!pod || pod->flags & POD_BESIDE)
 		return NOT_MINE;
 	owner_of(ctx->sk, &owner);
 	if (is_proxy(pod, &owner))

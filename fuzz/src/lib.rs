@@ -185,9 +185,11 @@ pub fn check_pods(pods: &[Pod]) {
             routes,
             route_localnet,
             own_nat: false,
+            rules: Ok(Vec::new()),
             forwarded: 0,
         };
-        candidates.push(Candidate { facts: Arc::new(parsed.facts), netns: Arc::new(netns) });
+        let (facts, netns) = (Arc::new(parsed.facts), Arc::new(netns));
+        candidates.push(Candidate { facts, netns, beside: None });
     }
     for limits in [LIMITS, TIGHT] {
         let out = check_limits(&candidates, &limits);
@@ -248,7 +250,7 @@ fn check_limits(candidates: &[Candidate], limits: &Limits) -> Desired {
 }
 
 /// Everything that an enrolled pod's policy names is in the rules, and nothing else.
-fn check_complete(Candidate { facts, netns }: &Candidate, out: &Desired) {
+fn check_complete(Candidate { facts, netns, .. }: &Candidate, out: &Desired) {
     let cookie = netns.cookie;
     let Some(PodEntries { row, excluded_ifs, .. }) = out.pods.get(&cookie).map(|pod| &**pod) else {
         return;

@@ -189,7 +189,7 @@ impl Agent {
         let waited = wait_until("all pods to be enrolled", timeout, || {
             let Ok(status) = self.status() else { return !self.is_running() };
             for pod in status["pods"].as_array().into_iter().flatten() {
-                if let (Some(name), Some(true)) = (pod["pod"].as_str(), pod["inbound"].as_bool()) {
+                if let (Some(name), true) = (pod["pod"].as_str(), is_in_force(pod)) {
                     missing.remove(name);
                 }
             }
@@ -224,7 +224,7 @@ impl Agent {
             let Ok(status) = &last else { return ended };
             let pods = status["pods"].as_array();
             // The hooks in its namespace come last, and go first.
-            let there = |pod: &Value| pod["pod"] == key && (pod["inbound"] == true || !wanted);
+            let there = |pod: &Value| pod["pod"] == key && (is_in_force(pod) || !wanted);
             ended || pods.is_some_and(|pods| pods.iter().any(there) == wanted)
         });
         waited
@@ -364,6 +364,11 @@ impl Drop for Agent {
         }
         let _ = fs::remove_dir_all(&self.pods);
     }
+}
+
+/// Whether all that belongs to the pod is attached: beside the mesh's own rules nothing is inbound.
+fn is_in_force(pod: &Value) -> bool {
+    pod["inbound"] == true || pod["mode"] == "beside"
 }
 
 /// Mounts the bpf file system where nodes have it, if it is not there yet.

@@ -5,7 +5,10 @@ pub mod conflist;
 pub mod plugin;
 pub mod server;
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -121,6 +124,9 @@ pub struct Reply {
     /// The addresses of Services, if the request asked for them and the agent has read them all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub services: Option<Vec<Wanted>>,
+    /// The mesh pods that are left alone, each with its mesh, if the request asked for problems.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_alone: Option<BTreeMap<String, String>>,
 }
 
 impl Reply {

@@ -76,6 +76,9 @@ impl Controller {
         if self.dataplane.is_taking_over() {
             return Err(AddError::NotYet);
         }
+        if self.left.get(cookie).is_some_and(|left| left.uid == *uid) {
+            return Ok(());
+        }
         self.enrolled(uid, *cookie)
     }
 
@@ -100,7 +103,11 @@ impl Controller {
         }
         let cookie = Netns::open(&sandbox.netns).and_then(|netns| netns.cookie());
         let cookie = cookie.map_err(|error| AddError::Refused(format!("{error:#}")))?;
-        self.enrolled(facts::pod_uid(pod), cookie)
+        let uid = facts::pod_uid(pod);
+        if self.left.get(&cookie).is_some_and(|left| left.uid == uid) {
+            return Ok(());
+        }
+        self.enrolled(uid, cookie)
     }
 
     /// The container runtime removes a sandbox. Its pod stays intercepted until the namespace is

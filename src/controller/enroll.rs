@@ -17,6 +17,7 @@ use crate::{
     mesh::{
         desired::{Candidate, Desired},
         entries::{PodEntries, PodRow, Record},
+        mode::{Families, Mode},
     },
     node::{self, LO, Lo, Netns, NetnsCookie, NetnsFacts},
     pace::Backoff,
@@ -34,6 +35,8 @@ const SEARCH_AGAIN: Duration = Duration::from_secs(3);
 pub(super) struct Enrolled {
     pub netns: Arc<NetnsFacts>,
     pub entries: Arc<PodEntries>,
+    /// See [`Candidate::beside`].
+    pub beside: Option<Families>,
     /// The indices of devices with the filter for spliced connections.
     pub reset_devices: Vec<u32>,
 }
@@ -175,7 +178,7 @@ impl Controller {
             let serves = self.lo.get(cookie).is_some_and(|lo| lo.serves(&row.needs_of_lo()));
             let known = self.pods.get(cookie);
             let dns_is_new =
-                row.dns_port != 0 && known.is_none_or(|pod| pod.entries.row.dns_port == 0);
+                row.captures_dns() && known.is_none_or(|pod| !pod.entries.row.captures_dns());
             if serves && !dns_is_new {
                 continue;
             }
@@ -234,13 +237,25 @@ impl Controller {
             let enrolled = Enrolled {
                 netns: Arc::clone(&candidate.netns),
                 entries: Arc::clone(entries),
+                beside: candidate.beside,
                 reset_devices: known.map(|known| known.reset_devices.clone()).unwrap_or_default(),
             };
-            if known.is_some_and(|known| steered_ports(&known.entries.row) == steered_ports(row)) {
+            let is_as_it_was = |known: &Enrolled| {
+                let known = &known.entries.row;
+                known.beside == row.beside && steered_ports(known) == steered_ports(row)
+            };
+            if known.is_some_and(is_as_it_was) {
                 self.pods.insert(cookie, enrolled);
                 continue;
             }
             let linked = Netns::open_as(&record.netns, cookie).and_then(|netns| {
+                if row.beside {
+                    // What connect has to know of the outbound listener.
+                    let at = node::ANY.into();
+                    self.dataplane.find_listeners(cookie, &netns, row.out_port, &at)?;
+                    self.dataplane.detach_dns(cookie, &netns)?;
+                    return self.dataplane.detach_inbound(cookie);
+                }
                 let at = redirected_to(entries);
                 for port in steered_ports(row).into_iter().flatten() {
                     self.dataplane.find_listeners(cookie, &netns, port, &at)?;
@@ -252,7 +267,8 @@ impl Controller {
             });
             match linked {
                 Ok(()) => {
-                    info!(pod = %record.pod, mesh = candidate.facts.mesh.name, netns = %record.netns.display(), "enrolled");
+                    let mode = if row.beside { Mode::Beside } else { Mode::Instead };
+                    info!(pod = %record.pod, mesh = candidate.facts.mesh.name, mode = mode.name(), netns = %record.netns.display(), "enrolled");
                     self.pods.insert(cookie, enrolled);
                 }
                 Err(_) if self.dataplane.netns_lives(cookie) && !record.netns.exists() => {}
@@ -301,7 +317,8 @@ impl Controller {
         candidates: &[Candidate],
         problems: &mut BTreeSet<Problem>,
     ) {
-        for Candidate { facts, netns } in candidates.iter().filter(|one| one.netns.own_nat) {
+        let own_nat = |one: &&Candidate| one.netns.own_nat && one.beside.is_none();
+        for Candidate { facts, netns, .. } in candidates.iter().filter(own_nat) {
             let noted = self.noted.entry(netns.cookie).or_default();
             let devices = netns.interfaces.values().copied();
             let fresh: Vec<u32> =
@@ -360,7 +377,7 @@ mod tests {
         let interfaces = [("lo", LO), ("eth0", 2)].map(|(name, index)| (name.into(), index));
         Arc::make_mut(&mut pod.netns).interfaces = interfaces.into();
         let entries = Arc::clone(&plain(std::slice::from_ref(&pod)).pods[&pod.netns.cookie]);
-        Enrolled { netns: pod.netns, entries, reset_devices: Vec::new() }
+        Enrolled { netns: pod.netns, entries, beside: None, reset_devices: Vec::new() }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::Pod;
 
 use super::{Controller, Look, Source};
 use crate::{
+    dataplane::read_legacy_nat,
     mesh::facts::PodFacts,
     node::{Lo, Netns, NetnsCookie, NetnsFacts},
     problem::{Problem, Reason},
@@ -168,6 +169,7 @@ impl Controller {
                         routes: Vec::new(),
                         route_localnet: false,
                         own_nat: false,
+                        rules: Ok(Vec::new()),
                         forwarded: 0,
                     })
                 },
@@ -192,7 +194,8 @@ impl Controller {
 /// The namespace's state, if it is the expected one.
 fn visit(path: &Path, cookie: Option<NetnsCookie>, facts: &PodFacts) -> Result<(NetnsFacts, Lo)> {
     let with_routes = !facts.policy.exclude_interfaces.is_empty();
-    let (found, lo) = Netns::open(path)?.look(with_routes, facts.dns_port.is_some())?;
+    let (found, lo) =
+        Netns::open(path)?.look(with_routes, facts.dns_port.is_some(), read_legacy_nat)?;
     if cookie.is_some_and(|cookie| cookie != found.cookie) {
         let moved = io::Error::from(io::ErrorKind::NotFound);
         return Err(moved)

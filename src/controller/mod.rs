@@ -22,11 +22,12 @@ use self::{enroll::Enrolled, locate::Search, services::Services, splicer::Sweeps
 use crate::{
     dataplane::{Ahead, Dataplane, Repair},
     mesh::{
-        self,
-        annotations::FactsError,
+        self, Mesh,
+        annotations::{FactsError, annotation},
         desired::{self, Candidate, Desired, Planner},
         entries::Record,
         facts::{self, PodFacts},
+        mode::{self, Choice, Families, Found, MODE, Mode, PodsWithRules},
         policy::Policy,
     },
     node::{self, ADDRESSES, Cgroup, Lo, Netns, NetnsCookie, NetnsFacts, PodNamespaces, PodNetns},
@@ -132,6 +133,12 @@ pub struct Controller {
     problems: BTreeSet<Problem>,
     /// The state of Services, if they are translated.
     services: Option<Services>,
+    /// The mode of pods that have the mesh's own rules and do not name one.
+    pods_with_rules: PodsWithRules,
+    /// Pods of a mesh that are left alone, by the namespace's cookie.
+    left: BTreeMap<NetnsCookie, Left>,
+    /// The namespaces whose rules cannot be made out, since the last full round.
+    unclear: BTreeSet<NetnsCookie>,
 }
 
 impl Controller {
@@ -180,7 +187,16 @@ impl Controller {
             repaired: BTreeSet::new(),
             problems: BTreeSet::new(),
             services: None,
+            pods_with_rules: PodsWithRules::default(),
+            left: BTreeMap::new(),
+            unclear: BTreeSet::new(),
         })
+    }
+
+    /// Sets the mode of pods that have the mesh's own rules and do not name one.
+    #[must_use]
+    pub fn with_rules(self, pods_with_rules: PodsWithRules) -> Self {
+        Self { pods_with_rules, ..self }
     }
 
     /// The number of pods that an earlier agent left.
@@ -255,7 +271,7 @@ impl Controller {
                 let devices = pod.netns.interfaces.values();
                 let devices = devices.filter(|device| pod.reset_devices.contains(device));
                 let devices: Vec<u32> = devices.copied().collect();
-                let dns = pod.entries.row.dns_port != 0;
+                let dns = pod.entries.row.captures_dns();
                 let path = &pod.netns.path;
                 let mut filters = self.dataplane.repair_filters(*cookie, path, dns, &devices);
                 let noted = pod.netns.interfaces.values();
@@ -371,6 +387,12 @@ impl Controller {
             let Some(read) = self.read.get(&key) else {
                 continue;
             };
+            // What the namespace of such a pod holds makes no difference, nor do its settings.
+            let names_mode = annotation(&found.pod, MODE).is_some();
+            let is_offered = self.pods_with_rules == PodsWithRules::Beside || names_mode;
+            if !is_offered && read.facts.as_ref().is_some_and(|facts| facts.brings_rules) {
+                continue;
+            }
             problems.extend(read.problems.iter().cloned());
             let Some(facts) = read.facts.clone() else {
                 continue;
@@ -391,9 +413,32 @@ impl Controller {
         self.search(look, &located, problems);
         let mut candidates = Vec::new();
         let mut translated = BTreeMap::new();
+        let mut left = BTreeMap::new();
+        let unclear = std::mem::take(&mut self.unclear);
         for (found, facts) in mesh_pods {
             match self.netns(look, found, &facts) {
                 Ok(Some(netns)) => {
+                    let Some(choice) = self.choose(look, &facts, &netns, &unclear) else {
+                        // As it was, until it is clear.
+                        match self.pods.get(&netns.cookie) {
+                            Some(pod) => {
+                                let beside = pod.beside;
+                                candidates.push(Candidate { facts, netns, beside });
+                            }
+                            None => drop(left.insert(netns.cookie, Left::of(&facts))),
+                        }
+                        continue;
+                    };
+                    if let Some(told) = &choice.told {
+                        problems.insert(found.problem(Reason::OwnRules, told));
+                    }
+                    let mut beside = (choice.mode == Mode::Beside).then_some(choice.families);
+                    if choice.mode == Mode::Off && self.holds_on(look, netns.cookie) {
+                        beside = Some(Families::default());
+                    } else if choice.mode == Mode::Off {
+                        left.insert(netns.cookie, Left::of(&facts));
+                        continue;
+                    }
                     if netns.more_addresses {
                         let text = format!(
                             "its network namespace has more than {ADDRESSES} addresses of a \
@@ -411,10 +456,10 @@ impl Controller {
                         problems.insert(found.problem(Reason::Forwards, text));
                     }
                     if self.services.is_some() {
-                        let on = services::translates(found, problems);
+                        let on = services::translates(found, problems) && beside.is_none();
                         translated.insert(netns.cookie, on);
                     }
-                    candidates.push(Candidate { facts, netns });
+                    candidates.push(Candidate { facts, netns, beside });
                 }
                 Ok(None) => {}
                 Err(error) => {
@@ -423,6 +468,7 @@ impl Controller {
                 }
             }
         }
+        self.left = left;
         self.enroll(candidates, &snapshot, problems)?;
         self.choose_namespaces(look, &snapshot, &translated, problems);
         problems.extend(self.own_iptables(&snapshot));
@@ -438,30 +484,70 @@ impl Controller {
         Ok(Synced::Done)
     }
 
-    /// The meshes whose pods on this node all have the mesh's own iptables rules: Sidestep is
-    /// installed, but the mesh does not use it.
+    /// A pod's mode, by the rules in its namespace. `None`: these cannot be made out, which may be
+    /// because they are being installed or removed; so it counts once two full rounds in a row find
+    /// the same.
+    fn choose(
+        &mut self,
+        look: Look,
+        facts: &PodFacts,
+        netns: &NetnsFacts,
+        unclear: &BTreeSet<NetnsCookie>,
+    ) -> Option<Choice> {
+        let found = mode::found(facts, &netns.rules);
+        if matches!(found, Found::Unclear(_)) && facts.asked != Some(Mode::Off) {
+            let was = unclear.contains(&netns.cookie);
+            if was || look == Look::Everything {
+                self.unclear.insert(netns.cookie);
+            }
+            if !was {
+                return None;
+            }
+        }
+        Some(mode::choose(facts, &found, self.pods_with_rules))
+    }
+
+    /// Whether a pod that is to be left to its own rules stays enrolled for now, and nothing more is
+    /// taken over: a handshake under way needs its row. It leaves in the full round after that.
+    fn holds_on(&self, look: Look, cookie: NetnsCookie) -> bool {
+        let beside = self.pods.get(&cookie).and_then(|pod| pod.beside);
+        beside.is_some_and(|families| families.v4 || families.v6 || look != Look::Everything)
+    }
+
+    /// The meshes whose pods on this node all have the mesh's own rules and are left alone: Sidestep
+    /// is installed, but the mesh does not use it.
     fn own_iptables(&self, snapshot: &Snapshot) -> Vec<Problem> {
-        let mut found: BTreeMap<u16, Vec<&SourcePod>> = BTreeMap::new();
+        let mut found: BTreeMap<u16, BTreeSet<String>> = BTreeMap::new();
         for pod in snapshot.pods.iter().filter(|found| !is_done(&found.pod)) {
             if let Some(mesh) = facts::own_iptables(&pod.pod) {
-                found.entry(mesh.index).or_default().push(pod);
+                found.entry(mesh.index).or_default().insert(pod.name());
             }
+        }
+        for left in self.left.values().filter(|left| !left.is_asked) {
+            found.entry(left.mesh.index).or_default().insert(left.name.clone());
         }
         let enrolled: BTreeSet<u16> = self.pods.values().map(|pod| pod.entries.row.mesh).collect();
         found.retain(|mesh, _| !enrolled.contains(mesh));
-        let report = |(mesh, pods): (u16, Vec<&SourcePod>)| {
-            let (mesh, first) = (mesh::by_index(mesh)?, pods.iter().map(|pod| pod.name()).min()?);
+        let report = |(mesh, pods): (u16, BTreeSet<String>)| {
+            let (mesh, first) = (mesh::by_index(mesh)?, pods.first()?);
             // The text has no number of pods, which would make a new problem with each pod that
             // comes or goes.
             let text = format!(
-                "every pod of {} on this node has the init container {}, which installs iptables \
-                 rules (pod {first}, for one), so Sidestep intercepts none of them: turn off the \
-                 mesh's own interception as docs/install.md describes, and restart the pods",
+                "every pod of {} on this node (pod {first}, for one) has the mesh's own rules, from \
+                 the init container {} or the mesh's CNI plugin, so Sidestep intercepts none of \
+                 them: turn off the mesh's own interception as docs/install.md describes, and \
+                 restart the pods; or let Sidestep work beside these rules (--pods-with-rules)",
                 mesh.name, mesh.init_container
             );
             Some(Problem { reason: Reason::OwnIptables, pod: None, text })
         };
         found.into_iter().filter_map(report).collect()
+    }
+
+    /// The pods of meshes that are left alone, each with its mesh.
+    pub fn left_alone(&self) -> BTreeMap<String, String> {
+        let named = |left: &Left| (left.name.clone(), left.mesh.name.to_owned());
+        self.left.values().map(named).collect()
     }
 
     /// The pods that stay intercepted while Sidestep is being uninstalled.
@@ -528,6 +614,26 @@ impl Controller {
     }
 }
 
+/// A pod of a mesh that is left alone.
+struct Left {
+    uid: String,
+    name: String,
+    mesh: &'static Mesh,
+    /// It asks to be left alone.
+    is_asked: bool,
+}
+
+impl Left {
+    fn of(facts: &PodFacts) -> Self {
+        Self {
+            uid: facts.uid.clone(),
+            name: facts.name.clone(),
+            mesh: facts.mesh,
+            is_asked: facts.asked == Some(Mode::Off),
+        }
+    }
+}
+
 /// The uid, name and file of a pod's object.
 type Key = (String, String, Option<PathBuf>);
 
@@ -581,6 +687,7 @@ fn facts_of(
     };
     if let Some(excess) = desired::excess(&parsed.facts) {
         parsed.facts.policy = Policy::default();
+        parsed.facts.is_policy_unread = true;
         let text = format!("all its traffic is captured until this is fixed: {excess}");
         problems.insert(found.problem(Reason::InvalidPolicy, &text));
     }
@@ -594,6 +701,7 @@ fn facts_of(
     for (error, meanwhile) in [
         (parsed.policy_error, "all its traffic is captured"),
         (parsed.splice_error, "nothing is spliced"),
+        (parsed.mode_error, "its mode is what it would be without this annotation"),
     ] {
         if let Some(error) = error {
             problems.insert(Problem {

@@ -250,6 +250,7 @@ pub(crate) fn pod_of(row: &PodRow) -> pod {
         (row.splice, pod_flag::POD_SPLICE),
         (row.route_localnet, pod_flag::POD_ROUTE_LOCALNET),
         (row.own_nat, pod_flag::POD_OWN_NAT),
+        (row.beside, pod_flag::POD_BESIDE),
     ];
     let address = |ip: Option<IpAddr>| ip.map(addr::from).unwrap_or_default();
     pod {

@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     os::fd::AsFd,
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -32,6 +33,9 @@ use crate::{
 
 /// The time after which the maps are read again if a write has failed.
 const READ_AGAIN: Duration = Duration::from_secs(60);
+
+/// The time that a handshake within a pod takes at most, unless its sidecar is overloaded.
+pub(super) const HANDSHAKE: Duration = Duration::from_millis(50);
 
 /// The result of a write.
 #[derive(Debug, Default)]
@@ -163,6 +167,7 @@ impl Dataplane {
         let is_leaving =
             |cookie: &&NetnsCookie| **cookie != NetnsCookie::NONE && !pods.contains(cookie);
         let leaving: Vec<NetnsCookie> = held.pods.keys().filter(is_leaving).copied().collect();
+        self.let_go(held, &leaving)?;
         for cookie in leaving {
             held.written.remove(&cookie);
             if let Some(holds) = held.pods.get_mut(&cookie) {
@@ -214,6 +219,25 @@ impl Dataplane {
             }
         }
         Ok(applied)
+    }
+
+    /// Takes no more connections of pods that leave and have the mesh's own rules, and waits for
+    /// those that are under way: only a pod's row lets the sidecar's side of a handshake be found,
+    /// and no rule would tell where the connection was to go.
+    fn let_go(&self, held: &mut Held, leaving: &[NetnsCookie]) -> Result<()> {
+        let mut is_any = false;
+        for cookie in leaving {
+            let Some(pod) = held.written.get(cookie).filter(|pod| pod.row.beside) else { continue };
+            is_any = true;
+            let diffs = row_of(*cookie, &closed(pod))?;
+            if let Some(holds) = held.pods.get_mut(cookie) {
+                upsert(&self.skel.maps, holds, &diffs)?;
+            }
+        }
+        if is_any {
+            thread::sleep(HANDSHAKE);
+        }
+        Ok(())
     }
 
     /// Gives these pods a quota in the maps that count a pod's sockets, and takes it from others
@@ -290,9 +314,12 @@ fn delete(
     })
 }
 
-/// A row that captures all of a pod's traffic, whatever its lists hold.
+/// A row that captures all of a pod's traffic, whatever its lists hold; beside the mesh's own rules
+/// one that leaves all of it to them.
 fn closed(pod: &PodEntries) -> PodEntries {
     let row = PodRow {
+        capture_v4: pod.row.capture_v4 && !pod.row.beside,
+        capture_v6: pod.row.capture_v6 && !pod.row.beside,
         out_all: true,
         in_all: true,
         loopback_included: false,

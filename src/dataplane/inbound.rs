@@ -45,6 +45,14 @@ impl Dataplane {
         self.links.hold(&name, link)
     }
 
+    /// Takes the inbound program away from a pod that stays enrolled.
+    ///
+    /// # Errors
+    /// If a pin cannot be removed.
+    pub fn detach_inbound(&mut self, cookie: NetnsCookie) -> Result<()> {
+        remove_inbound(&mut self.links, &self.pins, cookie)
+    }
+
     /// Loads one program of the object that each pod has.
     pub(super) fn load_inbound<'a>(
         &self,

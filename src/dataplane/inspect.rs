@@ -88,6 +88,8 @@ pub struct Enrolled {
     pub mesh: &'static str,
     /// The addresses whose families are captured.
     pub captured: Vec<IpAddr>,
+    /// Whether the mesh's own rules are in the pod, and do what Sidestep leaves.
+    pub beside: bool,
     /// Whether the inbound program is linked to a namespace that still exists.
     pub inbound: bool,
     /// The number of known inbound listeners.
@@ -134,6 +136,7 @@ pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
             .filter(|(address, family)| address.w != [0; 4] && row.flags.0 & family.0 != 0)
             .map(|(address, _)| IpAddr::from(address))
             .collect(),
+            beside: row.flags.0 & abi::pod_flag::POD_BESIDE.0 != 0,
             inbound: steer_lives(pins, cookie),
             listeners: landings
                 .remove(&cookie)
@@ -142,7 +145,8 @@ pub fn enrolled(pins: &Pins) -> Result<Vec<Enrolled>> {
                 .chain(node::ANY)
                 .map(|at| listeners(&listening, cookie, at, row.in_port))
                 .sum(),
-            dns_port: (row.dns_port != 0).then_some(row.dns_port),
+            dns_port: Some(row.dns_port)
+                .filter(|port| *port != 0 && row.flags.0 & abi::pod_flag::POD_BESIDE.0 == 0),
         })
         .collect())
 }

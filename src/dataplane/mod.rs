@@ -12,6 +12,7 @@ mod features;
 mod hooks;
 mod iter;
 mod skel;
+mod xtables;
 // Values in maps, and what is pinned.
 mod abi;
 pub mod bpffs;
@@ -55,6 +56,7 @@ pub use services::{ServicesApplied, StalePeer};
 pub use splice_selftest::self_test;
 pub use state::{Dataplane, Repair};
 pub use unload::{Unloaded, unload};
+pub use xtables::read_legacy_nat;
 
 #[cfg(test)]
 mod tests {

@@ -1,14 +1,21 @@
 //! Removes everything that Sidestep has attached and pinned.
 
-use std::{fmt, fs};
+use std::{fmt, fs, thread, time::Duration};
 
 use anyhow::{Context, Result};
 
 use super::{
+    abi,
+    hooks::HOOKS,
     links::remove_link,
     pins::{Pins, children},
-    splice, tc,
+    splice, table, tc,
 };
+use crate::node::NetnsCookie;
+
+/// The time for sidecars to ask for the original destination of connections that were decided a
+/// moment ago.
+const ASKED: Duration = Duration::from_secs(1);
 
 /// The result of `unload`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,12 +59,33 @@ pub fn unload(pins: &Pins) -> Result<Unloaded> {
     Ok(Unloaded { removed, unread })
 }
 
+/// Whether a pod has the mesh's own rules: its connections go on without Sidestep, and none must get
+/// lost on the way.
+fn works_beside(pins: &Pins) -> Result<bool> {
+    if !pins.map("pods").exists() {
+        return Ok(false);
+    }
+    let rows = table::read_as::<NetnsCookie, abi::pod>(&pins.open_map("pods")?)?;
+    Ok(rows.iter().any(|(_, row)| row.flags.0 & abi::pod_flag::POD_BESIDE.0 != 0))
+}
+
 /// Removes a layout's filters, links and maps, except the maps in `keep`. Returns the number of
 /// pins.
 pub(super) fn remove_layout(pins: &Pins, keep: &[&str]) -> Result<usize> {
     let mut removed = 0;
     let mut kept = false;
     tc::empty_qdiscs(pins);
+    // What decides goes first, so that what it has decided is answered for.
+    for hook in HOOKS.iter().filter(|hook| hook.decides) {
+        let link = pins.link(hook.program);
+        if link.exists() {
+            remove_link(&link)?;
+            removed += 1;
+        }
+    }
+    if works_beside(pins)? {
+        thread::sleep(ASKED);
+    }
     // Links go before maps: a program without its map's contents would decide wrongly.
     for link in children(&pins.links())? {
         remove_link(&link)?;

@@ -12,6 +12,7 @@ use super::{
         RuleSet, UidRule,
     },
     facts::PodFacts,
+    mode::Families,
     policy::{Ipv6, Policy, Ports, Ranges},
     quota::{CIDR_RULES, Limits, QUOTAS, Refusal},
     rules::Rules,
@@ -28,6 +29,8 @@ pub struct Candidate {
     pub facts: Arc<PodFacts>,
     /// What the namespace says.
     pub netns: Arc<NetnsFacts>,
+    /// The families that the mesh's own rules in the pod redirect, where Sidestep works beside them.
+    pub beside: Option<Families>,
 }
 
 /// Everything that the maps should hold.
@@ -114,7 +117,8 @@ impl Planner {
             let name = &candidate.facts.name;
             match self.enroll(&mut out, candidate, true, host, limits) {
                 Ok(()) => {}
-                Err(refusal) if refusal.is_about_policy() => {
+                // Beside them, the mesh's own rules do what there is no room for.
+                Err(refusal) if refusal.is_about_policy() && candidate.beside.is_none() => {
                     // Nothing of the pod's must get past its proxy for want of room.
                     match self.enroll(&mut out, candidate, false, host, limits) {
                         Ok(()) => out.closed.push((name.clone(), refusal)),
@@ -192,7 +196,7 @@ impl Planner {
 }
 
 fn entries_of(
-    Candidate { facts, netns }: &Candidate,
+    Candidate { facts, netns, beside }: &Candidate,
     policy: &Policy,
     limits: &Limits,
 ) -> Result<PodEntries, Refusal> {
@@ -235,7 +239,10 @@ fn entries_of(
     if capture_v6 {
         locals.insert(PASSTHROUGH_V6.into());
     }
-    let spliced = ips.iter().filter(routable).filter(|_| facts.splice).copied().collect();
+    let splice = facts.splice && beside.is_none();
+    let dns_here = facts.dns_port.filter(|_| beside.is_none());
+    let families = beside.unwrap_or(Families { v4: true, v6: true });
+    let spliced = ips.iter().filter(routable).filter(|_| splice).copied().collect();
 
     let mut rules = Rules::of_policy(cookie, policy, facts.mesh);
     if let Some(key) = facts.mesh.exclude_interfaces
@@ -267,8 +274,9 @@ fn entries_of(
         proxy_gid: facts.proxy_gid,
         ip4,
         ip6,
-        capture_v4: true,
-        capture_v6,
+        beside: beside.is_some(),
+        capture_v4: families.v4,
+        capture_v6: capture_v6 && families.v6,
         self_inbound: facts.mesh.self_inbound,
         out_all,
         in_all,
@@ -276,7 +284,7 @@ fn entries_of(
         udp_excludes: facts.mesh.udp_excludes,
         cidrs_first: facts.mesh.cidrs_first,
         exclude_ifs: !excluded_ifs.is_empty(),
-        splice: facts.splice,
+        splice,
         route_localnet: netns.route_localnet,
         own_nat: netns.own_nat,
         tcp_dns: facts.tcp_dns,
@@ -287,7 +295,7 @@ fn entries_of(
         dns_port: facts.dns_port.unwrap_or(0),
         mesh: facts.mesh.index,
         device: ips.first().and_then(|own| device_of(netns, *own)).unwrap_or(0),
-        dns_routes: match facts.dns_port {
+        dns_routes: match dns_here {
             Some(_) => dns_routes(netns, ip4, ip6.filter(|_| capture_v6)),
             None => Vec::new(),
         },
@@ -299,7 +307,8 @@ fn entries_of(
         record,
         locals,
         spliced,
-        device_addrs: device_addrs(netns),
+        // Where listeners are looked for, which its rules find by themselves.
+        device_addrs: if beside.is_some() { BTreeMap::new() } else { device_addrs(netns) },
         port_rules: rules.ports,
         cidr_rules: rules.cidrs,
         uid_rules: rules.uids,
@@ -440,7 +449,10 @@ pub(crate) mod tests {
                 dns_port: None,
                 tcp_dns: TcpDns::Captured,
                 policy: Policy::default(),
+                is_policy_unread: false,
                 splice: true,
+                asked: None,
+                brings_rules: false,
             }),
             netns: Arc::new(NetnsFacts {
                 path: format!("/run/netns/{name}").into(),
@@ -454,8 +466,10 @@ pub(crate) mod tests {
                 ],
                 route_localnet: false,
                 own_nat: false,
+                rules: Ok(Vec::new()),
                 forwarded: 0,
             }),
+            beside: None,
         }
     }
 

@@ -49,6 +49,8 @@ pub struct PodRow {
     pub ip4: Option<Ipv4Addr>,
     /// The pod's IPv6 address, if it has one; a link-local one only if it has no other.
     pub ip6: Option<Ipv6Addr>,
+    /// The mesh's own rules are in the pod, and do what Sidestep leaves.
+    pub beside: bool,
     /// Whether IPv4 is captured; within the pod that is possible without an IPv4 address.
     pub capture_v4: bool,
     /// Whether IPv6 is captured.
@@ -94,8 +96,16 @@ pub struct PodRow {
 }
 
 impl PodRow {
+    /// Whether Sidestep itself captures DNS.
+    pub fn captures_dns(&self) -> bool {
+        self.dns_port != 0 && !self.beside
+    }
+
     /// The additions to the pod's lo that this row needs.
     pub fn needs_of_lo(&self) -> lo::Needs {
+        if self.beside {
+            return lo::Needs::default();
+        }
         lo::Needs {
             ip4: self.ip4,
             ip6: self.ip6,

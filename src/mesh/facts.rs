@@ -10,8 +10,10 @@ use k8s_openapi::{
 use super::{
     MESHES, Mesh,
     annotations::{
-        AMBIENT, DATAPLANE_MODE, FactsError, Reader, annotation, invalid, label, switch,
+        AMBIENT, DATAPLANE_MODE, FactsError, Reader, annotation, init_containers, invalid, label,
+        sidecar, switch,
     },
+    mode::{self, MODE, Mode},
     policy::{Ipv6, Policy, TcpDns},
 };
 
@@ -42,8 +44,14 @@ pub struct PodFacts {
     pub ipv6: Ipv6,
     /// The includes and excludes of its annotations.
     pub policy: Policy,
+    /// The policy cannot be read, so it is the one that captures everything.
+    pub is_policy_unread: bool,
     /// Whether its connections within the node may bypass the TCP/IP stack.
     pub splice: bool,
+    /// The mode that it asks for.
+    pub asked: Option<Mode>,
+    /// An init container installs the mesh's own rules.
+    pub brings_rules: bool,
 }
 
 /// A pod's facts, and the errors in its annotations.
@@ -59,6 +67,8 @@ pub struct Parsed {
     pub warnings: Vec<FactsError>,
     /// `sidestep.io/splice` is invalid. The pod's connections then stay on TCP.
     pub splice_error: Option<FactsError>,
+    /// `sidestep.io/mode` is invalid. The pod is then treated as if it did not have it.
+    pub mode_error: Option<FactsError>,
 }
 
 /// The pod's name as `namespace/name`, with Kubernetes' default namespace.
@@ -91,12 +101,14 @@ pub fn is_static_uid(uid: &str) -> bool {
 }
 
 /// The mesh of a pod that comes with the mesh's own iptables rules: an init container installs
-/// them, and Sidestep leaves the pod alone.
+/// them.
 pub fn own_iptables(pod: &Pod) -> Option<&'static Mesh> {
-    let spec = pod.spec.as_ref()?;
-    let inits = spec.init_containers.as_deref().unwrap_or_default();
-    let has = |name: &str| inits.iter().any(|container| container.name == name);
-    MESHES.iter().copied().find(|mesh| has(mesh.init_container))
+    let has = |mesh: &&Mesh| {
+        let is_init = |one: &Container| one.name == mesh.init_container;
+        let among_others = || mesh.init_anywhere && sidecar(pod, mesh.init_container).is_some();
+        init_containers(pod).iter().any(is_init) || among_others()
+    };
+    MESHES.iter().copied().find(has)
 }
 
 /// `sidestep.io/intercept`: `disabled` excludes a pod from Sidestep, `enabled` includes it although
@@ -114,7 +126,7 @@ pub const SERVICES: &str = "sidestep.io/services";
 /// The pod, completed by the settings of its namespace that the pod does not set itself. Of a
 /// mesh's annotations, only those are inherited that the mesh inherits ([`Mesh::of_namespace`]).
 pub fn inherit(mut pod: Arc<Pod>, namespace: &ObjectMeta) -> Arc<Pod> {
-    for key in [INTERCEPT, SPLICE, SERVICES] {
+    for key in [INTERCEPT, SPLICE, SERVICES, MODE] {
         let value = namespace.labels.as_ref().and_then(|labels| labels.get(key));
         if let Some(value) = value.filter(|_| annotation(&pod, key).is_none()) {
             annotate(&mut pod, key, value);
@@ -142,7 +154,9 @@ fn annotate(pod: &mut Arc<Pod>, key: &str, value: &str) {
     annotations.get_or_insert_default().insert(key.into(), value.into());
 }
 
-/// The facts of a pod in a mesh; `None` for a pod in no mesh, or excluded from Sidestep.
+/// The facts of a pod in a mesh; `None` for a pod in no mesh, or excluded from Sidestep. A pod with
+/// an init container that installs the mesh's own rules, and with settings that Sidestep does not
+/// support, is the mesh's alone.
 pub fn facts(pod: &Pod) -> Result<Option<Parsed>, FactsError> {
     let name = pod_name(pod)?;
     if pod.spec.as_ref().is_some_and(|spec| spec.host_network == Some(true)) {
@@ -150,15 +164,19 @@ pub fn facts(pod: &Pod) -> Result<Option<Parsed>, FactsError> {
     }
     for mesh in MESHES {
         if let Some(proxy) = (mesh.proxy_of)(pod) {
-            return facts_of(mesh, name, pod, proxy);
+            return match facts_of(mesh, name, pod, proxy) {
+                Err(FactsError::Unsupported { .. }) if own_iptables(pod).is_some() => Ok(None),
+                facts => facts,
+            };
         }
     }
     if is_ambient(pod) { Err(FactsError::Ambient) } else { Ok(None) }
 }
 
-/// Whether Sidestep has to handle the pod: it is in a mesh, or its mesh settings are invalid.
+/// Whether the pod must not run before Sidestep has handled it: it is in a mesh, or its mesh
+/// settings are invalid, and it does not come with the mesh's own rules.
 pub fn is_in_mesh(pod: &Pod) -> bool {
-    !matches!(facts(pod), Ok(None) | Err(FactsError::Ambient))
+    own_iptables(pod).is_none() && !matches!(facts(pod), Ok(None) | Err(FactsError::Ambient))
 }
 
 /// Whether the pod belongs to no mesh: it has no sidecar, no mesh rules of its own, and the node's
@@ -207,6 +225,7 @@ fn facts_of(
     };
     let ips = read.or(pod_ips(pod), Vec::new())?;
     let splice = annotation(pod, SPLICE).map_or(Ok(true), |text| switch(SPLICE, text));
+    let asked = mode::asked(pod);
     let facts = PodFacts {
         name,
         uid: pod_uid(pod).to_owned(),
@@ -220,13 +239,17 @@ fn facts_of(
         ips,
         ipv6: settings.ipv6,
         policy: if read.error.is_some() { Policy::default() } else { settings.policy },
+        is_policy_unread: read.error.is_some(),
         splice: *splice.as_ref().unwrap_or(&false) && mesh.reads_until_empty,
+        asked: asked.as_ref().ok().copied().flatten(),
+        brings_rules: own_iptables(pod).is_some(),
     };
     Ok(Some(Parsed {
         facts,
         policy_error: read.error,
         warnings: read.warnings,
         splice_error: splice.err(),
+        mode_error: asked.err(),
     }))
 }
 
@@ -296,9 +319,9 @@ pub(crate) mod tests {
         assert!(parsed(|p| p["metadata"]["annotations"] = json!({})).is_none());
         assert!(parsed(|p| p["spec"]["containers"][1]["args"][1] = "router".into()).is_none());
         assert!(parsed(|p| p["spec"]["containers"][1]["name"] = "envoy".into()).is_none());
-        assert!(
-            parsed(|p| p["spec"]["initContainers"] = json!([{"name": "istio-init"}])).is_none()
-        );
+        let inits = json!([{"name": "istio-init"}]);
+        let brings = parsed(|p| p["spec"]["initContainers"] = inits.clone()).expect("in the mesh");
+        assert!(brings.facts.brings_rules && !parsed(|_| {}).expect("in").facts.brings_rules);
         assert!(parsed(|p| p["spec"]["hostNetwork"] = true.into()).is_none());
         let disabled = json!([{"name": "DISABLE_ENVOY", "value": "true"}]);
         assert!(parsed(|p| p["spec"]["containers"][1]["env"] = disabled).is_none());
@@ -505,7 +528,7 @@ pub(crate) mod tests {
         assert_eq!((facts.outbound_port, facts.inbound_port, facts.dns_port), (4140, 4143, None));
         assert_eq!((facts.ipv6, facts.policy), (Ipv6::Never, Policy::default()));
         let init = |p: &mut Value| p["spec"]["initContainers"] = json!([{"name": "linkerd-init"}]);
-        assert!(linkerd(init).is_none(), "its own rules are there");
+        assert!(linkerd(init).expect("in the mesh").facts.brings_rules);
         let component = |p: &mut Value| {
             p["metadata"]["labels"]["linkerd.io/control-plane-component"] = "destination".into();
         };

@@ -23,7 +23,10 @@ pub const ISTIO: Mesh = Mesh {
     name: "istio",
     index: 0,
     proxy_container: "istio-proxy",
-    init_container: INIT,
+    init_container: "istio-init",
+    init_anywhere: true,
+    chains: &["ISTIO_", "istio-"],
+    rules_in_hooks: false,
     self_inbound: true,
     hbone_port: 15008,
     udp_excludes: true,
@@ -38,7 +41,6 @@ pub const ISTIO: Mesh = Mesh {
     settings,
 };
 
-const INIT: &str = "istio-init";
 const STATUS: &str = "sidecar.istio.io/status";
 const INJECT: &str = "sidecar.istio.io/inject";
 const MODE: &str = "sidecar.istio.io/interceptionMode";
@@ -71,9 +73,6 @@ fn containers(pod: &Pod) -> impl Iterator<Item = &Container> {
 /// The tests, and their order, are those of Istio's plugin. So `istio-proxy` is the sidecar
 /// whatever its args, unless they are `proxy` and a kind of proxy that is none.
 fn proxy_of(pod: &Pod) -> Option<&Container> {
-    if containers(pod).any(|container| container.name == INIT) {
-        return None;
-    }
     let proxy = containers(pod).filter(|one| one.name == ISTIO.proxy_container).last()?;
     let kind = match proxy.args.as_deref() {
         Some([mode, kind, ..]) if mode == "proxy" => kind,

@@ -17,8 +17,8 @@ use serde_json::{Map, Value, json};
 use super::{
     Mesh, Settings,
     annotations::{
-        FactsError, Reader, annotation, container_id, digits, init_containers, invalid,
-        parse_range, port, sidecar, user,
+        FactsError, Reader, annotation, container_id, digits, invalid, parse_range, port, sidecar,
+        user,
     },
     policy::{Ipv6, Policy, PortRange, Ports, Protocol, Ranges, TcpDns, UidExclusion},
 };
@@ -29,6 +29,9 @@ pub const KUMA: Mesh = Mesh {
     index: 2,
     proxy_container: "kuma-sidecar",
     init_container: "kuma-init",
+    init_anywhere: false,
+    chains: &["KUMA_MESH_", "MESH_"],
+    rules_in_hooks: true,
     self_inbound: true,
     hbone_port: 0,
     udp_excludes: false,
@@ -74,9 +77,8 @@ const DEFAULT_PROBE_PROXY_PORT: u16 = 9001;
 const ADMIN_PORT: u16 = 9901;
 
 fn proxy_of(pod: &Pod) -> Option<&Container> {
-    let has_rules = init_containers(pod).iter().any(|one| one.name == KUMA.init_container);
     let injected = annotation(pod, "kuma.io/sidecar-injected") == Some("true");
-    sidecar(pod, KUMA.proxy_container).filter(|_| injected && !has_rules)
+    sidecar(pod, KUMA.proxy_container).filter(|_| injected)
 }
 
 fn settings(

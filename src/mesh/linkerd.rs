@@ -11,8 +11,8 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use super::{
     Mesh, Settings,
     annotations::{
-        FactsError, Reader, annotation, container_id, digits, env, init_containers, invalid, items,
-        label, parse_range, port, sidecar, user,
+        FactsError, Reader, annotation, container_id, digits, env, invalid, items, label,
+        parse_range, port, sidecar, user,
     },
     policy::{Ipv6, Policy, PortRange, TcpDns},
 };
@@ -23,6 +23,9 @@ pub const LINKERD: Mesh = Mesh {
     index: 1,
     proxy_container: "linkerd-proxy",
     init_container: "linkerd-init",
+    init_anywhere: false,
+    chains: &["PROXY_INIT_"],
+    rules_in_hooks: false,
     self_inbound: false,
     hbone_port: 0,
     udp_excludes: false,
@@ -49,8 +52,7 @@ const COMPONENT: &str = "linkerd.io/control-plane-component";
 const OUTBOUND_LISTENERS: &str = "LINKERD2_PROXY_OUTBOUND_LISTEN_ADDRS";
 
 fn proxy_of(pod: &Pod) -> Option<&Container> {
-    let has_rules = init_containers(pod).iter().any(|one| one.name == LINKERD.init_container);
-    sidecar(pod, LINKERD.proxy_container).filter(|_| !has_rules)
+    sidecar(pod, LINKERD.proxy_container)
 }
 
 fn settings(

@@ -17,6 +17,7 @@ pub mod facts;
 pub mod istio;
 pub mod kuma;
 pub mod linkerd;
+pub mod mode;
 pub mod policy;
 pub mod quota;
 pub mod rules;
@@ -36,6 +37,12 @@ pub struct Mesh {
     pub proxy_container: &'static str,
     /// Name of the init container that installs the mesh's iptables rules.
     pub init_container: &'static str,
+    /// The mesh looks for that container among the others too.
+    pub init_anywhere: bool,
+    /// How the names of the chains begin in which the mesh's own rules are.
+    pub chains: &'static [&'static str],
+    /// The mesh has rules of its own in the kernel's chains too, not only jumps to its own chains.
+    pub rules_in_hooks: bool,
     /// The sidecar's own calls to its pod's address go to the inbound listener.
     pub self_inbound: bool,
     /// Port that is never redirected from the sidecar to its own pod; 0: none.
@@ -58,8 +65,7 @@ pub struct Mesh {
     pub of_namespace: &'static [&'static str],
     /// Variables of the sidecar's environment that `settings` and `proxy_of` look at.
     pub env: &'static [&'static str],
-    /// The sidecar of a pod that the mesh injected, and where no init container installs iptables
-    /// rules instead.
+    /// The sidecar of a pod that the mesh injected.
     pub(crate) proxy_of: for<'a> fn(&'a Pod) -> Option<&'a Container>,
     /// What the pod says; `None` where the mesh itself redirects nothing.
     pub(crate) settings: Settle,

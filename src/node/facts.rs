@@ -20,6 +20,7 @@ use super::{
     lo::{Lo, PASSTHROUGH_V6, lo},
     netfilter,
     netns::{Netns, NetnsCookie, netlink},
+    ruleset::{ReadLegacy, Ruleset, ruleset},
 };
 
 /// The number of addresses of each family that count as a pod's own.
@@ -48,6 +49,8 @@ pub struct NetnsFacts {
     pub route_localnet: bool,
     /// Whether the pod's own rules translate incoming connections.
     pub own_nat: bool,
+    /// The chains of its own rules that may translate, or why they cannot be read.
+    pub rules: Result<Ruleset, String>,
     /// The number of packets forwarded since the namespace was made.
     pub forwarded: u64,
 }
@@ -89,19 +92,27 @@ impl Netns {
             interfaces,
             routes: Vec::new(),
             own_nat: own_nat(),
+            rules: Ok(Vec::new()),
             forwarded: forwarded()?,
         };
         Ok(facts.bound())
     }
 
     /// The same, with what is there for captured connections and, where `with_dns` says so, for
-    /// DNS; and where `with_routes` says so, with the main table's routes.
+    /// DNS; where `with_routes` says so, with the main table's routes; and with the namespace's own
+    /// rules, of which `read` reads those of iptables' older kind.
     ///
     /// # Errors
     /// If the namespace cannot be entered, or does not answer.
-    pub fn look(&self, with_routes: bool, with_dns: bool) -> Result<(NetnsFacts, Lo)> {
+    pub fn look(
+        &self,
+        with_routes: bool,
+        with_dns: bool,
+        read: ReadLegacy,
+    ) -> Result<(NetnsFacts, Lo)> {
         let look = || -> Result<(NetnsFacts, Lo)> {
             let mut facts = self.facts_here()?;
+            facts.rules = ruleset(read).map_err(|error| format!("{error:#}"));
             let dns: &[_] = if with_dns { &facts.addresses } else { &[] };
             let (lo, routes) = netlink(async |handle| {
                 let routes = if with_routes { routes(handle.clone()).await? } else { Vec::new() };

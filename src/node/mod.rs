@@ -8,6 +8,7 @@ mod netfilter;
 mod netns;
 mod nlmsg;
 pub mod pod_netns;
+pub mod ruleset;
 mod sandbox;
 pub mod udp;
 

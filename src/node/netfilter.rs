@@ -15,7 +15,8 @@ use nix::{
     sys::socket::{MsgFlags, SockProtocol, recv},
 };
 use rtnetlink::packet_core::{
-    NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NlasIterator,
+    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
+    NlasIterator,
 };
 
 use super::nlmsg;
@@ -24,7 +25,7 @@ use super::nlmsg;
 /// and nothing is asked that would load a module.
 const CONNTRACK: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
 /// The tables of iptables' older kind that are in use, a name on each line.
-const TABLES: [&str; 2] =
+pub(super) const TABLES: [&str; 2] =
     ["/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"];
 
 // From linux/netfilter/nfnetlink.h and linux/netfilter/nf_tables.h.
@@ -34,8 +35,8 @@ const NFTA_CHAIN_HOOK: u16 = 4;
 const NFTA_CHAIN_USE: u16 = 6;
 const NFTA_CHAIN_TYPE: u16 = 7;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
-const NF_INET_PRE_ROUTING: u32 = 0;
-const NF_INET_LOCAL_OUT: u32 = 3;
+pub(super) const NF_INET_PRE_ROUTING: u32 = 0;
+pub(super) const NF_INET_LOCAL_OUT: u32 = 3;
 /// The length of `struct nfgenmsg`; of zeros: all families.
 const FAMILY: usize = 4;
 
@@ -54,7 +55,7 @@ pub struct Nat {
 /// # Errors
 /// If the kernel does not tell.
 pub fn nat() -> Result<Nat> {
-    if !Path::new(CONNTRACK).exists() {
+    if !tracks() {
         return Ok(Nat::default());
     }
     for path in TABLES {
@@ -70,15 +71,62 @@ pub fn nat() -> Result<Nat> {
     chains_translate().context("cannot read the chains of nftables")
 }
 
+/// Whether the kernel keeps track of connections at all.
+pub(super) fn tracks() -> bool {
+    Path::new(CONNTRACK).exists()
+}
+
 fn chains_translate() -> Result<Nat> {
-    let protocol = SockProtocol::NetlinkNetFilter;
-    let dump = NLM_F_REQUEST | NLM_F_DUMP;
-    let socket = match nlmsg::send(protocol, NFT_MSG_GETCHAIN, dump, &[0; FAMILY]) {
-        Err(Errno::EPROTONOSUPPORT) => return Ok(Nat::default()),
+    // Chains that come or go meanwhile are seen next time.
+    Ok(translates(&dump_once(NFT_MSG_GETCHAIN)?.messages))
+}
+
+fn translates(messages: &[Message]) -> Nat {
+    let mut found = Nat::default();
+    for chain in messages.iter().filter(|message| message.kind == NFT_MSG_NEWCHAIN) {
+        match hook_of_nat(&chain.payload) {
+            Some(NF_INET_PRE_ROUTING) => found.inbound = true,
+            Some(NF_INET_LOCAL_OUT) => found.outbound = true,
+            _ => {}
+        }
+    }
+    found
+}
+
+/// A message of nftables.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Message {
+    /// What it is about.
+    pub kind: u16,
+    /// The family of its table.
+    pub family: u8,
+    /// Its attributes.
+    pub payload: Vec<u8>,
+}
+
+/// The kernel's answer.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Dump {
+    messages: Vec<Message>,
+    /// The rules changed meanwhile: some may be missing.
+    is_torn: bool,
+}
+
+/// All that nftables has of a kind, in the calling thread's namespace; `None` if it changed
+/// meanwhile.
+pub(super) fn dump(what: u16) -> Result<Option<Vec<Message>>> {
+    let dump = dump_once(what).context("cannot read the rules of nftables")?;
+    Ok((!dump.is_torn).then_some(dump.messages))
+}
+
+fn dump_once(what: u16) -> Result<Dump> {
+    let (protocol, dump) = (SockProtocol::NetlinkNetFilter, NLM_F_REQUEST | NLM_F_DUMP);
+    let socket = match nlmsg::send(protocol, what, dump, &[0; FAMILY]) {
+        Err(Errno::EPROTONOSUPPORT) => return Ok(Dump::default()),
         socket => socket?,
     };
     let mut buffer = vec![0; 32 << 10];
-    let mut found = Nat::default();
+    let mut found = Dump::default();
     loop {
         let received = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?;
         if read_answer(&buffer[..received], &mut found)? {
@@ -88,9 +136,10 @@ fn chains_translate() -> Result<Nat> {
 }
 
 /// A part of the kernel's answer. Says whether it was the last one.
-fn read_answer(mut bytes: &[u8], found: &mut Nat) -> Result<bool> {
+fn read_answer(mut bytes: &[u8], found: &mut Dump) -> Result<bool> {
     while !bytes.is_empty() {
         let header = NetlinkBuffer::new_checked(bytes)?;
+        found.is_torn |= header.flags() & NLM_F_DUMP_INTR != 0;
         let message = header.payload();
         match header.message_type() {
             NLMSG_DONE => return Ok(true),
@@ -102,15 +151,11 @@ fn read_answer(mut bytes: &[u8], found: &mut Nat) -> Result<bool> {
                     errno => bail!(io::Error::from_raw_os_error(errno)),
                 }
             }
-            NFT_MSG_NEWCHAIN => {
-                let chain = message.get(FAMILY..).unwrap_or_default();
-                match hook_of_nat(chain) {
-                    Some(NF_INET_PRE_ROUTING) => found.inbound = true,
-                    Some(NF_INET_LOCAL_OUT) => found.outbound = true,
-                    _ => {}
-                }
+            kind => {
+                let payload = message.get(FAMILY..).unwrap_or_default().to_vec();
+                let family = message.first().copied().unwrap_or_default();
+                found.messages.push(Message { kind, family, payload });
             }
-            _ => {}
         }
         let len = (header.length() as usize).next_multiple_of(4);
         bytes = bytes.get(len..).unwrap_or_default();
@@ -122,15 +167,25 @@ fn read_answer(mut bytes: &[u8], found: &mut Nat) -> Result<bool> {
 fn hook_of_nat(chain: &[u8]) -> Option<u32> {
     let chain = attributes(chain);
     let hook = chain.get(&NFTA_CHAIN_HOOK).map(|hook| attributes(hook)).unwrap_or_default();
-    let number = |value: Option<&Vec<u8>>| Some(u32::from_be_bytes(value?.first_chunk().copied()?));
     let is_nat = chain.get(&NFTA_CHAIN_TYPE).is_some_and(|name| name.starts_with(b"nat\0"));
     let has_rules = number(chain.get(&NFTA_CHAIN_USE)) != Some(0);
     number(hook.get(&NFTA_HOOK_HOOKNUM)).filter(|_| is_nat && has_rules)
 }
 
-fn attributes(bytes: &[u8]) -> BTreeMap<u16, Vec<u8>> {
+/// The number in an attribute.
+pub(super) fn number(value: Option<&Vec<u8>>) -> Option<u32> {
+    Some(u32::from_be_bytes(value?.first_chunk().copied()?))
+}
+
+/// Attributes by their numbers.
+pub(super) fn attributes(bytes: &[u8]) -> BTreeMap<u16, Vec<u8>> {
+    list(bytes).collect()
+}
+
+/// Attributes in their order, several of which may have one number.
+pub(super) fn list(bytes: &[u8]) -> impl Iterator<Item = (u16, Vec<u8>)> {
     let all = NlasIterator::new(bytes).map_while(Result::ok);
-    all.map(|one| (one.kind(), one.value().to_vec())).collect()
+    all.map(|one| (one.kind(), one.value().to_vec()))
 }
 
 #[cfg(test)]
@@ -168,9 +223,9 @@ mod tests {
     }
 
     fn read(bytes: &[u8]) -> Result<(Nat, bool)> {
-        let mut found = Nat::default();
-        let is_last = read_answer(bytes, &mut found)?;
-        Ok((found, is_last))
+        let mut dump = Dump::default();
+        let is_last = read_answer(bytes, &mut dump)?;
+        Ok((translates(&dump.messages), is_last))
     }
 
     #[test]

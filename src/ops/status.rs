@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::{
     cni::{Request, plugin},
     dataplane::{self, Pins},
+    mesh::mode::Mode,
     problem::Problem,
     service::{Frontend, Wanted},
     splice::{Leg, LegState},
@@ -38,6 +39,9 @@ pub struct Status {
     pub installed: bool,
     /// Enrolled pods, by name.
     pub pods: Vec<PodStatus>,
+    /// The mesh pods that are left alone (mode `off`), each with its mesh; null without an agent that
+    /// runs with --cni.
+    pub left_alone: Option<BTreeMap<String, String>>,
     /// Which connections skip the TCP/IP stack.
     pub splice: SpliceStatus,
     /// The node's hooks, one for each program.
@@ -127,6 +131,8 @@ pub struct PodStatus {
     pub uid: String,
     /// The name of its mesh.
     pub mesh: &'static str,
+    /// `instead`: Sidestep decides everything. `beside`: the mesh's own rules do what it leaves.
+    pub mode: &'static str,
     /// The path of its network namespace.
     pub netns: PathBuf,
     /// The kernel's identity of the namespace, in decimal: JSON numbers cannot hold all of it.
@@ -178,7 +184,7 @@ pub struct HookStatus {
 /// # Errors
 /// If a pinned map cannot be read, or the one Service that is asked for is not translated.
 pub fn status(pins: &Pins, socket: &Path, shown: &Shown) -> Result<Status> {
-    let problems = problems(socket);
+    let (problems, left_alone) = ask(socket).unzip();
     if !pins.exist() {
         if let Shown::One(service) = shown {
             bail!("Service {service}: nothing is installed: no agent has used these pins");
@@ -187,6 +193,7 @@ pub fn status(pins: &Pins, socket: &Path, shown: &Shown) -> Result<Status> {
             version: 1,
             installed: false,
             pods: Vec::new(),
+            left_alone,
             splice: SpliceStatus::default(),
             hooks: Vec::new(),
             counters: BTreeMap::new(),
@@ -201,6 +208,7 @@ pub fn status(pins: &Pins, socket: &Path, shown: &Shown) -> Result<Status> {
             pod: pod.record.pod,
             uid: pod.record.uid,
             mesh: pod.mesh,
+            mode: if pod.beside { Mode::Beside } else { Mode::Instead }.name(),
             netns: pod.record.netns,
             netns_cookie: pod.cookie.to_string(),
             captured: pod.captured,
@@ -231,6 +239,7 @@ pub fn status(pins: &Pins, socket: &Path, shown: &Shown) -> Result<Status> {
         version: 1,
         installed: true,
         pods,
+        left_alone,
         splice,
         hooks,
         counters,
@@ -369,15 +378,16 @@ impl Services {
     }
 }
 
-/// Asks the agent that listens there for its problems.
-fn problems(socket: &Path) -> Option<Vec<ProblemStatus>> {
+/// Asks the agent that listens there for its problems, and for the mesh pods that it leaves alone.
+fn ask(socket: &Path) -> Option<(Vec<ProblemStatus>, BTreeMap<String, String>)> {
     let reply = plugin::ask(socket, &Request::Problems, ANSWER).ok()?;
     let told = |problem: Problem| ProblemStatus {
         reason: problem.reason.name(),
         pod: problem.pod.map(|(name, _)| name),
         text: problem.text,
     };
-    Some(reply.problems?.into_iter().map(told).collect())
+    let problems = reply.problems?.into_iter().map(told).collect();
+    Some((problems, reply.left_alone.unwrap_or_default()))
 }
 
 impl Status {
@@ -396,6 +406,11 @@ impl Status {
         for pod in &self.pods {
             let label = format!("  {:width$}  {:8}  ", pod.pod, pod.mesh);
             let mut about: Vec<String> = pod.captured.iter().map(IpAddr::to_string).collect();
+            if pod.mode == Mode::Beside.name() {
+                about.push("outbound alone, beside the mesh's own rules".into());
+                text += &beside(&label, &about.join(", "));
+                continue;
+            }
             about
                 .push(if pod.inbound { "inbound attached" } else { "inbound NOT ATTACHED" }.into());
             about.push(match pod.listeners {
@@ -405,6 +420,9 @@ impl Status {
             });
             about.extend(pod.dns_port.map(|port| format!("DNS to {port}")));
             text += &beside(&label, &about.join(", "));
+        }
+        for (pod, mesh) in self.left_alone.iter().flatten() {
+            text += &beside(&format!("  {pod:width$}  {mesh:8}  "), "left alone (mode off)");
         }
         let attached = self.hooks.iter().filter(|hook| hook.attached).count();
         text += &format!("Hooks attached: {attached} of {}\n", self.hooks.len());
@@ -461,6 +479,7 @@ mod tests {
             pod: name,
             uid: "0f4cf7ba-6b2a-4e25-a0f8-54d3b8b1f0c5".into(),
             mesh: "linkerd",
+            mode: "instead",
             netns: "/var/run/netns/cni-0f4cf7ba-6b2a-4e25-a0f8-54d3b8b1f0c5".into(),
             netns_cookie: u64::MAX.to_string(),
             captured: ["192.168.100.100", "fd00:1111:2222:3333:4444:5555:6666:7777"]
@@ -489,6 +508,7 @@ mod tests {
             version: 1,
             installed: true,
             pods: vec![pod("shop/cart".into()), pod(longest.clone())],
+            left_alone: Some([(longest.clone(), "istio".to_owned())].into()),
             splice: SpliceStatus {
                 legs: Leg::ALL.iter().map(|leg| (leg.name(), off.clone())).collect(),
                 sockets: usize::MAX,

@@ -66,15 +66,24 @@ pub trait RuleSet {
 
 /// Installs a mesh's rules in the pod, where `v6` says so for IPv6 too.
 pub fn install(pod: &Pod, rules: &dyn RuleSet, v6: bool) -> Result<()> {
+    install_by(pod, rules, v6, ["iptables-restore", "ip6tables-restore"])
+}
+
+/// The same in the kernel's older tables.
+pub fn install_legacy(pod: &Pod, rules: &dyn RuleSet, v6: bool) -> Result<()> {
+    install_by(pod, rules, v6, ["iptables-legacy-restore", "ip6tables-legacy-restore"])
+}
+
+fn install_by(pod: &Pod, rules: &dyn RuleSet, v6: bool, [v4_by, v6_by]: [&str; 2]) -> Result<()> {
     let netns = pod.netns_handle();
     let restore = |command, family| {
         netns
             .command(&[command, "--noflush"], &rules.tables(family))
             .with_context(|| format!("installing {family:?} rules in {}", pod.name()))
     };
-    restore("iptables-restore", Family::V4)?;
+    restore(v4_by, Family::V4)?;
     if v6 {
-        restore("ip6tables-restore", Family::V6)?;
+        restore(v6_by, Family::V6)?;
         if rules.needs_passthrough() {
             pod.add_address(Ipv6Addr::from(6).into(), 128, "lo", "")?;
         }
