@@ -315,13 +315,17 @@ int note_agent(const void *ctx)
  * built to refuse iterators over maps, and there the sockets are found by the open files of all
  * tasks, which takes longer, comes to a socket once for each process that has it open, and misses
  * one that no process has open but the kernel holds. The agent loads one of each two. The programs
- * for maps of other layouts are loaded for each such map, in the place of `splices`.
+ * for maps of other layouts are loaded for each such map, in the place of `splices`. What may be
+ * NULL is read once: to the verifier of Linux 6.1 a second load may be NULL again.
  */
 SEC("iter/bpf_sk_storage_map")
 int sweep_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
-	if (ctx->sk && ctx->value)
-		splice_sweep(ctx->meta->seq, ctx->sk, ctx->value);
+	struct splice *s = ctx->value;
+	struct sock *sk = ctx->sk;
+
+	if (sk && s)
+		splice_sweep(ctx->meta->seq, sk, s);
 	return 0;
 }
 
@@ -341,8 +345,11 @@ int sweep_splices_by_file(struct bpf_iter__task_file *ctx)
 SEC("iter/bpf_sk_storage_map")
 int drain_splices(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
-	if (ctx->sk && ctx->value)
-		splice_drain(ctx->meta->seq, ctx->sk, ctx->value);
+	struct splice *s = ctx->value;
+	struct sock *sk = ctx->sk;
+
+	if (sk && s)
+		splice_drain(ctx->meta->seq, sk, s);
 	return 0;
 }
 
@@ -360,8 +367,11 @@ int drain_splices_by_file(struct bpf_iter__task_file *ctx)
 SEC("iter/bpf_sk_storage_map")
 int find_stale_peers(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
-	if (ctx->sk && ctx->value)
-		stale_look(ctx->meta->seq, ctx->sk, ctx->value);
+	struct dialled_service *to = ctx->value;
+	struct sock *sk = ctx->sk;
+
+	if (sk && to)
+		stale_look(ctx->meta->seq, sk, to);
 	return 0;
 }
 
