@@ -315,7 +315,7 @@ int note_agent(const void *ctx)
  * built to refuse iterators over maps, and there the sockets are found by the open files of all
  * tasks, which takes longer, comes to a socket once for each process that has it open, and misses
  * one that no process has open but the kernel holds. The agent loads one of each two. The programs
- * for maps of other layouts are loaded for each such map, in the place of `splices`. What may be
+ * for maps of other layouts are loaded anew, with those maps in place of this layout's. What may be
  * NULL is read once: to the verifier of Linux 6.1 a second load may be NULL again.
  */
 SEC("iter/bpf_sk_storage_map")
@@ -399,7 +399,9 @@ int count_storages_by_file(struct bpf_iter__task_file *ctx)
 {
 	struct sock *sk = sock_of_file(ctx->file);
 
-	if (sk && bpf_sk_storage_get(&splices, sk, NULL, 0))
+	if (sk && (bpf_sk_storage_get(&origdsts, sk, NULL, 0) ||
+		   bpf_sk_storage_get(&dns_asked, sk, NULL, 0) ||
+		   bpf_sk_storage_get(&splices, sk, NULL, 0)))
 		storages++;
 	return 0;
 }

@@ -1,15 +1,20 @@
 //! Runs iterators.
 
-use std::{io::Read, mem::MaybeUninit, os::fd::BorrowedFd};
+use std::{
+    io::Read,
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd},
+};
 
 use anyhow::{Context, Result};
 use libbpf_rs::{
-    Iter, Link, OpenObject, ProgramMut,
+    Iter, Link, MapHandle, OpenObject, ProgramMut,
     skel::{OpenSkel, Skel},
 };
 
 use super::{
     features::kernel,
+    pins::Pins,
     skel::{open_node_in, sidestep::SidestepSkel},
 };
 
@@ -68,11 +73,12 @@ pub(super) fn visit(
     run(&link)
 }
 
-/// Loads a visitor by its first name for a map of any layout, runs it, and returns its output, and
-/// what `read` finds in the object's variables.
+/// Loads a visitor by its first name for those of the maps that another layout, or this one, has
+/// pinned, runs it, and returns its output, and what `read` finds in the object's variables.
 pub(super) fn visit_other<T>(
     name: &str,
-    map: BorrowedFd<'_>,
+    pins: &Pins,
+    maps: &[&str],
     read: impl FnOnce(&SidestepSkel<'_>) -> T,
 ) -> Result<(Vec<u8>, T)> {
     let name = visitor(name);
@@ -82,18 +88,29 @@ pub(super) fn visit_other<T>(
         let wanted = program.name() == name;
         program.set_autoload(wanted);
     }
-    // By files, the program looks for storage in the map in this place.
+    // By files, the program looks for storage in the maps in these places. A map gives its own name to
+    // its place, and the skeleton looks for the places by name: so each is in the one that it is from.
+    let mut given = Vec::new();
     for mut place in open.open_object_mut().maps_mut() {
-        if place.name() == "splices" {
-            place.reuse_fd(map)?;
-        } else if !place.name().to_string_lossy().contains('.') {
-            place.set_autocreate(false)?;
+        let of = place.name().to_string_lossy().into_owned();
+        if !maps.contains(&&*of) {
+            if !of.contains('.') {
+                place.set_autocreate(false)?;
+            }
+        } else if let Ok(map) = MapHandle::from_pinned_path(pins.map(&of)) {
+            place.reuse_fd(map.as_fd())?;
+            given.push(map);
         }
     }
     let mut skel = open.load().with_context(|| format!("the kernel rejected program {name}"))?;
     let program = skel.object_mut().progs_mut().find(|program| program.name() == name);
     let program = program.with_context(|| format!("the object has no program {name}"))?;
-    let written = visit(&program, &program, map)?;
+    let written = if kernel().iterates_storages {
+        let runs = given.iter().map(|map| run(&program.attach_iter(map.as_fd())?));
+        runs.collect::<Result<Vec<_>>>()?.concat()
+    } else {
+        run(&program.attach()?)?
+    };
     Ok((written, read(&skel)))
 }
 

@@ -1,6 +1,6 @@
 //! Takes over from an agent whose maps have another layout.
 
-use std::{fs, os::fd::AsFd};
+use std::fs;
 
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapHandle};
@@ -99,17 +99,10 @@ impl Dataplane {
         if handovers.keys().next().is_some() {
             return Ok(true);
         }
-        for name in ["origdsts", "dns_asked", "splices"] {
-            let Ok(map) = MapHandle::from_pinned_path(other.map(name)) else {
-                continue;
-            };
-            let (_, found) = visit_other("count_storages", map.as_fd(), |skel| {
-                skel.maps.bss_data.as_ref().map_or(0, |variables| variables.storages)
-            })?;
-            if found > 0 {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        let maps = ["origdsts", "dns_asked", "splices"];
+        let (_, found) = visit_other("count_storages", other, &maps, |skel| {
+            skel.maps.bss_data.as_ref().map_or(0, |variables| variables.storages)
+        })?;
+        Ok(found > 0)
     }
 }

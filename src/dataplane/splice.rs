@@ -10,12 +10,12 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use libbpf_rs::{MapCore, MapFlags};
 
 use super::{
     abi::{self, as_bytes, from_bytes},
     iter::{run, visit, visit_other},
-    pins::{FORMER_SPLICE_SOCKETS, Pins, children},
+    pins::{FORMER_SPLICE_SOCKETS, Pins},
     state::Dataplane,
 };
 use crate::{
@@ -172,16 +172,14 @@ impl Dataplane {
 /// Switches all connections to TCP, and waits until the redirected data is read, which would be
 /// lost with the map. Returns the number of sockets that still have some, in any layout.
 pub(super) fn drain(pins: &Pins) -> Result<u32> {
-    let maps: Vec<MapHandle> = children(&pins.root)?
-        .iter()
-        .filter_map(|layout| MapHandle::from_pinned_path(layout.join("maps/splices")).ok())
-        .collect();
+    let mut layouts = pins.layouts()?;
+    layouts.retain(|layout| layout.map("splices").exists());
     let start = Instant::now();
     loop {
         // By cookie: by files, a socket is found once for each process that has it open.
         let mut unread = BTreeSet::new();
-        for map in &maps {
-            let (cookies, ()) = visit_other("drain_splices", map.as_fd(), |_| ())?;
+        for layout in &layouts {
+            let (cookies, ()) = visit_other("drain_splices", layout, &["splices"], |_| ())?;
             unread.extend(cookies.chunks_exact(size_of::<u64>()).map(<[u8]>::to_vec));
         }
         if unread.is_empty() || start.elapsed() > DRAIN {
