@@ -52,6 +52,10 @@ sockets f21_f30_with_no_room_for_handovers_the_sidecar_is_told_nothing_rather_th
 edges hundreds_of_pods_and_ten_thousand_connections: it is about bulk, which takes too long when emulated
 services_life r26_a_service_whose_addresses_have_no_room_is_left_to_kube_proxy_as_a_whole: the same
 services_life r26_a_service_whose_endpoints_have_no_room_is_left_to_kube_proxy_as_a_whole: the same
+@5.15 services_kernel: its modules were tried with 6.1 alone
+@6.8 services_kernel: its modules were tried with 6.1 alone
+@6.12 services_kernel: its modules were tried with 6.1 alone
+@7.x services_kernel: its modules were tried with 6.1 alone
 @5.15 outbound a_call_within_the_pod_leaves_by_lo_whatever_the_routes_say: pods that exempt an interface are refused there
 @5.15 sockets sockets_bound_to_an_exempt_device_are_direct: the same
 @5.15 sockets mptcp_sockets_are_captured_and_told_the_truth: nothing leads from a subflow to its connection there
@@ -69,7 +73,8 @@ LIMIT=${LIMIT:-1800}
 # its own setpriv, whatever the PATH says.
 TOOLS=(bash ip nsenter setpriv sh unshare)
 # In the order in which they need each other. A node loads them by itself.
-MODULES=(llc stp bridge veth sch_ingress cls_bpf inet_diag udp_diag)
+MODULES=(llc stp bridge veth sch_ingress cls_bpf inet_diag udp_diag
+    netfs fscache grace sunrpc lockd dns_resolver nfs nfsv4)
 
 LAB_DIR=${SIDESTEP_LAB_DIR:-/var/lib/sidestep-lab}
 TARGET=x86_64-unknown-linux-gnu
