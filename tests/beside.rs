@@ -226,15 +226,23 @@ fn b2_a_socket_with_a_port_of_its_own_is_the_rules() {
     let mut node = node("b2", Rules::Istio, BESIDE);
     node.agent.wait_enrolled(&node.a).expect("enrolled");
     let _sidecar = Rules::Istio.sidecar(&node.a);
-    let target = addr(ip(REMOTE4), 80);
-    let seen = node.a.run(APP, APP, || {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
-        socket.bind(&addr([0, 0, 0, 0], 4567).into()).expect("bound");
-        socket.connect(&target.into()).expect("redirected by the rules");
-        greeting(&TcpStream::from(socket))
-    });
-    let seen = seen.expect("runs");
-    assert_eq!((seen.original(), seen.peer), (Some(target), addr(node.a.ipv4(), 4567)));
+    for (port, (target, source)) in (4567..).zip(remotes(&node.a, 80)) {
+        let seen = node.a.run(APP, APP, || {
+            let socket = Socket::new(Domain::for_address(target), Type::STREAM, None);
+            let socket = socket.expect("a socket");
+            let at = if target.is_ipv4() {
+                any(target, port)
+            } else {
+                addr(Ipv6Addr::UNSPECIFIED, port)
+            };
+            socket.bind(&at.into()).expect("bound");
+            socket.connect(&target.into()).expect("redirected by the rules");
+            greeting(&TcpStream::from(socket))
+        });
+        let seen = seen.expect("runs");
+        assert_eq!(seen.original().map(canonical), Some(canonical(target)), "{target}");
+        assert_eq!(canonical(seen.peer), addr(source, port), "{target}");
+    }
     assert_eq!(node.counter("istio", "captured_outbound"), 0);
 }
 
