@@ -193,6 +193,18 @@ fn tcp_is_at_its_limit() {
     }
 }
 
+/// A connection that holds more memory than processors keep for themselves: what they keep does not
+/// count against TCP's limits, and may be given back at any time.
+fn holds_memory(node: &Splicing) -> Pair {
+    let pair = node.connect(Leg::PlainSidecar).roomy();
+    if kernel_before(5, 16) {
+        write(&pair.client, &[0; 200_000]);
+    } else {
+        setsockopt(&pair.client, ReserveMem, &(8 << 20)).expect("SO_RESERVE_MEM");
+    }
+    pair
+}
+
 /// TCP itself wakes who waits to write when there is memory again, and a socket in the map is not
 /// woken.
 #[test]
@@ -200,13 +212,7 @@ fn tcp_is_at_its_limit() {
 fn nothing_stays_spliced_while_tcp_is_short() {
     let node = Splicing::start("short", "sidecar");
     let pair = node.pair(Leg::Sidecar).roomy();
-    // More than processors keep for themselves, which does not count.
-    let other = node.connect(Leg::PlainSidecar).roomy();
-    if kernel_before(5, 16) {
-        write(&other.client, &[0; 200_000]);
-    } else {
-        setsockopt(&other.client, ReserveMem, &(8 << 20)).expect("SO_RESERVE_MEM");
-    }
+    let other = holds_memory(&node);
     let short = TcpMem::set("1 1 1000000");
     put(&other.server, &[0; 100_000]);
     node.wait_sockets(0);
@@ -301,6 +307,7 @@ fn the_writers_pod_has_left_while_it_waits() {
 fn tcp_comes_to_its_limit_at_once() {
     let mut node = Splicing::start("at-once", "sidecar");
     let pair = node.pair(Leg::Sidecar).roomy();
+    let _other = holds_memory(&node);
     let limited = Cell::new(None);
     let shortage = || limited.set(Some(TcpMem::set("1 1 1")));
     is_woken(&mut node, &pair, shortage, |_| drop(limited.take()));
