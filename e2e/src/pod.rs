@@ -2,7 +2,7 @@
 //! stdout, a line for each thing.
 #![forbid(unsafe_code)]
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::{self, ExitCode};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -92,6 +92,7 @@ fn main() -> Result<ExitCode> {
         Mode::Serve { addrs, name } => wait_for_sigterm(|| {
             // It lives as long as the process.
             let name = String::leak(name);
+            let addrs = addrs.into_iter().map(of_the_pod);
             Server::start_here(ServeOpts { name, ..ServeOpts::on(addrs) })
         })?,
         Mode::Proxy { role } => wait_for_sigterm(|| play(role))?,
@@ -101,7 +102,7 @@ fn main() -> Result<ExitCode> {
         }
         Mode::Http { addr } => wait_for_sigterm(|| {
             thread::spawn(move || {
-                let Err(err) = web::serve(addr) else { return };
+                let Err(err) = web::serve(of_the_pod(addr)) else { return };
                 eprintln!("{err:#}");
                 process::exit(1);
             });
@@ -167,6 +168,17 @@ fn get_once(url: &str) -> Option<()> {
     }
 }
 
+/// Where to listen in a pod of either family: that of an IPv6 cluster has no IPv4 address.
+fn of_the_pod(addr: SocketAddr) -> SocketAddr {
+    let IpAddr::V4(ip) = addr.ip() else { return addr };
+    // A route is what is asked for; nothing is sent.
+    let has_ipv4 = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))
+        .and_then(|socket| socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9)))
+        .is_ok();
+    let v6 = if ip.is_loopback() { Ipv6Addr::LOCALHOST } else { Ipv6Addr::UNSPECIFIED };
+    if has_ipv4 { addr } else { SocketAddr::new(v6.into(), addr.port()) }
+}
+
 fn play(role: Role) -> Result<[Server; 2]> {
     let (any, localhost) = (Ipv4Addr::UNSPECIFIED, Ipv4Addr::LOCALHOST);
     let [outbound, inbound] = match role {
@@ -174,7 +186,7 @@ fn play(role: Role) -> Result<[Server; 2]> {
         Role::Linkerd => [(localhost, 4140), (any, 4143)],
     };
     let serve = |addr: (Ipv4Addr, u16), name| {
-        let opts = ServeOpts::on([addr.into()]);
+        let opts = ServeOpts::on([of_the_pod(addr.into())]);
         Server::start_here(ServeOpts { talk: Talk::OriginalDst, name, ..opts })
     };
     Ok([serve(outbound, "outbound")?, serve(inbound, "inbound")?])

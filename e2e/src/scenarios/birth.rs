@@ -1,6 +1,6 @@
 //! Pods that come: each is taken over before its first process, or as soon as it is seen.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -137,8 +137,10 @@ fn ip_reuse(world: &World) -> Result<()> {
 
 /// Makes the next pod get this address.
 fn give_next(node: &Node, ip: IpAddr) -> Result<()> {
-    let IpAddr::V4(ip) = ip else { bail!("{ip} is no IPv4 address") };
-    let before = Ipv4Addr::from(u32::from(ip) - 1);
+    let before: IpAddr = match ip {
+        IpAddr::V4(ip) => Ipv4Addr::from(u32::from(ip) - 1).into(),
+        IpAddr::V6(ip) => Ipv6Addr::from(u128::from(ip) - 1).into(),
+    };
     let shell = node.shell();
     shell.write(&node.last_ip_file()?, &before.to_string())?;
     // So soon, the neighbours would still send to the interface that had the address.
