@@ -133,17 +133,20 @@ fn dns(cluster: &Cluster) -> Result<()> {
     }
     // In no DNS server.
     let host = "db.sidestep.internal";
+    let server = space.ip_of("server")?;
+    // Of the pods' family: nobody has it.
+    let address = if server.contains(':') { "2001:2::17" } else { "240.240.17.17" };
     space.apply(&[json!({
         "apiVersion": "networking.istio.io/v1",
         "kind": "ServiceEntry",
         "metadata": {"name": "db"},
         "spec": {
             "hosts": [host],
-            "addresses": ["240.240.17.17"],
+            "addresses": [address],
             "location": "MESH_INTERNAL",
             "ports": [{"number": 80, "name": "http", "protocol": "HTTP", "targetPort": 8080}],
             "resolution": "STATIC",
-            "endpoints": [{"address": space.ip_of("server")?}],
+            "endpoints": [{"address": server}],
         },
     })])?;
     let url = format!("http://{host}/");
