@@ -1,5 +1,6 @@
 //! The life of a node, and of what runs on it.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -138,7 +139,8 @@ fn static_pods(cluster: &Cluster) -> Result<()> {
         space.wait_enrolled(&format!("meshed-{node}"), true)?;
         let entry = cluster.enrolled(node, &space.full(&format!("plain-{node}")))?;
         ensure!(entry.is_none(), "the agent has taken it: {entry:?}");
-        let target = format!("{}:8080", space.ip_of(&format!("plain-{node}"))?);
+        let target =
+            SocketAddr::new(space.ip_of(&format!("plain-{node}"))?.parse()?, 8080).to_string();
         let said = space.exec(&format!("meshed-{node}"), &["/e2e-pod", "once", &target])?;
         ensure!(said.starts_with("ok by=outbound"), "{said:?}");
         Ok(())

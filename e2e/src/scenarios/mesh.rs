@@ -5,6 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use sidestep_e2e::mesh::{Answered, Cluster, Istio, Space};
 use sidestep_lab::PROXY;
+use std::net::SocketAddr;
 
 use super::{MeshRow, Of};
 
@@ -167,7 +168,7 @@ fn inits(cluster: &Cluster) -> Result<()> {
     outside.wait_ready("greeter")?;
     space.server("server", cluster.worker(0)?, json!({}))?;
     space.wait_ready("server")?;
-    let greeter = format!("{}:8080", outside.ip_of("greeter")?);
+    let greeter = SocketAddr::new(outside.ip_of("greeter")?.parse()?, 8080).to_string();
 
     // Before a classic sidecar: nobody listens yet. Istio lets those through that are its own user.
     let mut own = init("own", &["once", &greeter]);
