@@ -1,11 +1,12 @@
 //! Under a real mesh: its injector, its control plane, its sidecars. Interception is the one thing
 //! that is not the mesh's own.
 
+use std::net::SocketAddr;
+
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use sidestep_e2e::mesh::{Answered, Cluster, Istio, Space};
 use sidestep_lab::PROXY;
-use std::net::SocketAddr;
 
 use super::{MeshRow, Of};
 
