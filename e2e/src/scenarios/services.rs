@@ -44,7 +44,8 @@ fn without_kube_proxy(cluster: &Cluster) -> Result<()> {
         outside.get_until("client", url, "nobody to lead there", fails)?;
     }
     let api = cluster_ip(cluster, "default", "kubernetes")?;
-    let dial = format!("exec 3<>/dev/tcp/{api}/443");
+    // The shell takes an IPv6 address without brackets.
+    let dial = format!("exec 3<>/dev/tcp/{}/443", api.trim_matches(['[', ']']));
     let from_node = || cluster.shell(here).run(&["timeout", "3", "bash", "-c", &dial]);
     ensure!(from_node().is_err(), "kube-proxy's rules are there still");
 
