@@ -4,14 +4,16 @@
 mod common;
 
 use std::{
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    net::{Ipv4Addr, Ipv6Addr, TcpStream},
     process::Command,
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    sync::atomic::AtomicBool,
     thread,
-    time::Duration,
 };
 
-use common::*;
+use common::{
+    load::{Finish, Load},
+    *,
+};
 use libbpf_rs::MapCore;
 use serde_json::Value;
 use sidestep_lab::{
@@ -246,44 +248,6 @@ fn b2_a_socket_with_a_port_of_its_own_is_the_rules() {
     assert_eq!(node.counter("istio", "captured_outbound"), 0);
 }
 
-/// Connections, one after another, that must all be intercepted.
-struct Load<'a> {
-    name: &'static str,
-    stop: &'a AtomicBool,
-    done: AtomicUsize,
-}
-
-impl Load<'_> {
-    fn run(&self, from: &Pod, target: SocketAddr) {
-        while !self.stop.load(Ordering::Relaxed) {
-            let n = self.done.load(Ordering::Relaxed);
-            let what = format!("{} connection {n}", self.name);
-            let answer =
-                from.ask(APP, APP, target).unwrap_or_else(|error| panic!("{what}: {error:#}"));
-            assert_eq!(answer.seen.original(), Some(target), "{what}: {answer:?}");
-            self.done.store(n + 1, Ordering::Relaxed);
-        }
-    }
-
-    fn wait_more(&self, n: u16) {
-        let goal = self.done.load(Ordering::Relaxed) + usize::from(n);
-        let what = format!("{n} more {} connections", self.name);
-        wait_until(&what, Duration::from_secs(20) * slowdown(), || {
-            self.done.load(Ordering::Relaxed) >= goal
-        })
-        .expect("the load goes on");
-    }
-}
-
-/// Ends the loads, also when an assertion fails.
-struct Finish<'a>(&'a AtomicBool);
-
-impl Drop for Finish<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 #[test]
 fn b3_traffic_does_not_notice_that_sidestep_comes_dies_and_goes() {
     for rules in [Rules::Istio, Rules::Linkerd] {
@@ -292,11 +256,8 @@ fn b3_traffic_does_not_notice_that_sidestep_comes_dies_and_goes() {
         let before = state_of(&node.a);
         let _sidecar = rules.sidecar(&node.a);
         let stop = AtomicBool::new(false);
-        let loads = ["outbound", "outbound v6", "inbound", "inbound v6"].map(|name| Load {
-            name,
-            stop: &stop,
-            done: AtomicUsize::new(0),
-        });
+        let loads =
+            ["outbound", "outbound v6", "inbound", "inbound v6"].map(|name| Load::new(name, &stop));
         let (a, b) = (&node.a, &node.b);
         let paths = [
             (a, addr(ip(REMOTE4), 80)),

@@ -4,52 +4,17 @@ mod common;
 
 use std::{
     collections::BTreeSet,
-    net::SocketAddr,
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    sync::atomic::AtomicBool,
     thread,
     time::{Duration, Instant},
 };
 
-use common::*;
+use common::{
+    load::{Finish, Load},
+    *,
+};
 use sidestep::dataplane::LAYOUT;
-use sidestep_lab::{Agent, Pod, PodNet, slowdown, wait_until};
-
-/// Connections, one after another, that must all be intercepted.
-struct Load<'a> {
-    name: &'static str,
-    stop: &'a AtomicBool,
-    done: AtomicUsize,
-}
-
-impl<'a> Load<'a> {
-    fn new(name: &'static str, stop: &'a AtomicBool) -> Self {
-        Self { name, stop, done: AtomicUsize::new(0) }
-    }
-
-    fn run(&self, from: &Pod, target: SocketAddr) {
-        while !self.stop.load(Ordering::Relaxed) {
-            let n = self.done.load(Ordering::Relaxed);
-            let answer = from
-                .ask(APP, APP, target)
-                .unwrap_or_else(|error| panic!("{} connection {n}: {error:#}", self.name));
-            assert_eq!(
-                answer.seen.original(),
-                Some(target),
-                "{} connection {n} was not intercepted: {answer:?}",
-                self.name
-            );
-            self.done.store(n + 1, Ordering::Relaxed);
-        }
-    }
-
-    fn wait_more(&self, n: u16) {
-        let goal = self.done.load(Ordering::Relaxed) + usize::from(n);
-        wait_until(&format!("{n} more {} connections", self.name), Duration::from_secs(20), || {
-            self.done.load(Ordering::Relaxed) >= goal
-        })
-        .expect("the load goes on");
-    }
-}
+use sidestep_lab::{Agent, PodNet, slowdown, wait_until};
 
 /// No build's own layout; sorts before those.
 const OTHER: &str = "v0";
@@ -173,15 +138,6 @@ fn traffic_does_not_notice_a_killed_or_restarted_agent() {
         drop(finish);
     });
     assert!(node.agent.log().contains("adopted=1"), "{}", node.agent.log_tail());
-}
-
-/// Ends the loads, also when an assertion fails, or the scope would wait for ever.
-struct Finish<'a>(&'a AtomicBool);
-
-impl Drop for Finish<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 #[test]

@@ -29,12 +29,12 @@ pub(super) const TABLES: [&str; 2] =
     ["/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"];
 
 // From linux/netfilter/nfnetlink.h and linux/netfilter/nf_tables.h.
-const NFT_MSG_NEWCHAIN: u16 = (10 << 8) | 3;
-const NFT_MSG_GETCHAIN: u16 = (10 << 8) | 4;
-const NFTA_CHAIN_HOOK: u16 = 4;
+pub(super) const NFT_MSG_NEWCHAIN: u16 = (10 << 8) | 3;
+pub(super) const NFT_MSG_GETCHAIN: u16 = (10 << 8) | 4;
+pub(super) const NFTA_CHAIN_HOOK: u16 = 4;
 const NFTA_CHAIN_USE: u16 = 6;
-const NFTA_CHAIN_TYPE: u16 = 7;
-const NFTA_HOOK_HOOKNUM: u16 = 1;
+pub(super) const NFTA_CHAIN_TYPE: u16 = 7;
+pub(super) const NFTA_HOOK_HOOKNUM: u16 = 1;
 pub(super) const NF_INET_PRE_ROUTING: u32 = 0;
 pub(super) const NF_INET_LOCAL_OUT: u32 = 3;
 /// The length of `struct nfgenmsg`; of zeros: all families.

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fs, io};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::netfilter::{self, TABLES, attributes, number};
+use super::netfilter::{
+    self, NFT_MSG_GETCHAIN, NFT_MSG_NEWCHAIN, NFTA_CHAIN_HOOK, NFTA_CHAIN_TYPE, NFTA_HOOK_HOOKNUM,
+    TABLES, attributes, number,
+};
 
 /// Which packets a chain sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -101,15 +104,10 @@ pub fn ruleset(read: ReadLegacy) -> Result<Ruleset> {
 }
 
 // From linux/netfilter/nf_tables.h.
-const NFT_MSG_NEWCHAIN: u16 = (10 << 8) | 3;
-const NFT_MSG_GETCHAIN: u16 = (10 << 8) | 4;
 const NFT_MSG_NEWRULE: u16 = (10 << 8) | 6;
 const NFT_MSG_GETRULE: u16 = (10 << 8) | 7;
 const NFTA_CHAIN_TABLE: u16 = 1;
 const NFTA_CHAIN_NAME: u16 = 3;
-const NFTA_CHAIN_HOOK: u16 = 4;
-const NFTA_CHAIN_TYPE: u16 = 7;
-const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NFTA_RULE_TABLE: u16 = 1;
 const NFTA_RULE_CHAIN: u16 = 2;
 const NFTA_RULE_EXPRESSIONS: u16 = 4;

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod load;
 pub mod programs;
 pub mod services;
 pub mod splicing;
